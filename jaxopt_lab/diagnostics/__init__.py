@@ -1,0 +1,1 @@
+"""Measurements that explain a run; switched off they cost nothing."""

@@ -1,0 +1,1 @@
+"""First-order optimizers as Optax transforms, one method per file."""

@@ -1,0 +1,1 @@
+"""Run logs, figures and tables; imports nothing else of the library."""

@@ -1,0 +1,14 @@
+"""Shared test set-up: eight CPU devices, shape annotations enforced, reproducible examples."""
+
+import os
+
+# Before jax starts: sharding tests need eight devices; everything else uses the first.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+
+hypothesis.settings.register_profile(
+    "ci", deadline=None, derandomize=True, max_examples=25, print_blob=True
+)
+hypothesis.settings.load_profile("ci")
