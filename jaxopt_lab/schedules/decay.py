@@ -1,0 +1,197 @@
+"""Schedules of the learning rate: constant, warm-up + cosine, warm-up + stable + decay.
+
+All three return an Optax schedule, a function from the number of steps taken so far (a Python
+integer or an integer array, traced or not) to a scalar in JAX's default float dtype.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+DecayShape = Literal["linear", "sqrt", "cosine", "square"]
+
+# The warm-up starts at this fraction of the peak, so that the first step already moves.
+WARMUP_START = 0.01
+
+
+def constant(peak: float) -> optax.Schedule:
+    """The same rate at every step.
+
+    >>> float(constant(0.5)(7))
+    0.5
+
+    Args:
+      peak: the rate, finite and not negative.
+
+    Raises:
+      ValueError: when ``peak`` is negative or not finite.
+    """
+    _check_peak(peak)
+    return lambda count: jnp.broadcast_to(_as_float(peak), jnp.shape(count))
+
+
+def warmup_cosine(peak: float, total_steps: int, warmup_steps: int) -> optax.Schedule:
+    r"""Linear warm-up from 1 % of the peak, then a half cosine to zero.
+
+    With :math:`w` warm-up steps of :math:`T` in total the rate at step :math:`t` is ``peak`` times
+
+    .. math::
+      s_t = 0.01 + 0.99\, t / w \quad (t < w), \qquad
+      s_t = \tfrac12 \left(1 + \cos \pi \tfrac{t - w}{T - w}\right) \quad (t \ge w),
+
+    and stays zero after step :math:`T`.
+
+    >>> schedule = warmup_cosine(1.0, total_steps=100, warmup_steps=10)
+    >>> [round(float(schedule(t)), 4) for t in (0, 5, 10, 55, 100)]
+    [0.01, 0.505, 1.0, 0.5, 0.0]
+
+    Args:
+      peak: the largest rate, finite and not negative.
+      total_steps: number of optimizer steps, warm-up included.
+      warmup_steps: length of the warm-up; 0 starts at the peak.
+
+    Raises:
+      ValueError: when ``peak`` is negative or not finite, or a number of steps is out of range.
+
+    References:
+      The schedule of the runs in Bolatov et al., *LionMuon: Alternating Spectral and Sign Descent
+      for Efficient Training*, arXiv 2605.19811.
+    """
+    _check_peak(peak)
+    _check_steps(total_steps, warmup_steps)
+    decay_steps = max(total_steps - warmup_steps, 1)
+
+    def after_warmup(count: jax.Array) -> jax.Array:
+        return _half_cosine(_clipped(total_steps - count, decay_steps))
+
+    return _with_warmup(peak, warmup_steps, after_warmup)
+
+
+def warmup_stable_decay(
+    peak: float,
+    total_steps: int,
+    warmup_steps: int,
+    *,
+    decay_fraction: float = 0.2,
+    decay_shape: DecayShape = "linear",
+    final_fraction: float = 0.0,
+) -> optax.Schedule:
+    r"""Linear warm-up, a plateau at the peak, and a decay over the last part of the run (WSD).
+
+    The warm-up is that of :func:`warmup_cosine`. The decay takes the last
+    :math:`n = \lfloor` ``decay_fraction`` :math:`\cdot T \rfloor` steps; there
+    :math:`s_t = f + (1 - f)\, q(x)` with :math:`x = (t - T + n) / n`, ``final_fraction``
+    :math:`= f` and, by ``decay_shape``,
+
+    ======== ==========================
+    linear   :math:`1 - x`
+    sqrt     :math:`1 - \sqrt x`
+    cosine   :math:`(1 + \cos \pi x)/2`
+    square   :math:`1 - x^2`
+    ======== ==========================
+
+    From step :math:`T` on the rate stays at its last value. Without a decay phase (:math:`n = 0`)
+    it stays at the peak.
+
+    >>> schedule = warmup_stable_decay(1.0, 100, 10, decay_fraction=0.2, decay_shape="square")
+    >>> [round(float(schedule(t)), 4) for t in (0, 10, 80, 90, 100)]
+    [0.01, 1.0, 1.0, 0.75, 0.0]
+
+    Args:
+      peak: the largest rate, finite and not negative.
+      total_steps: number of optimizer steps :math:`T`, warm-up and decay included.
+      warmup_steps: length of the warm-up; 0 starts at the peak.
+      decay_fraction: share of all steps taken by the decay, in [0, 1].
+      decay_shape: one of the four shapes above.
+      final_fraction: share of the peak that is left at the end, in [0, 1].
+
+    Raises:
+      ValueError: when an argument is out of range or warm-up and decay overlap.
+
+    References:
+      The shapes are those of the runs in Bolatov et al., arXiv 2605.19811.
+    """
+    _check_peak(peak)
+    _check_steps(total_steps, warmup_steps)
+    _check_fraction("decay_fraction", decay_fraction)
+    _check_fraction("final_fraction", final_fraction)
+    if decay_shape not in get_args(DecayShape):
+        raise ValueError(
+            f"decay_shape: got {decay_shape!r}, expected one of {', '.join(get_args(DecayShape))}"
+        )
+    decay_steps = math.floor(decay_fraction * total_steps)
+    decay_start = total_steps - decay_steps
+    if warmup_steps > decay_start:
+        raise ValueError(
+            f"warmup_steps: got {warmup_steps}, but the decay starts at step {decay_start} "
+            f"(decay_fraction {decay_fraction} of {total_steps} steps); they must not overlap"
+        )
+    shape = _SHAPES[decay_shape]
+
+    def after_warmup(count: jax.Array) -> jax.Array:
+        left = _clipped(total_steps - count, decay_steps)
+        return final_fraction + (1.0 - final_fraction) * shape(left)
+
+    def plateau(count: jax.Array) -> jax.Array:
+        return jnp.ones_like(_as_float(count))
+
+    return _with_warmup(peak, warmup_steps, after_warmup if decay_steps else plateau)
+
+
+def _with_warmup(
+    peak: float, warmup_steps: int, after_warmup: Callable[[jax.Array], jax.Array]
+) -> optax.Schedule:
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        count = jnp.asarray(count)
+        rise = WARMUP_START + (1.0 - WARMUP_START) * _as_float(count) / max(warmup_steps, 1)
+        return peak * jnp.where(count < warmup_steps, rise, after_warmup(count))
+
+    return schedule
+
+
+# The shapes as functions of the share of the decay that is left, r = 1 - x: the difference is taken
+# between integers, so the last steps keep their relative precision in float32. For the cosine,
+# sin²(pi r / 2) avoids the cancellation of (1 + cos(pi x)) / 2 there.
+def _half_cosine(left: jax.Array) -> jax.Array:
+    return jnp.sin(0.5 * jnp.pi * left) ** 2
+
+
+_SHAPES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "linear": lambda left: left,
+    "sqrt": lambda left: 1.0 - jnp.sqrt(1.0 - left),
+    "cosine": _half_cosine,
+    "square": lambda left: left * (2.0 - left),
+}
+
+
+def _clipped(steps_left: jax.Array, decay_steps: int) -> jax.Array:
+    return jnp.clip(_as_float(steps_left) / decay_steps, 0.0, 1.0)
+
+
+def _as_float(x: jax.typing.ArrayLike) -> jax.Array:
+    # Counters are integers and would promote differently with and without 64-bit mode.
+    return jnp.asarray(x, jnp.result_type(float))
+
+
+def _check_peak(peak: float) -> None:
+    # A traced rate (optax.inject_hyperparams) has no value to look at.
+    if isinstance(peak, int | float) and not (math.isfinite(peak) and peak >= 0):
+        raise ValueError(f"peak: got {peak}, expected a finite rate that is not negative")
+
+
+def _check_steps(total_steps: int, warmup_steps: int) -> None:
+    if total_steps < 1:
+        raise ValueError(f"total_steps: got {total_steps}, expected at least 1")
+    if not 0 <= warmup_steps <= total_steps:
+        raise ValueError(
+            f"warmup_steps: got {warmup_steps}, expected between 0 and total_steps = {total_steps}"
+        )
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: got {value}, expected a share between 0 and 1")
