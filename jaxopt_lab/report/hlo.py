@@ -1,0 +1,94 @@
+"""Counting the collectives of a compiled program, from its text alone."""
+
+import math
+import re
+from typing import NamedTuple
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+
+# name = shape kind(operands...): the shape holds no '=', '%' or quotes, which keeps the search
+# out of operands and of the op_name strings in the metadata.
+_INSTRUCTION = re.compile(
+    r'^\s*(?:ROOT\s+)?%?[\w.\-]+ = ([^=%"]*?) (' + "|".join(KINDS) + r")(-start)?\(",
+    re.MULTILINE,
+)
+_ARRAY = re.compile(r"\b(pred|token|opaque|bf16|[suc]\d+|f\d+\w*)\[([\d,<=]*)\]")
+_COMMENT = re.compile(r"/\*.*?\*/")
+_SINGLETON_GROUPS = re.compile(r"replica_groups=(?:\{(?:\{\d+\},?)+\}|\[\d+,1\]<=)")
+
+
+class CollectiveTotal(NamedTuple):
+    """How often one kind of collective occurs, and the bytes of its results on one device."""
+
+    count: int
+    bytes: int
+
+
+def collectives(compiled_text: str) -> dict[str, CollectiveTotal]:
+    """Counts the collectives of a compiled program.
+
+    An asynchronous pair counts once, at its start. Every occurrence in the text counts once:
+    the trip count of a loop around it is not known here, and both branches of a conditional are
+    counted. Groups of a single device move nothing and are left out.
+
+    Args:
+      compiled_text: `jax.jit(f).lower(...).compile().as_text()`.
+
+    Returns:
+      For every kind that occurs, the number of instructions and the bytes of their results on one
+      device (an all-gather's result is the gathered array).
+
+    >>> text = "%g = f32[8,4]{1,0} all-gather(%x), replica_groups=[1,8]<=[8], dimensions={0}"
+    >>> collectives(text)
+    {'all-gather': CollectiveTotal(count=1, bytes=128)}
+    """
+    totals: dict[str, CollectiveTotal] = {}
+    text = _COMMENT.sub("", compiled_text)
+    for match in _INSTRUCTION.finditer(text):
+        shape, kind, start = match.groups()
+        end_of_line = text.find("\n", match.end())
+        attributes = text[match.end() : end_of_line if end_of_line >= 0 else None]
+        if _SINGLETON_GROUPS.search(attributes):
+            continue
+        # A started all-reduce has the type of its result; every other start has a tuple of
+        # (operands, results, context...).
+        if start and kind != "all-reduce":
+            shape = _tuple_elements(shape)[1]
+        before = totals.get(kind, CollectiveTotal(0, 0))
+        totals[kind] = CollectiveTotal(before.count + 1, before.bytes + _bytes(shape))
+    return dict(sorted(totals.items()))
+
+
+def _tuple_elements(shape: str) -> list[str]:
+    """Splits `(a, (b, c), d)` at its outer commas."""
+    elements, depth, start = [], 0, 1
+    inner = shape.strip()
+    for position, character in enumerate(inner):
+        depth += character in "([{"
+        depth -= character in ")]}"
+        if (character == "," and depth == 1) or (character == ")" and depth == 0):
+            elements.append(inner[start:position])
+            start = position + 1
+    return elements
+
+
+def _bytes(shape: str) -> int:
+    return sum(
+        math.ceil(math.prod(int(d.lstrip("<=")) for d in dims.split(",") if d) * _bits(dtype) / 8)
+        for dtype, dims in _ARRAY.findall(shape)
+    )
+
+
+def _bits(dtype: str) -> int:
+    if dtype in ("token", "opaque"):
+        return 0
+    digits = re.search(r"\d+", dtype)
+    return int(digits.group()) if digits else 8  # pred takes a byte
