@@ -1,0 +1,110 @@
+"""Matrix views of parameter leaves, and stacks of equal shape.
+
+A leaf becomes a stack of matrices by naming its reduction and its output axes; all other axes are
+batch. The layout is any object with `reduction_axis` and `output_axis` (an int or a sequence of
+ints each), such as `optax.contrib.MuonDimensionNumbers`.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple, Protocol
+
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Shaped
+
+
+class MatrixLayout(Protocol):
+    """Which axes of a leaf form the rows and which the columns of its matrices."""
+
+    @property
+    def reduction_axis(self) -> Sequence[int] | int: ...  # noqa: D102
+    @property
+    def output_axis(self) -> Sequence[int] | int: ...  # noqa: D102
+
+
+class MatrixAxes(NamedTuple):
+    """A layout resolved for one leaf: non-negative axes, every axis in exactly one group."""
+
+    batch: tuple[int, ...]
+    reduction: tuple[int, ...]
+    output: tuple[int, ...]
+
+    def matrix_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """(number of matrices, rows, columns) of a leaf of this shape."""
+        batch, rows, columns = (math.prod(shape[a] for a in axes) for axes in self)
+        return batch, rows, columns
+
+
+def resolve_layout(shape: Sequence[int], layout: MatrixLayout) -> MatrixAxes:
+    """Resolve negative axes and check that the layout fits the shape.
+
+    Args:
+      shape: Shape of the leaf.
+      layout: Which axes are rows (reduction) and columns (output).
+
+    Raises:
+      ValueError: An axis is out of range or named twice, or a side is empty.
+    """
+    ndim = len(shape)
+
+    def normalise(axes: Sequence[int] | int) -> tuple[int, ...]:
+        axes = (axes,) if isinstance(axes, int) else tuple(axes)
+        for axis in axes:
+            if not -ndim <= axis < ndim:
+                raise ValueError(f"axis {axis} of {layout} is outside a leaf of shape {shape}")
+        return tuple(axis % ndim for axis in axes)
+
+    reduction, output = normalise(layout.reduction_axis), normalise(layout.output_axis)
+    used = reduction + output
+    if not reduction or not output or len(set(used)) != len(used):
+        raise ValueError(
+            f"{layout} must name at least one reduction and one output axis, each axis once; "
+            f"got reduction {reduction} and output {output} for a leaf of shape {tuple(shape)}"
+        )
+    batch = tuple(axis for axis in range(ndim) if axis not in used)
+    return MatrixAxes(batch, reduction, output)
+
+
+def batch_first(x: Shaped[Array, "..."], axes: MatrixAxes) -> Shaped[Array, "batch ..."]:
+    """View a leaf as (batch, *reduction axes, *output axes); only the batch axes are merged.
+
+    The inner axes stay apart because a sharded one among them could not be merged without moving
+    data: (d, heads, head_dim) with sharded heads, say.
+    """
+    inner = tuple(x.shape[a] for a in axes.reduction + axes.output)
+    moved = x.transpose(axes.batch + axes.reduction + axes.output)
+    return moved.reshape((math.prod(x.shape[a] for a in axes.batch), *inner))
+
+
+def undo_batch_first(
+    y: Shaped[Array, "batch ..."], shape: Sequence[int], axes: MatrixAxes
+) -> Shaped[Array, "..."]:
+    """Inverse of `batch_first` for a leaf of the given shape."""
+    order = axes.batch + axes.reduction + axes.output
+    moved = y.reshape(tuple(shape[a] for a in order))
+    return moved.transpose(tuple(order.index(a) for a in range(len(order))))
+
+
+def batch_first_spec(spec: PartitionSpec, axes: MatrixAxes) -> PartitionSpec:
+    """The partition of `batch_first(x)` for a leaf `x` laid out as `spec`.
+
+    Raises:
+      ValueError: A batch axis other than the leading one is sharded: merging the batch axes would
+        then move data.
+    """
+    entries = tuple(spec) + (None,) * (sum(map(len, axes)) - len(spec))
+    leading, *others = [entries[a] for a in axes.batch] or [None]
+    if any(entry is not None for entry in others):
+        raise ValueError(
+            f"only the first batch axis of a matrix leaf may be sharded, got {spec} "
+            f"with batch axes {axes.batch}"
+        )
+    return PartitionSpec(leading, *(entries[a] for a in axes.reduction + axes.output))
+
+
+def group_by(keys: Sequence[Hashable]) -> list[list[int]]:
+    """Indices of equal keys, in order of first appearance."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())

@@ -1,0 +1,131 @@
+"""Work on whole matrices of a sharded stack: each device owns some, works, and gives them back.
+
+A stack (batch, ...) whose matrix axes are sharded is exchanged by one all-to-all a sharded axis, so
+that every device holds whole matrices of a share of the batch; after the work the way back costs
+the same. Nothing is gathered. GSPMD, left to itself inside an iteration of matrix products, inserts
+an all-gather a product instead.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+AxisNames = tuple[str, ...]
+
+
+def known_sharding(x: Array, given: NamedSharding | None) -> NamedSharding | None:
+    """The sharding under which `x` is laid out, where that can be known while tracing.
+
+    Explicit mesh axes carry it in the type. Auto axes do not, so it must be `given`.
+    """
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    if isinstance(sharding, NamedSharding) and any(sharding.spec):
+        return sharding
+    return given
+
+
+def on_whole_matrices(
+    fn: Callable[..., tuple[Array, ...]],
+    operands: Sequence[Array],
+    specs: Sequence[PartitionSpec],
+    out_specs: Sequence[PartitionSpec],
+    mesh: Mesh | AbstractMesh,
+    *,
+    share_over: Sequence[str] = (),
+) -> tuple[Array, ...]:
+    """Apply `fn` to whole matrices, each device to its own share of the batch.
+
+    Args:
+      fn: Maps arrays (b, ...) to a tuple of arrays (b, ...); entry i of every result may depend on
+        entry i of the operands only. Padding entries are zero.
+      operands: Arrays with one common leading batch axis. An operand that is not sharded over a
+        mesh axis that another one is sharded over is sliced (no communication).
+      specs: How each operand is laid out. Entries of the leading axis stay as they are.
+      out_specs: How each result shall be laid out; a result that is replicated over an exchanged
+        mesh axis is all-gathered, so keep these small (one number a matrix).
+      mesh: The mesh of the specs.
+      share_over: Mesh axes over which all operands are replicated and the work shall be divided
+        rather than repeated, at the price of one all-gather of the results.
+
+    Raises:
+      ValueError: Two operands are sharded over the same mesh axes in a different order.
+    """
+    batch = next((spec[0] for spec in specs if len(spec) and spec[0] is not None), None)
+    moved = _exchanged_axes((*specs, *out_specs))
+    if not moved and not share_over:
+        return fn(*operands)
+    order = (*moved, *((name,) for name in share_over))
+    owners = math.prod(mesh.shape[name] for names in order for name in names)
+
+    def local(*blocks: Array) -> tuple[Array, ...]:
+        size = blocks[0].shape[0]
+        padding = -size % owners
+        blocks = tuple(jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)) for x in blocks)
+        whole = [_take(x, spec, order, mesh) for x, spec in zip(blocks, specs, strict=True)]
+        results = fn(*whole)
+        back = [_give_back(y, spec, order) for y, spec in zip(results, out_specs, strict=True)]
+        return tuple(y[:size] for y in back)
+
+    def with_batch(spec: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(batch, *spec[1:])
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=tuple(with_batch(spec) for spec in specs),
+        out_specs=tuple(with_batch(spec) for spec in out_specs),
+        # Results of replicated operands are replicated by construction; the checker cannot see it.
+        check_vma=False,
+    )(*operands)
+
+
+def _names(entry) -> AxisNames:
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _exchanged_axes(specs: Sequence[PartitionSpec]) -> list[AxisNames]:
+    """Mesh axes by which matrix axes are sharded, as exchanged: one tuple an array axis."""
+    found: list[AxisNames] = []
+    for spec in specs:
+        for entry in spec[1:]:
+            if entry is not None and _names(entry) not in found:
+                found.append(_names(entry))
+    flat = [name for names in found for name in names]
+    if len(flat) != len(set(flat)):
+        raise ValueError(
+            f"the operands are sharded over the same mesh axes in different ways: {tuple(specs)}"
+        )
+    return found
+
+
+def _array_axis(spec: PartitionSpec, names: AxisNames) -> int | None:
+    for axis, entry in enumerate(spec):
+        if axis > 0 and entry is not None and _names(entry) == names:
+            return axis
+    return None
+
+
+def _take(x: Array, spec: PartitionSpec, order: Sequence[AxisNames], mesh) -> Array:
+    for names in order:
+        axis = _array_axis(spec, names)
+        if axis is not None:
+            x = lax.all_to_all(x, names, split_axis=0, concat_axis=axis, tiled=True)
+        else:
+            share = x.shape[0] // math.prod(mesh.shape[name] for name in names)
+            x = lax.dynamic_slice_in_dim(x, lax.axis_index(names) * share, share)
+    return x
+
+
+def _give_back(y: Array, spec: PartitionSpec, order: Sequence[AxisNames]) -> Array:
+    for names in reversed(order):
+        axis = _array_axis(spec, names)
+        if axis is not None:
+            y = lax.all_to_all(y, names, split_axis=axis, concat_axis=0, tiled=True)
+        else:
+            y = lax.all_gather(y, names, axis=0, tiled=True)
+    return y
