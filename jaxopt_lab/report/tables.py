@@ -26,7 +26,7 @@ def format_table(
       ValueError: If a row has another number of cells than there are headers.
 
     >>> print(format_table(["rule", "ms"], [["lion", 0.63], ["muon", 8.7]]))
-    rule   ms
+    rule    ms
     ----  ----
     lion  0.63
     muon  8.70
@@ -57,12 +57,8 @@ def format_table(
 
     body = [line(cells) for cells in zip(*texts, strict=True)]
     if not markdown:
-        centred = [
-            h.center(w) if right else h
-            for h, w, right in zip(headers, widths, numeric, strict=True)
-        ]
         rule = "  ".join("-" * width for width in widths)
-        return "\n".join(text.rstrip() for text in [line(centred), rule, *body])
+        return "\n".join(text.rstrip() for text in [line(headers), rule, *body])
     rule = " | ".join(
         "-" * (width - 1) + ":" if right else "-" * width
         for width, right in zip(widths, numeric, strict=True)
@@ -87,7 +83,7 @@ def _decimals(floats: Sequence[float]) -> int:
         return 1
     shared = _SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(max(floats)))
     needed = max(_needed_decimals(value) for value in floats)
-    smallest = 1 - math.floor(math.log10(min(floats)))
+    smallest = 2 - math.floor(math.log10(min(floats)))
     return min(max(shared, smallest, 0), needed, _MAX_DECIMALS)
 
 

@@ -1,0 +1,62 @@
+import io
+
+from jaxopt_lab.report import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def run(progress, clock, steps, seconds_per_step):
+    for step in steps:
+        clock.now += seconds_per_step
+        progress.update(step, loss=2.0, rate=1e-3)
+
+
+def test_plain_lines_come_every_interval_and_at_the_end():
+    stream, clock = io.StringIO(), Clock()
+    with Progress(100, stream=stream, interval=5.0, clock=clock) as progress:
+        run(progress, clock, range(1, 101), 1.0)
+    steps = [int(line.split()[1].split("/")[0]) for line in stream.getvalue().splitlines()]
+    assert steps == [*range(1, 101, 5), 100]
+
+
+def test_speed_and_remaining_time():
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(1000, tokens_per_step=8192, stream=stream, interval=0.0, clock=clock)
+    run(progress, clock, range(1, 101), 0.5)
+    assert progress.steps_per_second() == 2.0
+    assert stream.getvalue().splitlines()[-1] == (
+        "step 100/1000  loss 2.0000  rate 1.00e-03  16k tokens/s  eta 7:30"
+    )
+
+
+def test_an_evaluation_does_not_count_as_training_time():
+    clock = Clock()
+    progress = Progress(1000, stream=io.StringIO(), clock=clock)
+    run(progress, clock, range(1, 11), 0.5)
+    clock.now += 60.0
+    progress.evaluation(10, {"loss": 2.1})
+    run(progress, clock, range(11, 21), 0.5)
+    assert progress.steps_per_second() == 2.0
+
+
+def test_messages_and_evaluations_stand_above_the_live_line():
+    stream, clock = Terminal(), Clock()
+    with Progress(10, tokens_per_step=10, stream=stream, clock=clock) as progress:
+        run(progress, clock, range(1, 6), 0.1)
+        progress.message("saved [checkpoints]/5")
+        progress.evaluation(5, {"loss": 3.25, "bits/byte": 1.5})
+        run(progress, clock, range(6, 11), 0.1)
+    output = stream.getvalue()
+    assert "saved [checkpoints]/5\n" in output
+    assert "step 5/10  evaluation  loss 3.2500  bits/byte 1.5000\n" in output
+    assert output.rindex("loss 2.0000") > output.index("evaluation")
