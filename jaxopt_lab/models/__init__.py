@@ -1,1 +1,37 @@
-"""Flax NNX transformers."""
+"""Flax NNX transformers, and what optimizers, trainers and meshes need to know about them."""
+
+from jaxopt_lab.models.config import DecoderConfig
+from jaxopt_lab.models.cross_entropy import loss
+from jaxopt_lab.models.decoder import Decoder, Params, apply, bind, init_params
+from jaxopt_lab.models.layout import (
+    abstract_params,
+    flops_per_token,
+    logical_axes,
+    matrix_axes,
+    parameter_count,
+    partition_specs,
+    roles,
+)
+from jaxopt_lab.models.presets import PRESETS
+from jaxopt_lab.models.sampling import generate
+from jaxopt_lab.models.sharding import DEFAULT_RULES
+
+__all__ = [
+    "DEFAULT_RULES",
+    "PRESETS",
+    "Decoder",
+    "DecoderConfig",
+    "Params",
+    "abstract_params",
+    "apply",
+    "bind",
+    "flops_per_token",
+    "generate",
+    "init_params",
+    "logical_axes",
+    "loss",
+    "matrix_axes",
+    "parameter_count",
+    "partition_specs",
+    "roles",
+]

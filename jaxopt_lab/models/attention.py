@@ -1,0 +1,89 @@
+"""Rotary positions and causal attention on arrays (batch, positions, heads, head width)."""
+
+import jax
+import jax.numpy as jnp
+
+_CUDNN_MAX_HEAD_WIDTH = 128
+
+
+def rotate(x_BxTxHxE: jax.Array, base: float) -> jax.Array:
+    """Rotary position embedding in the half-split convention.
+
+    Coordinates i and i + E/2 form a plane that is turned by the angle t base^(-2 i / E) at
+    position t, so that the product of a query and a key depends on their distance alone.
+
+    Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding",
+    arXiv 2104.09864; the pairing is that of the Hugging Face LLaMA layout.
+    """
+    T, E = x_BxTxHxE.shape[1], x_BxTxHxE.shape[3]
+    dtype = jnp.promote_types(x_BxTxHxE.dtype, jnp.float32)
+    frequency_E = base ** (-jnp.arange(0, E, 2, dtype=dtype) / E)
+    angle_TxE = jnp.arange(T, dtype=dtype)[:, None] * frequency_E
+    cos_Tx1xE, sin_Tx1xE = jnp.cos(angle_TxE)[:, None], jnp.sin(angle_TxE)[:, None]
+    a, b = jnp.split(x_BxTxHxE, 2, axis=-1)
+    turned = (a * cos_Tx1xE - b * sin_Tx1xE, b * cos_Tx1xE + a * sin_Tx1xE)
+    return jnp.concatenate(turned, axis=-1).astype(x_BxTxHxE.dtype)
+
+
+def attend(
+    q_BxTxHxE: jax.Array,
+    k_BxTxKxE: jax.Array,
+    v_BxTxKxE: jax.Array,
+    segment_ids_BxT: jax.Array | None = None,
+    *,
+    kernel: str = "auto",
+) -> jax.Array:
+    """Causal attention with grouped key and value heads, optionally within documents.
+
+    Args:
+        q_BxTxHxE: queries.
+        k_BxTxKxE: keys; K divides H.
+        v_BxTxKxE: values.
+        segment_ids_BxT: document of each position; a position sees its own document only.
+        kernel: "xla", "cudnn", or "auto" for cuDNN where it applies.
+
+    Returns:
+        The mixed values, (B, T, H, E).
+    """
+    mask_Bx1xTxT = None
+    if segment_ids_BxT is not None:
+        mask_Bx1xTxT = (segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :])[:, None]
+    if q_BxTxHxE.dtype == jnp.float64:
+        return _attend_float64(q_BxTxHxE, k_BxTxKxE, v_BxTxKxE, mask_Bx1xTxT)
+    if kernel == "auto":
+        kernel = "cudnn" if _cudnn_applies(q_BxTxHxE) else "xla"
+    return jax.nn.dot_product_attention(
+        q_BxTxHxE,
+        k_BxTxKxE,
+        v_BxTxKxE,
+        mask=mask_Bx1xTxT,
+        is_causal=True,
+        implementation="cudnn" if kernel == "cudnn" else "xla",
+    )
+
+
+def _cudnn_applies(q_BxTxHxE: jax.Array) -> bool:
+    """Whether cuDNN's fused attention takes these queries on the default backend."""
+    T, E = q_BxTxHxE.shape[1], q_BxTxHxE.shape[3]
+    half = q_BxTxHxE.dtype in (jnp.bfloat16, jnp.float16)
+    shapes = E % 8 == 0 and E <= _CUDNN_MAX_HEAD_WIDTH and T % 2 == 0
+    return half and shapes and jax.default_backend() == "gpu"
+
+
+def _attend_float64(
+    q_BxTxHxE: jax.Array,
+    k_BxTxKxE: jax.Array,
+    v_BxTxKxE: jax.Array,
+    mask_Bx1xTxT: jax.Array | None,
+) -> jax.Array:
+    """The definition; `jax.nn.dot_product_attention` takes its softmax in float32 always."""
+    B, T, H, E = q_BxTxHxE.shape
+    K = k_BxTxKxE.shape[2]
+    q_BxTxKxGxE = q_BxTxHxE.reshape(B, T, K, H // K, E)
+    scores_BxKxGxTxS = jnp.einsum("btkge,bske->bkgts", q_BxTxKxGxE, k_BxTxKxE) / E**0.5
+    visible = jnp.tril(jnp.ones((T, T), bool))
+    if mask_Bx1xTxT is not None:
+        visible = visible & mask_Bx1xTxT[:, :, None]
+    scores_BxKxGxTxS = jnp.where(visible, scores_BxKxGxTxS, -jnp.inf)
+    weights_BxKxGxTxS = jax.nn.softmax(scores_BxKxGxTxS, axis=-1)
+    return jnp.einsum("bkgts,bske->btkge", weights_BxKxGxTxS, v_BxTxKxE).reshape(B, T, H, E)

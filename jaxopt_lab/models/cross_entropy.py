@@ -1,0 +1,145 @@
+"""Next-token cross-entropy, whole or in chunks of positions.
+
+Logits stay in the compute dtype; their log-sum-exp is taken in float32 or wider. The logits are
+the largest array of a training step. The chunked form never holds more than one chunk of them and
+needs no second pass: the forward pass also computes the gradient with respect to the hidden
+states and the head, and the backward pass only scales it.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxopt_lab.models.config import DecoderConfig
+from jaxopt_lab.models.decoder import Params, bind
+from jaxopt_lab.models.sharding import constrain
+
+
+def loss(
+    config: DecoderConfig,
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    *,
+    z_loss: float = 0.0,
+    head_chunks: int = 1,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean next-token loss of a batch.
+
+    For logits s and target y at each of the N valid positions,
+    loss = 1/N sum (log sum exp s - s_y + z_loss (log sum exp s)^2).
+
+    Args:
+        config: of the decoder.
+        params: as from `init_params`.
+        batch: ``tokens`` (B, T + 1), position t predicts token t + 1; optional ``mask`` (B, T)
+            that is nonzero where the prediction counts; ``segment_ids`` (B, T) or (B, T + 1),
+            used with ``config.document_mask``.
+        z_loss: weight of the squared log-sum-exp, which keeps logits from drifting.
+        head_chunks: pieces into which the T positions are cut for the head; 1 keeps all logits
+            for the backward pass.
+        mesh: with axes among data, fsdp and tensor, pins activations to it.
+
+    Returns:
+        The objective, a scalar in nats per token, and a dict of scalars that carry no gradient:
+        ``tokens``, the number N of valid positions, and ``cross_entropy``, the mean without the
+        z-loss.
+
+    Raises:
+        ValueError: for inputs that do not fit the config, or T not divisible by ``head_chunks``.
+    """
+    tokens_BxT, targets_BxT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+    segment_ids_BxT = None
+    if config.document_mask:
+        if "segment_ids" not in batch:
+            raise ValueError("batch: no segment_ids, which document_mask = True needs")
+        segment_ids_BxT = batch["segment_ids"][:, : tokens_BxT.shape[1]]
+    if head_chunks < 1 or targets_BxT.shape[1] % head_chunks:
+        raise ValueError(
+            f"head_chunks: got {head_chunks}, wanted a divisor of {targets_BxT.shape[1]} positions"
+        )
+    decoder = bind(config, params)
+    x_BxTxD = decoder.hidden(tokens_BxT, segment_ids_BxT, mesh=mesh)
+    dtype = jnp.promote_types(x_BxTxD.dtype, jnp.float32)
+    mask_BxT = batch.get("mask")
+    if mask_BxT is None:
+        mask_BxT = jnp.ones(targets_BxT.shape, bool)
+    elif mask_BxT.shape != targets_BxT.shape:
+        raise ValueError(f"mask: got shape {mask_BxT.shape}, wanted {targets_BxT.shape}")
+    count = jnp.sum(mask_BxT != 0, dtype=jnp.int32)
+    weights_BxT = (mask_BxT != 0).astype(dtype) / jnp.maximum(count, 1).astype(dtype)
+
+    sums = _weighted_sums if head_chunks == 1 else _chunked_sums(head_chunks)
+    constants = (targets_BxT, weights_BxT)
+    objective, nats = sums(x_BxTxD, decoder.head_kernel(), *constants, z_loss, mesh)
+    return objective, {"tokens": count, "cross_entropy": jax.lax.stop_gradient(nats)}
+
+
+def _weighted_sums(
+    x_BxTxD: jax.Array,
+    head_DxV: jax.Array,
+    targets_BxT: jax.Array,
+    weights_BxT: jax.Array,
+    z_loss: float,
+    mesh: Mesh | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sums over positions of the objective and of the plain cross-entropy."""
+    logits_BxTxV = constrain(x_BxTxD @ head_DxV, mesh, ("batch", None, "vocab"))
+    logits_BxTxV = logits_BxTxV.astype(jnp.promote_types(logits_BxTxV.dtype, jnp.float32))
+    normaliser_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
+    # A masked sum and not a gather: it stays local when the vocabulary is sharded, and its
+    # gradient is elementwise where a gather's is a scatter.
+    is_target_BxTxV = jnp.arange(logits_BxTxV.shape[-1]) == targets_BxT[:, :, None]
+    nats_BxT = normaliser_BxT - jnp.sum(jnp.where(is_target_BxTxV, logits_BxTxV, 0), axis=-1)
+    objective_BxT = nats_BxT + z_loss * jnp.square(normaliser_BxT)
+    return jnp.sum(weights_BxT * objective_BxT), jnp.sum(weights_BxT * nats_BxT)
+
+
+@functools.cache
+def _chunked_sums(chunks: int) -> Any:
+    """`_weighted_sums` over pieces of the positions, differentiated in its forward pass."""
+
+    def split(a_BxTx: jax.Array) -> jax.Array:
+        # Pieces of T keep every device busy with its own rows of a sharded batch.
+        shape = (a_BxTx.shape[0], chunks, -1, *a_BxTx.shape[2:])
+        return jnp.moveaxis(a_BxTx.reshape(shape), 1, 0)
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+    def sums(x_BxTxD, head_DxV, targets_BxT, weights_BxT, z_loss, mesh):
+        def chunk(totals, piece):
+            x, targets, weights = piece
+            values = _weighted_sums(x, head_DxV, targets, weights, z_loss, mesh)
+            return jax.tree.map(jnp.add, totals, values), None
+
+        zero = jnp.zeros((), weights_BxT.dtype)
+        pieces = jax.tree.map(split, (x_BxTxD, targets_BxT, weights_BxT))
+        return jax.lax.scan(chunk, (zero, zero), pieces)[0]
+
+    def forward(x_BxTxD, head_DxV, targets_BxT, weights_BxT, z_loss, mesh):
+        gradient = jax.value_and_grad(_weighted_sums, argnums=(0, 1), has_aux=True)
+
+        def chunk(carry, piece):
+            totals, dhead_DxV = carry
+            x, targets, weights = piece
+            values, (dx, dhead) = gradient(x, head_DxV, targets, weights, z_loss, mesh)
+            return (jax.tree.map(jnp.add, totals, values), dhead_DxV + dhead), dx
+
+        zero = jnp.zeros((), weights_BxT.dtype)
+        # One sum over all chunks: in float32 even when the head is bfloat16.
+        dhead_DxV = jnp.zeros(head_DxV.shape, weights_BxT.dtype)
+        pieces = jax.tree.map(split, (x_BxTxD, targets_BxT, weights_BxT))
+        (totals, dhead_DxV), dx = jax.lax.scan(chunk, ((zero, zero), dhead_DxV), pieces)
+        dx_BxTxD = jnp.moveaxis(dx, 0, 1).reshape(x_BxTxD.shape)
+        return totals, (dx_BxTxD, dhead_DxV.astype(head_DxV.dtype))
+
+    def backward(z_loss, mesh, residuals, cotangents):
+        # Only the objective carries a gradient; the caller stops the one of the cross-entropy.
+        scaled = (cotangents[0].astype(g.dtype) * g for g in residuals)
+        return (*scaled, None, None)
+
+    sums.defvjp(forward, backward)
+    return sums

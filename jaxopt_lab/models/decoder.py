@@ -1,0 +1,205 @@
+"""One decoder-only transformer, GPT-2 and LLaMA style, as an NNX module and as pure functions.
+
+The module is for NNX users. Everything else in this library sees parameters as a plain nested
+dict of arrays, `init_params`, and pure functions of it, `apply` and `hidden`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxopt_lab.models.config import DecoderConfig, check_dtypes, check_tokens
+from jaxopt_lab.models.layers import Block, Norm, normal, parameter
+from jaxopt_lab.models.sharding import constrain
+
+Params = dict[str, Any]
+
+
+class Embedding(nnx.Module):
+    """Token table and, for learned positions, a position table."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        """Draws the tables."""
+        self.config = config
+        tokens_VxD = normal(config, rngs, (config.vocab_size, config.width))
+        self.tokens = parameter(tokens_VxD, "embedding", ("vocab", "embed"))
+        if config.positions == "learned":
+            positions_CxD = normal(config, rngs, (config.context, config.width))
+            self.positions = parameter(positions_CxD, "position", ("position", "embed"))
+
+    def __call__(self, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array | None) -> jax.Array:
+        """Looks up and adds."""
+        # Rows are gathered before the cast: the gradient of a frequent token is a sum of
+        # thousands of terms, which bfloat16 would truncate.
+        x_BxTxD = self.tokens[...][tokens_BxT]
+        if self.config.positions == "learned":
+            index = jnp.arange(tokens_BxT.shape[1])
+            if segment_ids_BxT is not None:
+                index = _position_in_document(segment_ids_BxT)
+            x_BxTxD = x_BxTxD + self.positions[...][index]
+        return x_BxTxD.astype(self.config.compute_dtype)
+
+
+class Decoder(nnx.Module):
+    """Decoder-only transformer with its layers stacked: every layer leaf is (L, ...).
+
+    Args:
+        config: shape and numerics.
+        rngs: its ``params`` stream seeds the weights: N(0, 0.02^2), with the two projections of a
+            layer that write to the residual stream scaled by 1 / sqrt(2 L); norms 1, biases 0.
+
+    >>> config = DecoderConfig(vocab_size=64, width=32, depth=2, heads=4, context=16)
+    >>> Decoder(config, rngs=nnx.Rngs(0))(jnp.zeros((1, 8), int)).shape
+    (1, 8, 64)
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        """Draws all parameters."""
+        check_dtypes(config)
+        self.config = config
+        self.embedding = Embedding(config, rngs=rngs)
+        self.layers = _stacked_layers(config, rngs)
+        self.final_norm = Norm(config)
+        if not config.tied:
+            kernel_DxV = normal(config, rngs, (config.width, config.vocab_size))
+            self.head = parameter(kernel_DxV, "head", ("embed", "vocab"))
+
+    def __call__(
+        self,
+        tokens_BxT: jax.Array,
+        segment_ids_BxT: jax.Array | None = None,
+        *,
+        mesh: Mesh | None = None,
+    ) -> jax.Array:
+        """Logits of the next token at every position, (B, T, V), in the compute dtype."""
+        x_BxTxD = self.hidden(tokens_BxT, segment_ids_BxT, mesh=mesh)
+        return constrain(x_BxTxD @ self.head_kernel(), mesh, ("batch", None, "vocab"))
+
+    def hidden(
+        self,
+        tokens_BxT: jax.Array,
+        segment_ids_BxT: jax.Array | None = None,
+        *,
+        mesh: Mesh | None = None,
+    ) -> jax.Array:
+        """The normalised residual stream that the head reads, (B, T, D)."""
+        check_tokens(self.config, tokens_BxT, segment_ids_BxT)
+        x_BxTxD = self.embedding(tokens_BxT, segment_ids_BxT)
+        x_BxTxD = constrain(x_BxTxD, mesh, ("batch", None, None))
+        return self.final_norm(self._through_layers(x_BxTxD, segment_ids_BxT, mesh))
+
+    def head_kernel(self) -> jax.Array:
+        """The output matrix (D, V) in the compute dtype."""
+        kernel_DxV = self.embedding.tokens[...].T if self.config.tied else self.head[...]
+        return kernel_DxV.astype(self.config.compute_dtype)
+
+    def _through_layers(
+        self, x_BxTxD: jax.Array, segment_ids_BxT: jax.Array | None, mesh: Mesh | None
+    ) -> jax.Array:
+        config = self.config
+        graphdef, stacked = nnx.split(self.layers)
+        # One cast of whole stacks is cheaper than one per layer. Vectors stay: their gradients
+        # are long sums, and the norms work in float32 anyway.
+        stacked = jax.tree.map(
+            lambda w: w.astype(config.compute_dtype) if w.ndim > 2 else w, stacked
+        )
+
+        def layer(x_BxTxD: jax.Array, weights: Any) -> jax.Array:
+            return nnx.merge(graphdef, weights)(x_BxTxD, segment_ids_BxT, mesh)
+
+        scanned = config.loop == "scanned"
+        if config.remat != "none":
+            policy = None
+            if config.remat == "dots":
+                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=not scanned)
+        if scanned:
+            return jax.lax.scan(lambda x, w: (layer(x, w), None), x_BxTxD, stacked)[0]
+        for i in range(config.depth):
+            x_BxTxD = layer(x_BxTxD, jax.tree.map(lambda w, i=i: w[i], stacked))
+        return x_BxTxD
+
+
+def init_params(config: DecoderConfig, key: jax.Array) -> Params:
+    """Initial parameters as a plain nested dict of arrays.
+
+    Values depend on the key alone, so under ``jax.jit(..., out_shardings=...)`` every device
+    creates its own shards of the same parameters.
+
+    Args:
+        config: shape and numerics.
+        key: typed or raw PRNG key.
+
+    Raises:
+        ValueError: for float64 parameters while ``jax_enable_x64`` is off.
+    """
+    check_dtypes(config)
+    return _init_params(config, key)
+
+
+def apply(
+    config: DecoderConfig,
+    params: Params,
+    tokens_BxT: jax.Array,
+    segment_ids_BxT: jax.Array | None = None,
+    *,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """Logits of the next token at every position.
+
+    Args:
+        config: shape and numerics.
+        params: as from `init_params`.
+        tokens_BxT: token ids, at most ``config.context`` positions.
+        segment_ids_BxT: document of each position; exactly when ``config.document_mask``.
+        mesh: with axes among data, fsdp and tensor, pins activations to it (inside ``jax.jit``).
+
+    Returns:
+        Logits (B, T, V) in the compute dtype.
+
+    Raises:
+        ValueError: for too many positions, or missing or unwanted segment ids.
+
+    >>> config = DecoderConfig(vocab_size=64, width=32, depth=2, heads=4, context=16)
+    >>> params = init_params(config, jax.random.key(0))
+    >>> apply(config, params, jnp.zeros((1, 8), int)).shape
+    (1, 8, 64)
+    """
+    return bind(config, params)(tokens_BxT, segment_ids_BxT, mesh=mesh)
+
+
+def bind(config: DecoderConfig, params: Params) -> Decoder:
+    """The NNX module that holds these parameters; costs nothing inside ``jax.jit``."""
+    return nnx.merge(nnx.graphdef(abstract_decoder(config)), params)
+
+
+@functools.lru_cache(maxsize=64)
+def abstract_decoder(config: DecoderConfig) -> Decoder:
+    """The module with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init_params(config: DecoderConfig, key: jax.Array) -> Params:
+    decoder = Decoder(config, rngs=nnx.Rngs(params=key))
+    return nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+
+
+def _stacked_layers(config: DecoderConfig, rngs: nnx.Rngs) -> Block:
+    @nnx.split_rngs(splits=config.depth)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(rngs: nnx.Rngs) -> Block:
+        return Block(config, rngs=rngs)
+
+    return stack(rngs)
+
+
+def _position_in_document(segment_ids_BxT: jax.Array) -> jax.Array:
+    """Distance from the start of the run of equal segment ids."""
+    index_T = jnp.arange(segment_ids_BxT.shape[1])
+    starts_BxT = jnp.diff(segment_ids_BxT, axis=1, prepend=segment_ids_BxT[:, :1]) != 0
+    return index_T - jax.lax.cummax(jnp.where(starts_BxT, index_T, 0), axis=1)

@@ -1,0 +1,176 @@
+"""The parts of a decoder layer, written for one layer; storage stacks them.
+
+Array names end in their axes: B batch, T query positions, S key positions, D width, H heads,
+K key and value heads, E head width, F hidden units.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxopt_lab.models.attention import attend, rotate
+from jaxopt_lab.models.config import DecoderConfig
+from jaxopt_lab.models.sharding import constrain
+
+INIT_STD = 0.02
+
+
+def parameter(value: jax.Array, role: str, axes: tuple[str | None, ...]) -> nnx.Param:
+    """A parameter that carries its role and the logical names of its axes."""
+    return nnx.Param(value, role=role, axes=axes)
+
+
+def normal(
+    config: DecoderConfig, rngs: nnx.Rngs, shape: tuple[int, ...], std: float = INIT_STD
+) -> jax.Array:
+    """Draws N(0, std^2) in the parameters' precision."""
+    return std * jax.random.normal(rngs.params(), shape, config.param_dtype)
+
+
+def zeros(config: DecoderConfig, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    """A bias."""
+    return parameter(jnp.zeros(shape, config.param_dtype), "bias", axes)
+
+
+def residual_std(config: DecoderConfig) -> float:
+    """Standard deviation of the two projections that write to the residual stream.
+
+    Each layer adds two terms, so 1 / sqrt(2 L) keeps the stream's variance independent of depth
+    (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019).
+    """
+    return INIT_STD / math.sqrt(2 * config.depth)
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm over the last axis, in float32 or wider."""
+
+    def __init__(self, config: DecoderConfig):
+        """Starts as the identity scale."""
+        self.config = config
+        self.scale = parameter(jnp.ones(config.width, config.param_dtype), "norm", ("stream",))
+        biased = config.norm == "layer" and config.bias
+        self.bias = zeros(config, (config.width,), ("stream",)) if biased else None
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Normalises and scales."""
+        # The scale multiplies before the cast: its gradient is a sum over all tokens, which would
+        # lose its small terms in bfloat16.
+        y_BxTxD = x_BxTxD.astype(jnp.promote_types(x_BxTxD.dtype, jnp.float32))
+        if self.config.norm == "layer":
+            y_BxTxD = y_BxTxD - jnp.mean(y_BxTxD, -1, keepdims=True)
+        variance = jnp.mean(jnp.square(y_BxTxD), -1, keepdims=True)
+        y_BxTxD = y_BxTxD * jax.lax.rsqrt(variance + self.config.norm_eps) * self.scale[...]
+        if self.bias is not None:
+            y_BxTxD = y_BxTxD + self.bias[...]
+        return y_BxTxD.astype(x_BxTxD.dtype)
+
+
+class Linear(nnx.Module):
+    """y = x W + b with W stored (in, *out)."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        *,
+        rngs: nnx.Rngs,
+        std: float = INIT_STD,
+    ):
+        """Draws the kernel; the bias starts at zero."""
+        self.kernel = parameter(normal(config, rngs, shape, std), "matrix", axes)
+        # Vectors along the residual stream are replicated, like the stream itself.
+        bias_axes = tuple("stream" if name == "embed" else name for name in axes[1:])
+        self.bias = zeros(config, shape[1:], bias_axes) if config.bias else None
+
+    def __call__(self, x_BxTxI: jax.Array) -> jax.Array:
+        """Applies the map to the last axis."""
+        y = jnp.tensordot(x_BxTxI, self.kernel[...].astype(x_BxTxI.dtype), axes=1)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention; one fused projection, or separate q and kv for grouped queries."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        """Builds the projections."""
+        self.config = config
+        d, k = config.width, config.num_kv_heads * config.head_width
+        if k == d:
+            self.qkv = Linear(config, (d, 3, d), ("embed", None, "heads"), rngs=rngs)
+        else:
+            self.q = Linear(config, (d, d), ("embed", "heads"), rngs=rngs)
+            self.kv = Linear(config, (d, 2, k), ("embed", None, "kv_heads"), rngs=rngs)
+        std = residual_std(config)
+        self.out = Linear(config, (d, d), ("heads", "embed"), rngs=rngs, std=std)
+
+    def __call__(
+        self, x_BxTxD: jax.Array, segment_ids_BxT: jax.Array | None, mesh: Mesh | None
+    ) -> jax.Array:
+        """Mixes positions."""
+        config = self.config
+        B, T, D = x_BxTxD.shape
+        if hasattr(self, "qkv"):
+            qkv_BxTx3xD = self.qkv(x_BxTxD)
+            projections = [qkv_BxTx3xD[:, :, i] for i in range(3)]
+        else:
+            kv_BxTx2xK = self.kv(x_BxTxD)
+            projections = [self.q(x_BxTxD), kv_BxTx2xK[:, :, 0], kv_BxTx2xK[:, :, 1]]
+        axes = ("batch", None, "heads", None)
+        q_BxTxHxE, k_BxTxKxE, v_BxTxKxE = (
+            constrain(p.reshape(B, T, -1, config.head_width), mesh, axes) for p in projections
+        )
+        if config.positions == "rope":
+            q_BxTxHxE = rotate(q_BxTxHxE, config.rope_base)
+            k_BxTxKxE = rotate(k_BxTxKxE, config.rope_base)
+        y_BxTxHxE = attend(
+            q_BxTxHxE, k_BxTxKxE, v_BxTxKxE, segment_ids_BxT, kernel=config.attention
+        )
+        return self.out(y_BxTxHxE.reshape(B, T, D))
+
+
+class MLP(nnx.Module):
+    """down(silu(gate x) * up x), or down(gelu(up x))."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        """Builds the projections."""
+        self.config = config
+        d, f = config.width, config.hidden_width
+        self.up = Linear(config, (d, f), ("embed", "hidden"), rngs=rngs)
+        if config.mlp == "swiglu":
+            self.gate = Linear(config, (d, f), ("embed", "hidden"), rngs=rngs)
+        std = residual_std(config)
+        self.down = Linear(config, (f, d), ("hidden", "embed"), rngs=rngs, std=std)
+
+    def __call__(self, x_BxTxD: jax.Array, mesh: Mesh | None) -> jax.Array:
+        """Transforms each position."""
+        h_BxTxF = self.up(x_BxTxD)
+        if self.config.mlp == "swiglu":
+            h_BxTxF = jax.nn.silu(self.gate(x_BxTxD)) * h_BxTxF
+        else:
+            h_BxTxF = jax.nn.gelu(h_BxTxF, approximate=True)
+        return self.down(constrain(h_BxTxF, mesh, ("batch", None, "hidden")))
+
+
+class Block(nnx.Module):
+    """One pre-norm layer: x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        """Builds both sublayers."""
+        self.attention_norm = Norm(config)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = Norm(config)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(
+        self, x_BxTxD: jax.Array, segment_ids_BxT: Any = None, mesh: Mesh | None = None
+    ) -> jax.Array:
+        """Applies the layer."""
+        stream = ("batch", None, None)
+        y_BxTxD = self.attention(self.attention_norm(x_BxTxD), segment_ids_BxT, mesh)
+        x_BxTxD = constrain(x_BxTxD + y_BxTxD, mesh, stream)
+        return constrain(x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD), mesh), mesh, stream)
