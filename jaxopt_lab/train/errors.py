@@ -1,0 +1,29 @@
+"""What goes wrong for reasons the user can act on; the command line prints these as one line."""
+
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work, found before anything is compiled.
+
+    Args:
+      field: Dotted name of the setting, as on the command line (`mesh.fsdp`).
+      value: What was given.
+      wanted: What would be right.
+
+    >>> str(ConfigError("steps", 0, "expected at least 1"))
+    'steps: got 0, expected at least 1'
+    """
+
+    def __init__(self, field: str, value: Any, wanted: str):
+        """Builds the message from field, value and remedy."""
+        super().__init__(f"{field}: got {value!r}, {wanted}")
+        self.field = field
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read, or used for this run."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on, for example after too many non-finite steps."""
