@@ -1,0 +1,255 @@
+"""Training batches: packed windows, a pure function of (seed, step)."""
+
+import collections
+import concurrent.futures
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxopt_lab.data.corpora import Corpus, CorpusPart
+
+Batch = dict[str, np.ndarray]
+
+_GOLDEN = 0.6180339887498949
+
+
+class TrainBatches(Iterator[Batch]):
+    """Iterates over training batches from `start_step` on, without end.
+
+    `batch_at(step)` gives any batch directly. Iterating computes the next batches in one thread,
+    which `close` (or leaving the `with` block) stops; an error in it is raised by `next`.
+    """
+
+    def __init__(self, rows: "_Rows", *, start_step: int, prefetch: int):
+        """Use `train_batches`."""
+        self._rows = rows
+        self._next_step = start_step
+        self._prefetch = prefetch
+        self._executor: concurrent.futures.ThreadPoolExecutor | None = None
+        self._pending: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
+        self._closed = False
+
+    @property
+    def step(self) -> int:
+        """The step whose batch `next` gives: with the seed, the whole state of the iterator."""
+        return self._next_step
+
+    def batch_at(self, step: int) -> Batch:
+        """This process's rows of the batch of a step."""
+        return self._rows.batch_at(step)
+
+    def __next__(self) -> Batch:
+        """The batch of `step`."""
+        if self._closed:
+            raise RuntimeError("these batches are closed; make new ones with start_step")
+        try:
+            batch = self._take() if self._prefetch else self.batch_at(self._next_step)
+        except BaseException:
+            self.close()
+            raise
+        self._next_step += 1
+        return batch
+
+    def _take(self) -> Batch:
+        if self._executor is None:
+            self._executor = concurrent.futures.ThreadPoolExecutor(1, "train-batches")
+        while len(self._pending) <= self._prefetch:
+            step = self._next_step + len(self._pending)
+            self._pending.append(self._executor.submit(self._rows.batch_at, step))
+        return self._pending.popleft().result()
+
+    def close(self) -> None:
+        """Stops the thread; calling it twice is harmless."""
+        self._closed = True
+        self._pending.clear()
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor = None
+
+    def __enter__(self) -> "TrainBatches":
+        """Closes the batches at the end of the block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes the batches."""
+        self.close()
+
+
+def train_batches(
+    corpus: Corpus,
+    *,
+    batch_size: int,
+    context: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    segment_ids: bool = False,
+    prefetch: int = 2,
+) -> TrainBatches:
+    r"""Batches of windows of `context + 1` tokens.
+
+    An epoch cuts the training tokens, taken as a ring, into `num_tokens // context` windows whose
+    targets do not overlap, and visits them in a fresh permutation. Epoch $e$ starts cutting at
+    token $\lfloor T \{e \varphi\} \rfloor$ ($\varphi$ the golden ratio, $T$ the context), so that
+    later epochs see the documents at other positions. Rows of a mixture come from its parts in
+    the given proportions, each part counting its own epochs. Rows of step $s$ are numbered
+    $s B, \ldots, s B + B - 1$ whatever the number of processes, and a row is a function of its
+    number and the seed.
+
+    Args:
+        corpus: what `prepare` returned.
+        batch_size: rows of the global batch, B.
+        context: input tokens of a row, T.
+        seed: of the permutations.
+        start_step: where iteration starts.
+        process_index: which slice of rows to give.
+        process_count: into how many equal slices the rows are cut.
+        segment_ids: adds the index of the document within the window, from 1 on, per input token.
+        prefetch: batches computed ahead in a thread; 0 computes them on demand.
+
+    Returns:
+        An iterator of `{"tokens": (B / process_count, T + 1) int32}`, with `segment_ids`
+        `(B / process_count, T)` int32 where wanted; also `batch_at(step)`.
+
+    Raises:
+        ValueError: a number is out of range, the processes do not divide the batch, or the corpus
+            has fewer training tokens than one batch.
+    """
+    positive = {"batch_size": batch_size, "context": context, "process_count": process_count}
+    for field, value in positive.items():
+        if value < 1:
+            raise ValueError(f"{field} = {value}; wanted at least 1")
+    for field, value in {"seed": seed, "start_step": start_step, "prefetch": prefetch}.items():
+        if value < 0:
+            raise ValueError(f"{field} = {value}; wanted at least 0")
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process_index = {process_index}; wanted 0 to {process_count - 1} for "
+            f"process_count = {process_count}"
+        )
+    if batch_size % process_count:
+        raise ValueError(
+            f"batch_size = {batch_size} cannot be cut into process_count = {process_count} equal "
+            "slices"
+        )
+    _check_size(corpus, batch_size, context)
+    count = batch_size // process_count
+    local = range(process_index * count, (process_index + 1) * count)
+    rows = _Rows(corpus, batch_size, context, seed, local, segment_ids)
+    return TrainBatches(rows, start_step=start_step, prefetch=prefetch)
+
+
+def _check_size(corpus: Corpus, batch_size: int, context: int) -> None:
+    needed = batch_size * (context + 1)
+    if corpus.train.num_tokens < needed:
+        raise ValueError(
+            f"the corpus {corpus.name} has {corpus.train.num_tokens} training tokens, fewer than "
+            f"one batch: batch_size * (context + 1) = {batch_size} * {context + 1} = {needed}; "
+            "give more text, or a smaller batch_size or context"
+        )
+    for part in corpus.parts:
+        if part.stop - part.start <= context:
+            raise ValueError(
+                f"the part {part.name} of the corpus has {part.stop - part.start} training tokens, "
+                f"fewer than one window: context + 1 = {context + 1}; give more text or a smaller "
+                "context"
+            )
+
+
+def segments(
+    inputs: Int[np.ndarray, "batch time"], end_of_text: int
+) -> Int[np.ndarray, "batch time"]:
+    """The document of each input token within its window: 1, then one more after end-of-text."""
+    ends = inputs == end_of_text
+    # An end-of-text still belongs to the document that it ends.
+    return (1 + np.cumsum(ends, axis=1) - ends).astype(np.int32)
+
+
+class _Window(NamedTuple):
+    """Window number `index` of an epoch of one part."""
+
+    part: int
+    epoch: int
+    index: int
+
+
+class _Rows:
+    """The rows that one process reads of every batch."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        batch_size: int,
+        context: int,
+        seed: int,
+        local: range,
+        segment_ids: bool,
+    ):
+        self._corpus = corpus
+        self._batch_size = batch_size
+        self._context = context
+        self._local = local
+        self._segment_ids = segment_ids
+        self._windows = _window_order(corpus.parts, context, seed)
+
+    def batch_at(self, step: int) -> Batch:
+        if step < 0:
+            raise ValueError(f"step = {step}; wanted at least 0")
+        first = step * self._batch_size
+        windows = [self._windows[first + row] for row in self._local]
+        tokens = np.stack([self._read(window) for window in windows]).astype(np.int32)
+        if not self._segment_ids:
+            return {"tokens": tokens}
+        inputs = tokens[:, : self._context]
+        return {
+            "tokens": tokens,
+            "segment_ids": segments(inputs, self._corpus.tokenizer.end_of_text),
+        }
+
+    def _read(self, window: _Window) -> np.ndarray:
+        part = self._corpus.parts[window.part]
+        size = part.stop - part.start
+        offset = int(self._context * (window.epoch * _GOLDEN % 1.0))
+        start = part.start + (offset + window.index * self._context) % size
+        stop = start + self._context + 1
+        tokens = self._corpus.train.tokens
+        if stop <= part.stop:
+            return tokens[start:stop]
+        return np.concatenate(
+            [tokens[start : part.stop], tokens[part.start : part.start + stop - part.stop]]
+        )
+
+
+def _window_order(parts: tuple[CorpusPart, ...], context: int, seed: int) -> Any:
+    """A grain dataset: row number -> `_Window`, endless, random access in constant time."""
+    import grain
+
+    class Label(grain.transforms.MapWithIndex):
+        """Turns (row of the part, position within its epoch) into a `_Window`."""
+
+        def __init__(self, part: int, num_windows: int):
+            self._part = part
+            self._num_windows = num_windows
+
+        def map_with_index(self, index: int, element: int) -> _Window:
+            return _Window(self._part, index // self._num_windows, element)
+
+    orders = []
+    for number, part in enumerate(parts):
+        num_windows = (part.stop - part.start) // context
+        # Grain shuffles epoch e with seed + e: nearby seeds would share epochs, hashed ones do not.
+        hashed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        order = grain.MapDataset.range(num_windows).shuffle(hashed).repeat()
+        orders.append(order.map_with_index(Label(number, num_windows)))
+    if len(orders) == 1:
+        return orders[0]
+    return grain.MapDataset.mix(orders, [part.weight for part in parts])

@@ -1,0 +1,123 @@
+"""A directory of finished results: built once, complete or absent, checked when opened."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_MANIFEST = "entry.json"
+_CHUNK = 1 << 20
+
+Manifest = dict[str, Any]
+
+
+def cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The cache directory: the argument, else `JAXOPT_LAB_CACHE`, else the XDG cache directory."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    if own := os.environ.get("JAXOPT_LAB_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "jaxopt-lab"
+
+
+def open_or_build(
+    entry: Path, write: Callable[[Path], Manifest], on_progress: Callable[[str], None]
+) -> Manifest:
+    """Returns the manifest of a cache entry, building the entry where it is absent or damaged.
+
+    The entry is written into a temporary directory beside it and renamed, so a reader sees all of
+    it or nothing. Processes that want the same entry wait for the first one; where the file system
+    knows no locks they build it twice and the first rename wins.
+
+    Args:
+        entry: the entry's directory.
+        write: fills a directory and returns what the manifest shall say about it (JSON values).
+        on_progress: told when a damaged entry is rebuilt.
+    """
+    manifest = read_manifest(entry)
+    if manifest is not None and is_intact(entry, manifest):
+        return manifest
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(entry.with_name(entry.name + ".lock")) as locked:
+        manifest = read_manifest(entry)
+        if manifest is not None and is_intact(entry, manifest):
+            return manifest
+        if entry.exists():
+            on_progress(f"the cached {entry} is damaged: building it again")
+        if locked:
+            _remove_leftovers(entry)
+        return _build(entry, write)
+
+
+def read_manifest(entry: Path) -> Manifest | None:
+    """The manifest of an entry, or None where there is none that can be read."""
+    try:
+        manifest = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and "files" in manifest else None
+
+
+def is_intact(entry: Path, manifest: Manifest) -> bool:
+    """Whether every file of the entry is there with the bytes that were written."""
+    try:
+        return all(_digest(entry / name) == digest for name, digest in manifest["files"].items())
+    except OSError:
+        return False
+
+
+def _build(entry: Path, write: Callable[[Path], Manifest]) -> Manifest:
+    building = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
+    try:
+        manifest = write(building)
+        files = sorted(path for path in building.rglob("*") if path.is_file())
+        manifest["files"] = {path.relative_to(building).as_posix(): _digest(path) for path in files}
+        (building / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        building.chmod(0o755)  # mkdtemp's 0700 would hide a shared cache from other users
+        if entry.exists():
+            damaged = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
+            os.rename(entry, damaged)
+            shutil.rmtree(damaged, ignore_errors=True)
+        try:
+            os.rename(building, entry)
+        except OSError:
+            # Another process finished first (only where locks do not work): same content.
+            manifest = read_manifest(entry)
+            if manifest is None:
+                raise
+        return manifest
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _remove_leftovers(entry: Path) -> None:
+    """Removes what killed processes left; call with the lock held."""
+    for leftover in entry.parent.glob(f".{entry.name}-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Holds an exclusive lock; yields False where the file system has none."""
+    with open(path, "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

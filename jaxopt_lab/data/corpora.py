@@ -1,0 +1,194 @@
+"""From documents to memory-mapped tokens, cached by content."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxopt_lab.data import cache
+from jaxopt_lab.data.preparation import (
+    FORMAT,
+    OnProgress,
+    check_splits,
+    hash_json,
+    scan_documents,
+    split_paths,
+    store_documents,
+    write_tokens,
+)
+from jaxopt_lab.data.sources import Mixture, Source
+from jaxopt_lab.data.tokenizer import Tokenizer, TokenizerConfig
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """The tokens of one split: documents one after another, each followed by end-of-text."""
+
+    tokens: np.ndarray
+    """(num_tokens,) uint16 or int32, memory-mapped."""
+    document_offsets: np.ndarray
+    """(num_documents + 1,) int64: where each document starts, and the end."""
+    num_bytes: int
+    """UTF-8 bytes of the documents."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, end-of-text included."""
+        return len(self.tokens)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+        return len(self.document_offsets) - 1
+
+
+@dataclass(frozen=True)
+class CorpusPart:
+    """One source of a corpus and its stretch of the training tokens."""
+
+    name: str
+    hash: str
+    weight: float
+    """Share of the training windows."""
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenized corpus, split by document."""
+
+    name: str
+    hash: str
+    """Hash of the documents' content; independent of paths and of the tokenizer."""
+    tokenizer: Tokenizer
+    train: TokenSplit
+    """Part after part, documents in the order of their content hash."""
+    validation: TokenSplit
+    """All parts together, in the order of their content hash: a beginning of it is a random sample
+    of documents."""
+    parts: tuple[CorpusPart, ...]
+    """One entry, or the parts of a mixture."""
+    path: Path
+    manifest: dict[str, Any]
+    duplicates: int
+    """Documents dropped because an equal one was there."""
+
+    def summary(self) -> dict[str, Any]:
+        """What identifies and describes the corpus, as JSON values."""
+        about = ("hash", "validation_fraction", "tokenizer", "splits")
+        return {
+            "name": self.name,
+            **{key: self.manifest[key] for key in about},
+            "duplicates_dropped": self.duplicates,
+            "parts": [
+                {"name": part.name, "hash": part.hash, "weight": part.weight} for part in self.parts
+            ],
+            "train_tokens_sha256": self.manifest["files"]["train.tokens"],
+        }
+
+
+def prepare(
+    source: Source,
+    tokenizer: TokenizerConfig | None = None,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    validation_fraction: float = 0.05,
+    on_progress: OnProgress | None = None,
+) -> Corpus:
+    """Reads, splits and tokenizes a source, or opens the cached result.
+
+    Documents are decoded as UTF-8 with replacement; empty ones and exact duplicates are dropped.
+    A document belongs to the validation split when its content hash falls below
+    `validation_fraction` of the hash range, so adding documents never moves another one. The
+    cache is keyed by the documents' content and the tokenizer; the source is read and hashed on
+    every call.
+
+    Args:
+        source: where the documents come from.
+        tokenizer: which tokenizer; by default a BPE of 4096 entries. A BPE is trained on the
+            training documents of all parts.
+        cache_dir: by default `$JAXOPT_LAB_CACHE`, else `$XDG_CACHE_HOME/jaxopt-lab`, else
+            `~/.cache/jaxopt-lab`.
+        validation_fraction: share of the documents held out, in [0, 1); 0 holds out none.
+        on_progress: called with a line of text now and then.
+
+    Raises:
+        ValueError: a field of the source or tokenizer is wrong, the corpus is empty, or one of
+            the splits has no document.
+    """
+    tokenizer = tokenizer or TokenizerConfig()
+    report = on_progress or (lambda message: None)
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(
+            f"validation_fraction = {validation_fraction}; give a share of the documents in [0, 1)"
+        )
+    sources = source.parts if isinstance(source, Mixture) else (source,)
+    weights = source.weights if isinstance(source, Mixture) else (1.0,)
+    identity = tokenizer.identity()
+    scans = scan_documents(sources, report)
+    check_splits(source.name, scans, validation_fraction)
+    root = cache.cache_root(cache_dir)
+    parts_hash = [scan.hash for scan in scans]
+    key = hash_json([FORMAT, parts_hash, validation_fraction, identity])
+    entry = root / "tokens" / key[:24]
+
+    def write(directory: Path) -> dict[str, Any]:
+        stores = [store_documents(root, scan, validation_fraction, report) for scan in scans]
+        facts = write_tokens(directory, scans, stores, tokenizer, report)
+        return {
+            "name": source.name,
+            "hash": parts_hash[0] if len(scans) == 1 else hash_json(parts_hash),
+            "validation_fraction": validation_fraction,
+            **facts,
+        }
+
+    manifest = cache.open_or_build(entry, write, report)
+    parts = [
+        CorpusPart(scan.source.name, scan.hash, weight / sum(weights), *stretch)
+        for scan, weight, stretch in zip(scans, weights, manifest["stretches"], strict=True)
+    ]
+    return Corpus(
+        name=source.name,
+        hash=manifest["hash"],
+        tokenizer=Tokenizer.load(entry),
+        train=_open_split(entry, "train", manifest),
+        validation=_open_split(entry, "validation", manifest),
+        parts=tuple(parts),
+        path=entry,
+        manifest=manifest,
+        duplicates=sum(scan.duplicates for scan in scans),
+    )
+
+
+def list_corpora(cache_dir: str | os.PathLike[str] | None = None) -> list[dict[str, Any]]:
+    """The tokenized corpora of a cache directory.
+
+    Returns:
+        One row per corpus: name, hash, tokenizer, documents, tokens, bytes (both splits together)
+        and path, sorted by name.
+    """
+    rows = []
+    for entry in sorted((cache.cache_root(cache_dir) / "tokens").glob("[!.]*/")):
+        manifest = cache.read_manifest(entry)
+        if manifest is None:
+            continue
+        splits = manifest["splits"].values()
+        totals = {
+            key: sum(split[key] for split in splits) for key in ("documents", "tokens", "bytes")
+        }
+        tokenizer = f"{manifest['tokenizer']['kind']}-{manifest['tokenizer']['vocab_size']}"
+        about = {"name": manifest["name"], "hash": manifest["hash"], "tokenizer": tokenizer}
+        rows.append({**about, **totals, "path": str(entry)})
+    return sorted(rows, key=lambda row: (row["name"], row["path"]))
+
+
+def _open_split(entry: Path, split: str, manifest: dict[str, Any]) -> TokenSplit:
+    tokens_path, offsets_path = split_paths(entry, split)
+    dtype = np.dtype(manifest["dtype"])
+    facts = manifest["splits"][split]
+    # An empty file cannot be mapped.
+    tokens = np.memmap(tokens_path, dtype, "r") if facts["tokens"] else np.empty(0, dtype)
+    return TokenSplit(tokens, np.load(offsets_path), facts["bytes"])

@@ -1,0 +1,284 @@
+"""Where documents come from: Python source, text files, prepared TFDS directories, mixtures."""
+
+import glob
+import gzip
+import json
+import os
+import site
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
+# The standard library's own tests are generated tables for a good part; installed packages may
+# lie inside the library's directory and are a root of their own.
+_NOT_STDLIB = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+)
+
+
+class Document(NamedTuple):
+    """One document: a name for people, and its text."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class PythonSource:
+    """Python source files, one document per `*.py` file.
+
+    Needs no download: every machine that runs this has the standard library.
+    """
+
+    roots: tuple[str, ...] = ("stdlib",)
+    """`stdlib` (the interpreter's library without its tests), `site-packages` (the standard
+    library and every installed package), or directories."""
+
+    @property
+    def name(self) -> str:
+        """Short name for tables and manifests."""
+        return "python:" + "+".join(_short(root) for root in self.roots)
+
+    def documents(self) -> Iterator[Document]:
+        """Yields the documents, sorted by path within each root.
+
+        Raises:
+            ValueError: a root is not a directory or holds no `*.py` file.
+        """
+        if not self.roots:
+            raise ValueError("PythonSource.roots is empty; give 'stdlib' or a directory")
+        for root in self.roots:
+            for label, directory, skip in _python_trees(root):
+                yield from _python_files(label, directory, skip)
+
+
+def _python_trees(root: str) -> Iterator[tuple[str, Path, frozenset[str]]]:
+    """The (label, directory, directory names to skip) that a root stands for."""
+    everything = frozenset({"__pycache__"})
+    if root in ("stdlib", "site-packages"):
+        yield "stdlib", Path(sysconfig.get_paths()["stdlib"]), _NOT_STDLIB
+        installed = site.getsitepackages() if root == "site-packages" else []
+        for directory in map(Path, installed):
+            # Some of the interpreter's site directories may be absent or empty.
+            if next(directory.glob("**/*.py"), None) is not None:
+                yield "site-packages", directory, everything
+        return
+    directory = Path(root).expanduser()
+    if not directory.is_dir():
+        raise ValueError(
+            f"PythonSource.roots: {root!r} is not a directory; give 'stdlib', 'site-packages' or "
+            "an existing directory"
+        )
+    yield directory.name, directory, everything
+
+
+def _python_files(label: str, directory: Path, skip: frozenset[str]) -> Iterator[Document]:
+    found = False
+    for folder, subfolders, files in os.walk(directory):
+        subfolders[:] = sorted(d for d in subfolders if d not in skip and not d.startswith("."))
+        for file in sorted(files):
+            path = Path(folder, file)
+            if path.suffix == ".py" and path.is_file():
+                found = True
+                name = f"{label}/{path.relative_to(directory).as_posix()}"
+                yield Document(name, path.read_bytes().decode("utf-8", "replace"))
+    if not found:
+        raise ValueError(f"PythonSource.roots: no *.py file below {directory}")
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Text files: one document per txt, md or rst file, one per row of a jsonl file."""
+
+    paths: tuple[str, ...]
+    """Files, directories (searched recursively) or globs (`**` recurses) of txt, md, rst and
+    jsonl, each also as .gz."""
+    text_field: str = "text"
+    """The field of a jsonl row that holds the document."""
+
+    @property
+    def name(self) -> str:
+        """Short name for tables and manifests."""
+        return "text:" + "+".join(_short(path) for path in self.paths)
+
+    def documents(self) -> Iterator[Document]:
+        """Yields the documents, sorted by path, rows of a jsonl file in order.
+
+        Raises:
+            ValueError: no file matches, a file is of another type or damaged, or a jsonl row has
+                no text field (the message names file and line).
+        """
+        for path in self._files():
+            opener: Any = gzip.open if path.suffix == ".gz" else open
+            try:
+                with opener(path, "rb") as stream:
+                    if _text_suffix(path) == ".jsonl":
+                        yield from self._rows(path, stream)
+                    else:
+                        yield Document(str(path), stream.read().decode("utf-8", "replace"))
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                raise ValueError(
+                    f"TextFiles: {path} is not a complete gzip file: {error}"
+                ) from None
+
+    def _files(self) -> list[Path]:
+        files: set[Path] = set()
+        for pattern in self.paths:
+            full = os.path.expanduser(pattern)
+            if os.path.isdir(full):
+                full = os.path.join(glob.escape(full), "**")
+            matches = [Path(m) for m in glob.glob(full, recursive=True) if os.path.isfile(m)]
+            readable = [path for path in matches if _text_suffix(path) in _TEXT_SUFFIXES]
+            if not readable:
+                count = f"{len(matches)} files, none of them" if matches else "no file"
+                raise ValueError(
+                    f"TextFiles.paths: {pattern!r} matches {count} with one of the suffixes "
+                    f"{' '.join(_TEXT_SUFFIXES)} (or these with .gz)"
+                )
+            files.update(readable)
+        if not files:
+            raise ValueError("TextFiles.paths is empty; give files, directories or globs")
+        return sorted(files)
+
+    def _rows(self, path: Path, stream: IO[bytes]) -> Iterator[Document]:
+        for line, row in enumerate(stream, start=1):
+            if not row.strip():
+                continue
+            try:
+                fields = json.loads(row.decode("utf-8", "replace"))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"TextFiles: {path}, line {line}: not JSON: {error}") from None
+            text = fields.get(self.text_field) if isinstance(fields, dict) else None
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"TextFiles: {path}, line {line}: wanted an object with a string in the field "
+                    f"{self.text_field!r}, got {_describe_row(fields)}"
+                )
+            yield Document(f"{path}:{line}", _encodable(text))
+
+
+def _describe_row(fields: object) -> str:
+    if isinstance(fields, dict):
+        return f"the fields {sorted(fields)}"
+    return f"a JSON {type(fields).__name__}"
+
+
+def _text_suffix(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
+@dataclass(frozen=True)
+class PreparedTfds:
+    """A dataset that TensorFlow Datasets has already prepared, in array_record format."""
+
+    directory: str
+    """The prepared version: `<data_dir>/<name>/[<config>/]<version>`."""
+    text_field: str = "text"
+    """The feature that holds the document."""
+    split: str = "train"
+    """Which rows to take, in TFDS notation (`train`, `train[:10%]`, `train+test`). Training and
+    validation documents are told apart by content, as for every other source."""
+
+    @property
+    def name(self) -> str:
+        """Short name for tables and manifests."""
+        path = Path(self.directory)
+        return f"tfds:{path.parent.name}/{path.name}"
+
+    def documents(self) -> Iterator[Document]:
+        """Yields the rows in the order of the prepared files.
+
+        Raises:
+            ValueError: the directory is no prepared array_record dataset, or has no such split
+                or feature.
+        """
+        rows = self._rows()
+        for index in range(len(rows)):
+            text = rows[index][self.text_field]
+            # Stored text comes back as bytes, TFDS's mocked data as str.
+            text = text.decode("utf-8", "replace") if isinstance(text, bytes) else _encodable(text)
+            yield Document(f"{self.name}/{self.split}:{index}", text)
+
+    def _rows(self) -> Any:
+        directory = Path(self.directory).expanduser()
+        for file in ("dataset_info.json", "features.json"):
+            if not (directory / file).is_file():
+                raise ValueError(
+                    f"PreparedTfds.directory: {str(directory)!r} is not a prepared dataset (it has "
+                    f"no {file}); give the version directory, <data_dir>/<name>/<version>"
+                )
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(directory)
+        file_format = builder.info.file_format
+        if file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+            raise ValueError(
+                f"PreparedTfds.directory: {str(directory)!r} is stored as {file_format}; only "
+                "array_record can be read without TensorFlow"
+            )
+        features = sorted(builder.info.features or {})
+        if self.text_field not in features:
+            raise ValueError(
+                f"PreparedTfds.text_field: {self.text_field!r} is not a feature of {directory}, "
+                f"which has {features}"
+            )
+        try:
+            return builder.as_data_source(split=self.split)
+        except ValueError as error:
+            raise ValueError(
+                f"PreparedTfds.split: {self.split!r} of {directory}, which has the splits "
+                f"{sorted(builder.info.splits)}: {error}"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several sources with sampling weights.
+
+    The weights are the proportions of training *windows* drawn from each part. They change neither
+    the tokenizer, which is trained on all training documents of all parts, nor the validation
+    text, which holds the parts in their natural sizes.
+    """
+
+    parts: tuple[PythonSource | TextFiles | PreparedTfds, ...]
+    weights: tuple[float, ...]
+    """One positive number per part; normalised to sum to one."""
+
+    def __post_init__(self) -> None:
+        """Checks the weights before anything is read."""
+        if not self.parts:
+            raise ValueError("Mixture.parts is empty; give at least one source")
+        if len(self.weights) != len(self.parts):
+            raise ValueError(
+                f"Mixture.weights has {len(self.weights)} entries for {len(self.parts)} parts; "
+                "give one weight per part"
+            )
+        for weight in self.weights:
+            if not 0 < weight < float("inf"):
+                raise ValueError(
+                    f"Mixture.weights = {self.weights}: {weight} is not a positive finite number; "
+                    "drop the part instead of giving it no weight"
+                )
+
+    @property
+    def name(self) -> str:
+        """Short name for tables and manifests."""
+        return "mixture(" + ", ".join(part.name for part in self.parts) + ")"
+
+
+SinglePart = PythonSource | TextFiles | PreparedTfds
+Source = PythonSource | TextFiles | PreparedTfds | Mixture
+
+
+def _short(path: str) -> str:
+    """The telling end of a path or glob."""
+    return "/".join(Path(path).parts[-2:])
+
+
+def _encodable(text: str) -> str:
+    """The text without lone surrogates, which JSON can spell and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")
