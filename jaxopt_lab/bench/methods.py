@@ -1,0 +1,97 @@
+"""The optimizers that are timed, by name."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+
+from jaxopt_lab.bench.floors import newton_schulz_flops
+
+# The rate changes nothing about the time of a step; a small one keeps the numbers ordinary.
+_RATE = 1e-6
+_DECAY = 0.1
+_NS_STEPS = 5
+
+DEFAULT_METHODS = (
+    "adamw",
+    "lion",
+    "muon",
+    "lion_muon_p1",
+    "lion_muon_p2",
+    "lion_muon_p5",
+    "lion_muon_pinf",
+)
+_LION_MUON = re.compile(r"lion_muon_p(\d+|inf)")
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer to time."""
+
+    name: str
+    build: Callable[[Any], optax.GradientTransformation]
+    """From the tree of matrix axes."""
+    period: int
+    """Steps after which the cost of a step repeats."""
+    period_flops: Callable[[Any, Any], float]
+    """FLOPs of matrix products that a period cannot do without, from parameters and axes."""
+
+
+def method(name: str) -> Method:
+    """Looks up an optimizer.
+
+    Args:
+      name: "adamw", "lion", "muon" (all Optax) or "lion_muon_pN" with a period N, "inf" included.
+
+    Raises:
+      ValueError: If there is none of that name.
+
+    >>> method("lion_muon_p5").period
+    5
+    """
+    if name == "adamw":
+        return Method(name, lambda axes: optax.adamw(_RATE, weight_decay=_DECAY), 1, _no_products)
+    if name == "lion":
+        return Method(name, lambda axes: optax.lion(_RATE, weight_decay=_DECAY), 1, _no_products)
+    if name == "muon":
+        return Method(name, _muon, 1, _newton_schulz)
+    match = _LION_MUON.fullmatch(name)
+    if match is None or match[1] == "0":
+        raise ValueError(
+            f"optimizer: {name!r} is not one of adamw, lion, muon, lion_muon_pN (N >= 1 or inf)"
+        )
+    never = match[1] == "inf"
+    period = math.inf if never else int(match[1])
+
+    def build(axes: Any) -> optax.GradientTransformation:
+        from jaxopt_lab.optim.lion_muon import lion_muon
+
+        return lion_muon(
+            _RATE, period=period, ns_steps=_NS_STEPS, weight_decay=_DECAY, matrix_axes=axes
+        )
+
+    return Method(
+        name, build, 1 if never else int(period), _no_products if never else _newton_schulz
+    )
+
+
+def _muon(axes: Any) -> optax.GradientTransformation:
+    return optax.contrib.muon(
+        _RATE,
+        ns_steps=_NS_STEPS,
+        weight_decay=_DECAY,
+        adam_weight_decay=_DECAY,
+        muon_weight_dimension_numbers=axes,
+    )
+
+
+def _no_products(params: Any, axes: Any) -> float:
+    return 0.0
+
+
+def _newton_schulz(params: Any, axes: Any) -> float:
+    """Every method with a spectral step takes one of them in a period."""
+    return float(newton_schulz_flops(params, axes, _NS_STEPS))

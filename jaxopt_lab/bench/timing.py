@@ -1,0 +1,149 @@
+"""Compiling an optimizer step and timing it honestly."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+
+class CompiledStep:
+    """`update` followed by `apply_updates`, compiled as one program that reuses its inputs.
+
+    Args:
+      tx: The optimizer.
+      params: Tree of arrays or shapes.
+    """
+
+    def __init__(self, tx: optax.GradientTransformation, params: Any):
+        """Compiles the program and measures how long that took."""
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        self.abstract_state = jax.eval_shape(tx.init, abstract)
+        self._init = jax.jit(tx.init)
+
+        def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        start = time.perf_counter()
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
+            abstract, self.abstract_state, abstract
+        )
+        self.compiled = lowered.compile()
+        self.compile_seconds = time.perf_counter() - start
+
+    def init(self, params: Any) -> Any:
+        """The first optimizer state."""
+        return jax.block_until_ready(self._init(params))
+
+    def temp_bytes(self) -> int | None:
+        """Scratch memory of the program; None where the backend does not say."""
+        analysis = self.compiled.memory_analysis()
+        return None if analysis is None else int(analysis.temp_size_in_bytes)
+
+    def flops(self) -> float | None:
+        """FLOPs as XLA counts them (both branches of a conditional); None where it does not."""
+        costs = self.compiled.cost_analysis()
+        return None if not costs else float(costs.get("flops", 0.0))
+
+
+class OptimizerTimer:
+    """Times whole periods of one optimizer.
+
+    The loop is the one a user writes: single compiled steps, dispatched from Python without
+    waiting, with one wait at the end. Parameters pass from timer to timer, so only the state is
+    held once per optimizer.
+
+    Args:
+      step: The compiled step.
+      period: Steps after which the cost of a step repeats.
+      params: Parameters to start the state from.
+    """
+
+    def __init__(self, step: CompiledStep, period: int, params: Any):
+        """Initialises the state."""
+        self._step = step.compiled
+        self._period = period
+        self._state = step.init(params)
+        self._steps = period
+        self.amortised: list[float] = []  # seconds a step, one value per round
+        self.host: list[float] = []  # the part of it that Python needs to dispatch
+        self.single: list[list[float]] = []  # seconds of each step of a period, waited for
+
+    def warm_up(self, params: Any, grads: Any, seconds_per_round: float) -> Any:
+        """Runs two periods and decides how many steps make a round."""
+        params, _ = self._run(params, grads, self._period)
+        params, (seconds, _) = self._run(params, grads, self._period)
+        self._steps = self._period * max(1, round(seconds_per_round / max(seconds, 1e-9)))
+        return params
+
+    def round(self, params: Any, grads: Any) -> Any:
+        """Takes one sample of each kind; returns the parameters."""
+        params, (seconds, host_seconds) = self._run(params, grads, self._steps)
+        self.amortised.append(seconds / self._steps)
+        self.host.append(host_seconds / self._steps)
+        single = []
+        for _ in range(self._period):
+            params, (seconds, _) = self._run(params, grads, 1)
+            single.append(seconds)
+        self.single.append(single)
+        return params
+
+    def worst_step(self) -> float:
+        """Seconds of the slowest step of a period: for each position the median over rounds."""
+        return float(np.median(self.single, axis=0).max())
+
+    def _run(self, params: Any, grads: Any, steps: int) -> tuple[Any, tuple[float, float]]:
+        state, step = self._state, self._step
+        start = time.perf_counter()
+        for _ in range(steps):
+            params, state = step(params, state, grads)
+        host = time.perf_counter() - start
+        jax.block_until_ready((params, state))
+        total = time.perf_counter() - start
+        self._state = state
+        return params, (total, host)
+
+
+def interleave(
+    timers: Sequence[OptimizerTimer],
+    params: Any,
+    grads: Any,
+    *,
+    repeats: int,
+    seconds_per_round: float,
+    each_round: Callable[[], None],
+) -> None:
+    """Times all optimizers in turn, round after round, so that slow drift hits them alike.
+
+    Args:
+      timers: One per optimizer; they keep their samples.
+      params: Parameters, donated.
+      grads: Gradients, the same at every step.
+      repeats: Rounds.
+      seconds_per_round: Aimed duration of one optimizer's sample.
+      each_round: Called at the start of every round.
+    """
+    for timer in timers:
+        params = timer.warm_up(params, grads, seconds_per_round)
+    for _ in range(repeats):
+        each_round()
+        for timer in timers:
+            params = timer.round(params, grads)
+
+
+def random_like(abstract: Any, seed: int, scale: float) -> Any:
+    """Normal random arrays in the shapes of a tree."""
+    leaves, structure = jax.tree.flatten(abstract)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+
+    @jax.jit
+    def draw(keys: jax.Array) -> list[jax.Array]:
+        return [
+            scale * jax.random.normal(k, x.shape, x.dtype)
+            for k, x in zip(keys, leaves, strict=True)
+        ]
+
+    return jax.block_until_ready(structure.unflatten(draw(keys)))
