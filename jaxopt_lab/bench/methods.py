@@ -9,6 +9,7 @@ from typing import Any
 import optax
 
 from jaxopt_lab.bench.floors import newton_schulz_flops
+from jaxopt_lab.optim.lion_muon import lion_muon
 
 # The rate changes nothing about the time of a step; a small one keeps the numbers ordinary.
 _RATE = 1e-6
@@ -67,7 +68,6 @@ def method(name: str) -> Method:
     period = math.inf if never else int(match[1])
 
     def build(axes: Any) -> optax.GradientTransformation:
-        from jaxopt_lab.optim.lion_muon import lion_muon
 
         return lion_muon(
             _RATE, period=period, ns_steps=_NS_STEPS, weight_decay=_DECAY, matrix_axes=axes

@@ -225,9 +225,9 @@ def _time_layout(
 
 
 def _cells(row: OptimizerRow) -> list[Any]:
-    temp = None if row.temp_bytes is None else row.temp_bytes / 1e6
+    temp = None if row.temp_bytes is None else round(row.temp_bytes / 1e6, 1)
     return [
         row.optimizer, row.layout, row.step_ms, f"{row.ratio:.2f}", row.worst_step_ms,
         row.host_ms, row.byte_floor_ms, row.flop_floor_ms, f"{row.floor_fraction:.0%}",
-        row.state_bytes / 1e6, temp, row.compile_s,
+        round(row.state_bytes / 1e6, 1), temp, round(row.compile_s, 1),
     ]  # fmt: skip
