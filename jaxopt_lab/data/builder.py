@@ -78,7 +78,7 @@ def read_documents(directory: Path, split: str) -> Iterator[tuple[str, str]]:
     Rows are stored in another order, and that order is TFDS's business; sorting by key makes the
     token stream a function of the texts alone.
     """
-    builder = tfds.builder_from_directory(
+    builder: Any = tfds.builder_from_directory(
         directory / TextDocuments.name / str(TextDocuments.VERSION)
     )
     if split not in builder.info.splits:

@@ -213,7 +213,7 @@ class PreparedTfds:
                 )
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(directory)
+        builder: Any = tfds.builder_from_directory(directory)
         file_format = builder.info.file_format
         if file_format is not tfds.core.FileFormat.ARRAY_RECORD:
             raise ValueError(
