@@ -3,6 +3,7 @@
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.cross_entropy import loss
 from jaxopt_lab.models.decoder import Decoder, Params, apply, bind, init_params
+from jaxopt_lab.models.huggingface import export_huggingface, load_huggingface
 from jaxopt_lab.models.layout import (
     abstract_params,
     flops_per_token,
@@ -25,9 +26,11 @@ __all__ = [
     "abstract_params",
     "apply",
     "bind",
+    "export_huggingface",
     "flops_per_token",
     "generate",
     "init_params",
+    "load_huggingface",
     "logical_axes",
     "loss",
     "matrix_axes",

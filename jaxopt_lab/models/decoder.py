@@ -31,16 +31,19 @@ class Embedding(nnx.Module):
             positions_CxD = normal(config, rngs, (config.context, config.width))
             self.positions = parameter(positions_CxD, "position", ("position", "embed"))
 
-    def __call__(self, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array | None, mesh: Mesh | None
+    ) -> jax.Array:
         """Looks up and adds."""
         # Rows are gathered before the cast: the gradient of a frequent token is a sum of
         # thousands of terms, which bfloat16 would truncate.
-        x_BxTxD = self.tokens[...][tokens_BxT]
+        tokens_VxD = constrain(self.tokens[...], mesh, ("vocab", None))
+        x_BxTxD = constrain(tokens_VxD[tokens_BxT], mesh, ("batch", None, None))
         if self.config.positions == "learned":
             index = jnp.arange(tokens_BxT.shape[1])
             if segment_ids_BxT is not None:
                 index = _position_in_document(segment_ids_BxT)
-            x_BxTxD = x_BxTxD + self.positions[...][index]
+            x_BxTxD = x_BxTxD + constrain(self.positions[...], mesh, (None, None))[index]
         return x_BxTxD.astype(self.config.compute_dtype)
 
 
@@ -88,8 +91,7 @@ class Decoder(nnx.Module):
     ) -> jax.Array:
         """The normalised residual stream that the head reads, (B, T, D)."""
         check_tokens(self.config, tokens_BxT, segment_ids_BxT)
-        x_BxTxD = self.embedding(tokens_BxT, segment_ids_BxT)
-        x_BxTxD = constrain(x_BxTxD, mesh, ("batch", None, None))
+        x_BxTxD = self.embedding(tokens_BxT, segment_ids_BxT, mesh)
         return self.final_norm(self._through_layers(x_BxTxD, segment_ids_BxT, mesh))
 
     def head_kernel(self) -> jax.Array:

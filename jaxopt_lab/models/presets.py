@@ -28,7 +28,7 @@ def _llama(depth: int) -> DecoderConfig:
 
 
 PRESETS: dict[str, DecoderConfig] = {
-    "tiny": DecoderConfig(vocab_size=4096, width=256, depth=4, heads=4, context=256),
+    "tiny": DecoderConfig(vocab_size=4096, width=256, depth=3, heads=4, context=256),
     "gpt2-124m": _gpt2(768, 12, 12, 512),
     "llama-124m": _llama(12),
     "llama-210m": _llama(24),
