@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxopt_lab.bench import shapes
 from jaxopt_lab.bench.methods import DEFAULT_METHODS
 from jaxopt_lab.bench.optimizers import run_optimizers
@@ -37,6 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jaxopt-lab bench", description="Benchmarks.")
     verbs = parser.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     _add_optimizers(verbs)
+    _add_training(verbs)
+    _add_collectives(verbs)
     return parser
 
 
@@ -46,7 +50,7 @@ def _add_optimizers(verbs: Any) -> None:
         "--layout", choices=(*shapes.LAYOUTS, "both"), default="stacked", help="how layers are kept"
     )
     parser.add_argument("--optimizers", default=",".join(DEFAULT_METHODS), metavar="A,B")
-    parser.add_argument("--repeats", type=int, default=15, metavar="N", help="rounds")
+    parser.add_argument("--repeats", type=int, default=11, metavar="N", help="rounds")
     parser.add_argument(
         "--seconds", type=float, default=0.1, help="duration of one sample in a round"
     )
@@ -66,6 +70,73 @@ def _run_optimizers(options: argparse.Namespace) -> Any:
         fused_qkv=options.fused_qkv,
         on_progress=_show,
     )
+
+
+def _add_training(verbs: Any) -> None:
+    parser = _add_verb(verbs, "train", "time training steps of a model on one device")
+    parser.add_argument("--optimizer", default="lion_muon_p2", metavar="NAME")
+    parser.add_argument("--batch", type=int, default=32, help="sequences a step")
+    parser.add_argument("--context", type=int, help="tokens a sequence; default: the model's")
+    parser.add_argument("--steps", type=int, default=20, help="steps a round")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on GPU")
+    parser.add_argument("--loop", choices=("unrolled", "scanned"), default="unrolled")
+    parser.add_argument("--remat", choices=("none", "full", "dots"), default="none")
+    parser.add_argument("--head-chunks", type=int, default=1, help="pieces of the head")
+    parser.add_argument("--peak-tflops", type=float, help="data-sheet rate, for a second MFU")
+    parser.set_defaults(run=_run_training)
+
+
+def _run_training(options: argparse.Namespace) -> Any:
+    # Imported here: it needs flax, which the optimizer benchmark must do without.
+    from jaxopt_lab.bench.training import run_training
+
+    return run_training(
+        options.model,
+        optimizer=options.optimizer,
+        batch=options.batch,
+        context=options.context,
+        steps=options.steps,
+        compute_dtype=options.dtype,
+        loop=options.loop,
+        remat=options.remat,
+        head_chunks=options.head_chunks,
+        peak_tflops=options.peak_tflops,
+        on_progress=_show,
+    )
+
+
+def _add_collectives(verbs: Any) -> None:
+    parser = _add_verb(verbs, "collectives", "count the collectives of optimizer steps on a mesh")
+    parser.add_argument(
+        "--mesh", type=_mesh, metavar="AXIS=N,...", help="data, fsdp, tensor; default: all on fsdp"
+    )
+    parser.add_argument("--optimizers", metavar="A,B", help="default: a spectral and a sign step")
+    parser.add_argument(
+        "--cpu-devices", type=int, metavar="N", help="simulate N devices on the CPU"
+    )
+    parser.set_defaults(run=_run_collectives)
+
+
+def _run_collectives(options: argparse.Namespace) -> Any:
+    if options.cpu_devices is not None:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", options.cpu_devices)
+    from jaxopt_lab.bench import collective_counts
+
+    names = options.optimizers
+    return collective_counts.run_collectives(
+        options.model,
+        mesh=options.mesh,
+        optimizers=names.split(",") if names else collective_counts.DEFAULT_METHODS,
+        on_progress=_show,
+    )
+
+
+def _mesh(text: str) -> dict[str, int]:
+    try:
+        return {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected, say, data=2,fsdp=4") from error
 
 
 def _add_verb(verbs: Any, name: str, description: str) -> argparse.ArgumentParser:

@@ -33,8 +33,8 @@ class Method:
     """An optimizer to time."""
 
     name: str
-    build: Callable[[Any], optax.GradientTransformation]
-    """From the tree of matrix axes."""
+    build: Callable[..., optax.GradientTransformation]
+    """From the tree of matrix axes and, on a mesh, the tree of parameter shardings."""
     period: int
     """Steps after which the cost of a step repeats."""
     period_flops: Callable[[Any, Any], float]
@@ -54,9 +54,9 @@ def method(name: str) -> Method:
     5
     """
     if name == "adamw":
-        return Method(name, lambda axes: optax.adamw(_RATE, weight_decay=_DECAY), 1, _no_products)
+        return Method(name, _adamw, 1, _no_products)
     if name == "lion":
-        return Method(name, lambda axes: optax.lion(_RATE, weight_decay=_DECAY), 1, _no_products)
+        return Method(name, _lion, 1, _no_products)
     if name == "muon":
         return Method(name, _muon, 1, _newton_schulz)
     match = _LION_MUON.fullmatch(name)
@@ -67,10 +67,14 @@ def method(name: str) -> Method:
     never = match[1] == "inf"
     period = math.inf if never else int(match[1])
 
-    def build(axes: Any) -> optax.GradientTransformation:
-
+    def build(axes: Any, param_shardings: Any = None) -> optax.GradientTransformation:
         return lion_muon(
-            _RATE, period=period, ns_steps=_NS_STEPS, weight_decay=_DECAY, matrix_axes=axes
+            _RATE,
+            period=period,
+            ns_steps=_NS_STEPS,
+            weight_decay=_DECAY,
+            matrix_axes=axes,
+            param_shardings=param_shardings,
         )
 
     return Method(
@@ -78,7 +82,15 @@ def method(name: str) -> Method:
     )
 
 
-def _muon(axes: Any) -> optax.GradientTransformation:
+def _adamw(axes: Any, param_shardings: Any = None) -> optax.GradientTransformation:
+    return optax.adamw(_RATE, weight_decay=_DECAY)
+
+
+def _lion(axes: Any, param_shardings: Any = None) -> optax.GradientTransformation:
+    return optax.lion(_RATE, weight_decay=_DECAY)
+
+
+def _muon(axes: Any, param_shardings: Any = None) -> optax.GradientTransformation:
     return optax.contrib.muon(
         _RATE,
         ns_steps=_NS_STEPS,

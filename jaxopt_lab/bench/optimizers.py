@@ -7,7 +7,6 @@ ceilings put under it.
 """
 
 import dataclasses
-import importlib.metadata
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 
 from jaxopt_lab.bench import shapes
+from jaxopt_lab.bench.conditions import device_name, versions
 from jaxopt_lab.bench.floors import CeilingProbe, Ceilings, step_bytes, tree_bytes
 from jaxopt_lab.bench.methods import DEFAULT_METHODS, Method, method
 from jaxopt_lab.bench.timing import CompiledStep, OptimizerTimer, interleave, random_like
@@ -91,7 +91,7 @@ def run_optimizers(
     *,
     optimizers: Sequence[str] = DEFAULT_METHODS,
     layouts: Sequence[shapes.Layout] = ("stacked",),
-    repeats: int = 15,
+    repeats: int = 11,
     seconds_per_round: float = 0.1,
     fused_qkv: bool = False,
     on_progress: Callable[[str], None] = lambda text: None,
@@ -139,17 +139,6 @@ def run_optimizers(
         ceilings=ceilings,
         rows=tuple(timed.row(ceilings) for timed in measured),
     )
-
-
-def device_name() -> str:
-    """The kind of the first device and how many there are."""
-    devices = jax.devices()
-    return f"{len(devices)} x {devices[0].device_kind}"
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Installed versions of packages."""
-    return {package: importlib.metadata.version(package) for package in packages}
 
 
 @dataclass(frozen=True)

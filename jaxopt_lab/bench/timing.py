@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import optax
 
+from jaxopt_lab.optim.shardings import state_shardings
+
 
 class CompiledStep:
     """`update` followed by `apply_updates`, compiled as one program that reuses its inputs.
@@ -15,9 +17,10 @@ class CompiledStep:
     Args:
       tx: The optimizer.
       params: Tree of arrays or shapes.
+      param_shardings: Tree of `NamedSharding`; None leaves everything on the default device.
     """
 
-    def __init__(self, tx: optax.GradientTransformation, params: Any):
+    def __init__(self, tx: optax.GradientTransformation, params: Any, param_shardings: Any = None):
         """Compiles the program and measures how long that took."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         self.abstract_state = jax.eval_shape(tx.init, abstract)
@@ -27,8 +30,13 @@ class CompiledStep:
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
+        shardings = {}
+        if param_shardings is not None:
+            state = state_shardings(tx, abstract, param_shardings)
+            shardings["in_shardings"] = (param_shardings, state, param_shardings)
+            shardings["out_shardings"] = (param_shardings, state)
         start = time.perf_counter()
-        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
+        lowered = jax.jit(step, donate_argnums=(0, 1), **shardings).lower(
             abstract, self.abstract_state, abstract
         )
         self.compiled = lowered.compile()
@@ -40,8 +48,7 @@ class CompiledStep:
 
     def temp_bytes(self) -> int | None:
         """Scratch memory of the program; None where the backend does not say."""
-        analysis = self.compiled.memory_analysis()
-        return None if analysis is None else int(analysis.temp_size_in_bytes)
+        return program_bytes(self.compiled)["temp"]
 
     def flops(self) -> float | None:
         """FLOPs as XLA counts them (both branches of a conditional); None where it does not."""
@@ -132,6 +139,23 @@ def interleave(
         each_round()
         for timer in timers:
             params = timer.round(params, grads)
+
+
+def program_bytes(compiled: Any) -> dict[str, int | None]:
+    """Memory of a compiled program on one device; None where the backend does not say.
+
+    Args:
+      compiled: `jax.jit(f).lower(...).compile()`.
+
+    Returns:
+      "temp", scratch alone, and "peak", scratch with arguments and results, shared ones once.
+    """
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return {"temp": None, "peak": None}
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    peak = held - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    return {"temp": int(memory.temp_size_in_bytes), "peak": int(peak)}
 
 
 def random_like(abstract: Any, seed: int, scale: float) -> Any:

@@ -1,0 +1,209 @@
+"""Times training steps of a named decoder on random tokens, on one device."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxopt_lab import models
+from jaxopt_lab.bench.conditions import device_name, versions
+from jaxopt_lab.bench.floors import CeilingProbe, Ceilings
+from jaxopt_lab.bench.methods import method
+from jaxopt_lab.bench.timing import CompiledStep, OptimizerTimer, program_bytes, random_like
+from jaxopt_lab.report.tables import format_table
+
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """Result of `run_training`."""
+
+    model: str
+    optimizer: str
+    device: str
+    versions: dict[str, str]
+    batch: int
+    context: int
+    compute_dtype: str
+    loop: str
+    parameters: int
+    step_ms: float
+    """Median over rounds; whole periods of the optimizer."""
+    tokens_per_second: float
+    mfu: float
+    """6 N + 12 L d T FLOPs per token over the measured bf16 product rate."""
+    mfu_of_peak: float | None
+    """The same over the peak rate that was given."""
+    optimizer_ms: float
+    """Its step alone, timed apart."""
+    optimizer_share: float
+    compile_s: float
+    temp_bytes: int | None
+    peak_bytes: int | None
+    ceilings: Ceilings
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        """A table with the conditions above it."""
+        gib = 2**30
+        row = {
+            "ms/step": self.step_ms,
+            "tokens/s": f"{self.tokens_per_second:,.0f}",
+            "MFU": f"{self.mfu:.1%}",
+            "of peak": "-" if self.mfu_of_peak is None else f"{self.mfu_of_peak:.1%}",
+            "optimizer ms": self.optimizer_ms,
+            "share": f"{self.optimizer_share:.1%}",
+            "temp GiB": None if self.temp_bytes is None else self.temp_bytes / gib,
+            "peak GiB": None if self.peak_bytes is None else self.peak_bytes / gib,
+            "compile s": round(self.compile_s, 1),
+        }
+        return (
+            f"{self.model}: {self.parameters:,} parameters, {self.optimizer}, "
+            f"{self.batch} x {self.context} tokens, {self.compute_dtype}, layers {self.loop}, "
+            f"on {self.device}, jax {self.versions['jax']}\n"
+            f"bf16 product {self.ceilings.flops_per_second / 1e12:,.3g} TFLOP/s\n\n"
+            f"{format_table(list(row), [list(row.values())])}"
+        )
+
+
+def run_training(
+    model: str = "gpt2-124m",
+    *,
+    optimizer: str = "lion_muon_p2",
+    batch: int = 32,
+    context: int | None = None,
+    steps: int = 20,
+    compute_dtype: str | None = None,
+    loop: str = "unrolled",
+    remat: str = "none",
+    head_chunks: int = 1,
+    peak_tflops: float | None = None,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> TrainingReport:
+    """Times forward, backward and update in one compiled program with donated state.
+
+    Args:
+      model: Named decoder.
+      optimizer: Name as `bench.methods.method` knows it.
+      batch: Sequences a step.
+      context: Tokens a sequence; the model's own by default.
+      steps: Steps a round, rounded up to whole periods of the optimizer.
+      compute_dtype: Of activations and products; bfloat16 by default, float32 on a CPU.
+      loop: "unrolled" or "scanned" layers.
+      remat: What the backward pass recomputes: "none", "full" or "dots".
+      head_chunks: Pieces in which the head is evaluated.
+      peak_tflops: Rate in the data sheet, to state the MFU against it as well.
+      on_progress: Called with a line of text before each stage.
+
+    Raises:
+      ValueError: For an unknown model or optimizer or a setting that does not fit.
+    """
+    if model not in models.PRESETS:
+        raise ValueError(f"model: {model!r} is not one of {', '.join(models.PRESETS)}")
+    if steps < 1 or batch < 1:
+        raise ValueError(f"steps, batch: got {steps}, {batch}; wanted at least 1")
+    if compute_dtype is None:
+        compute_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    preset = models.PRESETS[model]
+    config = dataclasses.replace(
+        preset,
+        context=preset.context if context is None else context,
+        compute_dtype=compute_dtype,
+        loop=loop,
+        remat=remat,
+    )
+    chosen = method(optimizer)
+    tx = chosen.build(models.matrix_axes(config))
+    periods = -(-steps // chosen.period)
+    on_progress("compiling")
+    params = models.init_params(config, jax.random.key(0))
+    tokens = jax.random.randint(
+        jax.random.key(1), (batch, config.context + 1), 0, config.vocab_size
+    )
+    start = time.perf_counter()
+    program = _training_step(config, tx, head_chunks, params, tokens)
+    compile_seconds = time.perf_counter() - start
+    alone = CompiledStep(tx, params)
+    on_progress("timing")
+    probe = CeilingProbe()
+    optimizer_seconds = _time_optimizer(alone, chosen.period, params)
+    seconds = _time_training(
+        program, params, jax.jit(tx.init)(params), tokens, periods * chosen.period, probe
+    )
+    ceilings = probe.ceilings()
+    tokens_per_second = batch * config.context / seconds
+    flops_per_second = tokens_per_second * models.flops_per_token(config)
+    return TrainingReport(
+        model=model,
+        optimizer=optimizer,
+        device=device_name(),
+        versions=versions("jax", "jaxlib", "optax", "flax", "jaxopt-lab"),
+        batch=batch,
+        context=config.context,
+        compute_dtype=config.compute_dtype,
+        loop=config.loop,
+        parameters=models.parameter_count(config),
+        step_ms=1e3 * seconds,
+        tokens_per_second=tokens_per_second,
+        mfu=flops_per_second / ceilings.flops_per_second,
+        mfu_of_peak=None if peak_tflops is None else flops_per_second / (peak_tflops * 1e12),
+        optimizer_ms=1e3 * optimizer_seconds,
+        optimizer_share=optimizer_seconds / seconds,
+        compile_s=compile_seconds,
+        temp_bytes=program_bytes(program)["temp"],
+        peak_bytes=program_bytes(program)["peak"],
+        ceilings=ceilings,
+    )
+
+
+def _training_step(
+    config: models.DecoderConfig,
+    tx: optax.GradientTransformation,
+    head_chunks: int,
+    params: Any,
+    tokens: jax.Array,
+) -> Any:
+    def step(params: Any, state: Any, tokens: jax.Array) -> tuple[Any, Any, jax.Array]:
+        def objective(params: Any) -> jax.Array:
+            return models.loss(config, params, {"tokens": tokens}, head_chunks=head_chunks)[0]
+
+        loss, grads = jax.value_and_grad(objective)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    abstract_state = jax.eval_shape(tx.init, params)
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, abstract_state, tokens).compile()
+
+
+def _time_training(
+    program: Any, params: Any, state: Any, tokens: jax.Array, steps: int, probe: CeilingProbe
+) -> float:
+    """Seconds a step: the median over rounds, after a round that is not counted."""
+    rounds = []
+    for _ in range(_ROUNDS + 1):
+        probe.sample()
+        start = time.perf_counter()
+        for _ in range(steps):
+            params, state, loss = program(params, state, tokens)
+        jax.block_until_ready((params, state, loss))
+        rounds.append((time.perf_counter() - start) / steps)
+    return float(np.median(rounds[1:]))
+
+
+def _time_optimizer(step: CompiledStep, period: int, params: Any) -> float:
+    grads = random_like(params, seed=2, scale=1e-3)
+    copy = jax.tree.map(jax.numpy.copy, params)  # the step donates its parameters
+    timer = OptimizerTimer(step, period, copy)
+    copy = timer.warm_up(copy, grads, seconds_per_round=0.1)
+    for _ in range(_ROUNDS):
+        copy = timer.round(copy, grads)
+    return float(np.median(timer.amortised))
