@@ -101,7 +101,8 @@ def train_batches(
     targets do not overlap, and visits them in a fresh permutation. Epoch $e$ starts cutting at
     token $\lfloor T \{e \varphi\} \rfloor$ ($\varphi$ the golden ratio, $T$ the context), so that
     later epochs see the documents at other positions. Rows of a mixture come from its parts in
-    the given proportions, each part counting its own epochs. Rows of step $s$ are numbered
+    the given proportions (grain rounds each to better than 1 %), each part counting its own
+    epochs. Rows of step $s$ are numbered
     $s B, \ldots, s B + B - 1$ whatever the number of processes, and a row is a function of its
     number and the seed.
 

@@ -25,7 +25,11 @@ def test_the_standard_library_comes_without_its_tests():
 
 def test_site_packages_adds_installed_packages_to_the_standard_library(tmp_path, monkeypatch):
     library, installed = tmp_path / "lib", tmp_path / "lib" / "site-packages"
-    for path in (library / "os.py", library / "test" / "t.py", installed / "pkg" / "tests" / "a.py"):
+    for path in (
+        library / "os.py",
+        library / "test" / "t.py",
+        installed / "pkg" / "tests" / "a.py",
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(path.name)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(library)})
@@ -92,7 +96,10 @@ def test_damaged_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (PythonSource(("/absent/root",)), r"PythonSource\.roots: '/absent/root' is not a directory"),
+        (
+            PythonSource(("/absent/root",)),
+            r"PythonSource\.roots: '/absent/root' is not a directory",
+        ),
         (PythonSource(()), r"PythonSource\.roots is empty"),
         (TextFiles(("/absent/*.txt",)), r"TextFiles\.paths: '/absent/\*\.txt' matches no file"),
         (TextFiles(()), r"TextFiles\.paths is empty"),

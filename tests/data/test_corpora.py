@@ -1,0 +1,282 @@
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxopt_lab.data import (
+    Mixture,
+    PythonSource,
+    TextFiles,
+    TokenizerConfig,
+    list_corpora,
+    prepare,
+    train_batches,
+)
+from jaxopt_lab.data.preparation import scan_documents, split_of, store_documents
+from tests.data.synthetic import held_out, key_of, texts, write_texts
+
+DOCUMENTS = texts(60)
+FRACTION = 0.2
+SMALL = TokenizerConfig(vocab_size=280)
+BYTES = TokenizerConfig("bytes")
+
+
+def _prepare(source, cache_dir, tokenizer=BYTES, fraction=FRACTION, **options):
+    return prepare(source, tokenizer, cache_dir=cache_dir, validation_fraction=fraction, **options)
+
+
+def _texts_of(corpus, split):
+    offsets = split.document_offsets
+    pieces = [split.tokens[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+    assert all(piece[-1] == corpus.tokenizer.end_of_text for piece in pieces)
+    return [corpus.tokenizer.decode(piece[:-1]) for piece in pieces]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A BPE corpus of 60 documents, two duplicates and an empty one, and where it was made."""
+    root = tmp_path_factory.mktemp("corpus")
+    extra = [DOCUMENTS[3], DOCUMENTS[3], ""]
+    write_texts(root / "text", [*DOCUMENTS, *extra])
+    return _prepare(TextFiles((str(root / "text"),)), root / "cache", SMALL), root
+
+
+def test_every_document_is_stored_once_in_the_order_of_its_hash(prepared):
+    corpus, _ = prepared
+    validation = held_out(DOCUMENTS, FRACTION)
+    train = [text for text in DOCUMENTS if text not in validation]
+    assert _texts_of(corpus, corpus.train) == sorted(train, key=key_of)
+    assert _texts_of(corpus, corpus.validation) == sorted(validation, key=key_of)
+    assert corpus.duplicates == 2
+    assert corpus.train.tokens.dtype == np.uint16
+    assert isinstance(corpus.train.tokens, np.memmap)
+
+
+def test_counts_are_exact(prepared):
+    corpus, _ = prepared
+    for split in (corpus.train, corpus.validation):
+        documents = _texts_of(corpus, split)
+        assert split.num_documents == len(documents)
+        assert split.num_tokens == split.document_offsets[-1] == len(split.tokens)
+        assert split.num_bytes == sum(len(text.encode()) for text in documents)
+        assert corpus.tokenizer.bytes_per_token[split.tokens].sum() == split.num_bytes
+
+
+def test_the_summary_describes_the_corpus(prepared):
+    corpus, root = prepared
+    summary = corpus.summary()
+    assert summary["hash"] == corpus.hash
+    assert summary["splits"]["train"] == {
+        "documents": corpus.train.num_documents,
+        "tokens": corpus.train.num_tokens,
+        "bytes": corpus.train.num_bytes,
+    }
+    assert summary["tokenizer"]["hash"] == corpus.tokenizer.hash
+    (row,) = list_corpora(root / "cache")
+    assert (row["documents"], row["hash"]) == (60, corpus.hash)
+    assert row["tokens"] == corpus.train.num_tokens + corpus.validation.num_tokens
+    assert row["path"] == str(corpus.path)
+    assert list_corpora(root / "nothing") == []
+
+
+def test_the_second_call_opens_what_the_first_one_wrote(prepared):
+    corpus, root = prepared
+    before = (corpus.path / "train.tokens").stat()
+    messages = []
+    again = _prepare(
+        TextFiles((str(root / "text"),)), root / "cache", SMALL, on_progress=messages.append
+    )
+    assert (again.path / "train.tokens").stat() == before
+    assert again.summary() == corpus.summary()
+    assert not [m for m in messages if "training" in m or "encoding" in m]
+
+
+def test_the_hash_is_of_the_content_alone(prepared, tmp_path):
+    corpus, root = prepared
+    write_texts(tmp_path / "elsewhere", DOCUMENTS[::-1])
+    other = _prepare(TextFiles((str(tmp_path / "elsewhere"),)), root / "cache", SMALL)
+    assert (other.hash, other.path) == (corpus.hash, corpus.path)
+    assert other.duplicates == 0
+
+
+def test_an_empty_cache_gives_the_same_tokens(prepared, tmp_path):
+    corpus, root = prepared
+    other = _prepare(TextFiles((str(root / "text"),)), tmp_path, SMALL)
+    assert other.tokenizer.hash == corpus.tokenizer.hash
+    np.testing.assert_array_equal(other.train.tokens, corpus.train.tokens)
+    assert other.summary() == corpus.summary()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "deleted"])
+def test_a_damaged_entry_is_rebuilt_from_the_stored_documents(prepared, tmp_path, damage):
+    corpus, root = prepared
+    shutil.copytree(root / "cache", tmp_path / "cache")
+    file = tmp_path / "cache" / "tokens" / corpus.path.name / "train.tokens"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-2]) if damage == "truncated" else file.unlink()
+    messages = []
+    source = TextFiles((str(root / "text"),))
+    again = _prepare(source, tmp_path / "cache", SMALL, on_progress=messages.append)
+    assert [m for m in messages if "damaged" in m]
+    assert not [m for m in messages if "storing" in m]
+    assert (again.path / "train.tokens").read_bytes() == whole
+
+
+def test_the_tokenizer_sees_training_documents_only(prepared, tmp_path):
+    corpus, _ = prepared
+    unseen = held_out([f"zzzz qqqq {i} " * 50 for i in range(20)], FRACTION)
+    train = [text for text in DOCUMENTS if text not in held_out(DOCUMENTS, FRACTION)]
+    write_texts(tmp_path / "text", train + unseen)
+    other = _prepare(TextFiles((str(tmp_path / "text"),)), tmp_path, SMALL)
+    assert unseen and other.hash != corpus.hash
+    assert other.tokenizer.hash == corpus.tokenizer.hash
+
+
+@given(
+    keys=st.lists(st.text().map(key_of), min_size=1),
+    fractions=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_a_larger_fraction_only_adds_to_the_validation_documents(keys, fractions):
+    smaller, larger = sorted(fractions)
+    for key in keys:
+        assert split_of(key, 0.0) == "train"
+        if split_of(key, smaller) == "validation":
+            assert split_of(key, larger) == "validation"
+
+
+def test_adding_documents_moves_no_other_document(prepared, tmp_path):
+    corpus, _ = prepared
+    write_texts(tmp_path / "text", DOCUMENTS + texts(30, seed=1))
+    larger = _prepare(TextFiles((str(tmp_path / "text"),)), tmp_path)
+    for name in ("train", "validation"):
+        before = _texts_of(corpus, getattr(corpus, name))
+        assert set(before) < set(_texts_of(larger, getattr(larger, name)))
+
+
+def test_the_share_of_validation_documents():
+    share = np.mean([split_of(key_of(str(i)), 0.2) == "validation" for i in range(2000)])
+    assert abs(share - 0.2) < 0.03
+
+
+def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path):
+    from jaxopt_lab.data.preparation import _SplitWriter
+
+    class Wide:
+        vocab_size, end_of_text = 70_000, 69_999
+
+        def encode_batch(self, batch):
+            return [np.asarray([66_000]) for _ in batch]
+
+    writer = _SplitWriter(tmp_path, "train", Wide())  # pyright: ignore[reportArgumentType]
+    writer.write(iter(["text"]))
+    assert np.fromfile(tmp_path / "train.tokens", np.int32).tolist() == [66_000, 69_999]
+
+
+def test_a_mixture_keeps_its_parts_apart_in_training(tmp_path):
+    first, second = DOCUMENTS[:30], texts(30, seed=2)
+    one = TextFiles((str(write_texts(tmp_path / "one", first)),))
+    two = TextFiles((str(write_texts(tmp_path / "two", [*second, first[0]])),))
+    corpus = _prepare(Mixture((one, two), (3.0, 1.0)), tmp_path)
+    assert [part.weight for part in corpus.parts] == [0.75, 0.25]
+    assert corpus.parts[0].stop == corpus.parts[1].start
+    assert corpus.parts[1].stop == corpus.train.num_tokens
+    assert corpus.duplicates == 1
+    stretch = corpus.train.tokens[corpus.parts[1].start : corpus.parts[1].stop]
+    held = held_out(first + second, FRACTION)
+    inside = sorted((text for text in second if text not in held), key=key_of)
+    ends = [text + "<|endoftext|>" for text in inside]
+    assert corpus.tokenizer.decode(stretch) == "".join(ends)
+    assert _texts_of(corpus, corpus.validation) == sorted(held, key=key_of)
+    assert [part["weight"] for part in corpus.summary()["parts"]] == [0.75, 0.25]
+    batch = train_batches(corpus, batch_size=4, context=16, seed=0).batch_at(0)
+    assert batch["tokens"].shape == (4, 17)
+    # Other weights are another run on the same tokens.
+    assert _prepare(Mixture((one, two), (1.0, 1.0)), tmp_path).path == corpus.path
+
+
+def test_nothing_held_out_on_request(tmp_path):
+    source = TextFiles((str(write_texts(tmp_path / "text", DOCUMENTS[:5])),))
+    corpus = _prepare(source, tmp_path, fraction=0.0)
+    assert (corpus.train.num_documents, corpus.validation.num_documents) == (5, 0)
+
+
+def test_corpora_without_documents_on_one_side(tmp_path):
+    validation = held_out(DOCUMENTS, FRACTION)
+    train = [text for text in DOCUMENTS if text not in validation][:5]
+    one = TextFiles((str(write_texts(tmp_path / "train", train)),))
+    with pytest.raises(ValueError, match=r"no validation documents.* validation_fraction = 0\.2"):
+        _prepare(one, tmp_path)
+    two = TextFiles((str(write_texts(tmp_path / "validation", validation)),))
+    with pytest.raises(ValueError, match="no training documents"):
+        _prepare(two, tmp_path)
+    three = TextFiles((str(write_texts(tmp_path / "empty", ["", ""])),))
+    with pytest.raises(ValueError, match=r"the corpus .*empty is empty: it has no text"):
+        _prepare(three, tmp_path)
+    with pytest.raises(ValueError, match="all its documents are in other parts"):
+        _prepare(Mixture((one, one), (1.0, 1.0)), tmp_path)
+    for fraction in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="validation_fraction = "):
+            _prepare(one, tmp_path, fraction=fraction)
+
+
+def test_files_that_vanish_between_the_passes_are_reported(tmp_path):
+    directory = write_texts(tmp_path / "text", DOCUMENTS[:5])
+    (scan,) = scan_documents([TextFiles((str(directory),))], lambda message: None)
+    next(directory.iterdir()).unlink()
+    with pytest.raises(ValueError, match="changed while they were read: 1 documents are gone"):
+        store_documents(tmp_path, scan, 0.0, lambda message: None)
+
+
+_CONCURRENT = """
+import sys
+from jaxopt_lab.data import TextFiles, TokenizerConfig, prepare
+corpus = prepare(TextFiles((sys.argv[1],)), TokenizerConfig(vocab_size=280),
+                 cache_dir=sys.argv[2], validation_fraction=0.2)
+print(corpus.summary()["train_tokens_sha256"])
+"""
+
+
+def test_two_processes_prepare_the_same_corpus(prepared, tmp_path):
+    corpus, root = prepared
+    arguments = [sys.executable, "-c", _CONCURRENT, str(root / "text"), str(tmp_path)]
+    processes = [
+        subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    expected = corpus.summary()["train_tokens_sha256"]
+    assert [output for output, _ in outputs] == [expected + "\n"] * 2, outputs
+    for room in ("tokens", "documents"):
+        names = [path.name for path in (tmp_path / room).iterdir()]
+        assert len(names) == 2 and not [name for name in names if name.startswith(".")]
+
+
+def test_importing_the_room_is_light():
+    code = (
+        "import sys, jaxopt_lab.data; "
+        "print({'tensorflow_datasets', 'grain', 'tokenizers', 'flax'} & set(sys.modules))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "set()\n"
+
+
+@pytest.mark.slow
+def test_the_default_corpus_is_ready_in_half_a_minute_and_cached_in_a_second(tmp_path):
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        corpus = prepare(PythonSource(), cache_dir=tmp_path)
+        times.append(time.perf_counter() - start)
+    assert corpus.tokenizer.vocab_size == 4096
+    assert corpus.train.num_tokens > 2_000_000
+    assert times[0] < 30 and times[1] < 1
