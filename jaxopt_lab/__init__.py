@@ -1,1 +1,42 @@
-"""Research optimizers as pure Optax transforms, and a stack that trains with them."""
+"""Research optimizers as pure Optax transforms, and a stack that trains with them.
+
+Importing this is cheap: it brings the transforms and schedules, which need jax, optax, jaxtyping
+and numpy. `jaxopt_lab.models`, `.data`, `.train`, `.report` and `.bench` are imported by name.
+"""
+
+from jaxopt_lab import diagnostics, schedules
+from jaxopt_lab.optim import (
+    d_muon,
+    describe,
+    legacy_sign_muon,
+    lion_muon,
+    muon,
+    normalized_sgd,
+    params_ema,
+    scale_by_adamw_fallback,
+    scale_by_lion_muon,
+    scale_by_normalized_heavy_ball,
+    sign_muon,
+    signum,
+    state_shardings,
+    track_params_ema,
+)
+
+__all__ = [
+    "d_muon",
+    "describe",
+    "diagnostics",
+    "legacy_sign_muon",
+    "lion_muon",
+    "muon",
+    "normalized_sgd",
+    "params_ema",
+    "scale_by_adamw_fallback",
+    "scale_by_lion_muon",
+    "scale_by_normalized_heavy_ball",
+    "schedules",
+    "sign_muon",
+    "signum",
+    "state_shardings",
+    "track_params_ema",
+]

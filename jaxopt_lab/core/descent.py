@@ -4,6 +4,7 @@ Rows are the reduction side (fan in) and columns the output side (fan out), as i
 """
 
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -11,6 +12,9 @@ from jaxtyping import Array, Float
 # Singular values of 1 give an m x n matrix the RMS 1 / sqrt(max(m, n)); this factor makes it 0.2,
 # the typical RMS of an AdamW update.
 ADAMW_RMS = 0.2
+
+SPECTRAL_SCALES = ("match_rms", "fan", "none")
+SIGN_SCALES = ("none", "frob", "muon")
 
 
 def spectral_scale(kind: str, m: int, n: int) -> float:
@@ -21,14 +25,9 @@ def spectral_scale(kind: str, m: int, n: int) -> float:
       m: Rows (fan in).
       n: Columns (fan out).
     """
-    if m == 0 or n == 0:
+    if kind == "none" or m == 0 or n == 0:
         return 1.0
-    scales = {
-        "match_rms": ADAMW_RMS * math.sqrt(max(m, n)),
-        "fan": math.sqrt(max(1.0, n / m)),
-        "none": 1.0,
-    }
-    return scales[kind]
+    return ADAMW_RMS * math.sqrt(max(m, n)) if kind == "match_rms" else math.sqrt(max(1.0, n / m))
 
 
 def sign_scale(kind: str, m: int, n: int) -> float:
@@ -39,14 +38,22 @@ def sign_scale(kind: str, m: int, n: int) -> float:
       m: Rows (fan in).
       n: Columns (fan out).
     """
-    if m == 0 or n == 0:
+    if kind == "none" or m == 0 or n == 0:
         return 1.0
     frob = 1.0 / math.sqrt(max(m, n))
-    return {"none": 1.0, "frob": frob, "muon": frob * spectral_scale("fan", m, n)}[kind]
+    return frob if kind == "frob" else frob * spectral_scale("fan", m, n)
 
 
-def frobenius_direction(x: Float[Array, "batch m n"]) -> Float[Array, "batch m n"]:
-    r"""$X / (\lVert X \rVert_F + 10^{-7})$ times $\sqrt{\min(m, n)}$ and the "fan" factor."""
-    m, n = x.shape[-2:]
-    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
+def frobenius_direction(
+    x: Float[Array, "..."], axes: Sequence[int], m: int, n: int
+) -> Float[Array, "..."]:
+    r"""$X / (\lVert X \rVert_F + 10^{-7})$ times $\sqrt{\min(m, n)}$ and the "fan" factor.
+
+    Args:
+      x: A leaf holding matrices.
+      axes: The axes that span each matrix; the others are batch.
+      m: Rows (fan in).
+      n: Columns (fan out).
+    """
+    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(axes), keepdims=True))
     return x / (norm + 1e-7) * (math.sqrt(min(m, n)) * spectral_scale("fan", m, n))

@@ -21,12 +21,13 @@ AxisNames = tuple[str, ...]
 def known_sharding(x: Array, given: NamedSharding | None) -> NamedSharding | None:
     """The sharding under which `x` is laid out, where that can be known while tracing.
 
-    Explicit mesh axes carry it in the type. Auto axes do not, so it must be `given`.
+    Explicit mesh axes carry it in the type. Auto axes do not, so it must be `given`. None when it
+    is unknown, or says nothing because the mesh is one device.
     """
     sharding = getattr(jax.typeof(x), "sharding", None)
-    if isinstance(sharding, NamedSharding) and any(sharding.spec):
-        return sharding
-    return given
+    if not (isinstance(sharding, NamedSharding) and any(sharding.spec)):
+        sharding = given
+    return None if sharding is None or sharding.mesh.size == 1 else sharding
 
 
 def on_whole_matrices(

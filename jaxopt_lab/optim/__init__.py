@@ -1,1 +1,30 @@
 """First-order optimizers as Optax transforms, one method per file."""
+
+from jaxopt_lab.optim.adamw_fallback import scale_by_adamw_fallback
+from jaxopt_lab.optim.describe import Description, describe
+from jaxopt_lab.optim.ema import params_ema, track_params_ema
+from jaxopt_lab.optim.heavy_ball import normalized_sgd, scale_by_normalized_heavy_ball, signum
+from jaxopt_lab.optim.lion_muon import LionMuonState, lion_muon, scale_by_lion_muon, sign_muon
+from jaxopt_lab.optim.muon_presets import d_muon, legacy_sign_muon, muon
+from jaxopt_lab.optim.routing import route
+from jaxopt_lab.optim.shardings import state_shardings
+
+__all__ = [
+    "Description",
+    "LionMuonState",
+    "d_muon",
+    "describe",
+    "legacy_sign_muon",
+    "lion_muon",
+    "muon",
+    "normalized_sgd",
+    "params_ema",
+    "route",
+    "scale_by_adamw_fallback",
+    "scale_by_lion_muon",
+    "scale_by_normalized_heavy_ball",
+    "sign_muon",
+    "signum",
+    "state_shardings",
+    "track_params_ema",
+]

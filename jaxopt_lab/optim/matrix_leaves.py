@@ -1,0 +1,66 @@
+"""The matrix leaves of one update: layouts, shardings, and the way to their stacks and back."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import NamedSharding
+from jax.tree_util import KeyPath
+from jaxtyping import Array, Shaped
+
+from jaxopt_lab.core.matrices import MatrixAxes
+from jaxopt_lab.core.stacks import map_matrices
+from jaxopt_lab.core.whole_matrices import known_sharding
+from jaxopt_lab.optim.routing import MatrixAxesSpec, broadcast_prefix, require_matrices
+
+
+class MatrixLeaves(NamedTuple):
+    """What is known of each leaf while tracing; lists in the order of the leaves."""
+
+    paths: list[KeyPath]
+    axes: list[MatrixAxes]
+    shardings: list[NamedSharding | None]
+    treedef: Any  # jax.tree_util.PyTreeDef
+
+    @classmethod
+    def of(
+        cls, updates: optax.Updates, matrix_axes: MatrixAxesSpec, param_shardings: Any
+    ) -> "MatrixLeaves":
+        """Resolve layouts and shardings of a tree of matrices.
+
+        Raises:
+          ValueError: A leaf has no layout, or a prefix does not match the tree.
+        """
+        routes = require_matrices(updates, matrix_axes)
+        leaves, treedef = jax.tree.flatten(updates)
+        given: Sequence[NamedSharding | None] = [None] * len(leaves)
+        if param_shardings is not None:
+            given = broadcast_prefix("param_shardings", param_shardings, updates)
+        shardings = [known_sharding(x, s) for x, s in zip(leaves, given, strict=True)]
+        axes = [r.axes for r in routes if r.axes is not None]
+        return cls([r.path for r in routes], axes, shardings, treedef)
+
+    def inner_axes(self, index: int) -> tuple[int, ...]:
+        """The axes of a leaf that span its matrices."""
+        return self.axes[index].reduction + self.axes[index].output
+
+    def matrix_shape(self, index: int, leaf: Array) -> tuple[int, int, int]:
+        """(matrices, rows, columns) of a leaf."""
+        return self.axes[index].matrix_shape(leaf.shape)
+
+    def map_whole(
+        self,
+        fn: Callable[..., tuple[Array, ...]],
+        matrices: Sequence[Sequence[Array]],
+        **options: Any,
+    ) -> tuple[list[Array], ...]:
+        """`map_matrices` with the layouts and shardings of these leaves."""
+        return map_matrices(fn, matrices, self.axes, self.shardings, **options)
+
+    def per_matrix(self, index: int, values: Shaped[Array, " batch"], leaf: Array) -> Array:
+        """Shape one number a matrix so that it broadcasts against the leaf."""
+        axes = self.axes[index]
+        order = axes.batch + axes.reduction + axes.output
+        shape = [leaf.shape[a] if a in axes.batch else 1 for a in order]
+        return values.reshape(shape).transpose([order.index(a) for a in range(len(order))])

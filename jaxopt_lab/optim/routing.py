@@ -1,0 +1,187 @@
+"""Which leaves are matrices: layouts given by the user, or decided by role and shape.
+
+A leaf is a matrix where `matrix_axes` gives it a layout. Without `matrix_axes` the rule is:
+vectors and scalars, embeddings and output heads are not matrices; everything else with two axes is.
+An embedding or a head is recognised by an axis of vocabulary size, or by the name `embedding` that
+Flax gives the table of its `Embed` layers.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import optax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyPath
+from optax.contrib import MuonDimensionNumbers
+
+from jaxopt_lab.core.matrices import MatrixAxes, resolve_layout
+
+# What a numeric option may be: `optax.inject_hyperparams` turns numbers into arrays.
+Scalar = float | jax.Array
+# A tree, a prefix of one, or a function of the parameters; None routes a leaf to the fallback.
+MatrixAxesSpec: TypeAlias = Any
+OnUncovered = Literal["adamw", "error"]
+
+# No hidden width of a common model reaches this, every common vocabulary of words exceeds it.
+DEFAULT_VOCABULARY_SIZE = 10_000
+
+# The group of everything that is not a matrix, in states and tables.
+FALLBACK_LABEL = "adamw"
+
+
+class Route(NamedTuple):
+    """Where one leaf goes, and why."""
+
+    path: KeyPath
+    axes: MatrixAxes | None  # None: not a matrix
+    role: str  # matrix, vector, embedding, uncovered (no layout for more than two axes)
+
+
+def _is_layout(node: Any) -> bool:
+    return node is None or (hasattr(node, "reduction_axis") and hasattr(node, "output_axis"))
+
+
+def _last_name(path: KeyPath) -> str:
+    """The last name in a path; NNX variables end in their `value`, which is not one."""
+    names = []
+    for entry in path:
+        if isinstance(entry, DictKey | FlattenedIndexKey):
+            names.append(str(entry.key))
+        elif isinstance(entry, GetAttrKey) and entry.name != "value":
+            names.append(entry.name)
+    return names[-1] if names else ""
+
+
+def _by_shape(path: KeyPath, shape: tuple[int, ...], vocabulary_size: int) -> Route:
+    if len(shape) < 2:
+        return Route(path, None, "vector")
+    if _last_name(path) == "embedding" or max(shape) >= vocabulary_size:
+        return Route(path, None, "embedding")
+    if len(shape) > 2:
+        return Route(path, None, "uncovered")
+    return Route(path, resolve_layout(shape, MuonDimensionNumbers()), "matrix")
+
+
+def _given(path: KeyPath, shape: tuple[int, ...], layout: Any) -> Route:
+    if layout is None:
+        return Route(path, None, "vector" if len(shape) < 2 else "excluded")
+    try:
+        return Route(path, resolve_layout(shape, layout), "matrix")
+    except ValueError as error:
+        raise ValueError(f"matrix_axes of leaf {jax.tree_util.keystr(path)}: {error}") from None
+
+
+def broadcast_prefix(
+    name: str, prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> list[Any]:
+    """One entry of `prefix` for each leaf of `tree`.
+
+    Args:
+      name: The argument's name, for the error.
+      prefix: A tree with the structure of `tree` or of its upper part, or a function of the tree.
+      tree: The tree to match; leaves that Optax masked are not leaves.
+      is_leaf: What counts as a leaf of the prefix.
+
+    Raises:
+      ValueError: The prefix does not match the tree.
+    """
+    if callable(prefix) and not (is_leaf and is_leaf(prefix)):
+        prefix = prefix(tree)
+    entries: list[Any] = []
+
+    def fill(entry: Any, subtree: Any) -> None:
+        entries.extend([entry] * len(jax.tree.leaves(subtree)))
+
+    try:
+        jax.tree.map(fill, prefix, tree, is_leaf=is_leaf)
+    except ValueError as error:
+        raise ValueError(f"{name} does not match the parameter tree: {error}") from None
+    return entries
+
+
+def route(
+    params: optax.Params,
+    matrix_axes: MatrixAxesSpec = None,
+    *,
+    on_uncovered: OnUncovered = "adamw",
+    vocabulary_size: int | None = None,
+) -> list[Route]:
+    """Decide for every leaf whether it is a matrix, and by which axes.
+
+    Args:
+      params: The parameter tree (arrays or `jax.ShapeDtypeStruct`).
+      matrix_axes: `MuonDimensionNumbers` for the matrix leaves and None for the others: a tree like
+        `params`, a prefix of one, or a function that returns one. None: by role and shape.
+      on_uncovered: What to do with a leaf of more than two axes that nothing covers.
+      vocabulary_size: Without `matrix_axes`, leaves with an axis at least this long are embeddings
+        or heads. None: 10 000.
+
+    Returns:
+      One route a leaf, in the order of `jax.tree.leaves(params)`.
+
+    Raises:
+      ValueError: A layout does not fit its leaf, or a leaf is uncovered and that is an error.
+    """
+    if on_uncovered not in ("adamw", "error"):
+        raise ValueError(f"on_uncovered is {on_uncovered!r}; choose 'adamw' or 'error'")
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if matrix_axes is None:
+        size = DEFAULT_VOCABULARY_SIZE if vocabulary_size is None else vocabulary_size
+        routes = [_by_shape(path, x.shape, size) for path, x in leaves]
+    else:
+        layouts = broadcast_prefix("matrix_axes", matrix_axes, params, _is_layout)
+        routes = [_given(p, x.shape, a) for (p, x), a in zip(leaves, layouts, strict=True)]
+    if on_uncovered == "error":
+        for r, (_, x) in zip(routes, leaves, strict=True):
+            if r.role == "uncovered":
+                raise ValueError(
+                    f"leaf {jax.tree_util.keystr(r.path)} of shape {x.shape} has more than two "
+                    "axes and matrix_axes does not say which of them form its matrices"
+                )
+    return routes
+
+
+def require_matrices(params: optax.Params, matrix_axes: MatrixAxesSpec) -> list[Route]:
+    """Routes of a tree whose every leaf must be a matrix (what a bare `scale_by_x` works on).
+
+    Raises:
+      ValueError: A leaf has no layout; the message names it and the way out.
+    """
+    layouts = MuonDimensionNumbers() if matrix_axes is None else matrix_axes
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    entries = broadcast_prefix("matrix_axes", layouts, params, _is_layout)
+    routes = []
+    for (path, x), layout in zip(leaves, entries, strict=True):
+        if layout is None or (matrix_axes is None and len(x.shape) != 2):
+            raise ValueError(
+                f"leaf {jax.tree_util.keystr(path)} of shape {x.shape} is not a matrix; give its "
+                "layout in matrix_axes, or route it elsewhere with optax.partition"
+            )
+        routes.append(_given(path, x.shape, layout))
+    return routes
+
+
+def partition_labels(
+    label: str,
+    matrix_axes: MatrixAxesSpec,
+    *,
+    on_uncovered: OnUncovered = "adamw",
+    vocabulary_size: int | None = None,
+) -> Callable[[optax.Params], Any]:
+    """A label function for `optax.partition`: `label` for matrices, "adamw" for the rest.
+
+    Args:
+      label: The label of the matrices.
+      matrix_axes: As in `route`.
+      on_uncovered: As in `route`.
+      vocabulary_size: As in `route`.
+    """
+
+    def labels(params: optax.Params) -> Any:
+        routes = route(
+            params, matrix_axes, on_uncovered=on_uncovered, vocabulary_size=vocabulary_size
+        )
+        names = [FALLBACK_LABEL if r.axes is None else label for r in routes]
+        return jax.tree.unflatten(jax.tree.structure(params), names)
+
+    return labels
