@@ -80,6 +80,10 @@ class Checkpoints:
         """Labels of the committed checkpoints, ascending."""
         return committed_steps(self.directory)
 
+    def are_all_damaged(self) -> bool:
+        """Whether there were checkpoints, and none is left."""
+        return not self.steps() and self._damaged.is_dir() and any(self._damaged.iterdir())
+
     def save(
         self,
         step: int,
@@ -266,7 +270,7 @@ def _context() -> ocp.Context:
 
 def _load(path: Path, items: dict[str, Any]) -> dict[str, Any]:
     with _context():
-        return ocp.load_checkpointables(path, items)
+        return ocp.load_checkpointables(str(path), items)
 
 
 def _file_sizes(path: Path) -> dict[str, int]:

@@ -18,7 +18,13 @@ class ConfigError(ValueError):
     def __init__(self, field: str, value: Any, wanted: str):
         """Builds the message from field, value and remedy."""
         super().__init__(f"{field}: got {value!r}, {wanted}")
-        self.field = field
+
+    @classmethod
+    def inside(cls, section: str, error: Exception) -> "ConfigError":
+        """Puts the section in front of a message that names field, value and remedy itself."""
+        wrapped = cls.__new__(cls)
+        ValueError.__init__(wrapped, f"{section}: {error}")
+        return wrapped
 
 
 class CheckpointError(RuntimeError):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -67,7 +68,9 @@ def initialize_processes(config: DistributedConfig) -> bool:
         jax.distributed.initialize()
         return True
     address, count, index = given
-    for name, value in zip(("coordinator_address", "num_processes", "process_id"), given):
+    for name, value in zip(
+        ("coordinator_address", "num_processes", "process_id"), given, strict=True
+    ):
         if value is None:
             raise ConfigError(f"distributed.{name}", None, "expected all three settings or none")
     assert count is not None and index is not None
@@ -77,7 +80,7 @@ def initialize_processes(config: DistributedConfig) -> bool:
     return True
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Lays the devices out along data, fsdp and tensor.
 
     Args:
@@ -109,7 +112,7 @@ def axis_sizes(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
     (2, 4, 1)
     """
     sizes = [config.data, config.fsdp, config.tensor]
-    for name, size in zip(AXES, sizes):
+    for name, size in zip(AXES, sizes, strict=True):
         if size < 1 and size != -1:
             raise ConfigError(f"mesh.{name}", size, "expected at least 1, or -1 for what is left")
     if sizes.count(-1) > 1:
@@ -180,4 +183,4 @@ def _launched_as_one_of_many(environment: Mapping[str, str]) -> bool:
 
 
 def _as_text(sizes: Sequence[int]) -> str:
-    return " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes))
+    return " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))

@@ -13,7 +13,7 @@ from jaxopt_lab.optim.shardings import state_shardings
 from jaxopt_lab.train.mesh import BATCH_AXES
 
 Batch = Mapping[str, Array]
-LossFn = Callable[[PyTree, Batch], tuple[Float[Array, ""], Mapping[str, Array]]]
+LossFn = Callable[[PyTree, Batch], tuple[Float[Array, " "], Mapping[str, Array]]]
 """(params, batch) -> (mean nats per token, {"tokens": number of tokens in the mean, ...})"""
 
 SIGNALS = "signals"
@@ -23,8 +23,8 @@ SIGNALS = "signals"
 class TrainState(NamedTuple):
     """Everything that training changes; what a checkpoint holds."""
 
-    step: Int[Array, ""]  # optimizer steps taken, skipped ones included
-    skipped: Int[Array, ""]  # steps whose update was dropped because something was not finite
+    step: Int[Array, " "]  # optimizer steps taken, skipped ones included
+    skipped: Int[Array, " "]  # steps whose update was dropped because something was not finite
     params: PyTree  # plain nested dict
     opt_state: PyTree
 
@@ -34,8 +34,17 @@ class Step(NamedTuple):
 
     init: Callable[[Array], TrainState]  # (key) -> state, jitted
     update: Any  # (state, batch) -> (state, metrics), jitted, donates the state
-    shardings: TrainState  # of NamedSharding
-    abstract_state: TrainState  # of ShapeDtypeStruct with shardings; the target of a restore
+    shardings: Any  # TrainState of NamedSharding
+    abstract_state: Any  # TrainState of ShapeDtypeStruct with shardings; the target of a restore
+
+
+def param_shardings(mesh: Mesh, specs: PyTree) -> PyTree:
+    """Shardings of parameters from their PartitionSpecs."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        specs,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
 
 
 def make_step(
@@ -78,19 +87,15 @@ def make_step(
       the batch comes back as a metric, which is how processes agree on stopping and saving
       without a synchronisation of their own.
     """
-    param_shardings = jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec),
-        param_specs,
-        is_leaf=lambda x: isinstance(x, PartitionSpec),
-    )
+    params_at = param_shardings(mesh, param_specs)
     key = jax.eval_shape(lambda: jax.random.key(0))
     abstract_params = jax.eval_shape(init_params, key)
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings = TrainState(
         step=replicated,
         skipped=replicated,
-        params=param_shardings,
-        opt_state=state_shardings(tx, abstract_params, param_shardings),
+        params=params_at,
+        opt_state=state_shardings(tx, abstract_params, params_at),
     )
 
     def init(key: Array) -> TrainState:
@@ -130,7 +135,7 @@ def make_step(
 
 def accumulated_gradients(
     loss_fn: LossFn, params: PyTree, batch: Batch, accumulation: int
-) -> tuple[Float[Array, ""], Float[Array, ""], PyTree]:
+) -> tuple[Float[Array, " "], Float[Array, " "], PyTree]:
     """Loss and gradient of the mean over all tokens of the batch, one microbatch at a time.
 
     Args:
@@ -176,7 +181,7 @@ def _microbatches(batch: Batch, accumulation: int) -> dict[str, Array]:
     return {name: split(x) for name, x in batch.items()}
 
 
-def _clipped(grads: PyTree, norm: Float[Array, ""], clip: float | None) -> PyTree:
+def _clipped(grads: PyTree, norm: Float[Array, " "], clip: float | None) -> PyTree:
     if clip is None:
         return grads
     scale = jnp.minimum(1.0, clip / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
@@ -187,9 +192,9 @@ def _guarded_update(
     tx: optax.GradientTransformation,
     state: TrainState,
     grads: PyTree,
-    loss: Float[Array, ""],
-    norm: Float[Array, ""],
-) -> tuple[TrainState, Bool[Array, ""]]:
+    loss: Float[Array, " "],
+    norm: Float[Array, " "],
+) -> tuple[TrainState, Bool[Array, " "]]:
     # The norm is finite only if every gradient is, and it is at hand already.
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     # Optimizers keep the dtype of what they are given: parameters decide it.

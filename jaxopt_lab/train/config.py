@@ -1,0 +1,254 @@
+"""What a run is: one frozen dataclass, checked before anything is compiled."""
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxopt_lab.data import (
+    Mixture,
+    PreparedTfds,
+    PythonSource,
+    Source,
+    TextFiles,
+    Tokenizer,
+    TokenizerConfig,
+)
+from jaxopt_lab.models import PRESETS, DecoderConfig
+from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.mesh import DistributedConfig, MeshConfig, axis_sizes
+from jaxopt_lab.train.optimizers import LionMuonConfig, OptimizerConfig
+from jaxopt_lab.train.schedules import CosineConfig, ScheduleConfig
+
+CORPORA: dict[str, type] = {
+    "python-source": PythonSource,
+    "text-files": TextFiles,
+    "prepared-tfds": PreparedTfds,
+    "mixture": Mixture,
+}
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation."""
+
+    every: int = 50
+    """Steps between evaluations; the first and the last step are always evaluated."""
+
+    batches: int = 16
+    """Batches of held-out text, the same every time."""
+
+    sample_tokens: int = 96
+    """Length of the continuation sampled at the end; 0 leaves it out."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints. The last step is always saved."""
+
+    every_steps: int | None = 100
+    """Steps between checkpoints; None saves by time alone."""
+
+    every_minutes: float | None = None
+    """Minutes between checkpoints; None saves by steps alone."""
+
+    keep_newest: int = 2
+    """How many of the newest stay."""
+
+    keep_best: int = 1
+    """How many of those with the lowest held-out loss stay."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """One pretraining run. Everything is a flag: `--steps 500 --optimizer.period 5`."""
+
+    preset: str = "tiny"
+    """Name of the preset that the model starts from."""
+
+    model: DecoderConfig = PRESETS["tiny"]
+    """Shape and numerics of the decoder."""
+
+    optimizer: OptimizerConfig = LionMuonConfig()
+    """The update rule."""
+
+    schedule: ScheduleConfig = CosineConfig()
+    """The learning rate over time."""
+
+    corpus: Source = PythonSource()
+    """The text."""
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """How text becomes tokens."""
+
+    mesh: MeshConfig = MeshConfig()
+    """The devices."""
+
+    distributed: DistributedConfig = DistributedConfig()
+    """The processes."""
+
+    eval: EvalConfig = EvalConfig()
+    """Held-out evaluation."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+
+    steps: int = 300
+    """Optimizer steps."""
+
+    batch_size: int = 16
+    """Windows of `model.context` tokens per step, over all devices and microbatches."""
+
+    accumulation: int = 1
+    """Microbatches per step, one after another."""
+
+    clip: float | None = 0.5
+    """Largest global norm of the gradient; None does not clip."""
+
+    z_loss: float = 0.0
+    """Weight of the squared log-partition in the training loss."""
+
+    head_chunks: int = 1
+    """Pieces of the sequence for which the logits are held at a time; saves memory, costs time."""
+
+    ema: float | None = None
+    """Decay of an average of the weights, which is then evaluated and sampled as well."""
+
+    seed: int = 0
+    """Seed of the initial weights and of the order of the text."""
+
+    max_skipped: int = 20
+    """Steps with a non-finite loss or gradient that a run may skip before it stops."""
+
+    validation_fraction: float = 0.05
+    """Share of the documents that is held out."""
+
+    run_directory: str | None = None
+    """Where everything is written; by default a new directory below `runs/`."""
+
+    resume: bool = False
+    """Continue the run in `run_directory`, with its own configuration and these changes."""
+
+    dry_run: bool = False
+    """Compile, print memory, FLOPs and collectives, and stop."""
+
+    profile: bool = False
+    """Write a profiler trace of a few steps to `profile/` in the run directory."""
+
+    deterministic: bool = False
+    """On a GPU, use deterministic kernels and keep the kernel choice with the run."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+
+    wandb: bool = False
+    """Also log to Weights & Biases; needs the package `wandb`."""
+
+
+def from_preset(preset: str) -> PretrainConfig:
+    """The defaults for a named model: a tokenizer as large as its vocabulary.
+
+    >>> from_preset("gpt2-124m").tokenizer.vocab_size
+    50304
+    """
+    model = choose("model", PRESETS, preset)
+    return replace(
+        PretrainConfig(),
+        preset=preset,
+        model=model,
+        tokenizer=TokenizerConfig(vocab_size=model.vocab_size),
+    )
+
+
+def choose(field_name: str, choices: Mapping[str, Any], name: Any) -> Any:
+    """Looks a name up.
+
+    Raises:
+      ConfigError: If there is no such choice; lists them.
+    """
+    if name not in choices:
+        raise ConfigError(field_name, name, f"expected one of {', '.join(choices)}")
+    return choices[name]
+
+
+def validate(config: PretrainConfig, device_count: int) -> None:
+    """Checks everything that can be known before the corpus is read.
+
+    Raises:
+      ConfigError: Names the field, the value and what would be right.
+    """
+    choose("model", PRESETS, config.preset)
+    for name in ("steps", "batch_size", "accumulation"):
+        _at_least(config, name, 1)
+    _at_least(config, "max_skipped", 0)
+    for name in ("every", "batches"):
+        _at_least(config.eval, name, 1, "eval.")
+    _at_least(config.eval, "sample_tokens", 0, "eval.")
+    _validate_checkpoints(config.checkpoint)
+    config.optimizer.validate()
+    config.schedule.validate(config.steps)
+    if config.clip is not None and not config.clip > 0:
+        raise ConfigError("clip", config.clip, "expected a positive norm, or None")
+    if not config.z_loss >= 0:
+        raise ConfigError("z_loss", config.z_loss, "expected at least 0")
+    if config.ema is not None and not 0 < config.ema < 1:
+        raise ConfigError("ema", config.ema, "expected a decay between 0 and 1, or None")
+    if not 0 < config.validation_fraction < 1:
+        raise ConfigError(
+            "validation_fraction", config.validation_fraction, "expected a share between 0 and 1"
+        )
+    if config.head_chunks < 1 or config.model.context % config.head_chunks:
+        raise ConfigError(
+            "head_chunks",
+            config.head_chunks,
+            f"expected a divisor of model.context = {config.model.context}",
+        )
+    data, fsdp, _ = axis_sizes(config.mesh, device_count)
+    rows = config.accumulation * data * fsdp
+    if config.batch_size % rows:
+        raise ConfigError(
+            "batch_size",
+            config.batch_size,
+            f"expected a multiple of accumulation {config.accumulation} x data {data} "
+            f"x fsdp {fsdp} = {rows}",
+        )
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("wandb", True, "needs a package: pip install 'jaxopt-lab[wandb]'")
+
+
+def check_vocabulary(model: DecoderConfig, tokenizer: Tokenizer) -> str | None:
+    """Compares the tokenizer with the model.
+
+    Returns:
+      A note when the model has many rows that the tokenizer never uses.
+
+    Raises:
+      ConfigError: If there are tokens that the model has no row for.
+    """
+    rows, tokens = model.vocab_size, tokenizer.vocab_size
+    if tokens > rows:
+        raise ConfigError(
+            "model.vocab_size", rows, f"expected at least the {tokens} entries of the tokenizer"
+        )
+    # Up to 128 spare rows are the usual padding to a multiple that devices divide well.
+    if rows - tokens >= 128:
+        return (
+            f"model.vocab_size is {rows}, the tokenizer has {tokens} entries: "
+            f"{rows - tokens} rows of the embedding are never used"
+        )
+    return None
+
+
+def _validate_checkpoints(config: CheckpointConfig) -> None:
+    _at_least(config, "keep_newest", 1, "checkpoint.")
+    _at_least(config, "keep_best", 0, "checkpoint.")
+    if config.every_steps is not None:
+        _at_least(config, "every_steps", 1, "checkpoint.")
+    if config.every_minutes is not None and not config.every_minutes > 0:
+        raise ConfigError("checkpoint.every_minutes", config.every_minutes, "expected more than 0")
+
+
+def _at_least(config: Any, name: str, least: int, prefix: str = "") -> None:
+    value = getattr(config, name)
+    if value < least:
+        raise ConfigError(f"{prefix}{name}", value, f"expected at least {least}")

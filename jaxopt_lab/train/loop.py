@@ -1,0 +1,253 @@
+"""The training loop: steps, evaluations, checkpoints, and stopping in good order."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, PyTree
+
+from jaxopt_lab import data
+from jaxopt_lab.train.checkpoint import Checkpoints
+from jaxopt_lab.train.config import PretrainConfig
+from jaxopt_lab.train.errors import TrainingError
+from jaxopt_lab.train.evaluation import HeldOut
+from jaxopt_lab.train.interrupts import INTERRUPTED, StopRequests
+from jaxopt_lab.train.mesh import batch_slice, to_global
+from jaxopt_lab.train.program import Program, averaged_params
+from jaxopt_lab.train.run_log import RunLog
+from jaxopt_lab.train.step import SIGNALS, Batch, TrainState
+
+Status = Literal["finished", "terminated", "interrupted"]
+
+# The trace leaves out the first steps, which still warm up.
+_PROFILE_AFTER, _PROFILE_STEPS = 3, 3
+PROFILE_DIRECTORY = "profile"
+
+
+class Callback(Protocol):
+    """Looks at training from outside, after every step. With none given, nothing is computed.
+
+    The state is donated to the next step, so keep copies of arrays, not references. Metrics are
+    device arrays: reading one waits for the step. What is returned is logged with the step.
+    """
+
+    def __call__(
+        self, step: int, state: TrainState, metrics: Mapping[str, Any], batch: Batch
+    ) -> Mapping[str, float] | None:
+        """Called with the number of steps taken and what the last one produced and consumed."""
+        ...
+
+
+class _Taken(NamedTuple):
+    """A step whose metrics have not been read yet."""
+
+    step: int
+    metrics: Mapping[str, Any]
+    extra: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run works with."""
+
+    config: PretrainConfig
+    directory: Path
+    corpus: data.Corpus
+    program: Program
+    held_out: HeldOut
+    checkpoints: Checkpoints
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """What, besides the step, fixes which text comes next."""
+        return {"seed": self.config.seed, "corpus": self.corpus.hash}
+
+
+class Loop:
+    """The loop of one run; `run` drives it.
+
+    The metrics of a step are read after the next one has been dispatched, so the device never
+    waits for the host. Requests to stop, and process 0's wish to save by the clock, travel
+    through the step as signals: all processes see the same ones with the same step's metrics and
+    need no other agreement.
+
+    Args:
+      run: What it works with.
+      compiled: The compiled step.
+      log: Receives metrics.
+      callbacks: Called after every step.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        compiled: jax.stages.Compiled,
+        log: RunLog,
+        callbacks: Sequence[Callback] = (),
+    ):
+        """Does not start anything yet."""
+        self._run, self._config, self._compiled = run, run.config, compiled
+        self._log, self._callbacks = log, callbacks
+        self._stop_code, self._save_now = 0, False
+        self._saved_at = time.monotonic()
+        self._evaluated: dict[int, float] = {}
+        self.last_metrics: dict[str, Any] = {}
+        self.last_evaluation: dict[str, float] = {}
+
+    def run(self, state: TrainState, start: int) -> tuple[TrainState, Status]:
+        """Trains from `start` to the configured number of steps, or until asked to stop.
+
+        Returns:
+          The last state, saved and committed, and how the loop ended.
+
+        Raises:
+          CheckpointError: If a checkpoint cannot be written.
+          TrainingError: If too many steps were skipped, or the parameters are not finite.
+        """
+        steps, step = self._config.steps, start
+        if start == 0:
+            self.evaluate(0, state)
+        taken: _Taken | None = None
+        with self._batches(start) as batches, StopRequests(self._log.message) as stop:
+            for step in range(start + 1, steps + 1):
+                batch = self._global_batch(next(batches), stop.requested)
+                state, metrics = self._compiled(state, batch)
+                previous, taken = (
+                    taken,
+                    _Taken(step, metrics, self._call(step, state, metrics, batch)),
+                )
+                self._read(previous)
+                self._profile(step - start, state)
+                if self._is_due(step):
+                    self._read(taken)
+                    taken = None
+                    self._evaluate_and_save(step, state)
+                if self._stop_code:
+                    break
+            self._read(taken)
+            # Someone who asks to stop gets the checkpoint at once.
+            if not self._stop_code and step not in self._evaluated:
+                self.evaluate(step, state)
+            self.save(step, state)
+            self._run.checkpoints.wait()
+        return state, self._status()
+
+    def evaluate(self, step: int, state: TrainState) -> float:
+        """Evaluates parameters and, if there is one, their average; logs, returns the loss."""
+        loss = self._run.held_out.loss(state.params)
+        held_out = self._run.held_out
+        metrics = {"validation_loss": loss, "bits_per_byte": held_out.bits_per_byte(loss)}
+        average = averaged_params(self._config, state)
+        if average is not None:
+            loss = held_out.loss(average)
+            metrics["validation_loss_ema"] = loss
+            metrics["bits_per_byte_ema"] = held_out.bits_per_byte(loss)
+        self._evaluated, self.last_evaluation = {step: loss}, metrics
+        self._log.evaluation(step, metrics)
+        return loss
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Saves unless a parameter is not finite: such a state must not replace a good one."""
+        if not _all_finite(state.params):
+            raise TrainingError(
+                f"the parameters are not finite after step {step}; nothing was saved, "
+                f"checkpoints: {self._run.checkpoints.steps() or 'none'}"
+            )
+        position = {"step": step, **self._run.position}
+        loss = self._evaluated.get(step)
+        self._run.checkpoints.save(step, state, position, held_out_loss=loss)
+        self._saved_at, self._save_now = time.monotonic(), False
+
+    def _batches(self, start: int) -> data.TrainBatches:
+        config = self._config
+        index, count = batch_slice(self._run.program.mesh, config.batch_size)
+        return data.train_batches(
+            self._run.corpus,
+            batch_size=config.batch_size,
+            context=config.model.context,
+            seed=config.seed,
+            start_step=start,
+            process_index=index,
+            process_count=count,
+            segment_ids=config.model.document_mask,
+        )
+
+    def _global_batch(
+        self, local: Mapping[str, np.ndarray], stop_requested: int
+    ) -> dict[str, Array]:
+        minutes = self._config.checkpoint.every_minutes
+        waited = (time.monotonic() - self._saved_at) / 60
+        save = minutes is not None and waited >= minutes and jax.process_index() == 0
+        rows = len(local["tokens"])
+        signals = np.tile(np.asarray([stop_requested, save], np.int32), (rows, 1))
+        return to_global(
+            self._run.program.mesh, {**local, SIGNALS: signals}, self._config.batch_size
+        )
+
+    def _call(
+        self, step: int, state: TrainState, metrics: Mapping[str, Any], batch: Batch
+    ) -> dict[str, float]:
+        extra: dict[str, float] = {}
+        for callback in self._callbacks:
+            extra |= callback(step, state, metrics, batch) or {}
+        return extra
+
+    def _read(self, taken: _Taken | None) -> None:
+        """Logs a step's metrics and acts on them; waits for that step."""
+        if taken is None:
+            return
+        metrics = jax.device_get(dict(taken.metrics))
+        stop, save = metrics.pop(SIGNALS)
+        self._stop_code, self._save_now = max(self._stop_code, int(stop)), bool(save)
+        del metrics["tokens"]  # the log counts the run's tokens
+        metrics = {name: float(value) for name, value in metrics.items()}
+        finite, skipped = bool(metrics.pop("finite")), int(metrics["skipped"])
+        self.last_metrics = metrics
+        self._log.training(taken.step, {**metrics, **taken.extra})
+        if not finite:
+            self._log.message(
+                f"step {taken.step}: loss or gradient is not finite, the update was skipped "
+                f"({skipped} so far, at most {self._config.max_skipped})"
+            )
+        if skipped > self._config.max_skipped:
+            raise TrainingError(
+                f"{skipped} steps with a non-finite loss or gradient, more than max_skipped = "
+                f"{self._config.max_skipped}; stopped after step {taken.step}, "
+                f"checkpoints: {self._run.checkpoints.steps() or 'none'}"
+            )
+
+    def _is_due(self, step: int) -> bool:
+        every = self._config.checkpoint.every_steps
+        save = self._save_now or (every is not None and step % every == 0)
+        return save or step % self._config.eval.every == 0
+
+    def _evaluate_and_save(self, step: int, state: TrainState) -> None:
+        if step % self._config.eval.every == 0:
+            self.evaluate(step, state)
+        every = self._config.checkpoint.every_steps
+        if self._save_now or (every is not None and step % every == 0):
+            self.save(step, state)
+
+    def _profile(self, done: int, state: TrainState) -> None:
+        if not self._config.profile:
+            return
+        if done == _PROFILE_AFTER:
+            jax.profiler.start_trace(str(self._run.directory / PROFILE_DIRECTORY))
+        elif done == _PROFILE_AFTER + _PROFILE_STEPS:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+
+    def _status(self) -> Status:
+        if not self._stop_code:
+            return "finished"
+        return "interrupted" if self._stop_code == INTERRUPTED else "terminated"
+
+
+@jax.jit
+def _all_finite(params: PyTree) -> Bool[Array, " "]:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))

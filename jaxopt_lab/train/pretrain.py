@@ -1,0 +1,255 @@
+"""`pretrain`: one run from a configuration to a trained model, a curve and a sample."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxopt_lab import data, models
+from jaxopt_lab.report.figures import loss_figure
+from jaxopt_lab.train.checkpoint import Checkpoints
+from jaxopt_lab.train.config import PretrainConfig, check_vocabulary, validate
+from jaxopt_lab.train.errors import CheckpointError, ConfigError
+from jaxopt_lab.train.evaluation import HeldOut
+from jaxopt_lab.train.loop import Callback, Loop, Run, Status
+from jaxopt_lab.train.mesh import initialize_processes
+from jaxopt_lab.train.program import (
+    Cost,
+    Program,
+    averaged_params,
+    build_program,
+    compile_step,
+    cost_of,
+)
+from jaxopt_lab.train.run_directory import (
+    SUMMARY_FILE,
+    add_session,
+    describe_session,
+    open_run,
+    resume_command,
+    write_json,
+)
+from jaxopt_lab.train.run_log import RunLog
+from jaxopt_lab.train.step import TrainState
+
+Message = Callable[[str], None]
+
+_PROMPT_TOKENS = 32
+_TEMPERATURE = 0.8
+FIGURE = Path("figures") / "loss.png"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run ended with."""
+
+    status: Status | Literal["dry-run"]
+    directory: Path | None = None
+    summary: Mapping[str, Any] | None = None
+    cost: Cost | None = None
+
+
+def pretrain(
+    config: PretrainConfig,
+    *,
+    callbacks: Sequence[Callback] = (),
+    message: Message | None = None,
+) -> RunResult:
+    """Pretrains a decoder as configured and writes a run directory.
+
+    On SIGTERM or Ctrl-C the run finishes its step, saves and returns; it can be resumed.
+
+    Args:
+      config: The run.
+      callbacks: Called after every step.
+      message: Receives lines of plain text outside the loop; standard error by default.
+
+    Returns:
+      How it ended, where everything is, and the summary. With `dry_run`, the cost of the
+      compiled step instead, and nothing is written.
+
+    Raises:
+      ConfigError: For settings that cannot work, before anything is compiled.
+      CheckpointError: If a checkpoint cannot be written or restored.
+      TrainingError: If too many steps were not finite.
+    """
+    initialize_processes(config.distributed)
+    say = (message or _to_stderr) if jax.process_index() == 0 else _silent
+    validate(config, jax.device_count())
+    if config.dry_run:
+        program = build_program(config)
+        return RunResult("dry-run", cost=cost_of(config, _compile(config, program, say)))
+    directory = open_run(config)
+    say(f"run directory: {directory}")
+    corpus, held_out_batches = _prepare(config, say)
+    program = build_program(config, corpus.tokenizer.vocab_size, directory)
+    held_out = HeldOut(corpus, held_out_batches, program.mesh, program.evaluate)
+    with Checkpoints(
+        directory,
+        keep_newest=config.checkpoint.keep_newest,
+        keep_best=config.checkpoint.keep_best,
+        message=say,
+    ) as checkpoints:
+        run = Run(config, directory, corpus, program, held_out, checkpoints)
+        return _train(run, callbacks, say)
+
+
+def _train(run: Run, callbacks: Sequence[Callback], say: Message) -> RunResult:
+    state, start = _initial_state(run, say)
+    compiled = _compile(run.config, run.program, say)
+    leader = jax.process_index() == 0
+    if leader:
+        options = run.program.compiler_options
+        session = describe_session(run.program.mesh, start, run.corpus.summary(), options)
+        add_session(run.directory, session)
+    held_out = run.held_out
+    say(
+        f"held out: {held_out.tokens:,} tokens; a unigram model reaches "
+        f"{held_out.unigram_nats:.4f} nats/token, {held_out.unigram_bits_per_byte:.4f} bits/byte"
+    )
+    before = time.monotonic()
+    with RunLog(run.config, run.directory, start) as log:
+        loop = Loop(run, compiled, log, callbacks)
+        state, status = loop.run(state, start)
+    if status != "finished":
+        say(f"stopped and saved; continue with: {resume_command(run.directory)}")
+        return RunResult(status, run.directory)
+    summary = {
+        "steps": int(state.step),
+        "skipped": int(state.skipped),
+        "parameters": models.parameter_count(run.config.model),
+        "seconds": round(time.monotonic() - before, 1),
+        "training_loss": loop.last_metrics.get("loss"),
+        **loop.last_evaluation,
+        "unigram_nats": held_out.unigram_nats,
+        "unigram_bits_per_byte": held_out.unigram_bits_per_byte,
+        "sample": _sample(run, state),
+    }
+    if leader:
+        _report(run, summary, say)
+    return RunResult(status, run.directory, summary)
+
+
+def _prepare(config: PretrainConfig, say: Message) -> tuple[data.Corpus, list[data.Batch]]:
+    """Opens the corpus; process 0 first, so that the others find it in the cache."""
+    if jax.process_index() > 0:
+        multihost_utils.sync_global_devices("the corpus is prepared")
+    model = config.model
+    try:
+        corpus = data.prepare(
+            config.corpus,
+            config.tokenizer,
+            validation_fraction=config.validation_fraction,
+            on_progress=say,
+        )
+        held_out = data.validation_batches(
+            corpus,
+            batch_size=config.batch_size // config.accumulation,
+            context=model.context,
+            max_batches=config.eval.batches,
+            segment_ids=model.document_mask,
+        )
+        first = data.train_batches(
+            corpus, batch_size=config.batch_size, context=model.context, seed=config.seed
+        )
+        first.close()
+    except (OSError, ValueError) as error:
+        raise ConfigError.inside("corpus", error) from error
+    if jax.process_index() == 0 and jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the corpus is prepared")
+    say(
+        f"corpus {corpus.name}: {corpus.train.num_tokens:,} training tokens, "
+        f"{corpus.validation.num_tokens:,} held out"
+    )
+    note = check_vocabulary(model, corpus.tokenizer)
+    if note:
+        say(note)
+    return corpus, held_out
+
+
+def _initial_state(run: Run, say: Message) -> tuple[TrainState, int]:
+    step, checkpoints = run.program.step, run.checkpoints
+    if not run.config.resume:
+        return step.init(jax.random.key(run.config.seed)), 0
+    if checkpoints.are_all_damaged():
+        raise CheckpointError(f"{run.directory}: every checkpoint is damaged, nothing to resume")
+    if not checkpoints.steps():
+        say("no checkpoint was saved yet: starting from the beginning")
+        return step.init(jax.random.key(run.config.seed)), 0
+    restored = checkpoints.restore(step.abstract_state)
+    for name, value in run.position.items():
+        if restored.data[name] != value:
+            before = restored.data[name]
+            raise ConfigError(name, value, f"but the run to resume was trained with {before!r}")
+    say(f"resuming after step {restored.step} of {run.config.steps}")
+    return restored.state, restored.step
+
+
+def _compile(config: PretrainConfig, program: Program, say: Message) -> jax.stages.Compiled:
+    before = time.monotonic()
+    compiled = compile_step(config, program)
+    sizes = " x ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
+    say(
+        f"{config.preset}: {models.parameter_count(config.model) / 1e6:.2f}M parameters on mesh "
+        f"{sizes}, {config.batch_size * config.model.context:,} tokens per step; "
+        f"compiled in {time.monotonic() - before:.1f} s"
+    )
+    return compiled
+
+
+def _sample(run: Run, state: TrainState) -> dict[str, str] | None:
+    """A continuation of the beginning of the held-out text."""
+    tokens, config = run.config.eval.sample_tokens, run.config
+    if not tokens or jax.process_count() > 1:  # drawing token by token is not worth a network
+        return None
+    params = averaged_params(config, state)
+    prompt = jnp.asarray(run.corpus.validation.tokens[:_PROMPT_TOKENS], jnp.int32)
+    drawn = models.generate(
+        config.model,
+        state.params if params is None else params,
+        prompt,
+        steps=tokens,
+        temperature=_TEMPERATURE,
+        key=jax.random.key(config.seed),
+    )
+    decode = run.corpus.tokenizer.decode
+    return {
+        "prompt": decode(np.asarray(prompt)),
+        "continuation": decode(np.asarray(drawn)[len(prompt) :]),
+    }
+
+
+def _report(run: Run, summary: Mapping[str, Any], say: Message) -> None:
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in summary.items()
+    }
+    write_json(run.directory / SUMMARY_FILE, finite)
+    levels = {"unigram": run.held_out.unigram_nats}
+    (run.directory / FIGURE).parent.mkdir(exist_ok=True)
+    loss_figure(run.directory, run.directory / FIGURE, levels=levels)
+    if summary["sample"]:
+        sample = summary["sample"]
+        say(f"sample\n{sample['prompt']}\N{BLACK RIGHT-POINTING TRIANGLE}{sample['continuation']}")
+    say(
+        f"held-out loss {summary['validation_loss']:.4f} nats/token, "
+        f"{summary['bits_per_byte']:.4f} bits/byte "
+        f"(unigram: {summary['unigram_bits_per_byte']:.4f}) after {summary['steps']} steps"
+    )
+    say(f"figure: {run.directory / FIGURE}")
+
+
+def _to_stderr(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _silent(text: str) -> None:
+    del text

@@ -1,0 +1,148 @@
+"""From a configuration to compiled programs, and what a compiled program will cost."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from jaxopt_lab import models, optim
+from jaxopt_lab.report.hlo import CollectiveTotal, collectives
+from jaxopt_lab.report.tables import format_table
+from jaxopt_lab.train.config import PretrainConfig
+from jaxopt_lab.train.mesh import batch_sharding, make_mesh
+from jaxopt_lab.train.optimizers import ModelInfo
+from jaxopt_lab.train.step import SIGNALS, Step, TrainState, make_eval, make_step, param_shardings
+
+KERNEL_CHOICES = "kernel-choices"
+"""Directory below a deterministic run that keeps the choice of GPU kernels."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything that is compiled for one run."""
+
+    mesh: Mesh
+    step: Step
+    evaluate: Callable[..., Any]
+    compiler_options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the compiled training step needs, on one device. `str` is a table."""
+
+    argument_bytes: int
+    temporary_bytes: int
+    output_bytes: int
+    flops: float  # of one device, as counted by the compiler; 0 where it does not count
+    model_flops: float  # of the whole step: 6 N tokens + attention
+    collectives: Mapping[str, CollectiveTotal]
+
+    def __str__(self) -> str:
+        """Memory, FLOPs and collectives as aligned text."""
+        rows = [
+            ["arguments", f"{self.argument_bytes / 2**20:,.1f} MiB"],
+            ["temporaries", f"{self.temporary_bytes / 2**20:,.1f} MiB"],
+            ["output", f"{self.output_bytes / 2**20:,.1f} MiB"],
+            ["FLOPs of the program", f"{self.flops:.3g}"],
+            ["FLOPs of the model, all devices", f"{self.model_flops:.3g}"],
+        ]
+        for kind, total in self.collectives.items():
+            rows.append([kind, f"{total.count} x, {total.bytes / 2**20:,.1f} MiB"])
+        if not self.collectives:
+            rows.append(["collectives", "none"])
+        return format_table(["one training step, per device", ""], rows)
+
+
+def build_program(
+    config: PretrainConfig, vocab_size: int | None = None, run_directory: Path | None = None
+) -> Program:
+    """Builds mesh, optimizer, step and evaluation of a run; compiles nothing.
+
+    Args:
+      config: The run.
+      vocab_size: Entries of the tokenizer.
+      run_directory: Where a deterministic run keeps the choice of kernels.
+
+    Raises:
+      ConfigError: If the mesh does not fit the devices.
+    """
+    model = config.model
+    mesh = make_mesh(config.mesh)
+    specs = models.partition_specs(model, mesh)
+    shardings = param_shardings(mesh, specs)
+    info = ModelInfo(models.matrix_axes(model), shardings, vocab_size or model.vocab_size)
+    rule = config.schedule.apply(config.optimizer, info, config.steps)
+    tx = rule.tx
+    if config.ema is not None:
+        tx = optax.chain(tx, optim.track_params_ema(config.ema))
+    options = _compiler_options(config, mesh, run_directory)
+    loss = functools.partial(models.loss, model, mesh=mesh, head_chunks=config.head_chunks)
+    step = make_step(
+        functools.partial(models.init_params, model),
+        functools.partial(loss, z_loss=config.z_loss),
+        tx,
+        mesh=mesh,
+        param_specs=specs,
+        accumulation=config.accumulation,
+        clip=config.clip,
+        rates=rule.rates,
+        compiler_options=options,
+    )
+    evaluate = make_eval(loss, mesh=mesh, param_shardings=shardings, compiler_options=options)
+    return Program(mesh, step, evaluate, options)
+
+
+def compile_step(config: PretrainConfig, program: Program) -> jax.stages.Compiled:
+    """Compiles the training step for the batches of the run."""
+    rows, context = config.batch_size, config.model.context
+    sharding = batch_sharding(program.mesh)
+    shapes = {"tokens": (rows, context + 1), SIGNALS: (rows, 2)}
+    if config.model.document_mask:
+        shapes["segment_ids"] = (rows, context)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+        for name, shape in shapes.items()
+    }
+    return program.step.update.lower(program.step.abstract_state, batch).compile()
+
+
+def cost_of(config: PretrainConfig, compiled: jax.stages.Compiled) -> Cost:
+    """Reads memory, FLOPs and collectives off the compiled step."""
+    memory: Any = compiled.memory_analysis()
+    analysis: Any = compiled.cost_analysis() or {}
+    tokens = config.batch_size * config.model.context
+    return Cost(
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        flops=float(analysis.get("flops", 0.0)),
+        model_flops=models.flops_per_token(config.model) * tokens,
+        collectives=collectives(compiled.as_text() or ""),
+    )
+
+
+def averaged_params(config: PretrainConfig, state: TrainState) -> PyTree | None:
+    """The average of the weights, if the run keeps one."""
+    return None if config.ema is None else optim.params_ema(state.opt_state)
+
+
+def _compiler_options(
+    config: PretrainConfig, mesh: Mesh, run_directory: Path | None
+) -> dict[str, Any]:
+    if not config.deterministic or mesh.devices.flat[0].platform != "gpu":
+        return {}
+    options: dict[str, Any] = {"xla_gpu_deterministic_ops": True}
+    if run_directory is not None:
+        # Kernels are chosen by timing them; another choice after a restart would change rounding.
+        cache = run_directory.absolute() / KERNEL_CHOICES
+        cache.mkdir(exist_ok=True)
+        options["xla_gpu_per_fusion_autotune_cache_dir"] = str(cache)
+    return options

@@ -1,0 +1,165 @@
+"""The run directory: who may write to it, and the JSON files that describe the run."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+import jaxopt_lab
+from jaxopt_lab.train.config import PretrainConfig
+from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.serialize import from_json, name_of, to_json
+
+CONFIG_FILE = "config.json"
+MANIFEST_FILE = "manifest.json"
+SUMMARY_FILE = "summary.json"
+_PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
+
+
+def open_run(config: PretrainConfig) -> Path:
+    """Creates the directory of a new run, or checks the one to be resumed.
+
+    Raises:
+      ConfigError: If a new run would write into a directory that is in use, or there is no run
+        to resume.
+    """
+    if config.resume:
+        directory = _existing_run(config)
+        if jax.process_index() == 0:
+            _write_config(directory, config)
+        return directory
+    if config.run_directory is None:
+        directory = Path("runs") / f"{config.preset}-{name_of(config.optimizer)}-{_start_time()}"
+    else:
+        directory = Path(config.run_directory)
+    if jax.process_index() == 0:
+        if directory.is_dir() and any(directory.iterdir()):
+            raise ConfigError(
+                "run_directory",
+                str(directory),
+                "which is not empty: continue that run with --resume, or choose another directory",
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_config(directory, config)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the run directory exists")
+    return directory
+
+
+def read_config(directory: str | os.PathLike[str]) -> PretrainConfig:
+    """Reads the configuration of a run.
+
+    Raises:
+      ConfigError: If the directory does not hold a run.
+    """
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        state = "is empty" if _is_empty(Path(directory)) else f"has no {CONFIG_FILE}"
+        raise ConfigError("run_directory", str(directory), f"which {state}: there is no run there")
+    return from_json(path.read_text())
+
+
+def add_session(directory: Path, session: Mapping[str, Any]) -> None:
+    """Appends one start of the run to the manifest."""
+    path = directory / MANIFEST_FILE
+    manifest = json.loads(path.read_text()) if path.is_file() else {"sessions": []}
+    manifest["sessions"].append(dict(session))
+    write_json(path, manifest)
+
+
+def describe_session(
+    mesh: Mesh, start_step: int, corpus: Mapping[str, Any], compiler_options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a result depends on besides the configuration, as JSON."""
+    devices = mesh.devices.flatten()
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "start_step": start_step,
+        "versions": _versions(),
+        "git_commit": _git_commit(),
+        "devices": {
+            "platform": devices[0].platform,
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+            "processes": jax.process_count(),
+        },
+        "mesh": dict(mesh.shape),
+        "corpus": dict(corpus),
+        "determinism": {
+            "compiler_options": {name: str(value) for name, value in compiler_options.items()},
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        },
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file in one piece: readers see the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def _existing_run(config: PretrainConfig) -> Path:
+    if config.run_directory is None:
+        raise ConfigError("run_directory", None, "expected the directory of the run to resume")
+    read_config(config.run_directory)
+    return Path(config.run_directory)
+
+
+def _write_config(directory: Path, config: PretrainConfig) -> None:
+    # Without the place: `--config` must start a new run, not collide with this one.
+    settings = replace(config, run_directory=None, resume=False, dry_run=False)
+    write_json(directory / CONFIG_FILE, json.loads(to_json(settings)))
+
+
+def _is_empty(directory: Path) -> bool:
+    return not directory.is_dir() or not any(directory.iterdir())
+
+
+def _start_time() -> str:
+    # All processes must name the same directory.
+    seconds = int(time.time())
+    if jax.process_count() > 1:
+        seconds = int(multihost_utils.broadcast_one_to_all(np.asarray(seconds, np.int32)))
+    return time.strftime("%Y%m%d-%H%M%S", time.localtime(seconds))
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "jaxopt-lab": _version("jaxopt-lab")}
+    return versions | {name: _version(name) for name in _PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git_commit() -> str | None:
+    """The commit of the library's own sources, if they are a checkout."""
+    source = Path(jaxopt_lab.__file__).parent
+    command = ["git", "-C", str(source), "rev-parse", "HEAD"]
+    if not (source.parent / ".git").exists():
+        return None
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def resume_command(directory: str | os.PathLike[str]) -> str:
+    """The command line that continues a run."""
+    return f"jaxopt-lab pretrain --resume --run-directory {directory}"

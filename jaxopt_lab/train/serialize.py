@@ -1,0 +1,135 @@
+"""Configurations as JSON: complete, readable, and strict about what comes back."""
+
+import difflib
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from jaxopt_lab.train.config import CORPORA, PretrainConfig, choose, from_preset
+from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.optimizers import OPTIMIZERS, OptimizerConfig
+from jaxopt_lab.train.schedules import SCHEDULES, ScheduleConfig
+
+_REGISTRIES = (OPTIMIZERS, SCHEDULES, CORPORA)
+_NAMES = {kind: name for registry in _REGISTRIES for name, kind in registry.items()}
+_PARTS = {name: kind for name, kind in CORPORA.items() if name != "mixture"}
+
+
+def to_json(config: PretrainConfig) -> str:
+    """Every field of a configuration, defaults included.
+
+    >>> from_json(to_json(PretrainConfig(steps=7))).steps
+    7
+    """
+    return json.dumps(_encode(config), indent=2, allow_nan=False) + "\n"
+
+
+def from_json(text: str) -> PretrainConfig:
+    """Reads what `to_json` wrote, or a part of it; missing fields keep their defaults.
+
+    Raises:
+      ConfigError: For text that is not a JSON object, an unknown key or name, or a value of the
+        wrong type; the message names the place.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError("config", text[:40], f"expected JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError("config", values, "expected a JSON object")
+    default = from_preset(values.get("preset", "tiny"))
+    return _decode_dataclass(PretrainConfig, default, values, "")
+
+
+def name_of(config: Any) -> str:
+    """The name under which an optimizer, schedule or corpus is chosen.
+
+    >>> name_of(PretrainConfig().optimizer)
+    'lion-muon'
+    """
+    return _NAMES[type(config)]
+
+
+def _encode(value: Any) -> Any:
+    if is_dataclass(value):
+        named = {"name": _NAMES[type(value)]} if type(value) in _NAMES else {}
+        return named | {f.name: _encode(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError("config", value, "expected finite numbers")
+    return value
+
+
+def _decode(hint: Any, default: Any, value: Any, path: str) -> Any:
+    registry = _registry(hint)
+    if registry is not None:
+        if not isinstance(value, Mapping):
+            raise ConfigError(path, value, "expected an object")
+        kind = choose(f"{path}.name", registry, value.get("name", _NAMES.get(type(default))))
+        rest = {key: item for key, item in value.items() if key != "name"}
+        return _decode_dataclass(kind, default if type(default) is kind else None, rest, path)
+    if is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(path, value, "expected an object")
+        return _decode_dataclass(hint, default, value, path)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(path, value, "expected a list")
+        item = get_args(hint)[0]
+        return tuple(_decode(item, None, v, f"{path}.{i}") for i, v in enumerate(value))
+    return _decode_plain(hint, value, path)
+
+
+def _decode_plain(hint: Any, value: Any, path: str) -> Any:
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for option in options:
+        if get_origin(option) is Literal and value in get_args(option):
+            return value
+        if option is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if option in (int, float, str, bool, type(None)) and type(value) is option:
+            return value
+    wanted = " or ".join(_hint_text(option) for option in options)
+    raise ConfigError(path, value, f"expected {wanted}")
+
+
+def _decode_dataclass(kind: Any, default: Any, values: Mapping[str, Any], path: str) -> Any:
+    prefix = f"{path}." if path else ""
+    hints = get_type_hints(kind)
+    known = {field.name for field in fields(kind)}
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"{prefix}{key}", values[key], f"but there is no such setting{hint}")
+    decoded = {
+        key: _decode(hints[key], getattr(default, key, None), value, f"{prefix}{key}")
+        for key, value in values.items()
+    }
+    try:
+        return replace(default, **decoded) if default is not None else kind(**decoded)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError.inside(path, error) from error
+
+
+def _registry(hint: Any) -> Mapping[str, type] | None:
+    if hint is OptimizerConfig:
+        return OPTIMIZERS
+    if hint is ScheduleConfig:
+        return SCHEDULES
+    options = set(get_args(hint))
+    if options == set(CORPORA.values()):
+        return CORPORA
+    return _PARTS if options and options == set(_PARTS.values()) else None
+
+
+def _hint_text(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, get_args(hint)))
+    return {type(None): "null"}.get(hint, getattr(hint, "__name__", str(hint)))
