@@ -16,6 +16,7 @@ from jaxopt_lab.data.tokenizer import Tokenizer, TokenizerConfig, make_tokenizer
 # Part of every cache key: raise it when the stored layout or the document rules change.
 FORMAT = 1
 _ENCODE_CHARACTERS = 2_000_000
+_REPORT_BYTES = 20_000_000
 
 OnProgress = Callable[[str], None]
 
@@ -138,11 +139,11 @@ def write_tokens(
     for scan, store in zip(scans, stores, strict=True):
         report(f"encoding {scan.source.name} ({scan.num_bytes / 1e6:.1f} MB)")
         start = train.num_tokens
-        train.write(text for _, text in read_documents(store, "train"))
+        train.write((text for _, text in read_documents(store, "train")), report)
         stretches.append([start, train.num_tokens])
     held_out = sorted(pair for store in stores for pair in read_documents(store, "validation"))
     validation = _SplitWriter(directory, "validation", tokenizer)
-    validation.write(text for _, text in held_out)
+    validation.write((text for _, text in held_out), report)
     return {
         "tokenizer": {
             "kind": config.kind,
@@ -167,7 +168,8 @@ class _SplitWriter:
         self._paths = split_paths(directory, split)
         self._paths[0].touch()
 
-    def write(self, texts: Iterator[str]) -> None:
+    def write(self, texts: Iterator[str], report: OnProgress) -> None:
+        reported = self._num_bytes
         with open(self._paths[0], "ab") as file:
             for batch in _batches_of_texts(texts):
                 for ids in self._tokenizer.encode_batch(batch):
@@ -176,6 +178,9 @@ class _SplitWriter:
                     self.num_tokens += len(ended)
                     self._offsets.append(self.num_tokens)
                 self._num_bytes += sum(len(text.encode()) for text in batch)
+                if self._num_bytes - reported >= _REPORT_BYTES:
+                    reported = self._num_bytes
+                    report(f"encoded {self._num_bytes / 1e6:.0f} MB")
 
     def finish(self) -> dict[str, int]:
         np.save(self._paths[1], np.asarray(self._offsets, np.int64))

@@ -16,6 +16,7 @@ from jaxopt_lab.data import (
     TextFiles,
     TokenizerConfig,
     list_corpora,
+    preparation,
     prepare,
     train_batches,
 )
@@ -165,17 +166,25 @@ def test_the_share_of_validation_documents():
     assert abs(share - 0.2) < 0.03
 
 
-def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path):
-    from jaxopt_lab.data.preparation import _SplitWriter
+def test_long_work_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "_REPORT_BYTES", 1)
+    source = TextFiles((str(write_texts(tmp_path / "text", DOCUMENTS)),))
+    messages = []
+    _prepare(source, tmp_path, SMALL, on_progress=messages.append)
+    starts = [message.split()[0] for message in messages]
+    wanted = ["reading", "60", "storing", "training", "encoding", "encoded", "encoded"]
+    assert starts == wanted, messages
 
+
+def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path):
     class Wide:
         vocab_size, end_of_text = 70_000, 69_999
 
         def encode_batch(self, batch):
             return [np.asarray([66_000]) for _ in batch]
 
-    writer = _SplitWriter(tmp_path, "train", Wide())  # pyright: ignore[reportArgumentType]
-    writer.write(iter(["text"]))
+    writer = preparation._SplitWriter(tmp_path, "train", Wide())  # pyright: ignore[reportArgumentType]
+    writer.write(iter(["text"]), lambda message: None)
     assert np.fromfile(tmp_path / "train.tokens", np.int32).tolist() == [66_000, 69_999]
 
 
