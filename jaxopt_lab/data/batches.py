@@ -169,7 +169,11 @@ def _check_size(corpus: Corpus, batch_size: int, context: int) -> None:
 def segments(
     inputs: Int[np.ndarray, "batch time"], end_of_text: int
 ) -> Int[np.ndarray, "batch time"]:
-    """The document of each input token within its window: 1, then one more after end-of-text."""
+    """The document of each input token within its window: 1, then one more after end-of-text.
+
+    >>> segments(np.array([[5, 0, 7, 7, 0, 0, 3]]), end_of_text=0)
+    array([[1, 1, 2, 2, 2, 3, 4]], dtype=int32)
+    """
     ends = inputs == end_of_text
     # An end-of-text still belongs to the document that it ends.
     return (1 + np.cumsum(ends, axis=1) - ends).astype(np.int32)

@@ -118,6 +118,18 @@ def prepare(
     Raises:
         ValueError: a field of the source or tokenizer is wrong, the corpus is empty, or one of
             the splits has no document.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxopt_lab.data import TextFiles, TokenizerConfig, prepare, train_batches
+        >>> with tempfile.TemporaryDirectory() as home:
+        ...     for number in range(40):
+        ...         _ = Path(home, f"{number}.txt").write_text(f"This is document {number}.")
+        ...     corpus = prepare(TextFiles((home,)), TokenizerConfig("bytes"), cache_dir=home)
+        ...     with train_batches(corpus, batch_size=4, context=22, seed=0) as batches:
+        ...         tokens = next(batches)["tokens"]
+        >>> corpus.train.num_documents + corpus.validation.num_documents, tokens.shape
+        (40, (4, 23))
     """
     tokenizer = tokenizer or TokenizerConfig()
     report = on_progress or (lambda message: None)

@@ -154,6 +154,10 @@ class Tokenizer:
 def make_tokenizer(config: TokenizerConfig, training_texts: Iterable[str]) -> Tokenizer:
     """Builds the tokenizer that a configuration describes.
 
+    >>> tokenizer = make_tokenizer(TokenizerConfig("bytes"), [])
+    >>> tokenizer.encode("né").tolist(), tokenizer.vocab_size, tokenizer.end_of_text
+    ([110, 195, 169], 257, 256)
+
     Args:
         config: which one.
         training_texts: what a BPE is trained on; the other kinds do not read it.
