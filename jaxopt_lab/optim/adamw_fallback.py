@@ -73,9 +73,10 @@ def scale_by_adamw_fallback(
             step = correction * m_new / (jnp.sqrt(v_new) + eps)
             return step.astype(g.dtype), m_new.astype(m.dtype), v_new.astype(v.dtype)
 
-        out = jax.tree.map(direction, updates, state.mu, state.nu)
         treedef = jax.tree.structure(updates)
-        steps, mu, nu = jax.tree.transpose(treedef, jax.tree.structure((0, 0, 0)), out)
+        leaves = map(jax.tree.leaves, (updates, state.mu, state.nu))
+        out = [direction(*triple) for triple in zip(*leaves, strict=True)]
+        steps, mu, nu = (treedef.unflatten([triple[k] for triple in out]) for k in range(3))
         return steps, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -112,13 +113,13 @@ def with_adamw_fallback(
       on_uncovered: As in `route`.
       vocabulary_size: As in `route`.
     """
-    adamw: list[optax.GradientTransformation] = [
-        scale_by_adamw_fallback(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
-    ]
-    if not (isinstance(weight_decay, int | float) and weight_decay == 0):
-        adamw.append(optax.add_decayed_weights(weight_decay, mask))
-    adamw.append(optax.scale_by_learning_rate(learning_rate))
+    adamw = optax.chain(
+        scale_by_adamw_fallback(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype),
+        # Also for a decay of zero: the structure of the state must not depend on a number.
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
     labels = partition_labels(
         label, matrix_axes, on_uncovered=on_uncovered, vocabulary_size=vocabulary_size
     )
-    return optax.partition({label: matrix_tx, FALLBACK_LABEL: optax.chain(*adamw)}, labels)
+    return optax.partition({label: matrix_tx, FALLBACK_LABEL: adamw}, labels)

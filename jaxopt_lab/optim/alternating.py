@@ -193,7 +193,8 @@ class Family(NamedTuple):
     def _decide(self, stack: Array, measured: Array, start: Array) -> tuple[Array, Array]:
         assert self.stable_rank_threshold is not None
         limit = self.stable_rank_threshold * min(stack.shape[-2:])
-        spectral = stable_rank(measured, start.astype(measured.dtype)) <= limit
+        # The released weights are (out, in): the iteration starts on the reduction side.
+        spectral = stable_rank(measured.mT, start.astype(measured.dtype)) <= limit
         # A loop over matrices, not a batch: only then does `cond` skip what is not taken.
         return jax.lax.map(lambda args: self._one(*args), (stack, spectral)), spectral
 
@@ -221,13 +222,16 @@ class Family(NamedTuple):
 
     def _newton_schulz(self, x: Array, steps: int) -> Array:
         rounded = self.round_newton_schulz and jnp.dtype(self.ns_dtype) == jnp.bfloat16
-        return newton_schulz(
-            x,
+        # The released weights are (out, in). Which Gram matrix a square one takes decides about its
+        # rounding, and only reproduction asks for that.
+        y = newton_schulz(
+            x.mT if rounded else x,
             steps=steps,
             coefficients=self.ns_coefficients,
             compute_dtype=self.ns_dtype,
             round_every_op=rounded,
         )
+        return y.mT if rounded else y
 
 
 def _check_period(period: Scalar) -> None:

@@ -103,7 +103,7 @@ def scale_by_lion_muon(
 
     Returns:
       A transformation with state `LionMuonState`. Its update takes an optional `draws=`: a tree
-      like the parameters with start vectors (batch, n) or (n,), which replaces sampling.
+      like the parameters with start vectors (batch, m) or (m,), which replaces sampling.
 
     Raises:
       ValueError: An option is unknown or out of range, or a leaf is not a matrix.
@@ -195,15 +195,15 @@ def _zeros_wide(x: Any) -> Array:
 
 
 def _start_vectors(state: LionMuonState, leaves: MatrixLeaves, gradients: Leaves, draws) -> Leaves:
-    """Start vectors (batch, n) of the power iteration, drawn afresh at every step or supplied."""
+    """Start vectors (batch, m) of the power iteration, drawn afresh at every step or supplied."""
     shapes = [leaves.matrix_shape(i, g) for i, g in enumerate(gradients)]
     if draws is not None:
         supplied = jax.tree.leaves(draws)
-        return [v.reshape((b, n)) for v, (b, _, n) in zip_strict(supplied, shapes)]
+        return [v.reshape((b, m)) for v, (b, m, _) in zip_strict(supplied, shapes)]
     key = jax.random.fold_in(state.key, state.count)
     return [
-        jax.random.normal(leaf_key(key, path), (b, n), _wide(g))
-        for path, (b, _, n), g in zip_strict(leaves.paths, shapes, gradients)
+        jax.random.normal(leaf_key(key, path), (b, m), _wide(g))
+        for path, (b, m, _), g in zip_strict(leaves.paths, shapes, gradients)
     ]
 
 
@@ -347,19 +347,65 @@ def lion_muon(
 
 
 def sign_muon(
-    learning_rate: optax.ScalarOrSchedule, *, b1: Scalar = 0.9, **options: Any
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    sign_learning_rate: optax.ScalarOrSchedule | None = None,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    sign_lr_ratio: Scalar = 0.05,
+    adam_lr_ratio: Scalar = 1.0,
+    period: Scalar = 2,
+    b1: Scalar = 0.9,
+    ns_steps: int = 5,
+    weight_decay: Scalar = 0.0,
+    mask: Any = None,
+    matrix_axes: MatrixAxesSpec = None,
+    mu_dtype: DTypeLike | None = None,
+    ns_dtype: str = "bfloat16",
+    on_uncovered: OnUncovered = "adamw",
+    param_shardings: Any = None,
+    replicated_work: ReplicatedWork = "repeat",
 ) -> optax.GradientTransformationExtraArgs:
     """SignMuon: `lion_muon` with one averaging constant, so the direction is the momentum itself.
 
+    With period=1 this is Muon with averaged momentum, with period=math.inf it is Signum. For the
+    remaining options call `lion_muon` with b1 = b2.
+
     Args:
       learning_rate: Rate of the spectral steps, a number or a schedule.
+      sign_learning_rate: As for `lion_muon`.
+      adam_learning_rate: As for `lion_muon`.
+      sign_lr_ratio: As for `lion_muon`.
+      adam_lr_ratio: As for `lion_muon`.
+      period: As for `lion_muon`.
       b1: The averaging constant of direction and momentum.
-      **options: As for `lion_muon`. With period=1 this is Muon with averaged momentum, with
-        period=math.inf it is Signum.
-
-    Returns:
-      A transformation as `lion_muon` returns it.
+      ns_steps: As for `lion_muon`.
+      weight_decay: Decay of all leaves.
+      mask: As for `lion_muon`.
+      matrix_axes: As for `lion_muon`.
+      mu_dtype: As for `lion_muon`.
+      ns_dtype: As for `lion_muon`.
+      on_uncovered: As for `lion_muon`.
+      param_shardings: As for `lion_muon`.
+      replicated_work: As for `lion_muon`.
 
     Source: Bolatov et al., arXiv 2605.19811 (the `_fixed` runs of the released code).
     """
-    return lion_muon(learning_rate, b1=b1, b2=b1, **options)
+    return lion_muon(
+        learning_rate,
+        sign_learning_rate=sign_learning_rate,
+        adam_learning_rate=adam_learning_rate,
+        sign_lr_ratio=sign_lr_ratio,
+        adam_lr_ratio=adam_lr_ratio,
+        period=period,
+        b1=b1,
+        b2=b1,
+        ns_steps=ns_steps,
+        weight_decay=weight_decay,
+        mask=mask,
+        matrix_axes=matrix_axes,
+        mu_dtype=mu_dtype,
+        ns_dtype=ns_dtype,
+        on_uncovered=on_uncovered,
+        param_shardings=param_shardings,
+        replicated_work=replicated_work,
+    )

@@ -7,6 +7,7 @@ momentum superseded these during the paper's own experiments.
 from typing import Any
 
 import optax
+from jax.typing import DTypeLike
 
 from jaxopt_lab.optim.adamw_fallback import with_adamw_fallback
 from jaxopt_lab.optim.lion_muon import scale_by_lion_muon
@@ -31,7 +32,10 @@ def legacy_sign_muon(
     adam_b2: Scalar = 0.999,
     adam_eps: Scalar = 1e-8,
     matrix_axes: MatrixAxesSpec = None,
-    **options: Any,
+    mask: Any = None,
+    mu_dtype: DTypeLike | None = None,
+    ns_dtype: str = "bfloat16",
+    param_shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SignMuon of the first experiments: heavy-ball momentum and a choice of cheap steps.
 
@@ -56,7 +60,10 @@ def legacy_sign_muon(
       adam_b2: Second-moment decay of AdamW.
       adam_eps: Epsilon of AdamW.
       matrix_axes: As for `lion_muon`.
-      **options: Passed to `scale_by_lion_muon`.
+      mask: Which leaves decay.
+      mu_dtype: Dtype of the momenta; None: that of the parameters.
+      ns_dtype: Dtype of the Newton-Schulz iterates.
+      param_shardings: As for `lion_muon`.
 
     Source: Bolatov et al., arXiv 2605.19811, released class `SignMuon`.
     """
@@ -80,7 +87,10 @@ def legacy_sign_muon(
         sign_rate=cheap_learning_rate,
         weight_decay=weight_decay,
         matrix_axes=matrix_axes,
-        **options,
+        mask=mask,
+        mu_dtype=mu_dtype,
+        ns_dtype=ns_dtype,
+        param_shardings=param_shardings,
     )
     return with_adamw_fallback(
         "sign_muon",
@@ -91,6 +101,8 @@ def legacy_sign_muon(
         eps=adam_eps,
         weight_decay=adam_weight_decay,
         matrix_axes=matrix_axes,
+        mask=mask,
+        mu_dtype=mu_dtype,
     )
 
 
@@ -107,7 +119,10 @@ def muon(
     adam_b2: Scalar = 0.999,
     adam_eps: Scalar = 1e-8,
     matrix_axes: MatrixAxesSpec = None,
-    **options: Any,
+    mask: Any = None,
+    mu_dtype: DTypeLike | None = None,
+    ns_dtype: str = "bfloat16",
+    param_shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon with heavy-ball momentum and the scale $\sqrt{\max(1, n_\text{out}/n_\text{in})}$.
 
@@ -124,7 +139,10 @@ def muon(
       adam_b2: Second-moment decay of AdamW.
       adam_eps: Epsilon of AdamW.
       matrix_axes: As for `lion_muon`.
-      **options: Passed to `scale_by_lion_muon`.
+      mask: Which leaves decay.
+      mu_dtype: Dtype of the momenta; None: that of the parameters.
+      ns_dtype: Dtype of the Newton-Schulz iterates.
+      param_shardings: As for `lion_muon`.
 
     Source: Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024; the class
     `Muon` of the LionMuon code.
@@ -139,7 +157,10 @@ def muon(
         spectral_scale="fan",
         weight_decay=weight_decay,
         matrix_axes=matrix_axes,
-        **options,
+        mask=mask,
+        mu_dtype=mu_dtype,
+        ns_dtype=ns_dtype,
+        param_shardings=param_shardings,
     )
     return with_adamw_fallback(
         "muon",
@@ -150,6 +171,8 @@ def muon(
         eps=adam_eps,
         weight_decay=adam_weight_decay,
         matrix_axes=matrix_axes,
+        mask=mask,
+        mu_dtype=mu_dtype,
     )
 
 
@@ -164,7 +187,10 @@ def d_muon(
     adam_b2: Scalar = 0.95,
     adam_eps: Scalar = 1e-8,
     matrix_axes: MatrixAxesSpec = None,
-    **options: Any,
+    mask: Any = None,
+    mu_dtype: DTypeLike | None = None,
+    ns_dtype: str = "bfloat16",
+    param_shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon with updates of AdamW's size, so that one rate and one decay serve all leaves.
 
@@ -178,7 +204,10 @@ def d_muon(
       adam_b2: Second-moment decay of AdamW.
       adam_eps: Epsilon of AdamW.
       matrix_axes: As for `lion_muon`.
-      **options: Passed to `scale_by_lion_muon`.
+      mask: Which leaves decay.
+      mu_dtype: Dtype of the momenta; None: that of the parameters.
+      ns_dtype: Dtype of the Newton-Schulz iterates.
+      param_shardings: As for `lion_muon`.
 
     Source: Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982.
     """
@@ -191,7 +220,10 @@ def d_muon(
         ns_steps=ns_steps,
         weight_decay=weight_decay,
         matrix_axes=matrix_axes,
-        **options,
+        mask=mask,
+        mu_dtype=mu_dtype,
+        ns_dtype=ns_dtype,
+        param_shardings=param_shardings,
     )
     return with_adamw_fallback(
         "d_muon",
@@ -202,4 +234,6 @@ def d_muon(
         eps=adam_eps,
         weight_decay=weight_decay,
         matrix_axes=matrix_axes,
+        mask=mask,
+        mu_dtype=mu_dtype,
     )
