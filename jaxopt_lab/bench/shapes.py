@@ -28,7 +28,7 @@ class DecoderShape:
 
 
 SHAPES = {
-    "tiny": DecoderShape(4096, 256, 4, 704, gated=True),
+    "tiny": DecoderShape(4096, 256, 3, 704, gated=True),
     "gpt2-124m": DecoderShape(50_304, 768, 12, 3072, positions=512),
     "llama-124m": DecoderShape(50_304, 768, 12, 2048, gated=True),
     "llama-210m": DecoderShape(50_304, 768, 24, 2048, gated=True),
@@ -56,8 +56,8 @@ def abstract_params(model: str, layout: Layout = "stacked") -> dict[str, Any]:
       layout: "stacked" keeps the layers in one leaf (L, ...); "per-layer" has a subtree for each.
 
     >>> abstract_params("tiny")["layers"]["attention"]["qkv"]["kernel"].shape
-    (4, 256, 3, 256)
-    >>> abstract_params("tiny", "per-layer")["layers"]["3"]["mlp"]["up"]["kernel"].shape
+    (3, 256, 3, 256)
+    >>> abstract_params("tiny", "per-layer")["layers"]["2"]["mlp"]["up"]["kernel"].shape
     (256, 704)
     """
     shape = model_shape(model)

@@ -1,10 +1,12 @@
 """Compiling an optimizer step and timing it honestly."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -159,15 +161,14 @@ def program_bytes(compiled: Any) -> dict[str, int | None]:
 
 
 def random_like(abstract: Any, seed: int, scale: float) -> Any:
-    """Normal random arrays in the shapes of a tree."""
+    """Normal random arrays in the shapes of a tree of float32 leaves."""
     leaves, structure = jax.tree.flatten(abstract)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    ends = np.cumsum([math.prod(x.shape) for x in leaves])
 
     @jax.jit
-    def draw(keys: jax.Array) -> list[jax.Array]:
-        return [
-            scale * jax.random.normal(k, x.shape, x.dtype)
-            for k, x in zip(keys, leaves, strict=True)
-        ]
+    def draw(key: jax.Array) -> list[jax.Array]:
+        # One draw cut into pieces compiles in a fraction of the time of one draw per leaf.
+        pieces = jnp.split(scale * jax.random.normal(key, (int(ends[-1]),)), ends[:-1].tolist())
+        return [x.reshape(leaf.shape) for x, leaf in zip(pieces, leaves, strict=True)]
 
-    return jax.block_until_ready(structure.unflatten(draw(keys)))
+    return jax.block_until_ready(structure.unflatten(draw(jax.random.key(seed))))

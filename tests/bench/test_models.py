@@ -1,0 +1,57 @@
+"""The benchmarks that build a model: training steps and collectives."""
+
+import pytest
+
+from jaxopt_lab import models
+from jaxopt_lab.bench.collective_counts import run_collectives
+from jaxopt_lab.bench.command import main
+from jaxopt_lab.bench.training import run_training
+
+TOY = models.DecoderConfig(vocab_size=64, width=32, depth=2, heads=2, hidden=32, context=16)
+
+
+@pytest.fixture
+def toy_model(toy, monkeypatch):
+    monkeypatch.setitem(models.PRESETS, "toy", TOY)
+    return toy
+
+
+def test_training_throughput(toy_model):
+    report = run_training(toy_model, optimizer="lion_muon_p2", batch=2, steps=3, peak_tflops=1.0)
+    assert report.tokens_per_second == pytest.approx(2 * 16 / (report.step_ms / 1e3))
+    flops = report.tokens_per_second * models.flops_per_token(TOY)
+    assert report.mfu == pytest.approx(flops / report.ceilings.flops_per_second)
+    assert report.mfu_of_peak == pytest.approx(flops / 1e12)
+    assert report.optimizer_share == pytest.approx(report.optimizer_ms / report.step_ms)
+    assert report.peak_bytes > report.temp_bytes > 0
+    assert "tokens/s" in str(report)
+
+
+def test_collectives_of_a_spectral_step(toy_model):
+    report = run_collectives(toy_model, optimizers=["lion_muon_p1"])
+    assert report.mesh == {"fsdp": 8}
+    (row,) = report.rows
+    # At most there and back for each of the four kernels.
+    assert row.kind == "all-to-all" and 2 <= row.count <= 8 and row.bytes > 0
+
+
+def test_a_sign_step_has_no_collectives(toy_model, capsys):
+    words = "collectives --model toy --mesh data=2,fsdp=4 --optimizers lion_muon_pinf"
+    assert main(words.split()) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == [
+        "lion_muon_pinf",
+        "none",
+        "0",
+        "0.000",
+    ]
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="mesh: {'fsdp': 3} has 3 devices, there are 8"):
+        run_collectives("tiny", mesh={"fsdp": 3})
+    with pytest.raises(ValueError, match=r"mesh: \['pipe'\]"):
+        run_collectives("tiny", mesh={"pipe": 8})
+    with pytest.raises(ValueError, match="model: 'gpt5'"):
+        run_training("gpt5")
+    with pytest.raises(SystemExit, match="2"):
+        main(["collectives", "--mesh", "fsdp"])
