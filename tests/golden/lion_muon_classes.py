@@ -1,0 +1,308 @@
+"""The released optimizer classes: hyperparameters, their class defaults, and how we build them.
+
+Hyperparameters that a sidecar leaves out have the defaults of the released class, which differ from
+this library's. Weights are (out, in), so the output axis is 0 and all others are reduced.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from jaxopt_lab import optim
+from tests.golden.harness import Case, NotUnderstood
+from tests.golden.trajectory import Plan
+
+Precision = Literal["float64", "as-is"]
+Hyperparameters = Mapping[str, Any]
+
+# The released routing rule: matrices have at least two axes and fewer rows than this.
+VOCABULARY_ROWS = 10_000
+
+_FALLBACK = {
+    "adamw_lr": 3e-4,
+    "adamw_betas": (0.8, 0.999),
+    "adamw_eps": 1e-8,
+    "adamw_wd": 0.1,
+}
+_LION_MUON = _FALLBACK | {
+    "lr": 2e-3,
+    "lion_lr": None,
+    "beta1": 0.95,
+    "beta2": 0.99,
+    "ns_steps": 6,
+    "muon_every_k": 5,
+    "srank_alpha": 0.0,
+    "weight_decay": 0.0,
+    "norm_diag_every_k": 0,
+}
+_SIGN_MUON = _FALLBACK | {
+    "lr": 0.02,
+    "cheap_lr": None,
+    "momentum": 0.95,
+    "nesterov": True,
+    "ns_steps": 6,
+    "muon_every_k": 5,
+    "cheap_mode": "norm",
+    "cheap_ns_steps": 2,
+    "sign_scaling": "muon",
+    "srank_alpha": 0.0,
+    "weight_decay": 0.0,
+}
+_MUON = _FALLBACK | {
+    "lr": 0.02,
+    "momentum": 0.95,
+    "nesterov": True,
+    "ns_steps": 6,
+    "weight_decay": 0.0,
+}
+_D_MUON = {
+    "lr": 0.02,
+    "weight_decay": 0.1,
+    "matched_adamw_rms": 0.2,
+    "momentum": 0.95,
+    "nesterov": True,
+    "ns_steps": 5,
+    "adamw_betas": (0.95, 0.95),
+    "adamw_eps": 1e-8,
+}
+_LION = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}
+_HEAVY_BALL = {
+    "lr": 1e-3,
+    "momentum": 0.0,
+    "dampening": 0.0,
+    "nesterov": False,
+    "weight_decay": 0.0,
+}
+
+
+class Settings(NamedTuple):
+    """A case's optimizer, hyperparameters completed, parameters sorted by rule."""
+
+    kind: str  # name of the released class
+    h: Hyperparameters
+    layouts: Mapping[str, MuonDimensionNumbers | None]  # None: AdamW
+    rates: np.ndarray  # (T,) scheduled rate
+    constant: np.ndarray  # (T,) ones, for rates that are not scheduled
+
+    @property
+    def matrices(self) -> list[str]:
+        """Names of the parameters that are not AdamW's, in the order of the sidecar."""
+        return [name for name, layout in self.layouts.items() if layout is not None]
+
+    @property
+    def sign_rates(self) -> np.ndarray:
+        """(T,) rate of the steps that are not spectral."""
+        if self.kind in ("SignMuon", "SignDMuon"):
+            given, scheduled = self.h["cheap_lr"], self.constant
+            default = (0.25 if self.h["cheap_mode"] in ("sign", "norm") else 1.0) * self.h["lr"]
+            return scheduled * (default if given is None else given)
+        return self.rates * self.sign_lr_ratio
+
+    @property
+    def sign_lr_ratio(self) -> float:
+        """Sign rate over scheduled rate; for the classes that schedule both."""
+        lion_lr = self.h.get("lion_lr")
+        return 0.01 if lion_lr is None else lion_lr / self.h["lr"]
+
+    def plan(self, precision: Precision) -> Plan:
+        """The optimizer of this library that this case is to be replayed with."""
+        return CLASSES[self.kind][1](self, precision)
+
+
+def settings(case: Case) -> Settings:
+    """Read a sidecar; nothing that it says may go unused."""
+    named = str(case.sidecar.get("optimizer_class", ""))
+    match = re.match(r"\w+", named)
+    kind = match.group() if match else ""
+    if kind not in CLASSES:
+        raise NotUnderstood(f"unknown optimizer class {named!r}; known: {', '.join(CLASSES)}")
+    given, defaults = case.sidecar["hyperparameters"], CLASSES[kind][0]
+    unknown = sorted(set(given) - set(defaults))
+    if unknown:
+        raise NotUnderstood(f"unknown hyperparameters of {kind}: {', '.join(unknown)}")
+    h = defaults | given
+    steps = int(case.sidecar["steps"])
+    constant = np.ones(steps)
+    factors = np.asarray(case.arrays.get("lr_mult", constant), np.float64)
+    return Settings(kind, h, _layouts(case, kind), h["lr"] * factors, constant)
+
+
+def _layouts(case: Case, kind: str) -> dict[str, MuonDimensionNumbers | None]:
+    shapes = case.sidecar["param_shapes"]
+    fallback = case.sidecar.get("adamw_fallback_params")
+    if fallback is None and kind not in ("Lion", "Signum", "NormalizedSGD"):
+        fallback = [p for p, s in shapes.items() if len(s) < 2 or s[0] >= VOCABULARY_ROWS]
+    return {
+        # A parameter of more than two axes is the matrix (dim0, rest).
+        name: None
+        if name in (fallback or ())
+        else MuonDimensionNumbers(reduction_axis=tuple(range(1, len(shape))), output_axis=0)
+        for name, shape in shapes.items()
+    }
+
+
+def matrices_and_adamw(
+    *,
+    learning_rate,
+    sign_learning_rate,
+    adam_learning_rate,
+    adam_b1,
+    adam_b2,
+    adam_eps,
+    adam_weight_decay,
+    matrix_axes,
+    **options,
+) -> optax.GradientTransformation:
+    """A member of the family for the matrices, AdamW for the rest, each with its own schedule.
+
+    The ready optimizers leave out what only a reproduction needs, such as the rounding.
+    """
+    matrices = optim.scale_by_lion_muon(
+        spectral_rate=learning_rate,
+        sign_rate=sign_learning_rate,
+        matrix_axes=matrix_axes,
+        **options,
+    )
+    adamw = optax.chain(
+        optim.scale_by_adamw_fallback(b1=adam_b1, b2=adam_b2, eps=adam_eps),
+        optax.add_decayed_weights(adam_weight_decay),
+        optax.scale_by_learning_rate(adam_learning_rate),
+    )
+    labels = {p: "adamw" if axes is None else "matrix" for p, axes in matrix_axes.items()}
+    chains = {"matrix": optax.chain(matrices, optax.scale(-1.0)), "adamw": adamw}
+    return optax.partition(chains, labels)
+
+
+def _lion_muon(s: Settings, precision: Precision) -> Plan:
+    h = s.h
+    adam = h["adamw_lr"] / h["lr"]
+    numbers = _numbers(h, h["adamw_wd"]) | {"b1": h["beta1"], "b2": h["beta2"]} | _trigger(h)
+    options = {"period": h["muon_every_k"], "ns_steps": h["ns_steps"]}
+    options |= _rounding(precision, "float32" if s.kind == "LiDMuon" else "bfloat16")
+    if precision == "float64":
+        # One schedule drives all three rates through their ratios.
+        ratios = {"sign_lr_ratio": s.sign_lr_ratio, "adam_lr_ratio": adam}
+        rates = {"learning_rate": s.rates}
+        return Plan(optim.lion_muon, options, numbers | ratios, rates, s.layouts)
+    return Plan(matrices_and_adamw, options, numbers, _rates(s, s.rates * adam), s.layouts)
+
+
+def _sign_muon(s: Settings, precision: Precision) -> Plan:
+    h = s.h
+    if h["cheap_ns_steps"] != 2:
+        raise NotUnderstood(f"cheap_ns_steps is {h['cheap_ns_steps']}, only 2 is provided")
+    numbers = _numbers(h, h["adamw_wd"])
+    options = {name: h[name] for name in ("ns_steps", "cheap_mode", "sign_scaling")}
+    options["period"] = h["muon_every_k"]
+    options |= _rounding(precision, "float32" if s.kind == "SignDMuon" else "bfloat16")
+    # The defect of this class: only the spectral rate is scheduled.
+    adam_rates = s.constant * h["adamw_lr"]
+    if precision == "float64" and not _trigger(h):
+        options["nesterov"], numbers["momentum"] = h["nesterov"], h["momentum"]
+        rates = {
+            "learning_rate": s.rates,
+            "cheap_learning_rate": s.sign_rates,
+            "adam_learning_rate": adam_rates,
+        }
+        return Plan(optim.legacy_sign_muon, options, numbers, rates, s.layouts)
+    options |= _heavy_ball_options(h, "buffer")
+    numbers |= {"b1": h["momentum"]} | _trigger(h)
+    return Plan(matrices_and_adamw, options, numbers, _rates(s, adam_rates), s.layouts)
+
+
+def _muon(s: Settings, precision: Precision) -> Plan:
+    h = s.h
+    adam = h["adamw_lr"] / h["lr"]
+    numbers = _numbers(h, h["adamw_wd"])
+    options = {"ns_steps": h["ns_steps"]} | _rounding(precision, "bfloat16")
+    if precision == "float64":
+        options["nesterov"] = h["nesterov"]
+        numbers |= {"momentum": h["momentum"], "adam_lr_ratio": adam}
+        return Plan(optim.muon, options, numbers, {"learning_rate": s.rates}, s.layouts)
+    options |= _heavy_ball_options(h, "gradient") | {"period": 1, "spectral_scale": "fan"}
+    numbers["b1"] = h["momentum"]
+    return Plan(matrices_and_adamw, options, numbers, _rates(s, s.rates * adam), s.layouts)
+
+
+def _d_muon(s: Settings, precision: Precision) -> Plan:
+    h = s.h
+    if h["matched_adamw_rms"] != 0.2:
+        raise NotUnderstood(f"matched_adamw_rms is {h['matched_adamw_rms']}, only 0.2 is provided")
+    numbers = _numbers(h, h["weight_decay"])
+    options = {"ns_steps": h["ns_steps"]} | _rounding(precision, "bfloat16")
+    if precision == "float64":
+        options["nesterov"], numbers["momentum"] = h["nesterov"], h["momentum"]
+        del numbers["adam_weight_decay"]  # one decay for all leaves
+        return Plan(optim.d_muon, options, numbers, {"learning_rate": s.rates}, s.layouts)
+    # This class converts back to float32 before it scales.
+    options |= _heavy_ball_options(h, "buffer") | {"period": 1, "round_update": False}
+    numbers["b1"] = h["momentum"]
+    return Plan(matrices_and_adamw, options, numbers, _rates(s, s.rates), s.layouts)
+
+
+def _lion(s: Settings, precision: Precision) -> Plan:
+    del precision
+    b1, b2 = s.h["betas"]
+    numbers = {"b1": b1, "b2": b2, "weight_decay": s.h["weight_decay"]}
+    return Plan(optax.lion, {}, numbers, {"learning_rate": s.rates})
+
+
+def _heavy_ball(s: Settings, precision: Precision) -> Plan:
+    del precision
+    factory = optim.signum if s.kind == "Signum" else optim.normalized_sgd
+    options = {"nesterov": bool(s.h["nesterov"]), "init_buffer": "params"}
+    numbers = {name: s.h[name] for name in ("momentum", "dampening", "weight_decay")}
+    return Plan(factory, options, numbers, {"learning_rate": s.rates})
+
+
+def _heavy_ball_options(h: Hyperparameters, without_nesterov: str) -> dict[str, str]:
+    direction = "nesterov" if h["nesterov"] else without_nesterov
+    return {"momentum": "heavy_ball", "heavy_ball_direction": direction}
+
+
+def _rates(s: Settings, adam_rates: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        "learning_rate": s.rates,
+        "sign_learning_rate": s.sign_rates,
+        "adam_learning_rate": adam_rates,
+    }
+
+
+def _rounding(precision: Precision, as_is_dtype: str) -> dict[str, Any]:
+    if precision == "float64":
+        return {"ns_dtype": "float64"}
+    rounds = as_is_dtype == "bfloat16"
+    return {"ns_dtype": as_is_dtype, "round_newton_schulz": rounds, "round_update": True}
+
+
+def _numbers(h: Hyperparameters, adam_weight_decay: float) -> dict[str, float]:
+    b1, b2 = h["adamw_betas"]
+    return {
+        "adam_b1": b1,
+        "adam_b2": b2,
+        "adam_eps": h["adamw_eps"],
+        "adam_weight_decay": adam_weight_decay,
+        "weight_decay": h["weight_decay"],
+    }
+
+
+def _trigger(h: Hyperparameters) -> dict[str, float]:
+    return {"stable_rank_threshold": h["srank_alpha"]} if h["srank_alpha"] > 0 else {}
+
+
+# Name of the released class -> its hyperparameters with their defaults, and how we build it.
+CLASSES: dict[str, tuple[dict[str, Any], Callable[[Settings, Precision], Plan]]] = {
+    "LionMuon": (_LION_MUON, _lion_muon),
+    "LiDMuon": (_LION_MUON, _lion_muon),
+    "SignMuon": (_SIGN_MUON, _sign_muon),
+    "SignDMuon": (_SIGN_MUON, _sign_muon),
+    "Muon": (_MUON, _muon),
+    "DistributedMuon": (_D_MUON, _d_muon),
+    "Lion": (_LION, _lion),
+    "Signum": (_HEAVY_BALL, _heavy_ball),
+    "NormalizedSGD": (_HEAVY_BALL, _heavy_ball),
+}
