@@ -59,17 +59,18 @@ class Checkpoints:
         self._message = message
         self._unsealed: list[int] = []
         self._set_damaged_aside()
-        policies = ocp.training.preservation_policies
+        policies: Any = ocp.training.preservation_policies
+        decisions: Any = ocp.training.save_decision_policies
         best = policies.BestN(
             get_metric_fn=lambda metrics: -metrics["held_out_loss"],
             n=keep_best,
             keep_checkpoints_without_metrics=False,
         )
         self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
+            str(self.directory),
             context=_context(),
             # The training loop decides when; every call saves.
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            save_decision_policy=decisions.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(
                 [policies.LatestN(keep_newest), best]
             ),

@@ -3,7 +3,9 @@
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from jaxopt_lab.data import (
     Mixture,
@@ -63,7 +65,8 @@ class CheckpointConfig:
 class PretrainConfig:
     """One pretraining run. Everything is a flag: `--steps 500 --optimizer.period 5`."""
 
-    preset: str = "tiny"
+    # `--model NAME` sets it, together with the model.
+    preset: Annotated[str, tyro.conf.Suppress] = "tiny"
     """Name of the preset that the model starts from."""
 
     model: DecoderConfig = PRESETS["tiny"]

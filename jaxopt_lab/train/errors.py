@@ -27,6 +27,10 @@ class ConfigError(ValueError):
         return wrapped
 
 
+class ArgumentError(ValueError):
+    """Command-line arguments that cannot be read."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, read, or used for this run."""
 

@@ -40,8 +40,8 @@ class OptimizerConfig:
         Raises:
           ConfigError: For a rate, decay or average outside its range, or a period below 1.
         """
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        for field_name, value in values.items():
+        for field_name in (field.name for field in fields(self)):
+            value: Any = getattr(self, field_name)
             name = f"optimizer.{field_name}"
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(name, value, "expected a finite number")

@@ -207,8 +207,8 @@ def _compile(config: PretrainConfig, program: Program, say: Message) -> jax.stag
 
 def _sample(run: Run, state: TrainState) -> dict[str, str] | None:
     """A continuation of the beginning of the held-out text."""
-    tokens, config = run.config.eval.sample_tokens, run.config
-    if not tokens or jax.process_count() > 1:  # drawing token by token is not worth a network
+    config, steps = run.config, run.config.eval.sample_tokens
+    if not steps or jax.process_count() > 1:  # drawing token by token is not worth a network
         return None
     params = averaged_params(config, state)
     prompt = jnp.asarray(run.corpus.validation.tokens[:_PROMPT_TOKENS], jnp.int32)
@@ -216,15 +216,13 @@ def _sample(run: Run, state: TrainState) -> dict[str, str] | None:
         config.model,
         state.params if params is None else params,
         prompt,
-        steps=tokens,
+        steps=steps,
         temperature=_TEMPERATURE,
         key=jax.random.key(config.seed),
     )
-    decode = run.corpus.tokenizer.decode
-    return {
-        "prompt": decode(np.asarray(prompt)),
-        "continuation": decode(np.asarray(drawn)[len(prompt) :]),
-    }
+    decode, start = run.corpus.tokenizer.decode, len(prompt)
+    tokens = np.asarray(drawn)
+    return {"prompt": decode(tokens[:start]), "continuation": decode(tokens[start:])}
 
 
 def _report(run: Run, summary: Mapping[str, Any], say: Message) -> None:

@@ -39,9 +39,8 @@ class ScheduleConfig:
         this and chains itself behind the optimizer.
         """
         rate = self.rate(optimizer.learning_rate, steps)
-        return Rule(
-            optimizer.build(rate, model), lambda step: optimizer.rates(jnp.asarray(rate(step)))
-        )
+        tx = optimizer.build(rate, model)
+        return Rule(tx, lambda step: optimizer.rates(jnp.asarray(rate(step))))
 
 
 @dataclass(frozen=True)

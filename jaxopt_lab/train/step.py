@@ -91,7 +91,8 @@ def make_step(
     key = jax.eval_shape(lambda: jax.random.key(0))
     abstract_params = jax.eval_shape(init_params, key)
     replicated = NamedSharding(mesh, PartitionSpec())
-    shardings = TrainState(
+    layout: Any = TrainState  # here its fields hold shardings
+    shardings = layout(
         step=replicated,
         skipped=replicated,
         params=params_at,

@@ -1,0 +1,208 @@
+"""From command-line arguments to a configuration.
+
+The flags are those of the configuration's dataclasses. Flags that name a choice decide which
+dataclass stands in a section, and thereby which further flags there are; they are taken out
+first, the rest is parsed by tyro.
+"""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from jaxopt_lab.data import Mixture, PreparedTfds, PythonSource, TextFiles
+from jaxopt_lab.models import PRESETS
+from jaxopt_lab.train.config import CORPORA, PretrainConfig, choose, from_preset
+from jaxopt_lab.train.errors import ArgumentError, ConfigError
+from jaxopt_lab.train.optimizers import OPTIMIZERS
+from jaxopt_lab.train.run_directory import read_config
+from jaxopt_lab.train.schedules import SCHEDULES
+from jaxopt_lab.train.serialize import from_json
+
+# The flags that name a choice; which further flags there are depends on them.
+_CHOICES = ("model", "optimizer", "schedule", "corpus")
+# Common settings that live inside a section.
+_SHORT_FLAGS = {
+    "--precision": "--model.compute-dtype",
+    "--document-mask": "--model.document-mask",
+}
+
+
+def parse_config(arguments: Sequence[str], verb: str) -> PretrainConfig:
+    """Reads a configuration off the command line.
+
+    Flags that name a choice (`--optimizer adamw`), `--config file.json` and `--resume` decide the
+    defaults; the flags of the chosen types then change single values.
+
+    Args:
+      arguments: What stands after the verb.
+      verb: For messages.
+
+    Raises:
+      ConfigError: For names and values that cannot work.
+      SystemExit: After `--help`.
+    """
+    names, rest = _take_names(_normalized(arguments))
+    default = _default_config(names, _value_of(rest, "--run-directory"))
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                PretrainConfig,
+                prog=f"jaxopt-lab {verb}",
+                description=_choices_help(),
+                args=rest,
+                default=default,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as exit:
+        if exit.code in (0, None):
+            raise
+        raise ArgumentError(_one_line(errors.getvalue())) from None
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
+
+
+def _normalized(arguments: Sequence[str]) -> list[str]:
+    """Splits `--flag=value`, writes flags with dashes, and expands the short forms."""
+    result = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if not flag.startswith("--"):
+            result.append(argument)
+            continue
+        flag = flag.replace("_", "-")
+        result.append(_SHORT_FLAGS.get(flag, flag))
+        if equals:
+            result.append(value)
+    return result
+
+
+def _take_names(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Takes `--optimizer NAME` and its like, `--config FILE` and `--resume` out of the flags."""
+    names: dict[str, Any] = {}
+    rest, position = [], 0
+    while position < len(arguments):
+        flag = arguments[position]
+        position += 1
+        if flag == "--resume":
+            names["resume"] = True
+        elif flag in [f"--{choice}" for choice in (*_CHOICES, "config")]:
+            if position == len(arguments) or arguments[position].startswith("--"):
+                raise ArgumentError(f"{flag}: expected a value after it")
+            names[flag[2:]] = arguments[position]
+            position += 1
+        elif names.get("corpus") == "mixture" and flag in ("--corpus.parts", "--corpus.weights"):
+            values = []
+            while position < len(arguments) and not arguments[position].startswith("--"):
+                values.append(arguments[position])
+                position += 1
+            names[flag[2:]] = values
+        else:
+            rest.append(flag)
+    return names, rest
+
+
+def _default_config(names: dict[str, Any], run_directory: str | None) -> PretrainConfig:
+    """The configuration that single flags then change."""
+    if names.get("resume"):
+        if run_directory is None:
+            raise ConfigError("run_directory", None, "expected the directory of the run to resume")
+        config = replace(read_config(run_directory), resume=True)
+    elif "config" in names:
+        try:
+            config = from_json(Path(names["config"]).read_text())
+        except OSError as error:
+            raise ConfigError("config", names["config"], f"expected a file: {error}") from error
+    else:
+        config = from_preset(names.get("model", "tiny"))
+    if names.get("model", config.preset) != config.preset:
+        preset = from_preset(names["model"])
+        config = replace(
+            config, preset=preset.preset, model=preset.model, tokenizer=preset.tokenizer
+        )
+    for section, registry in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        if section in names:
+            kind = choose(section, registry, names[section])
+            if type(getattr(config, section)) is not kind:
+                config = replace(config, **{section: kind()})
+    if "corpus" in names:
+        kind = choose("corpus", CORPORA, names["corpus"])
+        if type(config.corpus) is not kind or "corpus.parts" in names:
+            config = replace(config, corpus=_blank_corpus(names))
+    return config
+
+
+def _blank_corpus(names: dict[str, Any]) -> Any:
+
+    blank = {
+        "python-source": PythonSource(),
+        "text-files": TextFiles(()),
+        "prepared-tfds": PreparedTfds(""),
+    }
+    if names["corpus"] in blank:
+        return blank[names["corpus"]]
+    return _mixture(names.get("corpus.parts", []), names.get("corpus.weights", []))
+
+
+def _mixture(parts: Sequence[str], weights: Sequence[str]) -> Mixture:
+    """Builds a mixture from `python-source:stdlib text-files:notes/*.md` and weights."""
+    sources = []
+    for part in parts:
+        kind, _, argument = part.partition(":")
+        values = tuple(argument.split(",")) if argument else ()
+        if kind == "python-source":
+            sources.append(PythonSource(values) if values else PythonSource())
+        elif kind == "text-files":
+            sources.append(TextFiles(values))
+        elif kind == "prepared-tfds":
+            sources.append(PreparedTfds(argument))
+        else:
+            raise ArgumentError(
+                f"corpus.parts: got {part!r}, expected python-source:ROOT[,...], "
+                "text-files:GLOB[,...] or prepared-tfds:DIRECTORY"
+            )
+    try:
+        shares = tuple(float(weight) for weight in weights) or (1.0,) * len(sources)
+        return Mixture(tuple(sources), shares)
+    except ValueError as error:
+        raise ConfigError.inside("corpus", error) from error
+
+
+def _value_of(arguments: Sequence[str], flag: str) -> str | None:
+    if flag not in arguments[:-1]:
+        return None
+    return arguments[len(arguments) - 1 - arguments[::-1].index(flag) + 1]
+
+
+def _choices_help() -> str:
+
+    lines = [
+        "These choose what the sections below are made of:",
+        f"--model {{{','.join(PRESETS)}}}",
+        f"--optimizer {{{','.join(OPTIMIZERS)}}}",
+        f"--schedule {{{','.join(SCHEDULES)}}}",
+        f"--corpus {{{','.join(CORPORA)}}}; a mixture takes --corpus.parts python-source:stdlib "
+        "'text-files:notes/*.md' --corpus.weights 3 1",
+        "--config FILE starts from the config.json of a run; --resume continues --run-directory.",
+        "--precision is short for --model.compute-dtype, "
+        "--document-mask for --model.document-mask.",
+    ]
+    return "\n\n".join(lines)
+
+
+def _one_line(box: str) -> str:
+    """Takes the frame off an error message and joins its lines."""
+    kept = []
+    for line in box.splitlines():
+        text = line.strip("╭╮╰╯│─ ")
+        if set(line) & set("╭╰"):
+            continue
+        if set(line.strip("│ ")) == {"─"}:
+            break  # what follows repeats the help
+        kept.append(text)
+    return " ".join(" ".join(kept).split())
