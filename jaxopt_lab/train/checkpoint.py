@@ -152,6 +152,7 @@ class Checkpoints:
           CheckpointError: If no checkpoint can be read, or the newest belongs to another model
             or optimizer; the first differing leaf is named.
         """
+        self.wait()
         for step in reversed(self.steps()):
             path = self.directory / str(step)
             try:

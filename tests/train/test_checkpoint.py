@@ -1,0 +1,214 @@
+import json
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxopt_lab.train.checkpoint import Checkpoints, committed_steps, first_difference
+from jaxopt_lab.train.errors import CheckpointError
+from jaxopt_lab.train.mesh import MeshConfig, make_mesh, to_global
+from jaxopt_lab.train.step import make_step
+from tests.train import stand_in
+
+
+def small_tree(value=0.0, width=8):
+    return {
+        "w": jnp.full((width, 4), float(value)),
+        "half": jnp.full((3,), value, jnp.bfloat16),
+        "count": jnp.int32(value),
+        "key": jax.random.key(int(value)),
+    }
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def equal(a, b):
+    def same(x, y):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        return x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y))
+
+    return jax.tree.all(jax.tree.map(same, a, b))
+
+
+def save_all(directory, steps, *, losses=None, **kwargs):
+    with Checkpoints(directory, **kwargs) as checkpoints:
+        for step in steps:
+            loss = None if losses is None else losses.get(step)
+            checkpoints.save(step, small_tree(step), {"step": step}, held_out_loss=loss)
+    return directory / "checkpoints"
+
+
+def test_state_keys_and_data_position_come_back_bitwise(tmp_path):
+    save_all(tmp_path, [1, 2])
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(abstract(small_tree()))
+    assert restored.step == 2 and restored.data == {"step": 2}
+    assert equal(restored.state, small_tree(2))
+
+
+def test_newest_and_best_stay(tmp_path):
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: 2.5}
+    save_all(tmp_path, range(1, 8), losses=losses, keep_newest=2, keep_best=1)
+    assert committed_steps(tmp_path / "checkpoints") == [2, 6, 7]
+    # The best one is still known to a run that is resumed.
+    with Checkpoints(tmp_path, keep_newest=2, keep_best=1) as checkpoints:
+        checkpoints.save(8, small_tree(8), {}, held_out_loss=1.5)
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 7, 8]
+
+
+def test_a_label_that_exists_is_left_alone(tmp_path):
+    save_all(tmp_path, [3])
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, small_tree(9), {})
+        assert equal(checkpoints.restore(abstract(small_tree())).state, small_tree(3))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: t | {"w": jnp.zeros((8, 5))}, r"w is float32\(8,4\) in the checkpoint and floa"),
+        (lambda t: t | {"half": jnp.zeros((3,))}, r"half is bfloat16\(3\) .* float32\(3\) in this"),
+        (lambda t: t | {"extra": jnp.zeros(())}, "extra is missing in the checkpoint"),
+        (lambda t: {k: v for k, v in t.items() if k != "half"}, "half is in the checkpoint and no"),
+    ],
+)
+def test_another_model_names_the_first_leaf_that_differs(tmp_path, change, named):
+    directory = save_all(tmp_path, [1, 2])
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match=named):
+        checkpoints.restore(abstract(change(small_tree())))
+    assert committed_steps(directory) == [1, 2]  # it is not damaged, only foreign
+
+
+def test_another_optimizer_names_the_first_leaf_that_differs(tmp_path):
+    params = {"w": jnp.zeros((2, 2))}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"opt_state": optax.adam(1e-3).init(params)}, {})
+        with pytest.raises(CheckpointError, match="opt_state/trace/w is missing"):
+            checkpoints.restore(abstract({"opt_state": optax.trace(0.9).init(params)}))
+
+
+def test_first_difference_of_equal_descriptions_is_none():
+    assert first_difference([["a", [2], "f"]], [["a", [2], "f"]]) is None
+
+
+def files_of(checkpoint):
+    return sorted(f for f in checkpoint.rglob("*") if f.is_file() and f.name != "_SIZES.json")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5])
+def test_every_truncated_file_is_noticed_and_the_previous_checkpoint_taken(tmp_path, keep):
+    directory = save_all(tmp_path / "whole", [1, 2], losses={1: 1.0, 2: 2.0})
+    names = [file.relative_to(directory) for file in files_of(directory / "2")]
+    assert len(names) > 8
+    for number, name in enumerate(names):
+        run = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", run)
+        path = run / "checkpoints" / name
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+        notes = []
+        with Checkpoints(run, message=notes.append) as checkpoints:
+            restored = checkpoints.restore(abstract(small_tree()))
+        assert restored.step == 1 and equal(restored.state, small_tree(1)), name
+        assert len(notes) == 1 and path.name in notes[0] and "checkpoint 1" in notes[0]
+
+
+def test_a_missing_file_is_noticed(tmp_path):
+    directory = save_all(tmp_path, [1, 2])
+    files_of(directory / "2")[-1].unlink()
+    notes = []
+    with Checkpoints(tmp_path, message=notes.append) as checkpoints:
+        assert checkpoints.restore(abstract(small_tree())).step == 1
+    assert "is missing" in notes[0]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+def test_damage_found_only_while_reading_also_falls_back(tmp_path):
+    # Killed between the commit and the record of sizes: only reading can tell.
+    directory = save_all(tmp_path, [1, 2])
+    (directory / "2/_SIZES.json").unlink()
+    (directory / "2/state/manifest.ocdbt").write_bytes(b"")
+    notes = []
+    with Checkpoints(tmp_path, message=notes.append) as checkpoints:
+        assert checkpoints.restore(abstract(small_tree())).step == 1
+    assert "checkpoint 2 is damaged" in notes[0]
+    assert (tmp_path / "damaged-checkpoints").is_dir()
+
+
+def test_nothing_left_to_restore(tmp_path):
+    directory = save_all(tmp_path, [1])
+    files_of(directory / "1")[0].unlink()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.are_all_damaged()
+        with pytest.raises(CheckpointError, match="no checkpoint that can be read"):
+            checkpoints.restore(abstract(small_tree()))
+
+
+def test_a_full_disk_is_a_clear_error_and_harms_no_earlier_checkpoint(tmp_path):
+    # A limit on file size makes writes fail in the same place as a full disk, without root.
+    big = jax.random.normal(jax.random.key(0), (300, 300))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"w": big}, {})
+        checkpoints.wait()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            with pytest.raises(CheckpointError, match="2 could not be written.*1 is intact"):
+                checkpoints.save(2, {"w": big + 1}, {})
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(abstract({"w": big}))
+        assert restored.step == 1 and equal(restored.state, {"w": big})
+        checkpoints.save(2, {"w": big + 1}, {})  # with space again, the same label works
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 2]
+
+
+def test_data_and_leaves_are_plain_json(tmp_path):
+    directory = save_all(tmp_path, [4])
+    assert json.loads((directory / "4/data/data.json").read_text()) == {"step": 4}
+    assert ["w", [8, 4], "float32"] in json.loads((directory / "4/leaves/data.json").read_text())
+
+
+def test_restoring_on_8_4_1_and_8_devices_is_bitwise(tmp_path):
+    """The state moves over the meshes bitwise; one more step agrees up to reduction order."""
+    batches = [stand_in.batch_at(i) for i in range(3)]
+    configs = [MeshConfig(2, 4), MeshConfig(1, 4), MeshConfig(1), MeshConfig(4, 2)]
+    steps, states, meshes = [], [], []
+    for number, config in enumerate(configs):
+        mesh = make_mesh(config)
+        step = make_step(
+            stand_in.init_params, stand_in.loss_fn, optax.adamw(1e-2), mesh=mesh,
+            param_specs=stand_in.SPECS,
+        )  # fmt: skip
+        with Checkpoints(tmp_path / str(number)) as checkpoints:
+            if number == 0:
+                state = step.init(jax.random.key(0))
+                for batch in batches[:2]:
+                    state, _ = step.update(state, to_global(mesh, batch, 32))
+            else:
+                with Checkpoints(tmp_path / str(number - 1)) as previous:
+                    state = previous.restore(step.abstract_state).state
+                assert jax.tree.all(
+                    jax.tree.map(lambda x, s: x.sharding == s, state, step.shardings)
+                )
+            checkpoints.save(2, state, {})
+        steps.append(step)
+        states.append(state)
+        meshes.append(mesh)
+    assert all(equal(states[0], state) for state in states[1:])
+    losses = []
+    for step, state, mesh in zip(steps, states, meshes, strict=True):
+        state, metrics = step.update(state, to_global(mesh, batches[2], 32))
+        losses.append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
