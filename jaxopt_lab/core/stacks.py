@@ -89,11 +89,10 @@ class _Layout:
         self.shape, self.axes, self.dtype = x.shape, axes, x.dtype
         self.batch, self.m, self.n = axes.matrix_shape(x.shape)
         self.sharding = sharding
-        self.spec = (
-            PartitionSpec(None) if sharding is None else batch_first_spec(sharding.spec, axes)
-        )
+        spec = PartitionSpec() if sharding is None else batch_first_spec(sharding.spec, axes)
         # Local: no mesh is known, or no axis is sharded; then the inner axes can be merged here.
-        self.local = not any(entry is not None for entry in self.spec)
+        self.local = not any(entry is not None for entry in spec)
+        self.spec = PartitionSpec(None) if self.local else spec
         self.inner = tuple(x.shape[a] for a in axes.reduction + axes.output)
 
     @classmethod
