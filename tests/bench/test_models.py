@@ -17,7 +17,7 @@ def toy_model(toy, monkeypatch):
 
 
 def test_training_throughput(toy_model):
-    report = run_training(toy_model, optimizer="lion_muon_p2", batch=2, steps=3, peak_tflops=1.0)
+    report = run_training(toy_model, optimizer="lion", batch=2, steps=3, peak_tflops=1.0)
     assert report.tokens_per_second == pytest.approx(2 * 16 / (report.step_ms / 1e3))
     flops = report.tokens_per_second * models.flops_per_token(TOY)
     assert report.mfu == pytest.approx(flops / report.ceilings.flops_per_second)
