@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxopt_lab.models.config import DecoderConfig
@@ -51,6 +52,13 @@ def loss(
 
     Raises:
         ValueError: for inputs that do not fit the config, or T not divisible by ``head_chunks``.
+
+    >>> from jaxopt_lab.models import init_params
+    >>> config = DecoderConfig(vocab_size=64, width=32, depth=2, heads=4, context=16)
+    >>> params = init_params(config, jax.random.key(0))
+    >>> value, aux = loss(config, params, {"tokens": jnp.zeros((2, 9), int)})
+    >>> int(aux["tokens"])
+    16
     """
     tokens_BxT, targets_BxT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     segment_ids_BxT = None
@@ -62,14 +70,12 @@ def loss(
         raise ValueError(
             f"head_chunks: got {head_chunks}, wanted a divisor of {targets_BxT.shape[1]} positions"
         )
+    mask_BxT = batch.get("mask", np.ones(targets_BxT.shape, bool))
+    if mask_BxT.shape != targets_BxT.shape:
+        raise ValueError(f"mask: got shape {mask_BxT.shape}, wanted {targets_BxT.shape}")
     decoder = bind(config, params)
     x_BxTxD = decoder.hidden(tokens_BxT, segment_ids_BxT, mesh=mesh)
     dtype = jnp.promote_types(x_BxTxD.dtype, jnp.float32)
-    mask_BxT = batch.get("mask")
-    if mask_BxT is None:
-        mask_BxT = jnp.ones(targets_BxT.shape, bool)
-    elif mask_BxT.shape != targets_BxT.shape:
-        raise ValueError(f"mask: got shape {mask_BxT.shape}, wanted {targets_BxT.shape}")
     count = jnp.sum(mask_BxT != 0, dtype=jnp.int32)
     weights_BxT = (mask_BxT != 0).astype(dtype) / jnp.maximum(count, 1).astype(dtype)
 
