@@ -1,0 +1,157 @@
+import subprocess
+import sys
+
+import pytest
+
+from jaxopt_lab import cli
+from jaxopt_lab.data import Mixture, PythonSource, TextFiles
+from jaxopt_lab.train.arguments import parse_config
+from jaxopt_lab.train.config import PretrainConfig, from_preset
+from jaxopt_lab.train.optimizers import AdamWConfig, LionMuonConfig
+from jaxopt_lab.train.schedules import WsdConfig
+from jaxopt_lab.train.serialize import to_json
+
+
+def parsed(text):
+    return parse_config(text.split(), "pretrain")
+
+
+def test_no_flags_are_the_defaults():
+    assert parsed("") == PretrainConfig() == from_preset("tiny")
+
+
+def test_named_choices_and_nested_flags():
+    config = parsed(
+        "--optimizer lion-muon --optimizer.period 5 --schedule wsd --schedule.decay-fraction 0.3 "
+        "--model tiny --model.depth 6 --corpus text-files --corpus.paths a/*.txt b.md "
+        "--mesh.data 2 --mesh.fsdp 2 --mesh.tensor 1 --dry-run --profile --clip None "
+        "--checkpoint.every-minutes 5 --optimizer.learning_rate=0.5"
+    )
+    assert config.optimizer == LionMuonConfig(period=5, learning_rate=0.5)
+    assert config.schedule == WsdConfig(decay_fraction=0.3)
+    assert config.model.depth == 6 and config.corpus == TextFiles(("a/*.txt", "b.md"))
+    assert (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (2, 2, 1)
+    assert config.dry_run and config.profile and config.clip is None
+    assert config.checkpoint.every_minutes == 5.0
+
+
+def test_order_of_names_and_flags_does_not_matter():
+    a = parsed("--optimizer.b1 0.8 --optimizer adamw")
+    assert a.optimizer == AdamWConfig(b1=0.8)
+
+
+def test_presets_bring_their_tokenizer():
+    config = parsed("--model gpt2-124m")
+    assert config.preset == "gpt2-124m" and config.tokenizer.vocab_size == 50304
+
+
+def test_short_forms():
+    config = parsed("--precision bfloat16 --document-mask")
+    assert config.model.compute_dtype == "bfloat16" and config.model.document_mask
+
+
+def test_never_spectral():
+    assert parsed("--optimizer.period inf").optimizer == LionMuonConfig(period="inf")
+
+
+def test_a_mixture_on_the_command_line():
+    config = parsed(
+        "--corpus mixture --corpus.parts python-source:stdlib,/src text-files:n/*.md "
+        "--corpus.weights 3 1 --steps 7"
+    )
+    parts = (PythonSource(("stdlib", "/src")), TextFiles(("n/*.md",)))
+    assert config.corpus == Mixture(parts, (3.0, 1.0)) and config.steps == 7
+
+
+def test_a_file_gives_the_defaults_and_flags_change_them(tmp_path):
+    path = tmp_path / "config.json"
+    saved = parsed("--optimizer adamw --optimizer.b1 0.7 --steps 9 --model.width 128")
+    path.write_text(to_json(saved))
+    assert parsed(f"--config {path}") == saved
+    changed = parsed(f"--config {path} --steps 10 --optimizer adamw")
+    assert changed.steps == 10 and changed.optimizer == AdamWConfig(b1=0.7)
+    assert parsed(f"--config {path} --optimizer lion-muon").optimizer == LionMuonConfig()
+
+
+BAD = {
+    "--optimizer nope": "optimizer: got 'nope', expected one of lion-muon",
+    "--model nope": "model: got 'nope', expected one of tiny",
+    "--schedule nope": "schedule: got 'nope', expected one of cosine",
+    "--corpus nope": "corpus: got 'nope', expected one of python-source",
+    "--optimizer.period 0": "optimizer.period: got 0, expected at least 1",
+    "--optimizer.period -2": "optimizer.period",
+    "--optimizer.period 1.5": "optimizer.period",
+    "--optimizer.learning-rate nan": "optimizer.learning_rate: got nan",
+    "--optimizer adamw --optimizer.period 3": "--optimizer.period",
+    "--steps 0": "steps: got 0",
+    "--steps many": "--steps",
+    "--model.width 7": "heads: got 4, wanted a divisor of width = 7",
+    "--mesh.data 64": "mesh: got 'data 64",
+    "--batch-size 7 --mesh.data 2": "batch_size: got 7, expected a multiple",
+    "--no-such-flag": "--no-such-flag",
+    "--optimizer": "--optimizer: expected a value",
+    "--resume": "run_directory",
+    "--config /no/such/file.json": "config: got '/no/such/file.json'",
+    "--corpus mixture --corpus.parts web:x": "corpus.parts: got 'web:x'",
+    "--corpus mixture": "corpus: ",
+    "--corpus text-files --corpus.paths /no/such/*.txt": "corpus: ",
+    "--corpus text-files": "corpus: ",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["pretrain", *arguments.split()]) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in err if "error:" in line]
+    assert len(errors) == 1 and errors == err[-1:]
+    assert errors[0].startswith("jaxopt-lab: error: ") and BAD[arguments] in errors[0]
+
+
+def test_unknown_verbs(capsys):
+    assert cli.main(["fly"]) == 2
+    assert "unknown verb 'fly', expected one of pretrain" in capsys.readouterr().err
+
+
+def test_help_of_pretrain_lists_choices_and_documents_fields(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["pretrain", "--help"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0
+    for word in ("lion-muon", "optax-muon", "wsd", "gpt2-720m", "text-files", "--mesh.fsdp",
+                 "Optimizer steps", "A spectral step every so many steps"):  # fmt: skip
+        assert word in out
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "--optimizer", "adamw", "--help"])
+    out = capsys.readouterr().out
+    assert "--optimizer.eps" in out and "--optimizer.period" not in out
+
+
+def test_describe_prints_the_routing_table(capsys):
+    assert cli.main(["describe", "--model.depth", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "lion_muon" in out and "adamw" in out and "2x256x3x256" in out
+
+
+def test_plot_of_nothing_is_an_error(capsys, tmp_path):
+    assert cli.main(["plot", str(tmp_path)]) == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_data_needs_a_subcommand(capsys):
+    assert cli.main(["data"]) == 2
+    assert "data list" in capsys.readouterr().err
+
+
+def test_the_overview_lists_verbs_and_imports_no_heavy_room():
+    code = (
+        "import sys; from jaxopt_lab.cli import main; code = main(['--help']);"
+        "heavy = {'flax', 'orbax', 'grain', 'tyro', 'matplotlib', 'rich', 'tokenizers'};"
+        "print(sorted(heavy & set(sys.modules))); sys.exit(code)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "pretrain" in result.stdout and "bench" in result.stdout
+    assert result.stdout.strip().endswith("[]")

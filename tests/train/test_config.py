@@ -1,0 +1,198 @@
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxopt_lab.data import Mixture, PreparedTfds, PythonSource, TextFiles
+from jaxopt_lab.models import PRESETS
+from jaxopt_lab.train.config import (
+    CORPORA,
+    CheckpointConfig,
+    EvalConfig,
+    PretrainConfig,
+    check_vocabulary,
+    from_preset,
+    validate,
+)
+from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.mesh import MeshConfig
+from jaxopt_lab.train.optimizers import OPTIMIZERS, LionMuonConfig, MuonConfig, SignMuonConfig
+from jaxopt_lab.train.schedules import SCHEDULES, CosineConfig, WsdConfig
+from jaxopt_lab.train.serialize import from_json, name_of, to_json
+
+DEFAULT = PretrainConfig()
+CORPUS_EXAMPLES = {
+    "python-source": PythonSource(("stdlib", "/src")),
+    "text-files": TextFiles(("a/*.txt", "b.md")),
+    "prepared-tfds": PreparedTfds("/data", text_field="body"),
+    "mixture": Mixture((PythonSource(), TextFiles(("a",))), (3.0, 1.0)),
+}
+
+
+def with_optimizer(**changes):
+    return replace(DEFAULT, optimizer=LionMuonConfig(**changes))
+
+
+def with_schedule(**changes):
+    return replace(DEFAULT, schedule=WsdConfig(**changes))
+
+
+BAD = {
+    "steps": (replace(DEFAULT, steps=0), "steps: got 0, expected at least 1"),
+    "batch": (replace(DEFAULT, batch_size=0), "batch_size: got 0"),
+    "accumulation": (replace(DEFAULT, accumulation=-1), "accumulation: got -1"),
+    "batch not divisible": (
+        replace(DEFAULT, batch_size=24, accumulation=2, mesh=MeshConfig(4, 2)),
+        "batch_size: got 24, expected a multiple of accumulation 2 x data 4 x fsdp 2 = 16",
+    ),
+    "mesh": (
+        replace(DEFAULT, mesh=MeshConfig(3, 1, 4)),
+        "mesh: got 'data 3 x fsdp 1 x tensor 4'.*8",
+    ),
+    "preset": (replace(DEFAULT, preset="huge"), "model: got 'huge', expected one of tiny, gpt2"),
+    "period 0": (with_optimizer(period=0), "optimizer.period: got 0, expected at least 1, or inf"),
+    "negative period": (with_optimizer(period=-3), "optimizer.period: got -3"),
+    "rate nan": (
+        with_optimizer(learning_rate=float("nan")),
+        "optimizer.learning_rate: got nan, expected a finite number",
+    ),
+    "rate inf": (with_optimizer(learning_rate=float("inf")), "optimizer.learning_rate: got inf"),
+    "rate negative": (
+        with_optimizer(learning_rate=-1e-3),
+        "optimizer.learning_rate: got -0.001, expected a positive number",
+    ),
+    "rate zero": (with_optimizer(learning_rate=0.0), "optimizer.learning_rate: got 0.0"),
+    "decay negative": (with_optimizer(weight_decay=-0.1), "optimizer.weight_decay: got -0.1"),
+    "average": (with_optimizer(b2=1.0), "optimizer.b2: got 1.0"),
+    "two averages in sign-muon": (
+        replace(DEFAULT, optimizer=SignMuonConfig(b2=0.99)),
+        "optimizer.b2: got 0.99, expected b1 = 0.9",
+    ),
+    "warm-up too long": (
+        replace(DEFAULT, schedule=CosineConfig(warmup_steps=10**6)),
+        "schedule.warmup_steps: got 1000000",
+    ),
+    "warm-up share": (with_schedule(warmup_fraction=1.5), "schedule.warmup_fraction: got 1.5"),
+    "warm-up meets decay": (
+        with_schedule(warmup_fraction=0.5, decay_fraction=0.8),
+        "schedule: warmup_steps",
+    ),
+    "decay share": (with_schedule(decay_fraction=-0.2), "schedule: decay_fraction: got -0.2"),
+    "clip": (replace(DEFAULT, clip=0.0), "clip: got 0.0"),
+    "clip nan": (replace(DEFAULT, clip=float("nan")), "clip: got nan"),
+    "z-loss": (replace(DEFAULT, z_loss=-1.0), "z_loss: got -1.0"),
+    "ema": (replace(DEFAULT, ema=1.0), "ema: got 1.0"),
+    "held-out share": (replace(DEFAULT, validation_fraction=0.0), "validation_fraction: got 0.0"),
+    "head chunks": (replace(DEFAULT, head_chunks=7), "head_chunks: got 7, expected a divisor"),
+    "evaluation": (replace(DEFAULT, eval=EvalConfig(every=0)), "eval.every: got 0"),
+    "checkpoints": (
+        replace(DEFAULT, checkpoint=CheckpointConfig(keep_newest=0)),
+        "checkpoint.keep_newest: got 0",
+    ),
+    "checkpoint clock": (
+        replace(DEFAULT, checkpoint=CheckpointConfig(every_minutes=0.0)),
+        "checkpoint.every_minutes: got 0.0",
+    ),
+    "wandb": (replace(DEFAULT, wandb=True), "wandb: got True, needs a package: pip install"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_settings_name_field_value_and_remedy(name, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    config, message = BAD[name]
+    with pytest.raises(ConfigError, match=message):
+        validate(config, device_count=8)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_their_tokenizer_fits(name):
+    config = from_preset(name)
+    validate(config, device_count=8)
+    assert config.tokenizer.vocab_size <= config.model.vocab_size
+
+
+def test_unknown_preset_lists_the_choices():
+    with pytest.raises(ConfigError, match="model: got 'llama', expected one of tiny, gpt2-124m"):
+        from_preset("llama")
+
+
+class FakeTokenizer:
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused_and_a_wasteful_one_noted():
+    model = PRESETS["tiny"]
+    with pytest.raises(ConfigError, match="model.vocab_size: got 4096, expected at least the 4097"):
+        check_vocabulary(model, FakeTokenizer(4097))
+    assert check_vocabulary(model, FakeTokenizer(4096)) is None
+    assert check_vocabulary(model, FakeTokenizer(4000)) is None
+    assert "3839 rows" in check_vocabulary(model, FakeTokenizer(257))
+
+
+@given(
+    optimizer=st.sampled_from(sorted(OPTIMIZERS)),
+    schedule=st.sampled_from(sorted(SCHEDULES)),
+    corpus=st.sampled_from(sorted(CORPORA)),
+    preset=st.sampled_from(sorted(PRESETS)),
+    steps=st.integers(1, 10**6),
+    rate=st.floats(1e-9, 1e3),
+    clip=st.none() | st.floats(1e-6, 1e6),
+)
+def test_json_holds_everything(optimizer, schedule, corpus, preset, steps, rate, clip):
+    config = replace(
+        from_preset(preset),
+        optimizer=OPTIMIZERS[optimizer](learning_rate=rate),
+        schedule=SCHEDULES[schedule](),
+        corpus=CORPUS_EXAMPLES[corpus],
+        steps=steps,
+        clip=clip,
+        mesh=MeshConfig(2, -1, 1),
+    )
+    assert from_json(to_json(config)) == config
+    assert name_of(config.optimizer) == optimizer
+
+
+def test_json_may_be_partial_and_takes_the_rest_from_the_preset():
+    config = from_json('{"preset": "gpt2-124m", "model": {"depth": 2}, "optimizer": {"period": 5}}')
+    assert config.model == replace(PRESETS["gpt2-124m"], depth=2)
+    assert config.optimizer == LionMuonConfig(period=5)
+    assert config.tokenizer.vocab_size == 50304
+
+
+def test_json_without_period_inf_trouble():
+    config = replace(DEFAULT, optimizer=LionMuonConfig(period="inf"))
+    assert json.loads(to_json(config))["optimizer"]["period"] == "inf"
+    assert from_json(to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"stepz": 3}', "stepz: got 3, but there is no such setting; did you mean steps"),
+        ('{"optimizer": {"perod": 2}}', "optimizer.perod.*did you mean period"),
+        ('{"optimizer": {"name": "sgd"}}', "optimizer.name: got 'sgd', expected one of lion-muon"),
+        ('{"corpus": {"name": "web"}}', "corpus.name: got 'web', expected one of python-source"),
+        ('{"model": {"deep": 2}}', "model.deep"),
+        ('{"model": {"width": 7}}', "model: heads: got 4, wanted a divisor of width = 7"),
+        ('{"model": {"norm": "batch"}}', "model.norm: got 'batch', expected rms or layer"),
+        ('{"steps": "3"}', "steps: got '3', expected int"),
+        ('{"steps": true}', "steps: got True, expected int"),
+        ('{"optimizer": 3}', "optimizer: got 3, expected an object"),
+        ('{"corpus": {"name": "text-files", "paths": "a"}}', "corpus.paths: got 'a', expected a l"),
+        ('{"preset": "x"}', "model: got 'x'"),
+        ("[1]", "expected a JSON object"),
+        ("{", "expected JSON"),
+    ],
+)
+def test_json_names_what_is_wrong(text, message):
+    with pytest.raises(ConfigError, match=message):
+        from_json(text)
+
+
+def test_every_optimizer_is_documented_and_muon_is_spectral_at_every_step():
+    assert all(kind.__doc__ for kind in [*OPTIMIZERS.values(), *SCHEDULES.values()])
+    assert MuonConfig().period == 1 and MuonConfig().b1 == MuonConfig().b2

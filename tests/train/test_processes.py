@@ -1,0 +1,72 @@
+"""Two processes on one machine, over loopback, against one process with two devices."""
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+
+from jaxopt_lab.data import prepare
+from jaxopt_lab.train.checkpoint import committed_steps
+from jaxopt_lab.train.config import CheckpointConfig, EvalConfig
+from jaxopt_lab.train.mesh import MeshConfig
+from jaxopt_lab.train.pretrain import pretrain
+from jaxopt_lab.train.serialize import to_json
+from tests.train.tiny_run import losses_of, tiny_config, write_text
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_processes_train_save_and_one_process_resumes(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXOPT_LAB_CACHE", str(tmp_path / "cache"))
+    text = write_text(tmp_path / "text")
+    config = tiny_config(
+        text, None, steps=4, mesh=MeshConfig(data=2), run_directory=None,
+        eval=EvalConfig(every=4, batches=1, sample_tokens=0),
+        checkpoint=CheckpointConfig(every_steps=2, keep_newest=5),
+    )  # fmt: skip
+    prepare(config.corpus, config.tokenizer, validation_fraction=config.validation_fraction)
+    (tmp_path / "config.json").write_text(to_json(config))
+    run = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "jaxopt_lab.cli", "pretrain", "--config", str(tmp_path / "config.json"),
+        "--run-directory", str(run), "--distributed.num-processes", "2",
+        "--distributed.coordinator-address", f"127.0.0.1:{free_port()}",
+    ]  # fmt: skip
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "NO_PROXY": "*"}
+    processes = [
+        subprocess.Popen(
+            [*command, "--distributed.process-id", str(number)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )  # fmt: skip
+        for number in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert "held-out loss" in outputs[0] and "held-out loss" not in outputs[1]
+    assert committed_steps(run / "checkpoints") == [2, 4]
+
+    # The same two devices in one process give the same losses up to reduction order.
+    alone = replace(config, run_directory=str(tmp_path / "alone"))
+    pretrain(alone)
+    together, expected = losses_of(run), losses_of(tmp_path / "alone")
+    assert together.keys() == expected.keys()
+    for step, loss in expected.items():
+        np.testing.assert_allclose(together[step], loss, rtol=1e-5)
+
+    # Another number of processes goes on with the same text.
+    result = pretrain(replace(config, run_directory=str(run), resume=True, steps=6))
+    assert result.summary["steps"] == 6 and max(losses_of(run)) == 6
