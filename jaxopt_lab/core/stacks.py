@@ -26,7 +26,7 @@ def map_matrices(
     axes: Sequence[MatrixAxes],
     shardings: Sequence[NamedSharding | None],
     *,
-    vectors: Sequence[Sequence[Shaped[Array, "batch n"]]] = (),
+    vectors: Sequence[Sequence[Shaped[Array, "_ _"]]] = (),
     numbers: int = 0,
     transposable: bool = False,
     replicated_work: ReplicatedWork = "repeat",
