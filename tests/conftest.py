@@ -7,6 +7,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
+import jaxtyping
+
+# Annotations of `core`, array shapes included, are enforced while the tests run.
+jaxtyping.install_import_hook("jaxopt_lab.core", "beartype.beartype")
 
 hypothesis.settings.register_profile(
     "ci", deadline=None, derandomize=True, max_examples=25, print_blob=True

@@ -7,12 +7,13 @@ ints each), such as `optax.contrib.MuonDimensionNumbers`.
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
 
+@runtime_checkable
 class MatrixLayout(Protocol):
     """Which axes of a leaf form the rows and which the columns of its matrices."""
 

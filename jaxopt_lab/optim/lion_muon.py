@@ -14,7 +14,13 @@ from jaxopt_lab.optim.adamw_fallback import with_adamw_fallback
 from jaxopt_lab.optim.alternating import Family, Leaves, zip_strict
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves
 from jaxopt_lab.optim.rates import check_rates, scaled_rate
-from jaxopt_lab.optim.routing import MatrixAxesSpec, OnUncovered, Scalar, broadcast_prefix
+from jaxopt_lab.optim.routing import (
+    MatrixAxesSpec,
+    OnUncovered,
+    Scalar,
+    broadcast_prefix,
+    require_matrices,
+)
 
 
 class LionMuonState(NamedTuple):
@@ -138,7 +144,7 @@ def scale_by_lion_muon(
     decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
 
     def init(params: optax.Params) -> LionMuonState:
-        MatrixLeaves.of(params, matrix_axes, None)
+        require_matrices(params, matrix_axes)
         absent = optax.MaskedNode()
         return LionMuonState(
             count=jnp.zeros([], jnp.int32),

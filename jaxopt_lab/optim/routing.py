@@ -17,7 +17,7 @@ from optax.contrib import MuonDimensionNumbers
 from jaxopt_lab.core.matrices import MatrixAxes, resolve_layout
 
 # What a numeric option may be: `optax.inject_hyperparams` turns numbers into arrays.
-Scalar = float | jax.Array
+Scalar = int | float | jax.Array
 # A tree, a prefix of one, or a function of the parameters; None routes a leaf to the fallback.
 MatrixAxesSpec: TypeAlias = Any
 OnUncovered = Literal["adamw", "error"]

@@ -1,0 +1,91 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.lax import DotAlgorithmPreset, Precision
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import tree_leaves_with_path
+
+from jaxopt_lab.core.descent import frobenius_direction, sign_scale, spectral_scale
+from jaxopt_lab.core.keys import leaf_key
+from jaxopt_lab.core.precision import dot_precision
+from jaxopt_lab.core.spectral import power_iteration, stable_rank
+from jaxopt_lab.core.whole_matrices import on_whole_matrices
+
+
+def test_power_iteration_approaches_from_below():
+    x = jax.random.normal(jax.random.key(0), (4, 6, 9))
+    v = jax.random.normal(jax.random.key(1), (4, 9))
+    exact = np.linalg.norm(x, ord=2, axis=(-2, -1))
+    few, many = (power_iteration(x, v, iterations=k) for k in (1, 60))
+    assert (few <= exact * (1 + 1e-5)).all()
+    np.testing.assert_allclose(many, exact, rtol=1e-3)
+    assert (stable_rank(x, v) >= (np.linalg.norm(x, axis=(-2, -1)) / exact) ** 2 * (1 - 1e-5)).all()
+
+
+def test_stable_rank_of_known_matrices():
+    v = jax.random.normal(jax.random.key(1), (2, 5))
+    x = jnp.stack([jnp.ones((5, 5)), jnp.eye(5)])
+    np.testing.assert_allclose(stable_rank(x, v), [1.0, 5.0], rtol=1e-5)
+    assert stable_rank(jnp.zeros((2, 5, 5)), v).tolist() == [0.0, 0.0]
+
+
+def test_scales():
+    assert spectral_scale("match_rms", 4, 9) == pytest.approx(0.6)
+    assert spectral_scale("fan", 4, 16) == 2 and spectral_scale("fan", 16, 4) == 1
+    assert spectral_scale("none", 4, 9) == sign_scale("none", 4, 9) == 1
+    assert sign_scale("frob", 4, 16) == 0.25 and sign_scale("muon", 4, 16) == 0.5
+    assert spectral_scale("match_rms", 0, 3) == 1
+
+
+def test_frobenius_direction_has_the_norm_of_an_orthogonal_matrix():
+    x = jax.random.normal(jax.random.key(0), (3, 4, 6))
+    u = frobenius_direction(x, (1, 2), 4, 6)
+    np.testing.assert_allclose(np.linalg.norm(u, axis=(1, 2)), 2 * np.sqrt(6 / 4), rtol=1e-5)
+
+
+def test_leaf_keys_depend_on_the_path_alone():
+    key = jax.random.key(0)
+    full = {"a": jnp.ones(1), "b": {"c": jnp.ones(1)}}
+    keys = {str(p): leaf_key(key, p) for p, _ in tree_leaves_with_path(full)}
+    ((path, _),) = tree_leaves_with_path({"b": {"c": jnp.ones(1)}})
+    assert leaf_key(key, path) == keys[str(path)]
+    assert len({tuple(jax.random.key_data(k).tolist()) for k in keys.values()}) == 2
+
+
+def test_split_precisions_exist_where_they_run():
+    assert dot_precision("bf16_x3", "gpu") == DotAlgorithmPreset.BF16_BF16_F32_X3
+    assert dot_precision("tf32_x3", "cpu") == Precision.HIGHEST
+    assert dot_precision("default", "gpu") == Precision.DEFAULT
+    x = jax.random.normal(jax.random.key(0), (8, 8))
+    exact = np.asarray(x, np.float64) @ np.asarray(x, np.float64)
+    for name in ("bf16_x3", "bf16_x6", "tf32_x3", "highest"):
+        np.testing.assert_allclose(
+            jnp.matmul(x, x, precision=dot_precision(name)), exact, atol=1e-5
+        )
+
+
+def test_operands_of_unlike_layout_meet_as_whole_matrices():
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    x = jax.random.normal(jax.random.key(0), (5, 8, 4))
+    v = jax.random.normal(jax.random.key(1), (5, 4))
+
+    def work(x, v):
+        return x * 2, (x @ v[..., None]).sum((1, 2))
+
+    run = jax.jit(
+        lambda x, v: on_whole_matrices(
+            work, (x, v), (P(None, "fsdp", "tensor"), P()), (P(None, "tensor"), P()), mesh
+        )
+    )
+    # The result leaves by another layout than the one the operand came in.
+    with pytest.raises(ValueError, match="different ways"):
+        jax.jit(
+            lambda x: on_whole_matrices(
+                work, (x, x), (P(None, "fsdp"), P(None, ("fsdp", "tensor"))), (P(), P()), mesh
+            )
+        )(x)
+    y, s = run(x, v)
+    np.testing.assert_allclose(y, 2 * x, rtol=1e-6)
+    np.testing.assert_allclose(s, work(x, v)[1], rtol=1e-4)
