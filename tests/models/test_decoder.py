@@ -49,14 +49,18 @@ def test_document_mask_equals_separate_documents(config):
     packed = tokens(config, batch=1)
     segment_ids = np.array([[4] * 5 + [9] * 6 + [4]])
     together = logits(masked, params, packed, segment_ids)
-    first, second = logits(config, params, packed[:, :5]), logits(config, params, packed[:, 5:11])
-    np.testing.assert_allclose(together[:, :5], first, atol=2e-6)
-    np.testing.assert_allclose(together[:, 5:11], second, atol=2e-6)
-    assert largest_difference(together, logits(config, params, packed)) > 1e-2
+    # What follows a document does not matter: rolled to the front, it is on its own.
+    unmasked = logits(config, params, packed)
+    second = logits(config, params, np.roll(packed, -5, axis=1))
+    np.testing.assert_allclose(together[:, :5], unmasked[:, :5], atol=2e-6)
+    np.testing.assert_allclose(together[:, 5:11], second[:, :6], atol=2e-6)
+    assert np.abs(together[:, 5:11] - unmasked[:, 5:11]).max() > 1e-2
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
-@pytest.mark.parametrize("loop", ["unrolled", "scanned"])
+@pytest.mark.parametrize(
+    ("loop", "remat"),
+    [("scanned", "none"), ("unrolled", "full"), ("unrolled", "dots"), ("scanned", "dots")],
+)
 def test_loop_and_remat_change_no_gradient(loop, remat):
     params = varied_params(GQA)
     batch = {"tokens": tokens(GQA, length=13)}
