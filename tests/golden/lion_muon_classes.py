@@ -181,7 +181,9 @@ def _lion_muon(s: Settings, precision: Precision) -> Plan:
     h = s.h
     adam = h["adamw_lr"] / h["lr"]
     numbers = _numbers(h, h["adamw_wd"]) | {"b1": h["beta1"], "b2": h["beta2"]} | _trigger(h)
-    options = {"period": h["muon_every_k"], "ns_steps": h["ns_steps"]}
+    numbers["period"] = h["muon_every_k"]
+    # The released infinity is a large period: its step 0 is spectral.
+    options = {"ns_steps": h["ns_steps"], "first_step_spectral": True}
     options |= _rounding(precision, "float32" if s.kind == "LiDMuon" else "bfloat16")
     if precision == "float64":
         # One schedule drives all three rates through their ratios.

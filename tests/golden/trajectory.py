@@ -5,6 +5,7 @@ and rates are traced: cases that differ in numbers alone share a compiled functi
 """
 
 import functools
+import platform
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -54,9 +55,7 @@ def replay(plan: Plan, case: Case, dtype, grads: str | None = None) -> Replay:
     if dtype == np.float32:
         # As in the released code, 1 - beta is formed in double precision and then rounded.
         options, numbers = options | numbers, {}
-    # Compiled, XLA contracts products and sums into one rounding; the released code rounds each.
-    run = _run if dtype == np.float64 else jax.disable_jit()(_run)
-    out = run(
+    out = _compiled(dtype == np.float32)(
         plan.factory,
         tuple(sorted(options.items())),
         None if plan.layouts is None else tuple(plan.layouts.items()),
@@ -68,10 +67,27 @@ def replay(plan: Plan, case: Case, dtype, grads: str | None = None) -> Replay:
         quadratic,
         draws,
     )
-    return Replay(*out)
+    # On to NumPy: comparisons need no compiler. Typed keys have no NumPy form and are not compared.
+    return Replay(*jax.tree.map(_to_numpy, out))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _to_numpy(x: jax.Array) -> Any:
+    return x if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
+
+
+@functools.cache
+def _compiled(round_every_op: bool) -> Callable:
+    # Compiled for a few milliseconds of work.
+    compiler = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    if round_every_op:
+        # XLA lets the backend contract a*b + c into one rounding, the released code rounds twice.
+        # The older instruction set has no such instruction; elsewhere nothing may be compiled.
+        if platform.machine() not in ("x86_64", "AMD64"):
+            return jax.disable_jit()(_run)
+        compiler["xla_cpu_max_isa"] = "AVX"
+    return jax.jit(_run, static_argnums=(0, 1, 2, 3), compiler_options=compiler)
+
+
 def _run(factory, options, layouts, steps, numbers, rates, params, grads, quadratic, draws):
     schedules = {name: lambda count, r=r: r[count] for name, r in rates.items()}
     axes = {} if layouts is None else {"matrix_axes": dict(layouts)}
