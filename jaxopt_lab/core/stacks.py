@@ -6,7 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Shaped
 
 from jaxopt_lab.core.matrices import (
     MatrixAxes,
