@@ -124,7 +124,7 @@ def _load(family: str, stem: Path) -> Case:
             raise NotUnderstood(f"{path.name} is missing")
     try:
         sidecar = json.loads(sidecar_path.read_text())
-        with np.load(arrays_path) as archive:
+        with arrays_path.open("rb") as file, np.load(file) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise NotUnderstood(f"unreadable: {error}") from error
