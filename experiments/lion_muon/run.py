@@ -1,0 +1,244 @@
+"""Runs the LionMuon comparison and writes results/*.json; see README.md for claim and protocol.
+
+python experiments/lion_muon/run.py --scale gpu
+python experiments/lion_muon/run.py --scale cpu
+python experiments/lion_muon/report.py
+"""
+
+import argparse
+import json
+import pathlib
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from methods import METHODS, Method, optimizer_flops
+
+from jaxopt_lab import data, models, optim
+from jaxopt_lab.schedules import warmup_cosine
+
+HERE = pathlib.Path(__file__).parent
+RESULTS = HERE / "results"
+SWEEP_SEED, FINAL_SEEDS = 0, (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Size of one run."""
+
+    roots: tuple[str, ...]
+    vocab_size: int
+    width: int
+    depth: int
+    heads: int
+    context: int
+    batch_size: int
+    steps: int
+    warmup: int
+    evaluate_every: int
+    validation_batches: int
+    compute_dtype: str
+
+    def model(self) -> models.DecoderConfig:
+        """The decoder of this scale, LLaMA style with a tied head."""
+        return models.DecoderConfig(
+            vocab_size=self.vocab_size,
+            width=self.width,
+            depth=self.depth,
+            heads=self.heads,
+            context=self.context,
+            compute_dtype=self.compute_dtype,
+        )
+
+
+SCALES = {
+    "gpu": Scale(("site-packages",), 8192, 384, 6, 6, 256, 32, 1200, 120, 60, 8, "bfloat16"),
+    "cpu": Scale(("stdlib",), 1024, 64, 2, 2, 64, 8, 240, 24, 24, 8, "float32"),
+}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Training windows of every seed, and the held-out ones."""
+
+    train: dict[int, np.ndarray]  # seed -> (steps, batch, context + 1)
+    validation: np.ndarray  # (batches, batch, context + 1)
+    bytes_per_token: float  # of the held-out targets
+    corpus_hash: str
+
+
+def load_tokens(scale: Scale, seeds: tuple[int, ...]) -> Tokens:
+    """Prepares the corpus and draws the windows."""
+    tokenizer = data.TokenizerConfig("bpe", scale.vocab_size)
+    corpus = data.prepare(data.PythonSource(scale.roots), tokenizer, on_progress=print)
+    train = {}
+    for seed in seeds:
+        with data.train_batches(
+            corpus, batch_size=scale.batch_size, context=scale.context, seed=seed
+        ) as batches:
+            drawn = [batches.batch_at(step)["tokens"] for step in range(scale.steps)]
+        train[seed] = np.stack(drawn).astype(np.uint16)
+    held_out = data.validation_batches(
+        corpus,
+        batch_size=scale.batch_size,
+        context=scale.context,
+        max_batches=scale.validation_batches,
+    )
+    count, size = data.count_targets(held_out, corpus.tokenizer)
+    windows = np.stack([batch["tokens"] for batch in held_out]).astype(np.uint16)
+    return Tokens(train, windows, size / count, corpus.hash)
+
+
+def save_tokens(tokens: Tokens, path: pathlib.Path) -> None:
+    """Writes the windows, for a machine that does not have the corpus."""
+    train = {f"train{seed}": windows for seed, windows in tokens.train.items()}
+    np.savez_compressed(
+        path,
+        validation=tokens.validation,
+        bytes_per_token=tokens.bytes_per_token,
+        corpus_hash=tokens.corpus_hash,
+        **train,
+    )
+
+
+def read_tokens(path: pathlib.Path) -> Tokens:
+    """Reads what `save_tokens` wrote."""
+    with np.load(path) as saved:
+        train = {int(k[5:]): saved[k] for k in saved if k.startswith("train")}
+        size, digest = float(saved["bytes_per_token"]), str(saved["corpus_hash"])
+        return Tokens(train, saved["validation"], size, digest)
+
+
+def make_run(scale: Scale, method: Method, validation: jax.Array):
+    """One whole training run as a pure function, so that cells and seeds can be vmapped.
+
+    The optimizer state is made inside: its step counter then stays unbatched, and a step that is
+    not spectral skips Newton-Schulz for all cells at once.
+    """
+    config = scale.model()
+    schedule = warmup_cosine(1.0, scale.steps, scale.warmup)
+    loss = jax.value_and_grad(
+        lambda params, tokens: models.loss(config, params, {"tokens": tokens}), has_aux=True
+    )
+
+    def run(spectral_rate, sign_rate, adam_rate, seed, windows):
+        params = models.init_params(config, jax.random.key(seed))
+        axes = models.matrix_axes(config)
+        tx = method.build(schedule, spectral_rate, sign_rate, adam_rate, axes)
+
+        def step(carry, tokens):
+            params, state = carry
+            (value, _), grads = loss(params, tokens.astype(jnp.int32))
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        def evaluate(params):
+            def one(tokens):
+                return models.loss(config, params, {"tokens": tokens.astype(jnp.int32)})[0]
+
+            return jax.lax.map(one, validation).mean()
+
+        def chunk(carry, tokens):
+            carry, values = jax.lax.scan(step, carry, tokens)
+            return carry, (values, evaluate(carry[0]))
+
+        chunks = windows.reshape(-1, scale.evaluate_every, *windows.shape[1:])
+        _, (train, held_out) = jax.lax.scan(chunk, (params, tx.init(params)), chunks)
+        return train.reshape(-1), held_out
+
+    return run
+
+
+def sweep(scale: Scale, method: Method, adam_rates: list[float], tokens: Tokens) -> dict[str, Any]:
+    """All cells on the sweep's seed as one program, then the best cell on the final seeds."""
+    run = make_run(scale, method, jnp.asarray(tokens.validation))
+    cells = jnp.asarray(method.cells, jnp.float32)
+    adam = jnp.asarray(adam_rates, jnp.float32)
+    started = time.perf_counter()
+    over_cells = jax.jit(jax.vmap(run, in_axes=(0, 0, 0, None, None)))
+    _, held_out = jax.device_get(
+        over_cells(cells[:, 0], cells[:, 1], adam, SWEEP_SEED, tokens.train[SWEEP_SEED])
+    )
+    finals = np.where(np.isfinite(held_out[:, -1]), held_out[:, -1], np.inf)
+    best = int(finals.argmin())
+    over_seeds = jax.jit(jax.vmap(run, in_axes=(None, None, None, 0, 0)))
+    windows = np.stack([tokens.train[seed] for seed in FINAL_SEEDS])
+    seeds = jnp.asarray(FINAL_SEEDS)
+    train, curves = jax.device_get(over_seeds(*cells[best], adam[best], seeds, windows))
+    return {
+        "name": method.name,
+        "period": str(method.period),
+        "cells": [list(cell) for cell in method.cells],
+        "adam_rates": adam_rates,
+        "sweep_final": [float(x) for x in held_out[:, -1]],
+        "best_cell": best,
+        "seeds": list(FINAL_SEEDS),
+        "held_out": curves.tolist(),
+        "train_last_100": train[:, -100:].mean(axis=1).tolist(),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--methods", nargs="*", default=[m.name for m in METHODS])
+    parser.add_argument("--steps", type=int, help="shorten the runs, for a trial")
+    parser.add_argument("--tokens", type=pathlib.Path, help="windows written by --save-tokens")
+    parser.add_argument("--save-tokens", type=pathlib.Path, help="write the windows and stop")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    args = parser.parse_args()
+    scale = SCALES[args.scale]
+    if args.steps:
+        scale = Scale(**{**asdict(scale), "steps": args.steps, "warmup": args.steps // 10})
+    seeds = (SWEEP_SEED, *FINAL_SEEDS)
+    tokens = read_tokens(args.tokens) if args.tokens else load_tokens(scale, seeds)
+    if args.save_tokens:
+        save_tokens(tokens, args.save_tokens)
+        return
+    trimmed = {seed: windows[: scale.steps] for seed, windows in tokens.train.items()}
+    tokens = Tokens(trimmed, tokens.validation, tokens.bytes_per_token, tokens.corpus_hash)
+
+    config = scale.model()
+    routes = optim.route(models.abstract_params(config), models.matrix_axes(config))
+    leaves = jax.tree.leaves(models.abstract_params(config))
+    matrices = [r.axes.matrix_shape(x.shape) for r, x in zip(routes, leaves, strict=True) if r.axes]
+    args.out.mkdir(parents=True, exist_ok=True)
+    adamw_file = args.out / f"{args.scale}-adamw.json"
+    for method in METHODS:
+        out = (
+            args.out / f"{args.scale}-{method.name.lower().replace(' ', '-').replace('=', '')}.json"
+        )
+        if method.name not in args.methods or out.exists():
+            continue
+        if method.name == "AdamW":
+            adam_rates = [cell[0] for cell in method.cells]
+        else:
+            tuned = json.loads(adamw_file.read_text())
+            adam_rates = [tuned["cells"][tuned["best_cell"]][0]] * len(method.cells)
+        result = sweep(scale, method, adam_rates, tokens) | {
+            "scale": asdict(scale),
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "corpus": tokens.corpus_hash,
+            "bytes_per_token": tokens.bytes_per_token,
+            "parameters": models.parameter_count(config),
+            "model_flops_per_step": models.flops_per_token(config)
+            * scale.batch_size
+            * scale.context,
+            "optimizer_flops_per_step": optimizer_flops(
+                method, matrices, models.parameter_count(config)
+            ),
+        }
+        out.write_text(json.dumps(result, indent=1))
+        final = np.mean([curve[-1] for curve in result["held_out"]])
+        cell = result["cells"][result["best_cell"]]
+        print(f"{method.name:14} {final:.4f} nats/token at {cell}, {result['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
