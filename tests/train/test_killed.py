@@ -76,7 +76,8 @@ def killed_at(moments, tmp_path):
     directories = [tmp_path / str(number) for number in range(len(moments))]
     children = [start(directory) for directory in directories]
     for child, directory, moment in zip(children, directories, moments, strict=True):
-        kill_and_check(child, directory, moment)
+        with child:  # closes its pipe
+            kill_and_check(child, directory, moment)
 
 
 def test_killed_at_three_random_moments(tmp_path):

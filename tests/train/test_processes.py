@@ -12,6 +12,7 @@ from jaxopt_lab.data import prepare
 from jaxopt_lab.train.checkpoint import committed_steps
 from jaxopt_lab.train.config import CheckpointConfig, EvalConfig
 from jaxopt_lab.train.mesh import MeshConfig
+from jaxopt_lab.train.optimizers import AdamWConfig
 from jaxopt_lab.train.pretrain import pretrain
 from jaxopt_lab.train.serialize import to_json
 from tests.train.tiny_run import losses_of, tiny_config, write_text
@@ -27,15 +28,16 @@ def test_two_processes_train_save_and_one_process_resumes(tmp_path, monkeypatch)
     monkeypatch.setenv("JAXOPT_LAB_CACHE", str(tmp_path / "cache"))
     text = write_text(tmp_path / "text")
     config = tiny_config(
-        text, None, steps=4, mesh=MeshConfig(data=2), run_directory=None,
+        text, None, steps=4, optimizer=AdamWConfig(), mesh=MeshConfig(data=2),
         eval=EvalConfig(every=4, batches=1, sample_tokens=0),
         checkpoint=CheckpointConfig(every_steps=2, keep_newest=5),
     )  # fmt: skip
     prepare(config.corpus, config.tokenizer, validation_fraction=config.validation_fraction)
     (tmp_path / "config.json").write_text(to_json(config))
     run = tmp_path / "run"
+    settings = str(tmp_path / "config.json")
     command = [
-        sys.executable, "-m", "jaxopt_lab.cli", "pretrain", "--config", str(tmp_path / "config.json"),
+        sys.executable, "-m", "jaxopt_lab.cli", "pretrain", "--config", settings,
         "--run-directory", str(run), "--distributed.num-processes", "2",
         "--distributed.coordinator-address", f"127.0.0.1:{free_port()}",
     ]  # fmt: skip

@@ -39,7 +39,7 @@ def tiny_config(text, run_directory, **changes):
         mesh=MeshConfig(data=1),
         eval=EvalConfig(every=3, batches=2, sample_tokens=0),
         checkpoint=CheckpointConfig(every_steps=3, keep_newest=5),
-        run_directory=str(run_directory),
+        run_directory=None if run_directory is None else str(run_directory),
         tensorboard=False,
     )
     return replace(config, **changes)
