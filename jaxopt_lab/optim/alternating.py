@@ -22,8 +22,6 @@ from jaxopt_lab.core.stacks import ReplicatedWork
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves
 from jaxopt_lab.optim.routing import Scalar
 
-CHEAP_NS_STEPS = 2
-
 Leaves = list[Array]
 
 zip_strict = functools.partial(zip, strict=True)
@@ -41,6 +39,7 @@ class Family(NamedTuple):
     ns_coefficients: str
     spectral_scale: str
     cheap_mode: str
+    cheap_ns_steps: int
     sign_scaling: str
     round_newton_schulz: bool
     round_update: bool
@@ -65,8 +64,10 @@ class Family(NamedTuple):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
                 )
-        if not isinstance(self.ns_steps, int) or self.ns_steps < 1:
-            raise ValueError(f"ns_steps is {self.ns_steps!r}; it must be an integer of at least 1")
+        for name in ("ns_steps", "cheap_ns_steps"):
+            steps = getattr(self, name)
+            if not isinstance(steps, int) or steps < 1:
+                raise ValueError(f"{name} is {steps!r}; it must be an integer of at least 1")
         if not jnp.issubdtype(jnp.dtype(self.ns_dtype), jnp.floating):
             raise ValueError(f"ns_dtype is {self.ns_dtype!r}; it must be a floating-point dtype")
         _check_period(self.period)
@@ -93,7 +94,7 @@ class Family(NamedTuple):
         if self.cheap_mode == "cached" and cached:
             return cached
         if self.cheap_mode == "cheap_ns":
-            return self._orthogonalise(directions, leaves, CHEAP_NS_STEPS)
+            return self._orthogonalise(directions, leaves, self.cheap_ns_steps)
         if self.cheap_mode == "sign":
             return [jnp.sign(d).astype(self.ns_dtype) for d in directions]
         return [
@@ -203,7 +204,7 @@ class Family(NamedTuple):
             if self.cheap_mode == "sign":
                 return jnp.sign(x)
             if self.cheap_mode == "cheap_ns":
-                return self._newton_schulz(x, CHEAP_NS_STEPS).astype(x.dtype)
+                return self._newton_schulz(x, self.cheap_ns_steps).astype(x.dtype)
             return frobenius_direction(x, (0, 1), *x.shape)
 
         def orthogonalise(x: Array) -> Array:

@@ -53,6 +53,7 @@ def scale_by_lion_muon(
     momentum: str = "ema",
     heavy_ball_direction: str = "nesterov",
     cheap_mode: str = "sign",
+    cheap_ns_steps: int = 2,
     sign_scaling: str = "none",
     round_newton_schulz: bool = False,
     round_update: bool = False,
@@ -98,7 +99,8 @@ def scale_by_lion_muon(
       momentum: "ema", or "heavy_ball" for the legacy $B \leftarrow \beta_1 B + G$.
       heavy_ball_direction: "nesterov" ($G + \beta_1 B$), "buffer" ($B$) or "gradient" ($G$).
       cheap_mode: What a step that is not spectral does: "sign"; "norm" (Frobenius-normalised);
-        "cheap_ns" (two iterations); "cached" (the last spectral direction again).
+        "cheap_ns" (few iterations); "cached" (the last spectral direction again).
+      cheap_ns_steps: Iterations of "cheap_ns" (static).
       sign_scaling: Factor on the sign: "none", "frob" or "muon".
       round_newton_schulz: Reproduce the released bfloat16 iteration bit for bit.
       round_update: Round scaled directions to bfloat16, as the released update buffer does.
@@ -130,6 +132,7 @@ def scale_by_lion_muon(
         ns_coefficients=ns_coefficients,
         spectral_scale=spectral_scale,
         cheap_mode=cheap_mode,
+        cheap_ns_steps=cheap_ns_steps,
         sign_scaling=sign_scaling,
         round_newton_schulz=round_newton_schulz,
         round_update=round_update,

@@ -195,15 +195,13 @@ def _lion_muon(s: Settings, precision: Precision) -> Plan:
 
 def _sign_muon(s: Settings, precision: Precision) -> Plan:
     h = s.h
-    if h["cheap_ns_steps"] != 2:
-        raise NotUnderstood(f"cheap_ns_steps is {h['cheap_ns_steps']}, only 2 is provided")
     numbers = _numbers(h, h["adamw_wd"])
     options = {name: h[name] for name in ("ns_steps", "cheap_mode", "sign_scaling")}
     options["period"] = h["muon_every_k"]
     options |= _rounding(precision, "float32" if s.kind == "SignDMuon" else "bfloat16")
     # The defect of this class: only the spectral rate is scheduled.
     adam_rates = s.constant * h["adamw_lr"]
-    if precision == "float64" and not _trigger(h):
+    if precision == "float64" and h["cheap_ns_steps"] == 2 and not _trigger(h):
         options["nesterov"], numbers["momentum"] = h["nesterov"], h["momentum"]
         rates = {
             "learning_rate": s.rates,
@@ -211,7 +209,7 @@ def _sign_muon(s: Settings, precision: Precision) -> Plan:
             "adam_learning_rate": adam_rates,
         }
         return Plan(optim.legacy_sign_muon, options, numbers, rates, s.layouts)
-    options |= _heavy_ball_options(h, "buffer")
+    options |= _heavy_ball_options(h, "buffer") | {"cheap_ns_steps": h["cheap_ns_steps"]}
     numbers |= {"b1": h["momentum"]} | _trigger(h)
     return Plan(matrices_and_adamw, options, numbers, _rates(s, adam_rates), s.layouts)
 
@@ -232,18 +230,21 @@ def _muon(s: Settings, precision: Precision) -> Plan:
 
 def _d_muon(s: Settings, precision: Precision) -> Plan:
     h = s.h
-    if h["matched_adamw_rms"] != 0.2:
-        raise NotUnderstood(f"matched_adamw_rms is {h['matched_adamw_rms']}, only 0.2 is provided")
     numbers = _numbers(h, h["weight_decay"])
     options = {"ns_steps": h["ns_steps"]} | _rounding(precision, "bfloat16")
-    if precision == "float64":
+    # Our factor is 0.2: another is another rate of the matrices, which their decay must not see.
+    factor = h["matched_adamw_rms"] / 0.2
+    if precision == "float64" and factor == 1:
         options["nesterov"], numbers["momentum"] = h["nesterov"], h["momentum"]
         del numbers["adam_weight_decay"]  # one decay for all leaves
         return Plan(optim.d_muon, options, numbers, {"learning_rate": s.rates}, s.layouts)
-    # This class converts back to float32 before it scales.
-    options |= _heavy_ball_options(h, "buffer") | {"period": 1, "round_update": False}
-    numbers["b1"] = h["momentum"]
-    return Plan(matrices_and_adamw, options, numbers, _rates(s, s.rates), s.layouts)
+    options |= _heavy_ball_options(h, "buffer") | {"period": 1}
+    if precision == "as-is":
+        # This class converts back to float32 before it scales.
+        options["round_update"] = False
+    numbers |= {"b1": h["momentum"], "weight_decay": h["weight_decay"] / factor}
+    rates = _rates(s, s.rates) | {"learning_rate": factor * s.rates}
+    return Plan(matrices_and_adamw, options, numbers, rates, s.layouts)
 
 
 def _lion(s: Settings, precision: Precision) -> Plan:

@@ -1,5 +1,6 @@
 """What no stored trajectory covers, against the NumPy references through the same replay."""
 
+import functools
 import json
 
 import numpy as np
@@ -48,6 +49,7 @@ def legacy(h, factors, probes=None):
             ns_steps=h["ns_steps"],
             cheap_mode=h["cheap_mode"],
             sign_scaling=h["sign_scaling"],
+            cheap_ns_steps=h.get("cheap_ns_steps", 2),
             stable_rank_threshold=h.get("srank_alpha", 0.0),
             **extra,
         )
@@ -114,12 +116,24 @@ CASES = {
     ),
     # A matrix whose first step is cheap has nothing cached and falls back to `norm`.
     "legacy_srank_cached": lambda r, f: legacy_case(r, f, cheap_mode="cached", srank_alpha=0.32),
+    "legacy_srank_cheap_ns": lambda r, f: legacy_case(
+        r, f, cheap_mode="cheap_ns", cheap_ns_steps=3, srank_alpha=0.35
+    ),
     "legacy_no_nesterov": lambda r, f: legacy_case(r, f, nesterov=False, muon_every_k=5),
     "muon_scheduled": lambda r, f: preset_case("Muon", reference.muon, ADAM | {"ns_steps": 6}, f),
     "dmuon_scheduled": lambda r, f: preset_case(
         "DistributedMuon (d-muon)",
         reference.d_muon,
         {"ns_steps": 3, "adamw_betas": [0.95, 0.95], "adamw_eps": 1e-6},
+        f,
+    ),
+    "dmuon_other_rms": lambda r, f: preset_case(
+        "DistributedMuon (d-muon)",
+        functools.partial(reference.d_muon, rms=0.5),
+        {
+            **{"ns_steps": 5, "adamw_betas": [0.9, 0.95], "adamw_eps": 1e-8},
+            "matched_adamw_rms": 0.5,
+        },
         f,
     ),
     "lion_scheduled": lambda r, f: elementwise_case("Lion", f, betas=[0.8, 0.95]),
