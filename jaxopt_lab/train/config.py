@@ -34,7 +34,7 @@ CORPORA: dict[str, type] = {
 class EvalConfig:
     """Held-out evaluation."""
 
-    every: int = 50
+    every: int = 100
     """Steps between evaluations; the first and the last step are always evaluated."""
 
     batches: int = 16
@@ -99,7 +99,7 @@ class PretrainConfig:
     steps: int = 300
     """Optimizer steps."""
 
-    batch_size: int = 16
+    batch_size: int = 8
     """Windows of `model.context` tokens per step, over all devices and microbatches."""
 
     accumulation: int = 1

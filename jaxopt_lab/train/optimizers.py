@@ -42,10 +42,12 @@ class OptimizerConfig:
         """
         for field_name in (field.name for field in fields(self)):
             value: Any = getattr(self, field_name)
+            if value is None:
+                continue
             name = f"optimizer.{field_name}"
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(name, value, "expected a finite number")
-            if field_name.endswith(("learning_rate", "weight_decay")) and value is not None:
+            if field_name.endswith(("learning_rate", "weight_decay")):
                 if value < 0 or (field_name == "learning_rate" and value == 0):
                     raise ConfigError(name, value, "expected a positive number")
             if field_name.endswith(("b1", "b2", "beta")) and not 0 <= value < 1:

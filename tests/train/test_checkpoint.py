@@ -155,6 +155,7 @@ def test_nothing_left_to_restore(tmp_path):
 def test_a_full_disk_is_a_clear_error_and_harms_no_earlier_checkpoint(tmp_path):
     # A limit on file size makes writes fail in the same place as a full disk, without root.
     big = jax.random.normal(jax.random.key(0), (300, 300))
+    more = big + 1  # before the limit, which also stops the cache of compiled programs
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"w": big}, {})
         checkpoints.wait()
@@ -162,14 +163,14 @@ def test_a_full_disk_is_a_clear_error_and_harms_no_earlier_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         try:
             with pytest.raises(CheckpointError, match="2 could not be written.*1 is intact"):
-                checkpoints.save(2, {"w": big + 1}, {})
+                checkpoints.save(2, {"w": more}, {})
                 checkpoints.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with Checkpoints(tmp_path) as checkpoints:
         restored = checkpoints.restore(abstract({"w": big}))
         assert restored.step == 1 and equal(restored.state, {"w": big})
-        checkpoints.save(2, {"w": big + 1}, {})  # with space again, the same label works
+        checkpoints.save(2, {"w": more}, {})  # with space again, the same label works
         checkpoints.wait()
         assert checkpoints.steps() == [1, 2]
 
@@ -183,7 +184,7 @@ def test_data_and_leaves_are_plain_json(tmp_path):
 def test_restoring_on_8_4_1_and_8_devices_is_bitwise(tmp_path):
     """The state moves over the meshes bitwise; one more step agrees up to reduction order."""
     batches = [stand_in.batch_at(i) for i in range(3)]
-    configs = [MeshConfig(2, 4), MeshConfig(1, 4), MeshConfig(1), MeshConfig(4, 2)]
+    configs = [MeshConfig(2, 4), MeshConfig(1, 4), MeshConfig(1), MeshConfig(2, 4)]
     steps, states, meshes = [], [], []
     for number, config in enumerate(configs):
         mesh = make_mesh(config)
