@@ -3,6 +3,7 @@
 Rooms are imported by the verb that needs them, so that `--help` answers at once.
 """
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -64,9 +65,64 @@ def _describe(arguments: list[str]) -> int:
     return 0
 
 
-def _plot(arguments: list[str]) -> int:
-    import argparse
+def _export(arguments: list[str]) -> int:
+    parser = _run_parser("export", "Writes the model of a run as a Hugging Face directory.")
+    parser.add_argument("directory", help="where config.json and model.safetensors go")
+    options = parser.parse_args(arguments)
 
+    from jaxopt_lab.train import export_run
+
+    path = export_run(
+        options.run_directory, options.directory, step=options.step, average=options.average
+    )
+    sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def _sample(arguments: list[str]) -> int:
+    parser = _run_parser("sample", "Continues a text with the model of a run.")
+    parser.add_argument("--prompt", default="", help="the beginning; by default a new document")
+    parser.add_argument("--tokens", type=int, default=96, help="length of the continuation")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+
+    from jaxopt_lab.train import continue_text
+
+    continuation = continue_text(
+        options.run_directory, options.prompt, tokens=options.tokens,
+        temperature=options.temperature, seed=options.seed, step=options.step,
+        average=options.average,
+    )  # fmt: skip
+    sys.stdout.write(f"{options.prompt}{continuation}\n")
+    return 0
+
+
+def _run_parser(verb: str, description: str) -> argparse.ArgumentParser:
+    """The arguments that choose the weights of a run."""
+    parser = argparse.ArgumentParser(f"jaxopt-lab {verb}", description=description)
+    parser.add_argument("run_directory", help="directory that pretrain wrote")
+    parser.add_argument(
+        "--step", type=_step,
+        help="number of a kept checkpoint, or best for the lowest held-out loss; "
+        "by default the newest",
+    )  # fmt: skip
+    parser.add_argument(
+        "--average", action="store_true", help="the average of the weights, of a run with --ema"
+    )
+    return parser
+
+
+def _step(text: str) -> Any:
+    if text == "best":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number or best") from None
+
+
+def _plot(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("jaxopt-lab plot", description="Loss curves of runs.")
     parser.add_argument("run_directories", nargs="+", help="directories that pretrain wrote")
     parser.add_argument("--output", default="loss.png", help="where the figure goes")
@@ -119,6 +175,8 @@ def _bench(arguments: list[str]) -> int:
 _VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "pretrain": ("train a transformer on text, with any optimizer, on a mesh", _pretrain),
     "describe": ("which parameter gets which rule, and the bytes of state", _describe),
+    "export": ("the model of a run as a Hugging Face directory", _export),
+    "sample": ("a continuation of a text from the model of a run", _sample),
     "plot": ("loss curves of one or several run directories", _plot),
     "data": ("list or prepare corpora", _data),
     "bench": ("time optimizer steps and training, count collectives", _bench),

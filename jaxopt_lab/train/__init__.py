@@ -4,6 +4,7 @@ from jaxopt_lab.train.config import PretrainConfig, from_preset
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
 from jaxopt_lab.train.pretrain import RunResult, pretrain
 from jaxopt_lab.train.serialize import from_json, to_json
+from jaxopt_lab.train.trained import continue_text, export_run, load_params
 
 __all__ = [
     "CheckpointError",
@@ -11,8 +12,11 @@ __all__ = [
     "PretrainConfig",
     "RunResult",
     "TrainingError",
+    "continue_text",
+    "export_run",
     "from_json",
     "from_preset",
+    "load_params",
     "pretrain",
     "to_json",
 ]

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -223,6 +223,63 @@ def committed_steps(directory: Path) -> list[int]:
     if not directory.is_dir():
         return []
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+
+
+def select_step(run_directory: str | os.PathLike[str], step: int | Literal["best"] | None) -> int:
+    """Label of the checkpoint that is meant: its number, the best, or None for the newest.
+
+    Raises:
+      CheckpointError: If there is none, or not this one.
+    """
+    directory = Path(run_directory).absolute() / DIRECTORY
+    steps = committed_steps(directory)
+    if not steps:
+        raise CheckpointError(f"{run_directory} has no checkpoint")
+    if step is None:
+        return steps[-1]
+    if step != "best":
+        if step not in steps:
+            raise CheckpointError(f"{run_directory} has no checkpoint {step}, only {steps}")
+        return step
+    with ocp.training.Checkpointer(str(directory), context=_context()) as stored:
+        metrics: dict[int, Any] = {found.step: found.metrics for found in stored.checkpoints}
+    losses = {label: each["held_out_loss"] for label, each in metrics.items() if each}
+    if not losses:
+        raise CheckpointError(
+            f"{run_directory}: none of the checkpoints {steps} was evaluated, so none is the best"
+        )
+    return min(losses, key=lambda label: losses[label])
+
+
+def read_state(
+    run_directory: str | os.PathLike[str], step: int, abstract_state: PyTree, target: PyTree
+) -> PyTree:
+    """Reads leaves of one checkpoint and changes nothing on disk.
+
+    Args:
+      run_directory: The run.
+      step: Label of the checkpoint.
+      abstract_state: What the checkpoint should hold, as shapes and dtypes.
+      target: The same tree with arrays where leaves are to be read, orbax's placeholder elsewhere.
+
+    Raises:
+      CheckpointError: If the checkpoint is damaged, or holds something else.
+    """
+    path = Path(run_directory).absolute() / DIRECTORY / str(step)
+    others = [label for label in committed_steps(path.parent) if label != step]
+    if reason := _damage(path):
+        raise CheckpointError(f"{path} is damaged: {reason}; other checkpoints: {others or 'none'}")
+    try:
+        leaves = _load(path, {"leaves": None})["leaves"]
+        difference = first_difference(describe_leaves(abstract_state), leaves)
+        state = None if difference else _load(path, {"state": target})["state"]
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {_reason(error)}; other checkpoints: {others or 'none'}"
+        ) from error
+    if difference:
+        raise CheckpointError(f"{path} does not fit the configuration of its run: {difference}")
+    return state
 
 
 def describe_leaves(tree: PyTree) -> list[list[Any]]:

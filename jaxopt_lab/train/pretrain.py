@@ -90,6 +90,8 @@ def pretrain(
     directory = open_run(config)
     say(f"run directory: {directory}")
     corpus, held_out_batches = _prepare(config, say)
+    if jax.process_index() == 0:
+        corpus.tokenizer.save(directory)  # the model is of no use without it
     program = build_program(config, corpus.tokenizer.vocab_size, directory)
     held_out = HeldOut(corpus, held_out_batches, program.mesh, program.evaluate)
     with Checkpoints(

@@ -24,6 +24,7 @@ from jaxopt_lab.train.serialize import from_json, name_of, to_json
 CONFIG_FILE = "config.json"
 MANIFEST_FILE = "manifest.json"
 SUMMARY_FILE = "summary.json"
+TOKENIZER_FILE = "tokenizer.json"
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxopt_lab import cli
-from jaxopt_lab.data import TextFiles
+from jaxopt_lab import cli, models
+from jaxopt_lab.data import TextFiles, Tokenizer
+from jaxopt_lab.optim import params_ema
 from jaxopt_lab.report.tracker import read_metrics
 from jaxopt_lab.train.checkpoint import committed_steps
 from jaxopt_lab.train.config import CheckpointConfig, EvalConfig
@@ -21,6 +22,7 @@ from jaxopt_lab.train.optimizers import AdamWConfig, LionMuonConfig, OptaxMuonCo
 from jaxopt_lab.train.pretrain import pretrain
 from jaxopt_lab.train.schedules import ConstantConfig
 from jaxopt_lab.train.serialize import from_json, to_json
+from jaxopt_lab.train.trained import load_params
 from tests.train.tiny_run import losses_of, restored, tiny_config, write_text
 
 
@@ -45,7 +47,8 @@ def test_a_run_leaves_a_complete_directory(finished):
     assert result.status == "finished"
     present = {path.name for path in result.directory.iterdir()}
     assert present >= {
-        "config.json", "manifest.json", "metrics.jsonl", "summary.json", "checkpoints", "figures",
+        "config.json", "manifest.json", "metrics.jsonl", "summary.json", "tokenizer.json",
+        "checkpoints", "figures",
     }  # fmt: skip
     assert (result.directory / "figures/loss.png").stat().st_size > 1000
     assert committed_steps(result.directory / "checkpoints") == [3, 6]
@@ -69,10 +72,80 @@ def test_the_log_has_every_step_once_and_the_evaluations(finished):
     assert first["tokens"] == 64 and {"grad_norm", "rate", "sign_rate", "skipped"} <= first.keys()
 
 
+def test_a_run_becomes_a_hugging_face_directory(finished, tmp_path, capsys):
+    config, result, _ = finished
+    run, out = str(result.directory), tmp_path / "exported"
+    before = contents(result.directory)
+    assert cli.main(["export", run, str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    exported, params = models.load_huggingface(out)
+    assert exported == config.model
+    trained = restored(config, result.directory)[1].params
+    jax.tree.map(np.testing.assert_array_equal, params, trained)
+    assert Tokenizer.load(out).encode("def").tolist() == [100, 101, 102]
+    assert cli.main(["export", run, str(out)]) == 2
+    assert "already holds a model" in capsys.readouterr().err
+    assert contents(result.directory) == before
+
+
+def test_the_best_checkpoint_and_the_average_of_the_weights(averaged):
+    config, directory = averaged
+    losses = {row["step"]: row["validation_loss_ema"] for row in read_metrics(directory)
+              if "validation_loss_ema" in row and row["step"] in (3, 6)}  # fmt: skip
+    best = min(losses, key=losses.get)
+    _, expected, _ = load_params(directory, step=best, average=True)
+    _, params, _ = load_params(directory, step="best", average=True)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    average = restored(config, directory)[1].opt_state
+    _, params, tokenizer = load_params(directory, average=True)
+    jax.tree.map(np.testing.assert_array_equal, params, params_ema(average))
+    _, newest, _ = load_params(directory)
+    assert np.any(newest["embedding"]["tokens"] != params["embedding"]["tokens"])
+    assert tokenizer.vocab_size == 257
+
+
+def test_sample_continues_a_text(finished, capsys):
+    run = str(finished[1].directory)
+    assert cli.main(["sample", run, "--prompt", "import", "--tokens", "4"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("import") and len(out) > len("import\n")
+    assert cli.main(["sample", run, "--tokens", "-1"]) == 2
+    assert "tokens: got -1" in capsys.readouterr().err
+
+
+def test_export_of_what_is_not_there(finished, tmp_path, capsys):
+    out = str(tmp_path / "exported")
+    shutil.copytree(finished[1].directory, tmp_path / "run")
+    run = str(tmp_path / "run")
+
+    def error_of(*arguments):
+        assert cli.main(["export", *arguments]) in (1, 2)
+        return capsys.readouterr().err
+
+    assert "there is no run there" in error_of(str(tmp_path), out)
+    assert "has no checkpoint 4, only [3, 6]" in error_of(run, out, "--step", "4")
+    assert "kept no average" in error_of(run, out, "--average")
+    largest = max((tmp_path / "run/checkpoints/6").rglob("*"), key=lambda p: p.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    assert "6 is damaged" in (text := error_of(run, out)) and "other checkpoints: [3]" in text
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    assert "has no checkpoint" in error_of(run, out)
+    assert not (tmp_path / "exported").exists()
+
+
 def test_the_saved_configuration_runs_again(finished):
     config, result, _ = finished
     saved = from_json((result.directory / "config.json").read_text())
     assert saved == replace(config, run_directory=None)
+
+
+@pytest.fixture(scope="module")
+def averaged(text, tmp_path_factory):
+    """A run that keeps an average of its weights."""
+    directory = tmp_path_factory.mktemp("runs") / "averaged"
+    config = tiny_config(text, directory, **RESUMED["adamw, average"])
+    pretrain(config)
+    return config, directory
 
 
 # LionMuon on one device without accumulation is the run that SIGTERM stops below.
@@ -88,9 +161,12 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_stopped_and_resumed_is_bitwise_the_straight_run(text, tmp_path, name):
+def test_stopped_and_resumed_is_bitwise_the_straight_run(text, tmp_path, name, request):
     straight = tiny_config(text, tmp_path / "straight", **RESUMED[name])
-    pretrain(straight)
+    if straight.ema is None:
+        pretrain(straight)
+    else:
+        shutil.copytree(request.getfixturevalue("averaged")[1], tmp_path / "straight")
     # What a run that died between steps 3 and 6 leaves behind.
     shutil.copytree(tmp_path / "straight", tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped/checkpoints/6")

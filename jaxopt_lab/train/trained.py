@@ -1,0 +1,163 @@
+"""What a run leaves behind, used: its parameters, a Hugging Face directory, a continuation."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxopt_lab import models, optim
+from jaxopt_lab.data import Tokenizer
+from jaxopt_lab.models import DecoderConfig, Params
+from jaxopt_lab.optim.ema import ParamsEmaState
+from jaxopt_lab.train.checkpoint import read_state, select_step
+from jaxopt_lab.train.config import PretrainConfig
+from jaxopt_lab.train.errors import CheckpointError, ConfigError
+from jaxopt_lab.train.mesh import MeshConfig
+from jaxopt_lab.train.program import build_program
+from jaxopt_lab.train.run_directory import TOKENIZER_FILE, read_config
+from jaxopt_lab.train.step import TrainState
+
+# Stands for a leaf that is not read; orbax's own placeholder.
+_UNREAD: Any = ...
+
+Step = int | Literal["best"] | None
+"""A checkpoint's label, "best" for the one with the lowest held-out loss, None for the newest."""
+
+
+def load_params(
+    run_directory: str | os.PathLike[str], *, step: Step = None, average: bool = False
+) -> tuple[DecoderConfig, Params, Tokenizer]:
+    """Reads the model of a run, in one process and on any number of devices.
+
+    Only the parameters are read, into host memory: neither the mesh of the run nor room for the
+    optimizer state is needed.
+
+    Args:
+      run_directory: What `pretrain` wrote.
+      step: Label of a kept checkpoint, "best" for the lowest held-out loss among them, None for
+        the newest.
+      average: Take the average of the weights, of a run with `ema`.
+
+    Returns:
+      The decoder's configuration, its parameters as NumPy arrays, and the tokenizer.
+
+    Raises:
+      ConfigError: If there is no run in the directory, or it keeps no average.
+      CheckpointError: If there is no such checkpoint, or it cannot be read.
+    """
+    config = read_config(run_directory)
+    if average and config.ema is None:
+        raise ConfigError("average", True, "but the run kept no average of its weights (--ema)")
+    tokenizer_file = Path(run_directory) / TOKENIZER_FILE
+    if not tokenizer_file.is_file():
+        raise CheckpointError(f"{run_directory} has no {TOKENIZER_FILE}: no step was taken there")
+    label = select_step(run_directory, step)
+    abstract = build_program(replace(config, mesh=MeshConfig(1, 1, 1))).step.abstract_state
+    state = read_state(run_directory, label, abstract, _target(config, abstract, average))
+    params: Any = optim.params_ema(state.opt_state) if average else state.params
+    return config.model, params, Tokenizer.load(run_directory)
+
+
+def export_run(
+    run_directory: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    step: Step = None,
+    average: bool = False,
+) -> Path:
+    """Writes the model of a run as a directory that Hugging Face libraries load.
+
+    It holds `config.json`, `model.safetensors` and `tokenizer.json`.
+
+    Args:
+      run_directory: What `pretrain` wrote.
+      directory: Where the model goes; must not hold one yet.
+      step: As for `load_params`.
+      average: As for `load_params`.
+
+    Returns:
+      The directory written.
+
+    Raises:
+      ConfigError: If there is no run, or `directory` is in use, or neither GPT-2 nor LLaMA can
+        represent the decoder.
+      CheckpointError: If there is no such checkpoint, or it cannot be read.
+    """
+    config, params, _ = load_params(run_directory, step=step, average=average)
+    try:
+        models.export_huggingface(
+            config, params, Path(directory), Path(run_directory) / TOKENIZER_FILE
+        )
+    except FileExistsError:
+        raise ConfigError(
+            "directory", str(directory), "which already holds a model: choose a new one"
+        ) from None
+    except ValueError as error:
+        raise ConfigError.inside("model", error) from error
+    return Path(directory)
+
+
+def continue_text(
+    run_directory: str | os.PathLike[str],
+    prompt: str,
+    *,
+    tokens: int = 96,
+    temperature: float = 0.8,
+    seed: int = 0,
+    step: Step = None,
+    average: bool = False,
+) -> str:
+    """Samples a continuation of a text from the model of a run.
+
+    Args:
+      run_directory: What `pretrain` wrote.
+      prompt: The beginning; without one the model starts a document.
+      tokens: Length of the continuation.
+      temperature: Divides the logits; 0 takes the most likely token.
+      seed: Of the sampling.
+      step: As for `load_params`.
+      average: As for `load_params`.
+
+    Returns:
+      The continuation alone.
+
+    Raises:
+      ConfigError: If there is no run, or a number is negative.
+      CheckpointError: If there is no such checkpoint, or it cannot be read.
+    """
+    for name, value in (("tokens", tokens), ("temperature", temperature)):
+        if not value >= 0:
+            raise ConfigError(name, value, "expected at least 0")
+    config, params, tokenizer = load_params(run_directory, step=step, average=average)
+    ids: Sequence[int] = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]
+    drawn = models.generate(
+        config, params, jnp.asarray(ids), steps=tokens, temperature=temperature,
+        key=jax.random.key(seed),
+    )  # fmt: skip
+    return tokenizer.decode(np.asarray(drawn)[len(ids) :])
+
+
+def _target(config: PretrainConfig, abstract: TrainState, average: bool) -> TrainState:
+    """The state with host arrays where something is to be read."""
+
+    def host(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
+
+    def only_average(node: Any) -> Any:
+        if isinstance(node, ParamsEmaState):
+            return ParamsEmaState(_UNREAD, host(node.ema))
+        return _UNREAD
+
+    state = jax.tree.map(lambda leaf: _UNREAD, abstract)
+    if not average:
+        return state._replace(params=host(abstract.params))
+    opt_state = jax.tree.map(
+        only_average, abstract.opt_state, is_leaf=lambda node: isinstance(node, ParamsEmaState)
+    )
+    return state._replace(opt_state=opt_state)
