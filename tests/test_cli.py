@@ -46,8 +46,9 @@ def test_presets_bring_their_tokenizer():
 
 
 def test_short_forms():
-    config = parsed("--precision bfloat16 --document-mask")
+    config = parsed("--precision bfloat16 --document-mask --diagnostics norms")
     assert config.model.compute_dtype == "bfloat16" and config.model.document_mask
+    assert config.diagnostics.record == ("norms",)
 
 
 def test_never_spectral():
@@ -84,6 +85,11 @@ BAD = {
     "--optimizer.learning-rate nan": "optimizer.learning_rate: got nan",
     "--optimizer adamw --optimizer.period 3": "--optimizer.period",
     "--steps 0": "steps: got 0",
+    "--optimizer adamw --diagnostics norms": "diagnostics.record: got ('norms',), expected an "
+    "optimizer of the LionMuon family, not AdamWConfig",
+    "--diagnostics.every 0": "diagnostics.every: got 0",
+    "--diagnostics.residues -1": "diagnostics.residues: got (-1,)",
+    "--diagnostics nope": "--diagnostics.record",
     "--steps many": "--steps",
     "--model.width 7": "heads: got 4, wanted a divisor of width = 7",
     "--mesh.data 64": "mesh: got 'data 64",

@@ -29,6 +29,7 @@ _CHOICES = ("model", "optimizer", "schedule", "corpus")
 _SHORT_FLAGS = {
     "--precision": "--model.compute-dtype",
     "--document-mask": "--model.document-mask",
+    "--diagnostics": "--diagnostics.record",
 }
 
 
@@ -190,7 +191,7 @@ def _choices_help() -> str:
         "'text-files:notes/*.md' --corpus.weights 3 1",
         "--config FILE starts from the config.json of a run; --resume continues --run-directory.",
         "--precision is short for --model.compute-dtype, "
-        "--document-mask for --model.document-mask.",
+        "--document-mask for --model.document-mask, --diagnostics for --diagnostics.record.",
     ]
     return "\n\n".join(lines)
 

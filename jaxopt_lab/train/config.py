@@ -17,6 +17,7 @@ from jaxopt_lab.data import (
     TokenizerConfig,
 )
 from jaxopt_lab.models import PRESETS, DecoderConfig
+from jaxopt_lab.train.diagnostics import DiagnosticsConfig
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.mesh import DistributedConfig, MeshConfig, axis_sizes
 from jaxopt_lab.train.optimizers import LionMuonConfig, OptimizerConfig
@@ -95,6 +96,9 @@ class PretrainConfig:
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    """What to measure besides losses."""
 
     steps: int = 300
     """Optimizer steps."""
@@ -190,6 +194,7 @@ def validate(config: PretrainConfig, device_count: int) -> None:
     _validate_checkpoints(config.checkpoint)
     config.optimizer.validate()
     config.schedule.validate(config.steps)
+    config.diagnostics.validate(config.optimizer)
     if config.clip is not None and not config.clip > 0:
         raise ConfigError("clip", config.clip, "expected a positive norm, or None")
     if not config.z_loss >= 0:

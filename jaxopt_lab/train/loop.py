@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, PyTree
 from jaxopt_lab import data
 from jaxopt_lab.train.checkpoint import Checkpoints
 from jaxopt_lab.train.config import PretrainConfig
+from jaxopt_lab.train.diagnostics import take_record
 from jaxopt_lab.train.errors import TrainingError
 from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.interrupts import INTERRUPTED, StopRequests
@@ -116,11 +117,10 @@ class Loop:
         with self._batches(start) as batches, StopRequests(self._log.message) as stop:
             for step in range(start + 1, steps + 1):
                 batch = self._global_batch(next(batches), stop.requested)
+                record = self._record(step, state, batch)
                 state, metrics = self._compiled(state, batch)
-                previous, taken = (
-                    taken,
-                    _Taken(step, metrics, self._call(step, state, metrics, batch)),
-                )
+                extra = record | self._call(step, state, metrics, batch)
+                previous, taken = taken, _Taken(step, metrics, extra)
                 self._read(previous)
                 self._profile(step - start, state)
                 if self._is_due(step):
@@ -188,6 +188,13 @@ class Loop:
         return to_global(
             self._run.program.mesh, {**local, SIGNALS: signals}, self._config.batch_size
         )
+
+    def _record(self, step: int, state: TrainState, batch: Batch) -> dict[str, float]:
+        # Before the step, which consumes the state. Nothing has to be copied that way.
+        program = self._run.program
+        if program.recorders is None or not program.recorders.due(step):
+            return {}
+        return take_record(program.recorders, program.step, step, state, batch)
 
     def _call(
         self, step: int, state: TrainState, metrics: Mapping[str, Any], batch: Batch

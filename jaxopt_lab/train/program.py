@@ -13,9 +13,11 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxopt_lab import models, optim
+from jaxopt_lab.diagnostics import Recorders
 from jaxopt_lab.report.hlo import CollectiveTotal, collectives
 from jaxopt_lab.report.tables import format_table
 from jaxopt_lab.train.config import PretrainConfig
+from jaxopt_lab.train.diagnostics import make_recorders
 from jaxopt_lab.train.mesh import batch_sharding, make_mesh
 from jaxopt_lab.train.optimizers import ModelInfo
 from jaxopt_lab.train.step import SIGNALS, Step, TrainState, make_eval, make_step, param_shardings
@@ -31,6 +33,7 @@ class Program:
     mesh: Mesh
     step: Step
     evaluate: Callable[..., Any]
+    recorders: Recorders | None
     compiler_options: Mapping[str, Any]
 
 
@@ -80,9 +83,8 @@ def build_program(
     shardings = param_shardings(mesh, specs)
     info = ModelInfo(models.matrix_axes(model), shardings, vocab_size or model.vocab_size)
     rule = config.schedule.apply(config.optimizer, info, config.steps)
-    tx = rule.tx
-    if config.ema is not None:
-        tx = optax.chain(tx, optim.track_params_ema(config.ema))
+    ema = None if config.ema is None else optim.track_params_ema(config.ema)
+    tx = rule.tx if ema is None else optax.chain(rule.tx, ema)
     options = _compiler_options(config, mesh, run_directory)
     loss = functools.partial(models.loss, model, mesh=mesh, head_chunks=config.head_chunks)
     step = make_step(
@@ -97,7 +99,8 @@ def build_program(
         compiler_options=options,
     )
     evaluate = make_eval(loss, mesh=mesh, param_shardings=shardings, compiler_options=options)
-    return Program(mesh, step, evaluate, options)
+    recorders = make_recorders(config.diagnostics, config.optimizer, info, ema)
+    return Program(mesh, step, evaluate, recorders, options)
 
 
 def compile_step(config: PretrainConfig, program: Program) -> jax.stages.Compiled:

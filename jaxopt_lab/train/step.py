@@ -34,6 +34,7 @@ class Step(NamedTuple):
 
     init: Callable[[Array], TrainState]  # (key) -> state, jitted
     update: Any  # (state, batch) -> (state, metrics), jitted, donates the state
+    preview: Any  # (state, batch) -> (loss, gradients, updates) of that step, jitted
     shardings: Any  # TrainState of NamedSharding
     abstract_state: Any  # TrainState of ShapeDtypeStruct with shardings; the target of a restore
 
@@ -104,12 +105,24 @@ def make_step(
         zero = jnp.zeros((), jnp.int32)
         return TrainState(step=zero, skipped=zero, params=params, opt_state=tx.init(params))
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        batch = dict(batch)
-        signals = batch.pop(SIGNALS, None)
-        loss, tokens, grads = accumulated_gradients(loss_fn, state.params, batch, accumulation)
+    def received(params: PyTree, batch: Batch) -> tuple[Array, Array, Array, PyTree]:
+        """Loss, tokens, gradient norm, and the gradients as the optimizer gets them."""
+        batch = {name: value for name, value in batch.items() if name != SIGNALS}
+        loss, tokens, grads = accumulated_gradients(loss_fn, params, batch, accumulation)
         norm = optax.tree.norm(grads)
-        new, finite = _guarded_update(tx, state, _clipped(grads, norm, clip), loss, norm)
+        # Optimizers keep the dtype of what they are given: parameters decide it.
+        clipped = _clipped(grads, norm, clip)
+        return loss, tokens, norm, jax.tree.map(lambda g, p: g.astype(p.dtype), clipped, params)
+
+    def preview(state: TrainState, batch: Batch) -> tuple[Array, PyTree, PyTree]:
+        loss, _, _, grads = received(state.params, batch)
+        updates, _ = _apply(tx, state, grads, loss)
+        return loss, grads, updates
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        signals = batch.get(SIGNALS)
+        loss, tokens, norm, grads = received(state.params, batch)
+        new, finite = _guarded_update(tx, state, grads, loss, norm)
         metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens, "finite": finite}
         metrics |= {"skipped": new.skipped, **rates(state.step)}
         if signals is not None:
@@ -117,14 +130,21 @@ def make_step(
         return new, metrics
 
     options = dict(compiler_options) if compiler_options else None
+    inputs = (shardings, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
     abstract = jax.eval_shape(init, key)
     return Step(
         init=jax.jit(init, out_shardings=shardings, compiler_options=options),
         update=jax.jit(
             update,
-            in_shardings=(shardings, NamedSharding(mesh, PartitionSpec(BATCH_AXES))),
+            in_shardings=inputs,
             out_shardings=(shardings, replicated),
             donate_argnums=0,
+            compiler_options=options,
+        ),
+        preview=jax.jit(
+            preview,
+            in_shardings=inputs,
+            out_shardings=(replicated, params_at, params_at),
             compiler_options=options,
         ),
         shardings=shardings,
@@ -198,11 +218,7 @@ def _guarded_update(
 ) -> tuple[TrainState, Bool[Array, " "]]:
     # The norm is finite only if every gradient is, and it is at hand already.
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    # Optimizers keep the dtype of what they are given: parameters decide it.
-    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
-    updates, opt_state = optax.with_extra_args_support(tx).update(
-        grads, state.opt_state, state.params, value=loss
-    )
+    updates, opt_state = _apply(tx, state, grads, loss)
     params = optax.apply_updates(state.params, updates)
 
     def keep_if_bad(new: Array, old: Array) -> Array:
@@ -215,6 +231,14 @@ def _guarded_update(
         opt_state=jax.tree.map(keep_if_bad, opt_state, state.opt_state),
     )
     return new, finite
+
+
+def _apply(
+    tx: optax.GradientTransformation, state: TrainState, grads: PyTree, loss: Float[Array, " "]
+) -> tuple[PyTree, PyTree]:
+    return optax.with_extra_args_support(tx).update(
+        grads, state.opt_state, state.params, value=loss
+    )
 
 
 def make_eval(

@@ -16,6 +16,7 @@ from jaxopt_lab.optim import params_ema
 from jaxopt_lab.report.tracker import read_metrics
 from jaxopt_lab.train.checkpoint import committed_steps
 from jaxopt_lab.train.config import CheckpointConfig, EvalConfig
+from jaxopt_lab.train.diagnostics import DiagnosticsConfig
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
 from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.optimizers import AdamWConfig, LionMuonConfig, OptaxMuonConfig
@@ -385,6 +386,23 @@ def test_options_together_on_a_mesh(text, tmp_path):
     assert len(committed_steps(tmp_path / "run/checkpoints")) >= 3
     assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
     assert list((tmp_path / "run/tensorboard").iterdir())
+
+
+def test_norm_ratios_of_both_kinds_of_steps_and_the_run_is_unchanged(finished, tmp_path):
+    diagnostics = DiagnosticsConfig(record=("norms",), every=4)
+    config = replace(finished[0], run_directory=str(tmp_path / "run"), diagnostics=diagnostics)
+    pretrain(config)
+    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    ratios = "grad_nuc_over_1", "update_2_over_inf", "errmom_F_over_1", "smooth_1_over_inf"
+    names = {r: [f"norm_ratios/residue_{r}/{name}" for name in ratios] for r in (0, 1)}
+    assert [row["step"] for row in rows if names[0][0] in row] == [4]
+    assert [row["step"] for row in rows if names[1][0] in row] == [1, 5]
+    spectral, sign = rows[4], rows[3]
+    assert all(spectral[name] > 0 for name in names[1])
+    # A matrix of signs has a spectral norm of at least the root of its longer side, here 16 or 64;
+    # an orthogonal one of 1, with entries of about the root's inverse.
+    assert sign[names[0][1]] >= 4 > spectral[names[1][1]]
+    assert losses_of(tmp_path / "run") == losses_of(finished[1].directory)
 
 
 def test_dry_run_prints_costs_and_writes_nothing(text, tmp_path, capsys, monkeypatch):

@@ -1,0 +1,87 @@
+"""Diagnostics of a run: which to record, when, and on what."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import optax
+from jaxtyping import Array
+
+from jaxopt_lab.diagnostics import Every, NormRatios, Recorders, Snapshot, direction_of
+from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.optimizers import LionMuonConfig, ModelInfo, OptimizerConfig
+from jaxopt_lab.train.step import Step, TrainState
+
+
+@dataclass(frozen=True)
+class DiagnosticsConfig:
+    """What to measure along the run, besides losses. Off, it costs nothing."""
+
+    record: tuple[Literal["norms"], ...] = ()
+    """`norms`: norm ratios of gradients, weights and updates, for the LionMuon family."""
+
+    every: int = 50
+    """Steps between two records of one residue."""
+
+    residues: tuple[int, ...] = (0, 1)
+    """Steps that are congruent to one of these modulo `every` are recorded. Two neighbours see
+    both kinds of steps of an optimizer that alternates."""
+
+    def validate(self, optimizer: OptimizerConfig) -> None:
+        """Checks the values.
+
+        Raises:
+          ConfigError: For an interval below 1, no or a negative residue, or an optimizer that the
+            diagnostics cannot look into.
+        """
+        if self.every < 1:
+            raise ConfigError("diagnostics.every", self.every, "expected at least 1")
+        if not self.residues or min(self.residues) < 0:
+            raise ConfigError(
+                "diagnostics.residues", self.residues, "expected numbers of at least 0"
+            )
+        if "norms" in self.record and not isinstance(optimizer, LionMuonConfig):
+            raise ConfigError(
+                "diagnostics.record", self.record,
+                f"expected an optimizer of the LionMuon family, not {type(optimizer).__name__}",
+            )  # fmt: skip
+
+
+def make_recorders(
+    config: DiagnosticsConfig,
+    optimizer: OptimizerConfig,
+    model: ModelInfo,
+    ema: optax.GradientTransformation | None,
+) -> Recorders | None:
+    """The recorders of a run, or None where nothing is recorded.
+
+    Args:
+      config: What to record.
+      optimizer: The optimizer that trains.
+      model: Facts about the model.
+      ema: What is chained behind the optimizer, whose state is then part of the state.
+    """
+    if not config.record:
+        return None
+    # The rate cancels in the ratios, but must not be zero where a schedule is.
+    plain = replace(optimizer, weight_decay=0.0).build(optax.constant_schedule(1.0), model)
+    plain = plain if ema is None else optax.chain(plain, ema)
+    every = Every(config.every, tuple(residue % config.every for residue in config.residues))
+    return Recorders([NormRatios(every, direction_of(plain), matrix_axes=model.matrix_axes)])
+
+
+def take_record(
+    recorders: Recorders, step: Step, number: int, state: TrainState, batch: Mapping[str, Array]
+) -> dict[str, float]:
+    """Records one step that is about to be taken; waits for the result.
+
+    Args:
+      recorders: The recorders; they are due.
+      step: The programs of the run.
+      number: The step, 1 for the first.
+      state: The state before it.
+      batch: Its batch.
+    """
+    loss, grads, updates = step.preview(state, batch)
+    snapshot = Snapshot(number, state.params, grads, state.opt_state, updates, loss)
+    return recorders.record(snapshot)
