@@ -126,7 +126,9 @@ def _plot(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("jaxopt-lab plot", description="Loss curves of runs.")
     parser.add_argument("run_directories", nargs="+", help="directories that pretrain wrote")
     parser.add_argument("--output", default="loss.png", help="where the figure goes")
-    parser.add_argument("--x", choices=("step", "tokens", "time"), default="step")
+    parser.add_argument(
+        "--x", choices=("step", "tokens", "time", "optimizer_flops"), default="step"
+    )
     options = parser.parse_args(arguments)
 
     from jaxopt_lab.report.figures import loss_figure

@@ -143,7 +143,8 @@ class PretrainConfig:
     """Write a profiler trace of a few steps to `profile/` in the run directory."""
 
     deterministic: bool = False
-    """On a GPU, use deterministic kernels and keep the kernel choice with the run."""
+    """On a GPU, use deterministic kernels (slower, without cuDNN's attention) and keep the kernel
+    choice with the run."""
 
     tensorboard: bool = True
     """Write TensorBoard events."""
@@ -210,6 +211,10 @@ def validate(config: PretrainConfig, device_count: int) -> None:
             "head_chunks",
             config.head_chunks,
             f"expected a divisor of model.context = {config.model.context}",
+        )
+    if config.deterministic and config.model.attention == "cudnn":
+        raise ConfigError(
+            "model.attention", "cudnn", "expected auto or xla: cuDNN's kernel is not deterministic"
         )
     data, fsdp, _ = axis_sizes(config.mesh, device_count)
     rows = config.accumulation * data * fsdp

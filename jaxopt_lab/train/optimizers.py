@@ -7,11 +7,16 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
+import jax
 import optax
 from jaxtyping import Array, PyTree
 
 from jaxopt_lab import optim
+from jaxopt_lab.core.matrices import resolve_layout
 from jaxopt_lab.train.errors import ConfigError
+
+# Operations per element.
+_SIGN_FLOPS, _ADAM_FLOPS = 6, 12
 
 Period = int | Literal["inf"]
 
@@ -68,6 +73,18 @@ class OptimizerConfig:
         """Learning rates to report while the scheduled one is `rate`."""
         return {"rate": rate}
 
+    def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
+        """FLOPs of one optimizer step, averaged over the kinds of steps it takes.
+
+        Newton-Schulz is counted by its products, everything else as 6 operations per element for
+        a momentum and its sign and 12 for AdamW.
+
+        Args:
+          params: Tree of arrays or shapes.
+          matrix_axes: Tree of MuonDimensionNumbers, None for leaves that are not matrices.
+        """
+        return float(_SIGN_FLOPS * _elements(params))
+
 
 @dataclass(frozen=True)
 class LionMuonConfig(OptimizerConfig):
@@ -111,6 +128,11 @@ class LionMuonConfig(OptimizerConfig):
         """Reports the rates of all three branches."""
         sign, adam = rate * self.sign_lr_ratio, rate * self.adam_lr_ratio
         return {"rate": rate, "sign_rate": sign, "adam_rate": adam}
+
+    def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
+        """See the base class."""
+        share = 0.0 if self.period == "inf" else 1 / self.period
+        return _matrix_method_flops(params, matrix_axes, self.ns_steps, share)
 
     def _arguments(self, model: ModelInfo) -> dict[str, Any]:
         return {
@@ -170,6 +192,10 @@ class AdamWConfig(OptimizerConfig):
     def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
         """See the base class."""
         return optax.adamw(rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay)
+
+    def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
+        """See the base class."""
+        return float(_ADAM_FLOPS * _elements(params))
 
 
 @dataclass(frozen=True)
@@ -231,6 +257,10 @@ class OptaxMuonConfig(OptimizerConfig):
             consistent_rms=0.2,
         )
 
+    def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
+        """See the base class."""
+        return _matrix_method_flops(params, matrix_axes, self.ns_steps, 1.0)
+
 
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "lion-muon": LionMuonConfig,
@@ -241,3 +271,27 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "adamw": AdamWConfig,
     "optax-muon": OptaxMuonConfig,
 }
+
+
+def _elements(params: PyTree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _matrix_method_flops(
+    params: PyTree, matrix_axes: PyTree, ns_steps: int, spectral_share: float
+) -> float:
+    """Mean FLOPs of an optimizer with spectral steps on matrices and AdamW elsewhere.
+
+    One iteration on a matrix with sides d <= D forms X X^T, its square and the product with X:
+    2 d^2 (2 D + d) FLOPs.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    iteration = elements = 0
+    for leaf, layout in zip(leaves, structure.flatten_up_to(matrix_axes), strict=True):
+        if layout is not None:
+            count, *sides = resolve_layout(leaf.shape, layout).matrix_shape(leaf.shape)
+            small, large = sorted(sides)
+            iteration += count * 2 * small**2 * (2 * large + small)
+            elements += math.prod(leaf.shape)
+    rest = _elements(params) - elements
+    return spectral_share * ns_steps * iteration + _SIGN_FLOPS * elements + _ADAM_FLOPS * rest

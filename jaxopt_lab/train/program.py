@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def build_program(
     Raises:
       ConfigError: If the mesh does not fit the devices.
     """
-    model = config.model
+    model = decoder_of(config)
     mesh = make_mesh(config.mesh)
     specs = models.partition_specs(model, mesh)
     shardings = param_shardings(mesh, specs)
@@ -135,6 +135,17 @@ def cost_of(config: PretrainConfig, compiled: jax.stages.Compiled) -> Cost:
 def averaged_params(config: PretrainConfig, state: TrainState) -> PyTree | None:
     """The average of the weights, if the run keeps one."""
     return None if config.ema is None else optim.params_ema(state.opt_state)
+
+
+def decoder_of(config: PretrainConfig) -> models.DecoderConfig:
+    """The decoder of a run, with an attention kernel that repeats its bits where that is asked for.
+
+    cuDNN's backward pass sums in no fixed order, and XLA (jax 0.11.2) fails at run time when it is
+    asked for deterministic operations together with that kernel.
+    """
+    if config.deterministic and config.model.attention == "auto":
+        return replace(config.model, attention="xla")
+    return config.model
 
 
 def _compiler_options(

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from jaxopt_lab import models
 from jaxopt_lab.report.progress import Progress
 from jaxopt_lab.report.tracker import Tracker
 from jaxopt_lab.train.config import PretrainConfig
@@ -23,6 +24,9 @@ class RunLog:
     def __init__(self, config: PretrainConfig, directory: Path, start_step: int):
         """Opens the files and starts the live line."""
         self._tokens_per_step = config.batch_size * config.model.context
+        self._flops_per_step = config.optimizer.mean_flops(
+            models.abstract_params(config.model), models.matrix_axes(config.model)
+        )
         self._tracker: Tracker | None = None
         self._progress: Progress | None = None
         if jax.process_index() == 0:
@@ -39,7 +43,7 @@ class RunLog:
     def training(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records one optimizer step."""
         if self._tracker and self._progress:
-            self._tracker.log(step, {**metrics, "tokens": step * self._tokens_per_step})
+            self._tracker.log(step, {**metrics, **self._spent(step)})
             rate = metrics.get("rate")
             self._progress.update(
                 step, loss=float(metrics["loss"]), rate=None if rate is None else float(rate)
@@ -48,13 +52,19 @@ class RunLog:
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records an evaluation after `step` optimizer steps."""
         if self._tracker and self._progress:
-            self._tracker.log(step, {**metrics, "tokens": step * self._tokens_per_step})
+            self._tracker.log(step, {**metrics, **self._spent(step)})
             self._progress.evaluation(step, metrics)
 
     def message(self, text: str) -> None:
         """Prints a line above the live line."""
         if self._progress:
             self._progress.message(text)
+
+    def _spent(self, step: int) -> dict[str, float]:
+        return {
+            "tokens": step * self._tokens_per_step,
+            "optimizer_flops": step * self._flops_per_step,
+        }
 
     def __enter__(self) -> "RunLog":
         """Returns the log itself."""

@@ -1,9 +1,11 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optax.contrib import MuonDimensionNumbers
 
 from jaxopt_lab.data import Mixture, PreparedTfds, PythonSource, TextFiles
 from jaxopt_lab.models import PRESETS
@@ -19,6 +21,7 @@ from jaxopt_lab.train.config import (
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.optimizers import OPTIMIZERS, LionMuonConfig, MuonConfig, SignMuonConfig
+from jaxopt_lab.train.program import decoder_of
 from jaxopt_lab.train.schedules import SCHEDULES, CosineConfig, WsdConfig
 from jaxopt_lab.train.serialize import from_json, name_of, to_json
 
@@ -193,6 +196,35 @@ def test_json_names_what_is_wrong(text, message):
         from_json(text)
 
 
+def test_flops_of_an_optimizer_step():
+    params = {"w": np.zeros((3, 8, 4)), "b": np.zeros(10)}
+    axes = {"w": MuonDimensionNumbers(1, 2), "b": None}
+    elementwise = 6 * 96 + 12 * 10
+    spectral = 3 * 5 * 2 * 4**2 * (2 * 8 + 4)
+
+    def flops(optimizer, **changes):
+        return OPTIMIZERS[optimizer](**changes).mean_flops(params, axes)
+
+    assert flops("adamw") == 12 * 106 and flops("lion") == flops("signum") == 6 * 106
+    assert flops("muon") == flops("optax-muon") == spectral + elementwise
+    assert flops("lion-muon") == spectral / 2 + elementwise
+    assert flops("lion-muon", period="inf") == elementwise
+    # A GPT of 124M parameters with fused projections and 16384 tokens a step: 1.5e12.
+    shapes = [(768, 2304), (768, 768), (768, 3072), (3072, 768)]
+    gpt = [np.broadcast_to(0.0, (12, *shape)) for shape in shapes]
+    layout = [MuonDimensionNumbers(1, 2)] * 4
+    np.testing.assert_allclose(MuonConfig().mean_flops(gpt, layout), 1.5e12, rtol=0.03)
+
+
 def test_every_optimizer_is_documented_and_muon_is_spectral_at_every_step():
     assert all(kind.__doc__ for kind in [*OPTIMIZERS.values(), *SCHEDULES.values()])
     assert MuonConfig().period == 1 and MuonConfig().b1 == MuonConfig().b2
+
+
+def test_a_deterministic_run_avoids_the_kernel_that_is_not():
+    config = replace(from_preset("tiny"), deterministic=True)
+    assert decoder_of(config).attention == "xla"
+    assert decoder_of(replace(config, deterministic=False)).attention == "auto"
+    fixed = replace(config, model=replace(config.model, attention="cudnn"))
+    with pytest.raises(ConfigError, match="model.attention"):
+        validate(fixed, 1)

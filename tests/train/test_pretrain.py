@@ -70,7 +70,8 @@ def test_the_log_has_every_step_once_and_the_evaluations(finished):
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if "validation_loss" in row] == [0, 3, 6]
     first = next(row for row in rows if "loss" in row)
-    assert first["tokens"] == 64 and {"grad_norm", "rate", "sign_rate", "skipped"} <= first.keys()
+    assert first["tokens"] == 64 and rows[-1]["optimizer_flops"] == 6 * first["optimizer_flops"] > 0
+    assert {"grad_norm", "rate", "sign_rate", "skipped"} <= first.keys()
 
 
 def test_a_run_becomes_a_hugging_face_directory(finished, tmp_path, capsys):
