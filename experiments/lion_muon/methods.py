@@ -77,7 +77,8 @@ def _grid(spectral: list[float], sign: list[float]) -> tuple[tuple[float, float]
     return tuple((a, b) for a in spectral for b in sign)
 
 
-_SIGN = [1e-4, 3e-4, 9e-4]
+_SIGN = [1e-5, 3e-5, 1e-4]
+_SIGN_EMA = [1e-4, 2e-4, 4e-4]
 _ALWAYS = tuple((rate, 0.0) for rate in SPECTRAL_RATES)
 _NEVER = tuple((0.0, rate) for rate in SIGN_RATES)
 
@@ -86,7 +87,8 @@ METHODS = (
     Method("Lion", math.inf, cells=_NEVER),
     Method("Signum", math.inf, b2=0.9, cells=_NEVER),
     Method("Muon", 1, b2=0.9, cells=_ALWAYS),
-    Method("SignMuon P=2", 2, b2=0.9, cells=_grid([3e-3, 6e-3, 1.2e-2], _SIGN)),
+    Method("SignMuon P=2", 2, b2=0.9, cells=_grid([6e-3, 1.2e-2, 2.4e-2], _SIGN_EMA)),
+    Method("SignMuon P=5", 5, b2=0.9, cells=_grid([1.2e-2, 2.4e-2, 4.8e-2], _SIGN_EMA)),
     Method("LionMuon P=1", 1, cells=_ALWAYS),
     Method("LionMuon P=2", 2, cells=_grid([3e-3, 6e-3, 1.2e-2], _SIGN)),
     Method("LionMuon P=5", 5, cells=_grid([6e-3, 1.2e-2, 2.4e-2], _SIGN)),

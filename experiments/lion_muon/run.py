@@ -56,7 +56,7 @@ class Scale:
 
 
 SCALES = {
-    "gpu": Scale(("site-packages",), 8192, 384, 6, 6, 256, 32, 1200, 120, 60, 8, "bfloat16"),
+    "gpu": Scale(("site-packages",), 8192, 384, 6, 6, 256, 32, 800, 80, 50, 8, "bfloat16"),
     "cpu": Scale(("stdlib",), 1024, 64, 2, 2, 64, 8, 240, 24, 24, 8, "float32"),
 }
 

@@ -13,4 +13,10 @@ def device_name() -> str:
 
 def versions(*packages: str) -> dict[str, str]:
     """Installed versions of packages."""
-    return {package: importlib.metadata.version(package) for package in packages}
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"  # run from a checkout
+    return found
