@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxopt_lab.core.descent import (
@@ -67,10 +68,16 @@ class Family(NamedTuple):
         for name in ("ns_steps", "cheap_ns_steps"):
             steps = getattr(self, name)
             if not isinstance(steps, int) or steps < 1:
-                raise ValueError(f"{name} is {steps!r}; it must be an integer of at least 1")
-        if not jnp.issubdtype(jnp.dtype(self.ns_dtype), jnp.floating):
+                raise ValueError(
+                    f"{name} is {steps!r}; it must be a Python integer of at least 1 "
+                    "(with optax.inject_hyperparams, one of its static_args)"
+                )
+        if not _is_floating(self.ns_dtype):
             raise ValueError(f"ns_dtype is {self.ns_dtype!r}; it must be a floating-point dtype")
         _check_period(self.period)
+        threshold = self.stable_rank_threshold
+        if isinstance(threshold, int | float) and not threshold > 0:
+            raise ValueError(f"stable_rank_threshold is {threshold}; it must be positive")
 
     def advance(self, gradient: Array, momentum: Array) -> tuple[Array, Array]:
         """The direction to descend along, and the next momentum, both in at least float32."""
@@ -91,16 +98,21 @@ class Family(NamedTuple):
 
     def cheap(self, directions: Leaves, cached: Leaves, leaves: MatrixLeaves) -> Leaves:
         """The direction of a step that is not spectral, not yet multiplied by its scale."""
-        if self.cheap_mode == "cached" and cached:
+        if cached and isinstance(self.period, int | float):
             return cached
         if self.cheap_mode == "cheap_ns":
             return self._orthogonalise(directions, leaves, self.cheap_ns_steps)
         if self.cheap_mode == "sign":
             return [jnp.sign(d).astype(self.ns_dtype) for d in directions]
-        return [
+        normalised = [
             frobenius_direction(d, leaves.inner_axes(i), *leaves.matrix_shape(i, d)[1:])
             for i, d in enumerate(directions)
         ]
+        if not cached:
+            return normalised
+        # Only a traced period comes here: were it infinite, no step would ever fill the cache.
+        filled = jnp.isfinite(self.period)
+        return [jnp.where(filled, *pair) for pair in zip_strict(cached, normalised)]
 
     def scales(self, index: int, leaf: Array, leaves: MatrixLeaves) -> tuple[float, float]:
         """Factors on the spectral and on the cheap direction of one leaf."""
@@ -233,6 +245,13 @@ class Family(NamedTuple):
             round_every_op=rounded,
         )
         return y.mT if rounded else y
+
+
+def _is_floating(dtype: DTypeLike) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:  # not the name of any dtype
+        return False
 
 
 def _check_period(period: Scalar) -> None:

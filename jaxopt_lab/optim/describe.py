@@ -32,14 +32,7 @@ class Description(NamedTuple):
         """The table as aligned text."""
         header = ("path", "shape", "dtype", "role", "rule", "state bytes")
         cells = [
-            (
-                r.path,
-                "x".join(map(str, r.shape)) or "()",
-                r.dtype,
-                r.role,
-                r.rule,
-                f"{r.state_bytes:,}",
-            )
+            (r.path, _sides(r.shape), r.dtype, r.role, r.rule, f"{r.state_bytes:,}")
             for r in self.rows
         ]
         widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxopt_lab.optim.rates import scaled_rate
+from jaxopt_lab.optim.rates import check_rates, scaled_rate
 from jaxopt_lab.optim.routing import Scalar
 
 InitBuffer = Literal["zeros", "params"]
@@ -101,6 +101,7 @@ def _ready(
     nesterov: bool,
     init_buffer: InitBuffer,
 ) -> optax.GradientTransformationExtraArgs:
+    check_rates(learning_rate=learning_rate)
     direction = scale_by_normalized_heavy_ball(
         norm=norm,
         momentum=momentum,
@@ -135,6 +136,9 @@ def signum(
       nesterov: Look ahead by one step of the buffer.
       init_buffer: "zeros", or "params" for parity with the released code.
 
+    Raises:
+      ValueError: The rate is NaN, infinite or negative, or `init_buffer` is unknown.
+
     Example:
       >>> import jax.numpy as jnp
       >>> tx = signum(0.1)
@@ -167,6 +171,9 @@ def normalized_sgd(
       dampening: Damping of the gradient in the buffer.
       nesterov: Look ahead by one step of the buffer.
       init_buffer: "zeros", or "params" for parity with the released code.
+
+    Raises:
+      ValueError: The rate is NaN, infinite or negative, or `init_buffer` is unknown.
 
     Example:
       >>> import jax.numpy as jnp

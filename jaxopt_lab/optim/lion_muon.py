@@ -8,10 +8,9 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jaxopt_lab.core.keys import leaf_key
 from jaxopt_lab.core.stacks import ReplicatedWork
 from jaxopt_lab.optim.adamw_fallback import with_adamw_fallback
-from jaxopt_lab.optim.alternating import Family, Leaves, zip_strict
+from jaxopt_lab.optim.alternating import Family, zip_strict
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves
 from jaxopt_lab.optim.rates import check_rates, scaled_rate
 from jaxopt_lab.optim.routing import (
@@ -142,6 +141,7 @@ def scale_by_lion_muon(
         stable_rank_threshold=stable_rank_threshold,
     )
     family.check()
+    check_rates(spectral_rate=spectral_rate, sign_rate=sign_rate)
     triggered = stable_rank_threshold is not None
     # A traced number (from inject_hyperparams) may be anything; only a plain zero skips the decay.
     decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
@@ -163,7 +163,7 @@ def scale_by_lion_muon(
         leaves = MatrixLeaves.of(updates, matrix_axes, param_shardings)
         g, m, cached = map(jax.tree.leaves, (updates, state.mu, state.cached))
         if triggered:
-            starts = _start_vectors(state, leaves, g, draws)
+            starts = leaves.start_vectors(g, jax.random.fold_in(state.key, state.count), draws)
             u, new_mu, spectral = family.triggered_step(starts, leaves, g, m, cached)
         else:
             u, new_mu, spectral = family.periodic_step(state.count, leaves, g, m, cached)
@@ -201,19 +201,6 @@ def _wide(x: Any) -> Any:
 
 def _zeros_wide(x: Any) -> Array:
     return jnp.zeros_like(x, dtype=_wide(x))
-
-
-def _start_vectors(state: LionMuonState, leaves: MatrixLeaves, gradients: Leaves, draws) -> Leaves:
-    """Start vectors (batch, m) of the power iteration, drawn afresh at every step or supplied."""
-    shapes = [leaves.matrix_shape(i, g) for i, g in enumerate(gradients)]
-    if draws is not None:
-        supplied = jax.tree.leaves(draws)
-        return [v.reshape((b, m)) for v, (b, m, _) in zip_strict(supplied, shapes)]
-    key = jax.random.fold_in(state.key, state.count)
-    return [
-        jax.random.normal(leaf_key(key, path), (b, m), _wide(g))
-        for path, (b, m, _), g in zip_strict(leaves.paths, shapes, gradients)
-    ]
 
 
 def lion_muon(

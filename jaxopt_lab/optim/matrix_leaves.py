@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
-from jax.tree_util import KeyPath
+from jax.tree_util import KeyPath, keystr
 from jaxtyping import Array, Shaped
 
+from jaxopt_lab.core.keys import leaf_key
 from jaxopt_lab.core.matrices import MatrixAxes
 from jaxopt_lab.core.stacks import map_matrices
 from jaxopt_lab.core.whole_matrices import known_sharding
@@ -64,3 +66,35 @@ class MatrixLeaves(NamedTuple):
         order = axes.batch + axes.reduction + axes.output
         shape = [leaf.shape[a] if a in axes.batch else 1 for a in order]
         return values.reshape(shape).transpose([order.index(a) for a in range(len(order))])
+
+    def start_vectors(
+        self, gradients: Sequence[Array], key: Array, draws: optax.Updates | None = None
+    ) -> list[Array]:
+        """Start vectors (batch, m) of a power iteration, one array a leaf.
+
+        Args:
+          gradients: One a leaf.
+          key: Key of this step; each leaf draws by its path.
+          draws: Vectors to take instead of drawing: a tree like the leaves.
+
+        Raises:
+          ValueError: `draws` has another number of leaves, or one of another size.
+        """
+        shapes = [self.matrix_shape(i, g)[:2] for i, g in enumerate(gradients)]
+        if draws is None:
+            return [
+                jax.random.normal(leaf_key(key, path), s, jnp.promote_types(g.dtype, jnp.float32))
+                for path, s, g in zip(self.paths, shapes, gradients, strict=True)
+            ]
+        supplied = jax.tree.leaves(draws)
+        if len(supplied) != len(shapes):
+            raise ValueError(
+                f"draws has {len(supplied)} leaves; the tree has {len(shapes)} matrix leaves"
+            )
+        for path, v, (b, m) in zip(self.paths, supplied, shapes, strict=True):
+            if v.size != b * m:
+                raise ValueError(
+                    f"draws of leaf {keystr(path)} has shape {v.shape}; it must be ({b}, {m}), "
+                    "one start vector for each matrix"
+                )
+        return [v.reshape(s) for v, s in zip(supplied, shapes, strict=True)]

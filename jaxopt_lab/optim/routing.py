@@ -85,7 +85,8 @@ def broadcast_prefix(
     Raises:
       ValueError: The prefix does not match the tree.
     """
-    if callable(prefix) and not (is_leaf and is_leaf(prefix)):
+    # A tree may be callable as well: an Equinox module, say.
+    if callable(prefix) and jax.tree_util.treedef_is_leaf(jax.tree.structure(prefix)):
         prefix = prefix(tree)
     entries: list[Any] = []
 
@@ -95,8 +96,22 @@ def broadcast_prefix(
     try:
         jax.tree.map(fill, prefix, tree, is_leaf=is_leaf)
     except ValueError as error:
-        raise ValueError(f"{name} does not match the parameter tree: {error}") from None
+        reason = _mismatch(prefix, tree, is_leaf) or error
+        raise ValueError(f"{name} does not match the parameter tree: {reason}") from None
     return entries
+
+
+def _mismatch(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | None) -> str | None:
+    """The first place where a prefix does not match; None if only container types differ."""
+    entries = [path for path, _ in jax.tree_util.tree_leaves_with_path(prefix, is_leaf=is_leaf)]
+    leaves = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    for leaf in leaves:
+        if not any(leaf[: len(entry)] == entry for entry in entries):
+            return f"it has no entry for leaf {jax.tree_util.keystr(leaf)}"
+    for entry in entries:
+        if not any(leaf[: len(entry)] == entry for leaf in leaves):
+            return f"there is no leaf for its entry {jax.tree_util.keystr(entry)}"
+    return None
 
 
 def route(

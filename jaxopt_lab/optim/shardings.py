@@ -6,6 +6,8 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from jaxopt_lab.optim.routing import broadcast_prefix
+
 
 def state_shardings(
     tx: optax.GradientTransformation, abstract_params: optax.Params, param_shardings: Any
@@ -20,24 +22,29 @@ def state_shardings(
     Args:
       tx: Any transformation.
       abstract_params: The parameters, or `jax.ShapeDtypeStruct`s of their shapes and dtypes.
-      param_shardings: A tree of `NamedSharding` with the structure of the parameters.
+      param_shardings: A tree of `NamedSharding` with the structure of the parameters, or a prefix
+        of one.
 
     Returns:
       A tree of `NamedSharding` with the structure of `tx.init(params)`.
 
     Raises:
-      ValueError: `param_shardings` holds no sharding, or does not match the parameters.
+      ValueError: `param_shardings` holds anything but `NamedSharding`s, or does not match the
+        parameters.
 
     Example:
       >>> import jax.numpy as jnp
       >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
       >>> shardings = {"w": NamedSharding(mesh, PartitionSpec(None, "fsdp"))}
-      >>> state_shardings(optax.adam(1e-3), {"w": jnp.zeros((4, 4))}, shardings)[0].mu["w"].spec
-      PartitionSpec(None, 'fsdp')
+      >>> placed = state_shardings(optax.adam(1e-3), {"w": jnp.zeros((4, 4))}, shardings)
+      >>> tuple(placed[0].mu["w"].spec)
+      (None, 'fsdp')
     """
     leaves = jax.tree.leaves(param_shardings)
-    if not leaves:
-        raise ValueError("param_shardings holds no NamedSharding: the mesh is unknown")
+    wrong = [x for x in leaves if not isinstance(x, NamedSharding)]
+    if wrong or not leaves:
+        found = repr(wrong[0]) if wrong else "nothing"
+        raise ValueError(f"param_shardings must hold a NamedSharding a leaf; it holds {found}")
     mesh = leaves[0].mesh
     # Only Explicit axes carry shardings in types; the layout itself is the same.
     typed_mesh = AbstractMesh(
@@ -49,7 +56,9 @@ def state_shardings(
             param.shape, param.dtype, sharding=NamedSharding(typed_mesh, sharding.spec)
         )
 
-    params = jax.tree.map(typed, abstract_params, param_shardings)
+    shardings = broadcast_prefix("param_shardings", param_shardings, abstract_params)
+    leaves, treedef = jax.tree.flatten(abstract_params)
+    params = treedef.unflatten(map(typed, leaves, shardings))
     with jax.sharding.use_abstract_mesh(typed_mesh):
         state = jax.eval_shape(tx.init, params)
 

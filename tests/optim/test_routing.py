@@ -1,0 +1,196 @@
+"""Which leaf is a matrix, by rule and by layout, and what a wrong layout is told."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.tree_util import keystr
+from optax.contrib import MuonDimensionNumbers as Axes
+
+import jaxopt_lab as jol
+from jaxopt_lab.optim.routing import route
+from tests.contract.trees import TREES
+from tests.optim.runs import normal, run
+
+
+def shaped(tree):
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, "float32"), tree, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+def roles(params, *args, **options):
+    return {keystr(r.path): r.role for r in route(params, *args, **options)}
+
+
+SHAPES = {"kernel": (3, 4), "bias": (4,), "gain": (), "head": (3, 10_000), "stack": (2, 3, 4)}
+
+
+def test_default_rule_goes_by_shape():
+    assert roles(shaped(SHAPES)) == {
+        "['kernel']": "matrix",
+        "['bias']": "vector",
+        "['gain']": "vector",
+        "['head']": "embedding",
+        "['stack']": "uncovered",
+    }
+    assert roles(shaped({"head": (9_999, 3)})) == {"['head']": "matrix"}
+
+
+@pytest.mark.parametrize(("size", "role"), [(12, "embedding"), (13, "matrix")])
+def test_vocabulary_size_moves_the_border(size, role):
+    for shape in ((12, 5), (5, 12)):
+        assert roles(shaped({"w": shape}), vocabulary_size=size) == {"['w']": role}
+
+
+@pytest.mark.parametrize("library", TREES)
+def test_embeddings_are_recognised_by_the_name_flax_gives_them(library):
+    params = jax.eval_shape(TREES[library])
+    by_shape = {"embedding": [], "matrix": [], "vector": []}
+    for r, leaf in zip(route(params), jax.tree.leaves(params), strict=True):
+        by_shape[r.role].append(leaf.shape)
+    assert by_shape["embedding"] == [(12, 6)]
+    assert sorted(by_shape["matrix"]) == [(6, 8), (8, 6)]
+    assert all(len(shape) < 2 for shape in by_shape["vector"])
+
+
+def test_only_the_last_name_of_a_path_counts():
+    tree = {"embedding": {"kernel": (3, 4), "layers": [(3, 4)]}, "deep": {"embedding": [(3, 4)]}}
+    found = roles(shaped(tree))
+    assert found["['embedding']['kernel']"] == found["['embedding']['layers'][0]"] == "matrix"
+    assert found["['deep']['embedding'][0]"] == "embedding"
+
+
+def test_an_uncovered_leaf_falls_back_or_is_refused_by_name():
+    params = shaped(SHAPES)
+    rules = {r.path: r.rule for r in jol.describe(jol.lion_muon(1e-3), params).rows}
+    assert rules["['stack']"] == "adamw" and rules["['kernel']"] == "lion_muon"
+    strict = jol.lion_muon(1e-3, on_uncovered="error")
+    with pytest.raises(ValueError, match=r"\['stack'\] of shape \(2, 3, 4\).*matrix_axes"):
+        strict.init(params)
+    covered = {**dict.fromkeys(SHAPES), "stack": Axes(1, 2)}
+    jol.lion_muon(1e-3, on_uncovered="error", matrix_axes=covered).init(params)
+    with pytest.raises(ValueError, match="on_uncovered is 'ignore'"):
+        jol.lion_muon(1e-3, on_uncovered="ignore").init(params)
+
+
+MODEL = {
+    "embed": (12, 4),
+    "block": {"qkv": (2, 4, 3, 4), "up": (2, 4, 8)},
+    "norms": {"a": (4,), "b": (4,)},
+}
+AXES = {
+    "embed": None,
+    "block": {"qkv": Axes(1, 3), "up": Axes(-2, -1)},
+    "norms": {"a": None, "b": None},
+}
+PREFIX = AXES | {"norms": None}
+
+
+@pytest.mark.parametrize("given", [AXES, PREFIX, lambda params: AXES], ids=["tree", "prefix", "fn"])
+def test_layouts_as_tree_prefix_or_function(given):
+    found = {keystr(r.path): r.axes for r in route(shaped(MODEL), given)}
+    assert found["['block']['qkv']"] == ((0, 2), (1,), (3,))
+    assert found["['block']['up']"] == ((0,), (1,), (2,))
+    assert [path for path, axes in found.items() if axes is None] == [
+        "['embed']",
+        "['norms']['a']",
+        "['norms']['b']",
+    ]
+
+
+def test_one_layout_covers_a_subtree():
+    params = shaped({"a": {"x": (3, 4), "y": (5, 6)}, "b": (3, 4)})
+    assert roles(params, {"a": Axes(0, 1), "b": None}) == {
+        "['a']['x']": "matrix",
+        "['a']['y']": "matrix",
+        "['b']": "excluded",
+    }
+    assert set(roles(params, Axes(1, 0)).values()) == {"matrix"}
+
+
+@pytest.mark.parametrize("given", [AXES, PREFIX, lambda params: AXES], ids=["tree", "prefix", "fn"])
+def test_trees_written_for_optax_muon_route_alike(given):
+    params = shaped(MODEL)
+    ours = jol.describe(jol.lion_muon(1e-3, matrix_axes=given), params)
+    theirs = jol.describe(
+        optax.contrib.muon(1e-3, muon_weight_dimension_numbers=given, beta=0.9), params
+    )
+    names = {"lion_muon": "muon", "adamw": "adam"}
+    assert [(r.path, names[r.rule]) for r in ours.rows] == [(r.path, r.rule) for r in theirs.rows]
+
+
+class Callable(eqx.Module):
+    weight: jax.Array
+    bias: jax.Array
+
+    def __call__(self, x):
+        raise AssertionError("a tree of options is not a function of the parameters")
+
+
+def test_a_callable_module_is_a_tree():
+    params = Callable(jnp.ones((3, 4)), jnp.ones(4))
+    axes = Callable(Axes(1, 0), None)
+    assert roles(params, axes) == {".weight": "matrix", ".bias": "vector"}
+    mask = Callable(True, False)
+    tx = jol.lion_muon(1.0, period=math.inf, weight_decay=0.5, matrix_axes=axes, mask=mask)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates.weight, -0.05 * 0.5)
+    np.testing.assert_array_equal(updates.bias, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (
+            {"up": Axes(0, 3), "b": None},
+            r"leaf \['up'\]: axis 3 .*outside a leaf of shape \(3, 4\)",
+        ),
+        ({"up": Axes(0, 0), "b": None}, r"leaf \['up'\]: .*each axis once.*reduction \(0,\)"),
+        ({"up": Axes(0, 1), "b": Axes(0, 1)}, r"leaf \['b'\]: axis 1 .*shape \(4,\)"),
+        ({"up": Axes(0, 1)}, r"matrix_axes does not match.*no entry for leaf \['b'\]"),
+        ({"up": Axes(), "b": None, "c": None}, r"no leaf for its entry \['c'\]"),
+        ({"up": {"x": Axes()}, "b": None}, r"no entry for leaf \['up'\]"),
+        ([Axes(), None], r"no entry for leaf \['b'\]"),
+    ],
+)
+def test_a_wrong_layout_names_its_leaf(axes, message):
+    params = shaped({"up": (3, 4), "b": (4,)})
+    with pytest.raises(ValueError, match=message):
+        jol.lion_muon(1e-3, matrix_axes=axes).init(params)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 4)])
+def test_the_bare_transform_refuses_what_is_no_matrix(shape):
+    with pytest.raises(ValueError, match=r"leaf \['b'\] of shape .* is not a matrix"):
+        jol.scale_by_lion_muon().init(shaped({"w": (3, 4), "b": shape}))
+
+
+def spectral(axes):
+    return jol.scale_by_lion_muon(period=1, ns_dtype="float32", ns_steps=1, matrix_axes=axes)
+
+
+def test_every_head_is_its_own_matrix():
+    kernel = normal(0, {"w": (4, 2, 3)}, 2)  # (d, heads, head_dim)
+    heads = {f"{h}": kernel["w"][:, :, h] for h in range(2)}
+    split, _, _ = run(spectral(Axes(0, 2)), {"w": kernel["w"][0]}, kernel)
+    alone, _, _ = run(spectral(None), {k: x[0] for k, x in heads.items()}, heads)
+    for h in range(2):
+        np.testing.assert_allclose(split["w"][:, :, h], alone[f"{h}"], atol=1e-5)
+
+
+def test_fused_and_split_projections_are_different_matrices():
+    grads = normal(1, {"w": (4, 3, 5)}, 2)  # (d, q/k/v, d')
+    merged = {"w": grads["w"].reshape(2, 4, 15)}
+    params, flat = ({"w": tree["w"][0]} for tree in (grads, merged))
+    fused, _, _ = run(spectral(Axes(0, (1, 2))), params, grads)
+    one, _, _ = run(spectral(None), flat, merged)
+    np.testing.assert_allclose(fused["w"].reshape(2, 4, 15), one["w"], atol=1e-5)
+    split, _, _ = run(spectral(Axes(0, 2)), params, grads)
+    single, _, _ = run(spectral(None), {"w": flat["w"][:, :5]}, {"w": grads["w"][:, :, 0]})
+    np.testing.assert_allclose(split["w"][:, :, 0], single["w"], atol=1e-5)
+    assert np.abs(split["w"] - fused["w"]).max() > 0.1
