@@ -48,6 +48,9 @@ class DistributedConfig:
     process_id: int | None = None
     """Number of this process, from 0."""
 
+    heartbeat_timeout_seconds: int = 20
+    """After this long without a sign of life from one process, JAX ends the others."""
+
 
 def initialize_processes(config: DistributedConfig) -> bool:
     """Joins the other processes of the job, if there are any.
@@ -61,11 +64,16 @@ def initialize_processes(config: DistributedConfig) -> bool:
     Raises:
       ConfigError: If only some of the three settings are given, or they contradict each other.
     """
+    timeout = config.heartbeat_timeout_seconds
+    if timeout < 1:
+        raise ConfigError(
+            "distributed.heartbeat_timeout_seconds", timeout, "expected at least 1 second"
+        )
     given = (config.coordinator_address, config.num_processes, config.process_id)
     if all(value is None for value in given):
         if not _launched_as_one_of_many(os.environ):
             return False
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=timeout)
         return True
     address, count, index = given
     for name, value in zip(
@@ -76,7 +84,7 @@ def initialize_processes(config: DistributedConfig) -> bool:
     assert count is not None and index is not None
     if not 0 <= index < count:
         raise ConfigError("distributed.process_id", index, f"expected 0 to {count - 1}")
-    jax.distributed.initialize(address, count, index)
+    jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=timeout)
     return True
 
 

@@ -17,7 +17,7 @@ from jaxopt_lab import data, models
 from jaxopt_lab.report.figures import loss_figure
 from jaxopt_lab.train.checkpoint import Checkpoints
 from jaxopt_lab.train.config import PretrainConfig, check_vocabulary, validate
-from jaxopt_lab.train.errors import CheckpointError, ConfigError
+from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
 from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.loop import Callback, Loop, Run, Status
 from jaxopt_lab.train.mesh import initialize_processes
@@ -79,7 +79,7 @@ def pretrain(
     Raises:
       ConfigError: For settings that cannot work, before anything is compiled.
       CheckpointError: If a checkpoint cannot be written or restored.
-      TrainingError: If too many steps were not finite.
+      TrainingError: If too many steps were not finite, or a step failed across processes.
     """
     initialize_processes(config.distributed)
     say = (message or _to_stderr) if jax.process_index() == 0 else _silent
@@ -89,6 +89,31 @@ def pretrain(
         return RunResult("dry-run", cost=cost_of(config, _compile(config, program, say)))
     directory = open_run(config)
     say(f"run directory: {directory}")
+    if jax.process_count() == 1:
+        return _run(config, directory, callbacks, say)
+    (message or _to_stderr)(_if_a_process_dies(config, directory))
+    try:
+        return _run(config, directory, callbacks, say)
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise TrainingError(
+            f"a computation of all processes failed: {reason}; if one of them died, start all "
+            f"of them again with: {resume_command(directory)}"
+        ) from error
+
+
+def _if_a_process_dies(config: PretrainConfig, directory: Path) -> str:
+    # JAX then aborts the others from C++, where no message of ours can be printed any more.
+    return (
+        f"process {jax.process_index()} of {jax.process_count()}: should another process die, JAX "
+        f"aborts this one within about {config.distributed.heartbeat_timeout_seconds} s; then "
+        f"start all of them again with: {resume_command(directory)}"
+    )
+
+
+def _run(
+    config: PretrainConfig, directory: Path, callbacks: Sequence[Callback], say: Message
+) -> RunResult:
     corpus, held_out_batches = _prepare(config, say)
     if jax.process_index() == 0:
         corpus.tokenizer.save(directory)  # the model is of no use without it

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 import jaxopt_lab
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.mesh import DistributedConfig
 from jaxopt_lab.train.serialize import from_json, name_of, to_json
 
 CONFIG_FILE = "config.json"
@@ -119,8 +120,13 @@ def _existing_run(config: PretrainConfig) -> Path:
 
 
 def _write_config(directory: Path, config: PretrainConfig) -> None:
-    # Without the place: `--config` must start a new run, not collide with this one.
-    settings = replace(config, run_directory=None, resume=False, dry_run=False)
+    # Without the place: `--config` must start a new run, not collide with this one. And without
+    # the processes: a later start may have others, or none.
+    timeout = config.distributed.heartbeat_timeout_seconds
+    distributed = DistributedConfig(heartbeat_timeout_seconds=timeout)
+    settings = replace(
+        config, run_directory=None, resume=False, dry_run=False, distributed=distributed
+    )
     write_json(directory / CONFIG_FILE, json.loads(to_json(settings)))
 
 

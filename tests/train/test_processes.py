@@ -2,13 +2,17 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
+from jaxopt_lab import cli
 from jaxopt_lab.data import prepare
 from jaxopt_lab.train.checkpoint import committed_steps
 from jaxopt_lab.train.config import CheckpointConfig, EvalConfig
@@ -25,6 +29,25 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def start_two(settings, run, *flags):
+    command = [
+        sys.executable, "-m", "jaxopt_lab.cli", "pretrain", "--config", settings,
+        "--run-directory", str(run), "--distributed.num-processes", "2",
+        "--distributed.coordinator-address", f"127.0.0.1:{free_port()}", *flags,
+    ]  # fmt: skip
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "NO_PROXY": "*"}
+    return [
+        subprocess.Popen(
+            [*command, "--distributed.process-id", str(number)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for number in range(2)
+    ]
+
+
 def test_two_processes_train_save_and_one_process_resumes(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXOPT_LAB_CACHE", str(tmp_path / "cache"))
     text = write_text(tmp_path / "text")
@@ -37,22 +60,7 @@ def test_two_processes_train_save_and_one_process_resumes(tmp_path, monkeypatch)
     (tmp_path / "config.json").write_text(to_json(config))
     run = tmp_path / "run"
     settings = str(tmp_path / "config.json")
-    command = [
-        sys.executable, "-m", "jaxopt_lab.cli", "pretrain", "--config", settings,
-        "--run-directory", str(run), "--distributed.num-processes", "2",
-        "--distributed.coordinator-address", f"127.0.0.1:{free_port()}",
-    ]  # fmt: skip
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "NO_PROXY": "*"}
-    processes = [
-        subprocess.Popen(
-            [*command, "--distributed.process-id", str(number)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )  # fmt: skip
-        for number in range(2)
-    ]
+    processes = start_two(settings, run)
     try:
         outputs = [process.communicate(timeout=120)[0] for process in processes]
     finally:
@@ -77,3 +85,40 @@ def test_two_processes_train_save_and_one_process_resumes(tmp_path, monkeypatch)
     assert resumed.keys() == expected.keys()
     for step, loss in expected.items():
         np.testing.assert_allclose(resumed[step], loss, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_process_is_killed_the_other_ends_and_one_process_resumes(
+    tmp_path, monkeypatch, victim, capsys
+):
+    monkeypatch.setenv("JAXOPT_LAB_CACHE", str(tmp_path / "cache"))
+    config = tiny_config(
+        write_text(tmp_path / "text"), None, steps=10**6, optimizer=AdamWConfig(),
+        mesh=MeshConfig(data=2), eval=EvalConfig(every=10**6, batches=1, sample_tokens=0),
+        checkpoint=CheckpointConfig(every_steps=20, keep_newest=2),
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(to_json(config))
+    run = tmp_path / "run"
+    processes = start_two(str(tmp_path / "config.json"), run)
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not committed_steps(run / "checkpoints"):
+            time.sleep(0.05)
+        processes[victim].send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        output = processes[1 - victim].communicate(timeout=60)[0]
+        print(f"ended after {time.monotonic() - killed:.1f} s")
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert processes[1 - victim].returncode != 0
+    resume = f"jaxopt-lab pretrain --resume --run-directory {run}"
+    assert f"process {1 - victim} of 2: should another process die" in output and resume in output
+    newest = committed_steps(run / "checkpoints")[-1]
+    steps = str(newest + 2)
+    arguments = [*resume.split()[1:], "--mesh.data", "1", "--steps", steps]
+    assert cli.main(arguments) == 0
+    assert f"resuming after step {newest} of {steps}" in capsys.readouterr().err
+    assert sorted(losses_of(run)) == list(range(1, newest + 3))
