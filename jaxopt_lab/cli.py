@@ -152,7 +152,11 @@ def _data(arguments: list[str]) -> int:
         sys.stdout.write(format_table(names, rows) + "\n")
         return 0
     if arguments[:1] != ["prepare"]:
-        return _fail("data: expected `data list` or `data prepare [--corpus ...]`", 2)
+        usage = "data list | data prepare [--corpus ...] [--tokenizer.vocab-size ...]"
+        if arguments in (["-h"], ["--help"]):
+            sys.stdout.write(f"usage: jaxopt-lab {usage}\n")
+            return 0
+        return _fail(f"data: expected {usage}", 2)
     config = parse_config(arguments[1:], "data prepare")
     try:
         corpus = data.prepare(

@@ -84,6 +84,7 @@ BAD = {
     "--optimizer.period 1.5": "optimizer.period",
     "--optimizer.learning-rate nan": "optimizer.learning_rate: got nan",
     "--optimizer adamw --optimizer.period 3": "--optimizer.period",
+    "--distributed.heartbeat-timeout-seconds 0": "distributed.heartbeat_timeout_seconds: got 0",
     "--steps 0": "steps: got 0",
     "--optimizer adamw --diagnostics norms": "diagnostics.record: got ('norms',), expected an "
     "optimizer of the LionMuon family, not AdamWConfig",

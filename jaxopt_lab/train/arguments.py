@@ -193,7 +193,7 @@ def _choices_help() -> str:
         "--precision is short for --model.compute-dtype, "
         "--document-mask for --model.document-mask, --diagnostics for --diagnostics.record.",
     ]
-    return "\n\n".join(lines)
+    return "\n".join(lines)
 
 
 def _one_line(box: str) -> str:

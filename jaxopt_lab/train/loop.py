@@ -111,10 +111,10 @@ class Loop:
           TrainingError: If too many steps were skipped, or the parameters are not finite.
         """
         steps, step = self._config.steps, start
-        if start == 0:
-            self.evaluate(0, state)
         taken: _Taken | None = None
         with self._batches(start) as batches, StopRequests(self._log.message) as stop:
+            if start == 0:
+                self.evaluate(0, state)
             for step in range(start + 1, steps + 1):
                 batch = self._global_batch(next(batches), stop.requested)
                 record = self._record(step, state, batch)

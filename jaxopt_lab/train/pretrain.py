@@ -19,6 +19,7 @@ from jaxopt_lab.train.checkpoint import Checkpoints
 from jaxopt_lab.train.config import PretrainConfig, check_vocabulary, validate
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
 from jaxopt_lab.train.evaluation import HeldOut
+from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.loop import Callback, Loop, Run, Status
 from jaxopt_lab.train.mesh import initialize_processes
 from jaxopt_lab.train.program import (
@@ -33,6 +34,7 @@ from jaxopt_lab.train.run_directory import (
     SUMMARY_FILE,
     add_session,
     describe_session,
+    discard_unstarted,
     open_run,
     resume_command,
     write_json,
@@ -89,12 +91,15 @@ def pretrain(
         return RunResult("dry-run", cost=cost_of(config, _compile(config, program, say)))
     directory = open_run(config)
     say(f"run directory: {directory}")
-    if jax.process_count() == 1:
-        return _run(config, directory, callbacks, say)
-    (message or _to_stderr)(_if_a_process_dies(config, directory))
+    if jax.process_count() > 1:
+        (message or _to_stderr)(_if_a_process_dies(config, directory))
     try:
         return _run(config, directory, callbacks, say)
-    except jax.errors.JaxRuntimeError as error:
+    except BaseException as error:
+        if jax.process_index() == 0 and not config.resume:
+            discard_unstarted(directory)
+        if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+            raise
         reason = " ".join(str(error).split())
         raise TrainingError(
             f"a computation of all processes failed: {reason}; if one of them died, start all "
@@ -114,11 +119,13 @@ def _if_a_process_dies(config: PretrainConfig, directory: Path) -> str:
 def _run(
     config: PretrainConfig, directory: Path, callbacks: Sequence[Callback], say: Message
 ) -> RunResult:
-    corpus, held_out_batches = _prepare(config, say)
+    with interrupt_by_the_end():
+        corpus, held_out_batches = _prepare(config, say)
     if jax.process_index() == 0:
         corpus.tokenizer.save(directory)  # the model is of no use without it
-    program = build_program(config, corpus.tokenizer.vocab_size, directory)
-    held_out = HeldOut(corpus, held_out_batches, program.mesh, program.evaluate)
+    with interrupt_by_the_end(say):
+        program = build_program(config, corpus.tokenizer.vocab_size, directory)
+        held_out = HeldOut(corpus, held_out_batches, program.mesh, program.evaluate)
     with Checkpoints(
         directory,
         keep_newest=config.checkpoint.keep_newest,
@@ -130,8 +137,9 @@ def _run(
 
 
 def _train(run: Run, callbacks: Sequence[Callback], say: Message) -> RunResult:
-    state, start = _initial_state(run, say)
-    compiled = _compile(run.config, run.program, say)
+    with interrupt_by_the_end(say):
+        state, start = _initial_state(run, say)
+        compiled = _compile(run.config, run.program, say)
     leader = jax.process_index() == 0
     if leader:
         options = run.program.compiler_options

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import jaxopt_lab
+from jaxopt_lab.report.tracker import METRICS_FILE
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.mesh import DistributedConfig
@@ -57,6 +59,13 @@ def open_run(config: PretrainConfig) -> Path:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the run directory exists")
     return directory
+
+
+def discard_unstarted(directory: Path) -> None:
+    """Removes a new run that ended before it logged anything: it must not block the next start."""
+    log = directory / METRICS_FILE
+    if not log.is_file() or not log.stat().st_size:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def read_config(directory: str | os.PathLike[str]) -> PretrainConfig:

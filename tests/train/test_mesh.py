@@ -94,6 +94,7 @@ def test_launchers_of_several_tasks_hand_over_to_jax(environment, expected, monk
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *given: calls.append(given))
-    assert initialize_processes(DistributedConfig()) is expected
-    assert calls == ([()] if expected else [])
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
+    settings = DistributedConfig(heartbeat_timeout_seconds=7)
+    assert initialize_processes(settings) is expected
+    assert calls == ([{"heartbeat_timeout_seconds": 7}] if expected else [])

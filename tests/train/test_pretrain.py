@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -25,6 +26,8 @@ from jaxopt_lab.train.schedules import ConstantConfig
 from jaxopt_lab.train.serialize import from_json, to_json
 from jaxopt_lab.train.trained import load_params
 from tests.train.tiny_run import losses_of, restored, tiny_config, write_text
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +165,13 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "optax-muon" else ())
+        for name in RESUMED
+    ],
+)
 def test_stopped_and_resumed_is_bitwise_the_straight_run(text, tmp_path, name, request):
     straight = tiny_config(text, tmp_path / "straight", **RESUMED[name])
     if straight.ema is None:
@@ -226,6 +235,27 @@ def test_exit_codes_of_the_command_line(text, tmp_path, number, code, capsys):
     err = capsys.readouterr().err
     assert f"jaxopt-lab pretrain --resume --run-directory {run}" in err
     assert committed_steps(tmp_path / "run/checkpoints")
+
+
+@pytest.mark.parametrize("moment", ["_prepare", "_compile"])
+def test_ctrl_c_before_the_first_step_leaves_nothing_behind(
+    text, tmp_path, monkeypatch, capsys, moment
+):
+    def interrupted(*arguments):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            pass  # as when a callback from native code loses it
+        return None, None
+
+    # By name: the package's attribute of that name is the function.
+    monkeypatch.setattr(sys.modules["jaxopt_lab.train.pretrain"], moment, interrupted)
+    path, run = tmp_path / "config.json", tmp_path / "run"
+    path.write_text(to_json(tiny_config(text, None, optimizer=AdamWConfig())))
+    assert cli.main(["pretrain", "--config", str(path), "--run-directory", str(run)]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "jaxopt-lab: error: interrupted"
+    assert not run.exists()
 
 
 def test_resume_reads_the_configuration_of_the_run(finished, tmp_path):
