@@ -10,6 +10,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 import jaxopt_lab as jol
+from jaxopt_lab.core.newton_schulz import newton_schulz_flops
 
 CLIP, WEIGHT_DECAY, NS_STEPS = 0.5, 0.1, 5
 ADAM_B1, ADAM_B2 = 0.8, 0.999
@@ -110,8 +111,6 @@ def optimizer_flops(method: Method, matrices: list[tuple[int, int, int]], parame
     elements = sum(b * m * n for b, m, n in matrices)
     if method.name == "AdamW":
         return 12.0 * parameters
-    spectral = sum(
-        b * NS_STEPS * 2 * min(m, n) ** 2 * (2 * max(m, n) + min(m, n)) for b, m, n in matrices
-    )
+    spectral = sum(b * newton_schulz_flops(m, n, NS_STEPS) for b, m, n in matrices)
     share = 0.0 if math.isinf(method.period) else 1.0 / method.period
     return share * spectral + 6.0 * elements + 12.0 * (parameters - elements)

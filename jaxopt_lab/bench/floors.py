@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab.core.matrices import resolve_layout
+from jaxopt_lab.core.newton_schulz import newton_schulz_flops
 
 # (bytes of the copied array, side of the multiplied matrices): far beyond any cache on an
 # accelerator, and small enough for a CPU to finish in a tenth of a second.
@@ -90,11 +91,8 @@ def tree_bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def newton_schulz_flops(params: Any, axes: Any, ns_steps: int = 5) -> int:
+def spectral_step_flops(params: Any, axes: Any, ns_steps: int = 5) -> int:
     """FLOPs of Newton-Schulz on every matrix of a tree, one spectral step.
-
-    One iteration on an m x n matrix with d = min(m, n), D = max(m, n) forms X X^T, its square and
-    the product with X: 2 d^2 (2 D + d) FLOPs.
 
     Args:
       params: Tree of arrays or shapes.
@@ -106,8 +104,7 @@ def newton_schulz_flops(params: Any, axes: Any, ns_steps: int = 5) -> int:
         if layout is None:
             return 0
         batch, rows, columns = resolve_layout(leaf.shape, layout).matrix_shape(leaf.shape)
-        small, large = sorted((rows, columns))
-        return batch * ns_steps * 2 * small**2 * (2 * large + small)
+        return batch * newton_schulz_flops(rows, columns, ns_steps)
 
     leaves, structure = jax.tree.flatten(params)
     return sum(map(leaf_flops, leaves, structure.flatten_up_to(axes)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import optax
 
-from jaxopt_lab.bench.floors import newton_schulz_flops
+from jaxopt_lab.bench.floors import spectral_step_flops
 from jaxopt_lab.optim.lion_muon import lion_muon
 
 # The rate changes nothing about the time of a step; a small one keeps the numbers ordinary.
@@ -106,4 +106,4 @@ def _no_products(params: Any, axes: Any) -> float:
 
 def _newton_schulz(params: Any, axes: Any) -> float:
     """Every method with a spectral step takes one of them in a period."""
-    return float(newton_schulz_flops(params, axes, _NS_STEPS))
+    return float(spectral_step_flops(params, axes, _NS_STEPS))

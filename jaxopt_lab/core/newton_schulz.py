@@ -106,6 +106,16 @@ def newton_schulz(
     return y.mT if tall else y
 
 
+def newton_schulz_flops(m: int, n: int, steps: int) -> int:
+    """FLOPs of `steps` iterations on one m x n matrix.
+
+    With sides d <= D an iteration forms X X^T, its square and the product with X:
+    2 d^2 (2 D + d).
+    """
+    small, large = sorted((m, n))
+    return steps * 2 * small**2 * (2 * large + small)
+
+
 def _matmul(x: Array, y: Array) -> Array:
     # HIGHEST: without it float32 products run in TF32 on a GPU. It does not affect bfloat16.
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

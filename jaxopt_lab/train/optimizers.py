@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree
 
 from jaxopt_lab import optim
 from jaxopt_lab.core.matrices import resolve_layout
+from jaxopt_lab.core.newton_schulz import newton_schulz_flops
 from jaxopt_lab.train.errors import ConfigError
 
 # Operations per element.
@@ -280,18 +281,13 @@ def _elements(params: PyTree) -> int:
 def _matrix_method_flops(
     params: PyTree, matrix_axes: PyTree, ns_steps: int, spectral_share: float
 ) -> float:
-    """Mean FLOPs of an optimizer with spectral steps on matrices and AdamW elsewhere.
-
-    One iteration on a matrix with sides d <= D forms X X^T, its square and the product with X:
-    2 d^2 (2 D + d) FLOPs.
-    """
+    """Mean FLOPs of an optimizer with spectral steps on matrices and AdamW elsewhere."""
     leaves, structure = jax.tree.flatten(params)
-    iteration = elements = 0
+    spectral = elements = 0
     for leaf, layout in zip(leaves, structure.flatten_up_to(matrix_axes), strict=True):
         if layout is not None:
-            count, *sides = resolve_layout(leaf.shape, layout).matrix_shape(leaf.shape)
-            small, large = sorted(sides)
-            iteration += count * 2 * small**2 * (2 * large + small)
+            count, rows, columns = resolve_layout(leaf.shape, layout).matrix_shape(leaf.shape)
+            spectral += count * newton_schulz_flops(rows, columns, ns_steps)
             elements += math.prod(leaf.shape)
     rest = _elements(params) - elements
-    return spectral_share * ns_steps * iteration + _SIGN_FLOPS * elements + _ADAM_FLOPS * rest
+    return spectral_share * spectral + _SIGN_FLOPS * elements + _ADAM_FLOPS * rest
