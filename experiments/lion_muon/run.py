@@ -1,8 +1,7 @@
 """Runs the LionMuon comparison and writes results/*.json; see README.md for claim and protocol.
 
 python experiments/lion_muon/run.py --scale gpu
-python experiments/lion_muon/run.py --scale cpu
-python experiments/lion_muon/report.py
+python experiments/lion_muon/report.py --scale gpu
 """
 
 import argparse
