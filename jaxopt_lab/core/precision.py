@@ -1,11 +1,15 @@
 """Named matrix-product precisions that mean the same accuracy on every platform."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from jax.lax import DotAlgorithmPreset, Precision
+from jaxtyping import Array, Float
 
 PrecisionName = Literal["default", "bf16_x3", "bf16_x6", "tf32_x3", "highest"]
+ProductPrecision = Literal["bfloat16", "default", "bf16_x3", "bf16_x6", "tf32_x3", "highest"]
+PRODUCT_PRECISIONS: tuple[ProductPrecision, ...] = get_args(ProductPrecision)
 
 _SPLIT = {
     "bf16_x3": DotAlgorithmPreset.BF16_BF16_F32_X3,
@@ -32,3 +36,27 @@ def dot_precision(
         return Precision.HIGHEST
     on_gpu = (platform or jax.default_backend()) in ("gpu", "cuda", "rocm")
     return _SPLIT[name] if on_gpu else Precision.HIGHEST
+
+
+def matmul(
+    a: Float[Array, "*batch m k"],
+    b: Float[Array, "*batch k n"],
+    precision: ProductPrecision = "highest",
+) -> Float[Array, "*batch m n"]:
+    """The product of two stacks at a named precision, accumulated and returned in float32 or wider.
+
+    Args:
+      a: Left operands.
+      b: Right operands.
+      precision: "bfloat16" rounds the operands; the other names are those of `dot_precision`.
+        float64 operands are always multiplied in float64.
+    """
+    wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    if wide == jnp.float64:
+        return jnp.matmul(a, b, precision=Precision.HIGHEST)
+    if precision == "bfloat16":
+        a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+        return jnp.matmul(a, b, preferred_element_type=wide)
+    # A split algorithm works on float32 operands.
+    a, b = a.astype(wide), b.astype(wide)
+    return jnp.matmul(a, b, precision=dot_precision(precision), preferred_element_type=wide)

@@ -1,7 +1,13 @@
-"""Spectral estimates from matrix-vector products."""
+"""Spectral tools: estimates from matrix-vector products, eigenbases and their refresh."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from jaxopt_lab.core.orthogonalization import Orthogonalizer, orthonormal
+from jaxopt_lab.core.precision import ProductPrecision, matmul
+
+# Squaring the Gram matrix ten times is 1024 rounds of power iteration.
+_SQUARINGS = 10
 
 
 def power_iteration(
@@ -45,3 +51,101 @@ def stable_rank(
     """
     sigma = power_iteration(x, start, iterations=iterations)
     return jnp.sum(jnp.square(x), axis=(-2, -1)) / (jnp.square(sigma) + 1e-12)
+
+
+def leading_singular_triple(
+    x: Float[Array, "*batch m n"],
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch m"], Float[Array, "*batch n"]]:
+    r"""The largest singular value with its vectors, from matrix products alone.
+
+    The Gram matrix of the smaller side is squared again and again; what is left is the projector
+    onto the leading singular vector. Deterministic; two values whose ratio is above 0.999 are not
+    told apart, and the vector then lies between theirs.
+
+    Args:
+      x: Matrices, float32 or wider.
+
+    Returns:
+      $(\sigma, u, v)$ with $\sigma u v^\top$ the leading term of $X$; all zero for a zero matrix.
+    """
+    m, n = x.shape[-2:]
+    if m > n:
+        sigma, v, u = leading_singular_triple(x.mT)
+        return sigma, u, v
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    unit = x * _reciprocal(largest)
+    projector = matmul(unit, unit.mT)
+    for _ in range(_SQUARINGS):
+        trace = jnp.trace(projector, axis1=-2, axis2=-1)[..., None, None]
+        projector = projector * _reciprocal(trace)
+        projector = matmul(projector, projector)
+    column = jnp.argmax(jnp.diagonal(projector, axis1=-2, axis2=-1), axis=-1)[..., None, None]
+    u = jnp.take_along_axis(projector, column, axis=-1)
+    u = u * _reciprocal(_lengths(u))
+    v = matmul(unit.mT, u)
+    v = v * _reciprocal(_lengths(v))
+    u = matmul(unit, v)
+    size = _lengths(u)
+    return (size * largest)[..., 0, 0], (u * _reciprocal(size))[..., 0], v[..., 0]
+
+
+def orthogonal_complement(u: Float[Array, "*batch n"]) -> Float[Array, "*batch n n"]:
+    """An orthogonal matrix whose first column is `u` up to sign: a Householder reflection.
+
+    Of all such matrices it is the closest to the identity. For a zero vector it is the identity.
+
+    Args:
+      u: Unit vectors.
+    """
+    first = jnp.zeros(u.shape[-1], u.dtype).at[0].set(1)
+    sign = jnp.where(u[..., :1] > 0, 1, -1)
+    length = jnp.sum(jnp.square(u), axis=-1, keepdims=True)
+    w = u + jnp.where(length > 0, sign, 0) * first
+    scale = 2 * _reciprocal(jnp.sum(jnp.square(w), axis=-1))[..., None, None]
+    return jnp.eye(u.shape[-1], dtype=u.dtype) - scale * w[..., :, None] * w[..., None, :]
+
+
+def eigenbasis(factor: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+    """Eigenvectors of symmetric matrices as columns, by decreasing eigenvalue."""
+    return jnp.flip(jnp.linalg.eigh((factor + factor.mT) / 2, symmetrize_input=False)[1], axis=-1)
+
+
+def refresh_eigenbasis(
+    factor: Float[Array, "*batch n n"],
+    basis: Float[Array, "*batch n n"],
+    *,
+    orthogonalizer: Orthogonalizer = "panels",
+    precision: ProductPrecision = "bf16_x3",
+) -> tuple[Float[Array, "*batch n n"], Int[Array, "*batch n"]]:
+    r"""Follow a slowly changing eigenbasis by one power iteration.
+
+    The columns of $Q$ are sorted by decreasing $\operatorname{diag}(Q^\top X Q)$ and replaced by
+    the orthogonal factor of $X Q$. A ridge of a few rounding units of $\lVert X \rVert$ decides
+    what becomes of directions in which the factor is zero to working precision: they stay.
+
+    Args:
+      factor: $X$, symmetric and positive semidefinite.
+      basis: $Q$, orthogonal.
+      orthogonalizer: "panels" or "householder".
+      precision: Of the products.
+
+    Returns:
+      The new basis, and the permutation that sorted the old one: entry j of the new order was
+      entry `order[j]`. Whatever is stored in the eigenbasis follows it.
+    """
+    size = jnp.sqrt(jnp.sum(jnp.square(factor), axis=(-2, -1), keepdims=True))
+    image = matmul(factor, basis, precision) * _reciprocal(size)
+    values = jnp.sum(basis * image, axis=-2)
+    order = jnp.argsort(values, axis=-1, descending=True)
+    image = image + 8 * jnp.finfo(image.dtype).eps * basis
+    image = jnp.take_along_axis(image, order[..., None, :], axis=-1)
+    return orthonormal(image, orthogonalizer, precision=precision), order
+
+
+def _lengths(x: Array) -> Array:
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
+
+
+def _reciprocal(x: Array) -> Array:
+    """The inverse, and 0 for 0."""
+    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)

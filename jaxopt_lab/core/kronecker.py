@@ -1,0 +1,279 @@
+r"""Kronecker approximation of a second-moment matrix, without ever forming that matrix.
+
+For gradients $G$ of shape (m, n) the second moment $F$ of $\operatorname{vec}(G)$ (row-major) is
+(mn, mn). Its rearrangement $\mathcal R(F)$, of shape (m², n²), turns Kronecker products into
+rank-one matrices, $\mathcal R(L \otimes R) = \operatorname{vec}(L) \operatorname{vec}(R)^\top$, and
+keeps the Frobenius norm; so the best $L \otimes R$ is the best rank-one approximation of
+$\mathcal R(F)$. For one gradient the products with it are matrix products of the size of $G$:
+
+.. math::
+  \mathcal R(\operatorname{vec} G \operatorname{vec} G^\top) \operatorname{vec} X
+    = \operatorname{vec}(G X G^\top), \qquad
+  \mathcal R(\operatorname{vec} G \operatorname{vec} G^\top)^\top \operatorname{vec} Y
+    = \operatorname{vec}(G^\top Y G)
+
+An integrator advances $(L, R)$ towards the target
+
+.. math::
+  A = \beta \operatorname{vec}(L) \operatorname{vec}(R)^\top
+    + w \, \mathcal R(\operatorname{vec} G \operatorname{vec} G^\top)
+
+and returns a balanced pair: $\lVert L \rVert = \lVert R \rVert$, both symmetric and positive
+semidefinite. Everything is computed from unit matrices and two weights between 0 and 1, so that
+neither tiny nor huge gradients leave the range of float32.
+
+Source: Yudin, Grishina, Veprikov, Beznosikov and Rakhuba, "DyKAF: Dynamical Kronecker Approximation
+of the Fisher Information Matrix for Gradient Preconditioning", arXiv 2511.06477; Lubich and
+Oseledets, "A projector-splitting integrator for dynamical low-rank approximation"; Ceruti and
+Lubich, "An unconventional robust integrator for dynamical low-rank approximation", arXiv
+2010.02022.
+"""
+
+from typing import Literal, Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxopt_lab.core.precision import ProductPrecision, matmul
+from jaxopt_lab.core.spectral import leading_singular_triple
+
+Scalar = float | Array
+Integrator = Literal["ksl", "parallel"]
+StartScale = Literal["sigma", "sqrt_sigma"]
+
+
+class FactorStep(Protocol):
+    """One step of an integrator."""
+
+    def __call__(  # noqa: D102
+        self,
+        left: Float[Array, "*batch m m"],
+        right: Float[Array, "*batch n n"],
+        grad: Float[Array, "*batch m n"],
+        *,
+        decay: Scalar,
+        weight: Scalar,
+        precision: ProductPrecision = "highest",
+    ) -> tuple[Float[Array, "*batch m m"], Float[Array, "*batch n n"]]: ...
+
+
+def rearrange(fisher: Float[Array, "mn mn"], rows: int, columns: int) -> Float[Array, "mm nn"]:
+    """The rearrangement of a small second-moment matrix, formed in full.
+
+    Args:
+      fisher: Second moment of the row-major vec of (rows, columns) matrices.
+      rows: m.
+      columns: n.
+
+    Example:
+      >>> left, right = jnp.eye(2), jnp.ones((3, 3))
+      >>> bool(jnp.all(rearrange(jnp.kron(left, right), 2, 3) == jnp.outer(left, right)))
+      True
+    """
+    blocks = fisher.reshape(rows, columns, rows, columns)
+    return blocks.swapaxes(1, 2).reshape(rows * rows, columns * columns)
+
+
+def row_product(
+    grad: Float[Array, "*batch m n"],
+    x: Float[Array, "*batch n n"],
+    precision: ProductPrecision = "highest",
+) -> Float[Array, "*batch m m"]:
+    r"""$G X G^\top$: the rearranged $\operatorname{vec} G \operatorname{vec} G^\top$ times $X$."""
+    return matmul(matmul(grad, x, precision), grad.mT, precision)
+
+
+def column_product(
+    grad: Float[Array, "*batch m n"],
+    y: Float[Array, "*batch m m"],
+    precision: ProductPrecision = "highest",
+) -> Float[Array, "*batch n n"]:
+    r"""$G^\top Y G$: the transposed rearrangement times $Y$."""
+    return matmul(grad.mT, matmul(y, grad, precision), precision)
+
+
+def ksl_step(
+    left: Float[Array, "*batch m m"],
+    right: Float[Array, "*batch n n"],
+    grad: Float[Array, "*batch m n"],
+    *,
+    decay: Scalar,
+    weight: Scalar,
+    precision: ProductPrecision = "highest",
+) -> tuple[Float[Array, "*batch m m"], Float[Array, "*batch n n"]]:
+    r"""One step of sequential projector splitting (K, S and L substeps) at rank one.
+
+    The backward S-step cancels all but the overlap of the new left factor with the old one:
+
+    .. math::
+      U = \frac{A \operatorname{vec} R}{\lVert A \operatorname{vec} R \rVert}, \qquad
+      L' \otimes R' = U \otimes \left(\beta \langle U, L \rangle R + w \, G^\top U G\right)
+
+    That is an orthogonal projection of the target: the right factor is the best one for $U$.
+
+    Args:
+      left: $L$, the factor of the rows.
+      right: $R$, the factor of the columns.
+      grad: $G$.
+      decay: $\beta$, of the product $L \otimes R$.
+      weight: $w$ of the new gradient.
+      precision: Of the products.
+
+    Returns:
+      The balanced pair $(L', R')$.
+    """
+    step = _Increment(left, right, grad, decay, weight)
+    u = _unit(step.rows(precision))
+    seen = symmetric(column_product(step.grad_unit, u, precision))
+    overlap = _divide(_inner(u, left), step.left_size)
+    n = _divide(step.old * overlap * right, step.right_size) + step.new * seen
+    size = frobenius_norm(n)
+    root = jnp.sqrt(step.scale * size)
+    return root * u, root * _divide(n, size)
+
+
+def parallel_step(
+    left: Float[Array, "*batch m m"],
+    right: Float[Array, "*batch n n"],
+    grad: Float[Array, "*batch m n"],
+    *,
+    decay: Scalar,
+    weight: Scalar,
+    precision: ProductPrecision = "highest",
+) -> tuple[Float[Array, "*batch m m"], Float[Array, "*batch n n"]]:
+    r"""One step of basis update and Galerkin: both factors from the old ones, then one number.
+
+    .. math::
+      U \propto A \operatorname{vec} R, \qquad V \propto A^\top \operatorname{vec} L, \qquad
+      L' \otimes R' = \left(\operatorname{vec}(U)^\top A \operatorname{vec}(V)\right) U \otimes V
+
+    What the released code of DyKAF runs; never more accurate than `ksl_step` from the same state.
+    Arguments and results as there.
+    """
+    step = _Increment(left, right, grad, decay, weight)
+    u = _unit(step.rows(precision))
+    v = _unit(step.columns(precision))
+    kept = _divide(_inner(left, u), step.left_size) * _divide(_inner(right, v), step.right_size)
+    gained = _inner(u, row_product(step.grad_unit, v, precision))
+    root = jnp.sqrt(step.scale * (step.old * kept + step.new * gained))
+    return root * u, root * v
+
+
+INTEGRATORS: dict[str, FactorStep] = {"ksl": ksl_step, "parallel": parallel_step}
+
+
+def kronecker_start(
+    grad: Float[Array, "*batch m n"], scale: StartScale = "sigma"
+) -> tuple[Float[Array, "*batch m m"], Float[Array, "*batch n n"]]:
+    r"""The best Kronecker approximation of one gradient's second moment.
+
+    With the leading singular triple $(\sigma, u, v)$ of $G$ it is $\sigma u u^\top \otimes
+    \sigma v v^\top$: "sigma". The released code has $\sqrt\sigma$ in place of both $\sigma$:
+    "sqrt_sigma".
+
+    Args:
+      grad: $G$; a zero matrix gives zero factors.
+      scale: What multiplies the outer products.
+    """
+    sigma, u, v = leading_singular_triple(grad)
+    size = sigma if scale == "sigma" else jnp.sqrt(sigma)
+
+    def outer(x: Array) -> Array:
+        return size[..., None, None] * x[..., :, None] * x[..., None, :]
+
+    return outer(u), outer(v)
+
+
+def rank_one_step(
+    row: Float[Array, "*batch m"],
+    column: Float[Array, "*batch n"],
+    squares: Float[Array, "*batch m n"],
+    *,
+    decay: Scalar,
+) -> tuple[Float[Array, "*batch m"], Float[Array, "*batch n"]]:
+    r"""`parallel_step` for $V \approx l r^\top$, towards $\beta l r^\top + (1 - \beta) P$.
+
+    Args:
+      row: $l$, positive.
+      column: $r$, positive.
+      squares: $P$, non-negative.
+      decay: $\beta$.
+
+    Returns:
+      The balanced pair $(l', r')$.
+    """
+    l_size, r_size = _length(row), _length(column)
+    l_unit, r_unit = _divide(row, l_size), _divide(column, r_size)
+    largest = jnp.max(squares, axis=(-2, -1), keepdims=True)
+    p_unit = _divide(squares, largest)
+    kept = decay * l_size * r_size
+    gained = (1 - decay) * largest[..., 0]
+    total = kept + gained
+    old, new = _divide(kept, total), _divide(gained, total)
+    x = old * l_unit + new * jnp.einsum("...mn,...n->...m", p_unit, r_unit, precision="highest")
+    y = old * r_unit + new * jnp.einsum("...mn,...m->...n", p_unit, l_unit, precision="highest")
+    x, y = _divide(x, _length(x)), _divide(y, _length(y))
+    overlaps = jnp.sum(x * l_unit, -1, keepdims=True) * jnp.sum(y * r_unit, -1, keepdims=True)
+    fit = jnp.einsum("...m,...mn,...n->...", x, p_unit, y, precision="highest")[..., None]
+    root = jnp.sqrt(total * (old * overlaps + new * fit))
+    return root * x, root * y
+
+
+def symmetric(x: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+    """The symmetric part."""
+    return (x + x.mT) / 2
+
+
+def frobenius_norm(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch 1 1"]:
+    """Frobenius norms that broadcast against the stack."""
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
+
+
+class _Increment:
+    """The target of a step in units in which nothing under- or overflows.
+
+    A = scale * (old * unit old approximation + new * unit increment), with old and new in [0, 1].
+    The factors enter products as they are and the small results are scaled: a scaled copy of them
+    would cost as much memory traffic as the product.
+    """
+
+    def __init__(self, left: Array, right: Array, grad: Array, decay: Scalar, weight: Scalar):
+        self.left, self.right = left, right
+        self.left_size, self.right_size = frobenius_norm(left), frobenius_norm(right)
+        grad_size = frobenius_norm(grad)
+        self.grad_unit = _divide(grad, grad_size)
+        kept = decay * self.left_size * self.right_size
+        gained = weight * jnp.square(grad_size)
+        self.scale = kept + gained
+        self.old, self.new = _divide(kept, self.scale), _divide(gained, self.scale)
+
+    def rows(self, precision: ProductPrecision) -> Array:
+        """A vec(R) up to a positive factor."""
+        seen = symmetric(row_product(self.grad_unit, self.right, precision))
+        return _divide(self.old * self.left, self.left_size) + _divide(
+            self.new * seen, self.right_size
+        )
+
+    def columns(self, precision: ProductPrecision) -> Array:
+        """A^T vec(L) up to a positive factor."""
+        seen = symmetric(column_product(self.grad_unit, self.left, precision))
+        return _divide(self.old * self.right, self.right_size) + _divide(
+            self.new * seen, self.left_size
+        )
+
+
+def _inner(x: Array, y: Array) -> Array:
+    return jnp.sum(x * y, axis=(-2, -1), keepdims=True)
+
+
+def _length(x: Array) -> Array:
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
+
+
+def _divide(x: Array, size: Array) -> Array:
+    """Quotient, and 0 where the size is 0."""
+    return x * jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
+
+
+def _unit(x: Array) -> Array:
+    return _divide(x, frobenius_norm(x))
