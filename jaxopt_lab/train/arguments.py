@@ -8,15 +8,22 @@ first, the rest is parsed by tyro.
 import contextlib
 import io
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import tyro
 
 from jaxopt_lab.data import Mixture, PreparedTfds, PythonSource, TextFiles
 from jaxopt_lab.models import PRESETS
-from jaxopt_lab.train.config import CORPORA, PretrainConfig, choose, from_preset
+from jaxopt_lab.train.config import (
+    CORPORA,
+    AnyRun,
+    PretrainConfig,
+    RunConfig,
+    choose,
+    with_preset,
+)
 from jaxopt_lab.train.errors import ArgumentError, ConfigError
 from jaxopt_lab.train.optimizers import OPTIMIZERS
 from jaxopt_lab.train.run_directory import read_config
@@ -33,7 +40,17 @@ _SHORT_FLAGS = {
 }
 
 
-def parse_config(arguments: Sequence[str], verb: str) -> PretrainConfig:
+@overload
+def parse_config(arguments: Sequence[str], verb: str) -> PretrainConfig: ...
+
+
+@overload
+def parse_config(arguments: Sequence[str], verb: str, kind: type[AnyRun]) -> AnyRun: ...
+
+
+def parse_config(
+    arguments: Sequence[str], verb: str, kind: type[RunConfig] = PretrainConfig
+) -> RunConfig:
     """Reads a configuration off the command line.
 
     Flags that name a choice (`--optimizer adamw`), `--config file.json` and `--resume` decide the
@@ -42,20 +59,22 @@ def parse_config(arguments: Sequence[str], verb: str) -> PretrainConfig:
     Args:
       arguments: What stands after the verb.
       verb: For messages.
+      kind: The configuration of the verb.
 
     Raises:
       ConfigError: For names and values that cannot work.
       SystemExit: After `--help`.
     """
-    names, rest = _take_names(_normalized(arguments))
-    default = _default_config(names, _value_of(rest, "--run-directory"))
+    known = {field.name for field in fields(kind)}
+    names, rest = _take_names(_normalized(arguments), known)
+    default = _default_config(names, _value_of(rest, "--run-directory"), kind)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(
-                PretrainConfig,
+                kind,
                 prog=f"jaxopt-lab {verb}",
-                description=_choices_help(),
+                description=_choices_help(known),
                 args=rest,
                 default=default,
                 config=(tyro.conf.AvoidSubcommands,),
@@ -83,16 +102,17 @@ def _normalized(arguments: Sequence[str]) -> list[str]:
     return result
 
 
-def _take_names(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def _take_names(arguments: Sequence[str], known: set[str]) -> tuple[dict[str, Any], list[str]]:
     """Takes `--optimizer NAME` and its like, `--config FILE` and `--resume` out of the flags."""
+    chosen = [f"--{choice}" for choice in _CHOICES if choice in known]
     names: dict[str, Any] = {}
     rest, position = [], 0
     while position < len(arguments):
         flag = arguments[position]
         position += 1
-        if flag == "--resume":
+        if flag == "--resume" and "resume" in known:
             names["resume"] = True
-        elif flag in [f"--{choice}" for choice in (*_CHOICES, "config")]:
+        elif flag in (*chosen, "--config"):
             if position == len(arguments) or arguments[position].startswith("--"):
                 raise ArgumentError(f"{flag}: expected a value after it")
             names[flag[2:]] = arguments[position]
@@ -108,32 +128,32 @@ def _take_names(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     return names, rest
 
 
-def _default_config(names: dict[str, Any], run_directory: str | None) -> PretrainConfig:
+def _default_config(
+    names: dict[str, Any], run_directory: str | None, kind: type[RunConfig]
+) -> RunConfig:
     """The configuration that single flags then change."""
+    config: RunConfig
     if names.get("resume"):
         if run_directory is None:
             raise ConfigError("run_directory", None, "expected the directory of the run to resume")
         config = replace(read_config(run_directory), resume=True)
     elif "config" in names:
         try:
-            config = from_json(Path(names["config"]).read_text())
+            config = from_json(Path(names["config"]).read_text(), kind)
         except OSError as error:
             raise ConfigError("config", names["config"], f"expected a file: {error}") from error
     else:
-        config = from_preset(names.get("model", "tiny"))
+        config = with_preset(kind(), names.get("model", "tiny"))
     if names.get("model", config.preset) != config.preset:
-        preset = from_preset(names["model"])
-        config = replace(
-            config, preset=preset.preset, model=preset.model, tokenizer=preset.tokenizer
-        )
+        config = with_preset(config, names["model"])
     for section, registry in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
         if section in names:
-            kind = choose(section, registry, names[section])
-            if type(getattr(config, section)) is not kind:
-                config = replace(config, **{section: kind()})
+            chosen = choose(section, registry, names[section])
+            if type(getattr(config, section)) is not chosen:
+                config = replace(config, **{section: chosen()})
     if "corpus" in names:
-        kind = choose("corpus", CORPORA, names["corpus"])
-        if type(config.corpus) is not kind or "corpus.parts" in names:
+        chosen = choose("corpus", CORPORA, names["corpus"])
+        if type(config.corpus) is not chosen or "corpus.parts" in names:
             config = replace(config, corpus=_blank_corpus(names))
     return config
 
@@ -180,19 +200,21 @@ def _value_of(arguments: Sequence[str], flag: str) -> str | None:
     return arguments[len(arguments) - 1 - arguments[::-1].index(flag) + 1]
 
 
-def _choices_help() -> str:
-
+def _choices_help(known: set[str]) -> str:
+    registries = {"model": PRESETS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+    resume = "; --resume continues --run-directory" if "resume" in known else ""
+    diagnostics = ", --diagnostics for --diagnostics.record" if "diagnostics" in known else ""
     lines = [
         "These choose what the sections below are made of:",
-        f"--model {{{','.join(PRESETS)}}}",
-        f"--optimizer {{{','.join(OPTIMIZERS)}}}",
-        f"--schedule {{{','.join(SCHEDULES)}}}",
+        *(f"--{n} {{{','.join(names)}}}" for n, names in registries.items() if n in known),
         f"--corpus {{{','.join(CORPORA)}}}; a mixture takes --corpus.parts python-source:stdlib "
         "'text-files:notes/*.md' --corpus.weights 3 1",
-        "--config FILE starts from the config.json of a run; --resume continues --run-directory.",
+        f"--config FILE starts from the config.json of a run{resume}.",
         "--precision is short for --model.compute-dtype, "
-        "--document-mask for --model.document-mask, --diagnostics for --diagnostics.record.",
+        f"--document-mask for --model.document-mask{diagnostics}.",
     ]
+    if "optimizers" in known:
+        lines.insert(1, f"--optimizers some of {{{','.join(OPTIMIZERS)}}}")
     return "\n".join(lines)
 
 

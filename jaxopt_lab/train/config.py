@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -32,14 +32,19 @@ CORPORA: dict[str, type] = {
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class HeldOutConfig:
     """Held-out evaluation."""
 
     every: int = 100
-    """Steps between evaluations; the first and the last step are always evaluated."""
+    """Steps between evaluations; the last step is always evaluated."""
 
     batches: int = 16
     """Batches of held-out text, the same every time."""
+
+
+@dataclass(frozen=True)
+class EvalConfig(HeldOutConfig):
+    """Held-out evaluation."""
 
     sample_tokens: int = 96
     """Length of the continuation sampled at the end; 0 leaves it out."""
@@ -63,8 +68,8 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """One pretraining run. Everything is a flag: `--steps 500 --optimizer.period 5`."""
+class RunConfig:
+    """What is trained, on which text and for how long: what every verb that trains shares."""
 
     # `--model NAME` sets it, together with the model.
     preset: Annotated[str, tyro.conf.Suppress] = "tiny"
@@ -72,9 +77,6 @@ class PretrainConfig:
 
     model: DecoderConfig = PRESETS["tiny"]
     """Shape and numerics of the decoder."""
-
-    optimizer: OptimizerConfig = LionMuonConfig()
-    """The update rule."""
 
     schedule: ScheduleConfig = CosineConfig()
     """The learning rate over time."""
@@ -84,6 +86,35 @@ class PretrainConfig:
 
     tokenizer: TokenizerConfig = TokenizerConfig()
     """How text becomes tokens."""
+
+    steps: int = 300
+    """Optimizer steps."""
+
+    batch_size: int = 8
+    """Windows of `model.context` tokens per step, over all devices and microbatches."""
+
+    clip: float | None = 0.5
+    """Largest global norm of the gradient; None does not clip."""
+
+    z_loss: float = 0.0
+    """Weight of the squared log-partition in the training loss."""
+
+    head_chunks: int = 1
+    """Pieces of the sequence for which the logits are held at a time; saves memory, costs time."""
+
+    validation_fraction: float = 0.05
+    """Share of the documents that is held out."""
+
+    run_directory: str | None = None
+    """Where everything is written; by default a new directory below `runs/`."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """One pretraining run. Everything is a flag: `--steps 500 --optimizer.period 5`."""
+
+    optimizer: OptimizerConfig = LionMuonConfig()
+    """The update rule."""
 
     mesh: MeshConfig = MeshConfig()
     """The devices."""
@@ -100,23 +131,8 @@ class PretrainConfig:
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     """What to measure besides losses."""
 
-    steps: int = 300
-    """Optimizer steps."""
-
-    batch_size: int = 8
-    """Windows of `model.context` tokens per step, over all devices and microbatches."""
-
     accumulation: int = 1
     """Microbatches per step, one after another."""
-
-    clip: float | None = 0.5
-    """Largest global norm of the gradient; None does not clip."""
-
-    z_loss: float = 0.0
-    """Weight of the squared log-partition in the training loss."""
-
-    head_chunks: int = 1
-    """Pieces of the sequence for which the logits are held at a time; saves memory, costs time."""
 
     ema: float | None = None
     """Decay of an average of the weights, which is then evaluated and sampled as well."""
@@ -126,12 +142,6 @@ class PretrainConfig:
 
     max_skipped: int = 20
     """Steps with a non-finite loss or gradient that a run may skip before it stops."""
-
-    validation_fraction: float = 0.05
-    """Share of the documents that is held out."""
-
-    run_directory: str | None = None
-    """Where everything is written; by default a new directory below `runs/`."""
 
     resume: bool = False
     """Continue the run in `run_directory`, with its own configuration and these changes."""
@@ -153,15 +163,27 @@ class PretrainConfig:
     """Also log to Weights & Biases; needs the package `wandb`."""
 
 
+AnyRun = TypeVar("AnyRun", bound=RunConfig)
+
+
 def from_preset(preset: str) -> PretrainConfig:
     """The defaults for a named model: a tokenizer as large as its vocabulary.
 
     >>> from_preset("gpt2-124m").tokenizer.vocab_size
     50304
     """
+    return with_preset(PretrainConfig(), preset)
+
+
+def with_preset(config: AnyRun, preset: str) -> AnyRun:
+    """The same run of another named model, with a tokenizer as large as its vocabulary.
+
+    Raises:
+      ConfigError: If there is no such preset.
+    """
     model = choose("model", PRESETS, preset)
     return replace(
-        PretrainConfig(),
+        config,
         preset=preset,
         model=model,
         tokenizer=TokenizerConfig(vocab_size=model.vocab_size),
@@ -185,33 +207,15 @@ def validate(config: PretrainConfig, device_count: int) -> None:
     Raises:
       ConfigError: Names the field, the value and what would be right.
     """
-    choose("model", PRESETS, config.preset)
-    for name in ("steps", "batch_size", "accumulation"):
-        _at_least(config, name, 1)
-    _at_least(config, "max_skipped", 0)
-    for name in ("every", "batches"):
-        _at_least(config.eval, name, 1, "eval.")
-    _at_least(config.eval, "sample_tokens", 0, "eval.")
+    validate_run(config, config.eval)
+    at_least(config, "accumulation", 1)
+    at_least(config, "max_skipped", 0)
+    at_least(config.eval, "sample_tokens", 0, "eval.")
     _validate_checkpoints(config.checkpoint)
     config.optimizer.validate()
-    config.schedule.validate(config.steps)
     config.diagnostics.validate(config.optimizer)
-    if config.clip is not None and not config.clip > 0:
-        raise ConfigError("clip", config.clip, "expected a positive norm, or None")
-    if not config.z_loss >= 0:
-        raise ConfigError("z_loss", config.z_loss, "expected at least 0")
     if config.ema is not None and not 0 < config.ema < 1:
         raise ConfigError("ema", config.ema, "expected a decay between 0 and 1, or None")
-    if not 0 < config.validation_fraction < 1:
-        raise ConfigError(
-            "validation_fraction", config.validation_fraction, "expected a share between 0 and 1"
-        )
-    if config.head_chunks < 1 or config.model.context % config.head_chunks:
-        raise ConfigError(
-            "head_chunks",
-            config.head_chunks,
-            f"expected a divisor of model.context = {config.model.context}",
-        )
     if config.deterministic and config.model.attention == "cudnn":
         raise ConfigError(
             "model.attention", "cudnn", "expected auto or xla: cuDNN's kernel is not deterministic"
@@ -227,6 +231,34 @@ def validate(config: PretrainConfig, device_count: int) -> None:
         )
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb", True, "needs a package: pip install 'jaxopt-lab[wandb]'")
+
+
+def validate_run(config: RunConfig, evaluation: HeldOutConfig) -> None:
+    """Checks what all verbs that train share.
+
+    Raises:
+      ConfigError: Names the field, the value and what would be right.
+    """
+    choose("model", PRESETS, config.preset)
+    for name in ("steps", "batch_size"):
+        at_least(config, name, 1)
+    for name in ("every", "batches"):
+        at_least(evaluation, name, 1, "eval.")
+    config.schedule.validate(config.steps)
+    if config.clip is not None and not config.clip > 0:
+        raise ConfigError("clip", config.clip, "expected a positive norm, or None")
+    if not config.z_loss >= 0:
+        raise ConfigError("z_loss", config.z_loss, "expected at least 0")
+    if not 0 < config.validation_fraction < 1:
+        raise ConfigError(
+            "validation_fraction", config.validation_fraction, "expected a share between 0 and 1"
+        )
+    if config.head_chunks < 1 or config.model.context % config.head_chunks:
+        raise ConfigError(
+            "head_chunks",
+            config.head_chunks,
+            f"expected a divisor of model.context = {config.model.context}",
+        )
 
 
 def check_vocabulary(model: DecoderConfig, tokenizer: Tokenizer) -> str | None:
@@ -253,15 +285,16 @@ def check_vocabulary(model: DecoderConfig, tokenizer: Tokenizer) -> str | None:
 
 
 def _validate_checkpoints(config: CheckpointConfig) -> None:
-    _at_least(config, "keep_newest", 1, "checkpoint.")
-    _at_least(config, "keep_best", 0, "checkpoint.")
+    at_least(config, "keep_newest", 1, "checkpoint.")
+    at_least(config, "keep_best", 0, "checkpoint.")
     if config.every_steps is not None:
-        _at_least(config, "every_steps", 1, "checkpoint.")
+        at_least(config, "every_steps", 1, "checkpoint.")
     if config.every_minutes is not None and not config.every_minutes > 0:
         raise ConfigError("checkpoint.every_minutes", config.every_minutes, "expected more than 0")
 
 
-def _at_least(config: Any, name: str, least: int, prefix: str = "") -> None:
+def at_least(config: Any, name: str, least: int, prefix: str = "") -> None:
+    """Raises a ConfigError unless a field is at least so large."""
     value = getattr(config, name)
     if value < least:
         raise ConfigError(f"{prefix}{name}", value, f"expected at least {least}")

@@ -6,9 +6,9 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, overload
 
-from jaxopt_lab.train.config import CORPORA, PretrainConfig, choose, from_preset
+from jaxopt_lab.train.config import CORPORA, AnyRun, PretrainConfig, RunConfig, choose, with_preset
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.optimizers import OPTIMIZERS, OptimizerConfig
 from jaxopt_lab.train.schedules import SCHEDULES, ScheduleConfig
@@ -18,7 +18,7 @@ _NAMES = {kind: name for registry in _REGISTRIES for name, kind in registry.item
 _PARTS = {name: kind for name, kind in CORPORA.items() if name != "mixture"}
 
 
-def to_json(config: PretrainConfig) -> str:
+def to_json(config: RunConfig) -> str:
     """Every field of a configuration, defaults included.
 
     >>> from_json(to_json(PretrainConfig(steps=7))).steps
@@ -27,8 +27,20 @@ def to_json(config: PretrainConfig) -> str:
     return json.dumps(_encode(config), indent=2, allow_nan=False) + "\n"
 
 
-def from_json(text: str) -> PretrainConfig:
+@overload
+def from_json(text: str) -> PretrainConfig: ...
+
+
+@overload
+def from_json(text: str, kind: type[AnyRun]) -> AnyRun: ...
+
+
+def from_json(text: str, kind: type[RunConfig] = PretrainConfig) -> RunConfig:
     """Reads what `to_json` wrote, or a part of it; missing fields keep their defaults.
+
+    Args:
+      text: A JSON object.
+      kind: The configuration that it holds.
 
     Raises:
       ConfigError: For text that is not a JSON object, an unknown key or name, or a value of the
@@ -40,8 +52,21 @@ def from_json(text: str) -> PretrainConfig:
         raise ConfigError("config", text[:40], f"expected JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError("config", values, "expected a JSON object")
-    default = from_preset(values.get("preset", "tiny"))
-    return _decode_dataclass(PretrainConfig, default, values, "")
+    default = with_preset(kind(), values.get("preset", "tiny"))
+    return _decode_dataclass(kind, default, values, "")
+
+
+def optimizer_from(name: str, settings: Mapping[str, Any], path: str) -> OptimizerConfig:
+    """An optimizer by name, with settings that differ from its defaults.
+
+    >>> optimizer_from("lion-muon", {"period": 5}, "optimizer").period
+    5
+
+    Raises:
+      ConfigError: For an unknown name, an unknown setting, or a value of the wrong type.
+    """
+    kind = choose(path, OPTIMIZERS, name)
+    return _decode_dataclass(kind, None, settings, f"{path}.{name}")
 
 
 def name_of(config: Any) -> str:

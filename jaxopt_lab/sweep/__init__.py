@@ -1,0 +1,27 @@
+"""Equal tuning of optimizers: learning rates and seeds of one optimizer as one vmapped program.
+
+Stands on jax, optax and numpy alone: models and text come in as functions and arrays, so that an
+experiment runs wherever those are installed.
+"""
+
+from jaxopt_lab.sweep.cost import StepCost, lanes_that_fit, measure_step
+from jaxopt_lab.sweep.program import Curves, Program, Run
+from jaxopt_lab.sweep.significance import RULE, Difference, difference, seed_noise
+from jaxopt_lab.sweep.task import Task
+from jaxopt_lab.sweep.tuning import Tuned, tune
+
+__all__ = [
+    "RULE",
+    "Curves",
+    "Difference",
+    "Program",
+    "Run",
+    "StepCost",
+    "Task",
+    "Tuned",
+    "difference",
+    "lanes_that_fit",
+    "measure_step",
+    "seed_noise",
+    "tune",
+]

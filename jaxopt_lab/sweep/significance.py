@@ -1,0 +1,88 @@
+"""The rule by which a difference between two optimizers counts, stated before the runs."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+STANDARD_ERRORS = 2.0
+"""A difference of means counts when it exceeds so many standard errors."""
+
+RULE = (
+    "A difference of mean final held-out losses counts when it exceeds "
+    f"{STANDARD_ERRORS:g} standard errors, s * sqrt(1/n1 + 1/n2), with n1 and n2 the numbers of "
+    "seeds and s the standard deviation between seeds pooled over all optimizers."
+)
+
+
+class Difference(NamedTuple):
+    """Mean of the first optimizer minus mean of the second, against the seed noise."""
+
+    value: float
+    standard_error: float
+    counts: bool
+
+    @property
+    def standard_errors(self) -> float:
+        """The difference in units of its standard error; infinite where there is no noise."""
+        if self.standard_error:
+            return self.value / self.standard_error
+        return math.copysign(math.inf, self.value) if self.value else 0.0
+
+
+def seed_noise(losses: Sequence[Sequence[float]]) -> float:
+    r"""Standard deviation between seeds, pooled over optimizers.
+
+    .. math::
+      s^2 = \frac{\sum_i \sum_j (x_{ij} - \bar x_i)^2}{\sum_i (n_i - 1)}
+
+    Args:
+      losses: For each optimizer the final losses of its seeds; non-finite ones do not count, and
+        an optimizer with a single finite seed says nothing about noise.
+
+    Raises:
+      ValueError: If no optimizer has two finite losses.
+
+    >>> seed_noise([[1.0, 3.0], [5.0, 5.0, 8.0]])
+    1.632993161855452
+    """
+    finite = [_finite(group) for group in losses]
+    freedom = sum(len(group) - 1 for group in finite if len(group) > 1)
+    if not freedom:
+        raise ValueError(f"losses: got {losses}, expected two finite seeds of some optimizer")
+    squares = sum(float(np.square(g - g.mean()).sum()) for g in finite if len(g) > 1)
+    return math.sqrt(squares / freedom)
+
+
+def difference(first: Sequence[float], second: Sequence[float], noise: float) -> Difference:
+    r"""Compares the mean losses of two optimizers with the noise between seeds.
+
+    The difference counts when :math:`|\bar x_1 - \bar x_2| > 2 s \sqrt{1/n_1 + 1/n_2}`.
+
+    Args:
+      first: Final losses of the seeds of one optimizer.
+      second: Those of the other; the numbers may differ.
+      noise: Standard deviation between seeds, from `seed_noise`.
+
+    Raises:
+      ValueError: If a loss is missing or not finite: a diverged run has no mean to compare.
+
+    Source: the rule of the optimizer track of modded-nanogpt (KellerJordan/modded-nanogpt).
+
+    >>> difference([4.0, 4.2], [4.5, 4.7], noise=0.1)
+    Difference(value=-0.5000000000000004, standard_error=0.1, counts=True)
+    """
+    for name, group in (("first", first), ("second", second)):
+        if not len(group) or not np.isfinite(np.asarray(group, np.float64)).all():
+            raise ValueError(f"{name}: got {list(group)}, expected finite losses of some seeds")
+    if not noise >= 0:
+        raise ValueError(f"noise: got {noise}, expected a standard deviation")
+    value = float(np.mean(first) - np.mean(second))
+    error = noise * math.sqrt(1 / len(first) + 1 / len(second))
+    return Difference(value, error, abs(value) > STANDARD_ERRORS * error)
+
+
+def _finite(values: Sequence[float]) -> np.ndarray:
+    array = np.asarray(values, np.float64)
+    return array[np.isfinite(array)]
