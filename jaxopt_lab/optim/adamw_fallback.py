@@ -17,7 +17,7 @@ from jaxopt_lab.optim.routing import (
 )
 
 
-def _one_minus_power(b: Scalar, t: jax.Array) -> jax.Array:
+def one_minus_power(b: Scalar, t: jax.Array) -> jax.Array:
     """1 - b**t without the cancellation that costs float32 five digits at b = 0.999, t = 1."""
     if isinstance(b, int | float):
         log_b = math.log(b) if b > 0 else -math.inf
@@ -69,7 +69,7 @@ def scale_by_adamw_fallback(
             g_wide = g.astype(wide)
             m_new = b1 * m.astype(wide) + (1 - b1) * g_wide
             v_new = b2 * v.astype(wide) + (1 - b2) * jnp.square(g_wide)
-            correction = jnp.sqrt(_one_minus_power(b2, t)) / _one_minus_power(b1, t)
+            correction = jnp.sqrt(one_minus_power(b2, t)) / one_minus_power(b1, t)
             step = correction * m_new / (jnp.sqrt(v_new) + eps)
             return step.astype(g.dtype), m_new.astype(m.dtype), v_new.astype(v.dtype)
 
