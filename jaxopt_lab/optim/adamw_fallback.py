@@ -1,6 +1,7 @@
 """AdamW for everything that is not a matrix, as the LionMuon code base has it."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -96,6 +97,7 @@ def with_adamw_fallback(
     mu_dtype: DTypeLike | None = None,
     on_uncovered: OnUncovered = "adamw",
     vocabulary_size: int | None = None,
+    labels: Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Give matrices to `matrix_tx` and all other leaves to AdamW.
 
@@ -112,6 +114,7 @@ def with_adamw_fallback(
       mu_dtype: Dtype of the first moment.
       on_uncovered: As in `route`.
       vocabulary_size: As in `route`.
+      labels: Which leaves go where, by `label` and "adamw"; None: as `route` says.
     """
     adamw = optax.chain(
         scale_by_adamw_fallback(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype),
@@ -119,7 +122,8 @@ def with_adamw_fallback(
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
-    labels = partition_labels(
-        label, matrix_axes, on_uncovered=on_uncovered, vocabulary_size=vocabulary_size
-    )
+    if labels is None:
+        labels = partition_labels(
+            label, matrix_axes, on_uncovered=on_uncovered, vocabulary_size=vocabulary_size
+        )
     return optax.partition({label: matrix_tx, FALLBACK_LABEL: adamw}, labels)
