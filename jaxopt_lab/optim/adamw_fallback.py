@@ -91,7 +91,7 @@ def with_adamw_fallback(
     b1: Scalar,
     b2: Scalar,
     eps: Scalar,
-    weight_decay: Scalar,
+    weight_decay: optax.ScalarOrSchedule,
     matrix_axes: MatrixAxesSpec,
     mask: Any = None,
     mu_dtype: DTypeLike | None = None,
