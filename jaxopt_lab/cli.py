@@ -52,6 +52,15 @@ def _pretrain(arguments: list[str]) -> int:
     return _SIGINT_EXIT if result.status == "interrupted" else 0
 
 
+def _compare(arguments: list[str]) -> int:
+    from jaxopt_lab.train import CompareConfig, compare
+    from jaxopt_lab.train.arguments import parse_config
+
+    result = compare(parse_config(arguments, "compare", CompareConfig))
+    sys.stdout.write(f"{result.table}\n\n{result.directory}\n")
+    return 0
+
+
 def _describe(arguments: list[str]) -> int:
     from jaxopt_lab import describe, models
     from jaxopt_lab.train.arguments import parse_config
@@ -180,6 +189,7 @@ def _bench(arguments: list[str]) -> int:
 
 _VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "pretrain": ("train a transformer on text, with any optimizer, on a mesh", _pretrain),
+    "compare": ("several optimizers, equal tuning, several seeds: a table and a figure", _compare),
     "describe": ("which parameter gets which rule, and the bytes of state", _describe),
     "export": ("the model of a run as a Hugging Face directory", _export),
     "sample": ("a continuation of a text from the model of a run", _sample),

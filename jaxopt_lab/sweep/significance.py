@@ -70,8 +70,8 @@ def difference(first: Sequence[float], second: Sequence[float], noise: float) ->
 
     Source: the rule of the optimizer track of modded-nanogpt (KellerJordan/modded-nanogpt).
 
-    >>> difference([4.0, 4.2], [4.5, 4.7], noise=0.1)
-    Difference(value=-0.5000000000000004, standard_error=0.1, counts=True)
+    >>> difference([4.0, 4.5], [4.75, 5.0], noise=0.25)
+    Difference(value=-0.625, standard_error=0.25, counts=True)
     """
     for name, group in (("first", first), ("second", second)):
         if not len(group) or not np.isfinite(np.asarray(group, np.float64)).all():

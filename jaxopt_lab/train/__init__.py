@@ -1,5 +1,7 @@
 """The training loop and what it stands on: configuration, mesh, step, checkpoints."""
 
+from jaxopt_lab.train.compare import CompareResult, compare
+from jaxopt_lab.train.compare_config import CompareConfig
 from jaxopt_lab.train.config import PretrainConfig, from_preset
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
 from jaxopt_lab.train.pretrain import RunResult, pretrain
@@ -8,10 +10,13 @@ from jaxopt_lab.train.trained import continue_text, export_run, load_params
 
 __all__ = [
     "CheckpointError",
+    "CompareConfig",
+    "CompareResult",
     "ConfigError",
     "PretrainConfig",
     "RunResult",
     "TrainingError",
+    "compare",
     "continue_text",
     "export_run",
     "from_json",

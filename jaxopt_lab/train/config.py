@@ -209,7 +209,8 @@ def validate(config: PretrainConfig, device_count: int) -> None:
     """
     validate_run(config, config.eval)
     at_least(config, "accumulation", 1)
-    at_least(config, "max_skipped", 0)
+    for name in ("max_skipped", "seed"):
+        at_least(config, name, 0)
     at_least(config.eval, "sample_tokens", 0, "eval.")
     _validate_checkpoints(config.checkpoint)
     config.optimizer.validate()

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jaxopt_lab import data, models
 from jaxopt_lab.report.figures import loss_figure
 from jaxopt_lab.train.checkpoint import Checkpoints
-from jaxopt_lab.train.config import PretrainConfig, check_vocabulary, validate
+from jaxopt_lab.train.config import PretrainConfig, validate
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
 from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
@@ -41,6 +41,7 @@ from jaxopt_lab.train.run_directory import (
 )
 from jaxopt_lab.train.run_log import RunLog
 from jaxopt_lab.train.step import TrainState
+from jaxopt_lab.train.text import open_text
 
 Message = Callable[[str], None]
 
@@ -177,36 +178,9 @@ def _prepare(config: PretrainConfig, say: Message) -> tuple[data.Corpus, list[da
     """Opens the corpus; process 0 first, so that the others find it in the cache."""
     if jax.process_index() > 0:
         multihost_utils.sync_global_devices("the corpus is prepared")
-    model = config.model
-    try:
-        corpus = data.prepare(
-            config.corpus,
-            config.tokenizer,
-            validation_fraction=config.validation_fraction,
-            on_progress=say,
-        )
-        held_out = data.validation_batches(
-            corpus,
-            batch_size=config.batch_size // config.accumulation,
-            context=model.context,
-            max_batches=config.eval.batches,
-            segment_ids=model.document_mask,
-        )
-        first = data.train_batches(
-            corpus, batch_size=config.batch_size, context=model.context, seed=config.seed
-        )
-        first.close()
-    except (OSError, ValueError) as error:
-        raise ConfigError.inside("corpus", error) from error
+    corpus, held_out = open_text(config, config.eval, config.batch_size // config.accumulation, say)
     if jax.process_index() == 0 and jax.process_count() > 1:
         multihost_utils.sync_global_devices("the corpus is prepared")
-    say(
-        f"corpus {corpus.name}: {corpus.train.num_tokens:,} training tokens, "
-        f"{corpus.validation.num_tokens:,} held out"
-    )
-    note = check_vocabulary(model, corpus.tokenizer)
-    if note:
-        say(note)
     return corpus, held_out
 
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 import jaxopt_lab
 from jaxopt_lab.report.tracker import METRICS_FILE
+from jaxopt_lab.train.compare_config import CompareConfig
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.mesh import DistributedConfig
@@ -58,6 +59,30 @@ def open_run(config: PretrainConfig) -> Path:
         _write_config(directory, config)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the run directory exists")
+    return directory
+
+
+def open_comparison(config: CompareConfig) -> Path:
+    """Creates the directory of a comparison, or checks that it already is one.
+
+    Raises:
+      ConfigError: If the directory is in use by something else.
+    """
+    if config.run_directory is None:
+        directory = Path("runs") / f"compare-{config.preset}-{_start_time()}"
+    else:
+        directory = Path(config.run_directory)
+    if not _is_empty(directory):
+        path = directory / CONFIG_FILE
+        try:
+            from_json(path.read_text() if path.is_file() else "", CompareConfig)
+        except ConfigError as error:
+            raise ConfigError(
+                "run_directory", str(directory), "which is not empty and holds no comparison"
+            ) from error
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = replace(config, run_directory=None)
+    write_json(directory / CONFIG_FILE, json.loads(to_json(settings)))
     return directory
 
 

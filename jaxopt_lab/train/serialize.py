@@ -24,7 +24,7 @@ def to_json(config: RunConfig) -> str:
     >>> from_json(to_json(PretrainConfig(steps=7))).steps
     7
     """
-    return json.dumps(_encode(config), indent=2, allow_nan=False) + "\n"
+    return json.dumps(encode(config), indent=2, allow_nan=False) + "\n"
 
 
 @overload
@@ -78,12 +78,13 @@ def name_of(config: Any) -> str:
     return _NAMES[type(config)]
 
 
-def _encode(value: Any) -> Any:
+def encode(value: Any) -> Any:
+    """A configuration or a part of one as JSON values, with the names of what was chosen."""
     if is_dataclass(value):
         named = {"name": _NAMES[type(value)]} if type(value) in _NAMES else {}
-        return named | {f.name: _encode(getattr(value, f.name)) for f in fields(value)}
+        return named | {f.name: encode(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
+        return [encode(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError("config", value, "expected finite numbers")
     return value

@@ -1,0 +1,153 @@
+"""What a comparison is: one run, several optimizers, the same number of learning rates for each."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from jaxopt_lab.sweep.tuning import check_rates, check_seeds
+from jaxopt_lab.train.config import HeldOutConfig, RunConfig, at_least, validate_run
+from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.optimizers import OptimizerConfig
+from jaxopt_lab.train.serialize import optimizer_from
+
+
+@dataclass(frozen=True)
+class CompareConfig(RunConfig):
+    """The same run for several optimizers, each with the same number of learning rates.
+
+    Every rate trains on one seed; the best one then trains on the final seeds, which decide.
+    """
+
+    optimizers: tuple[str, ...] = ("adamw", "muon", "lion-muon")
+    """What is compared, by name, with settings after a colon (`lion-muon:period=5,b2=0.9`). The
+    others are measured against the first."""
+
+    cells: int = 5
+    """Learning rates tried for each optimizer."""
+
+    spacing: float = 2.0
+    """Ratio of neighbouring rates in a grid around the optimizer's own rate."""
+
+    rates: tuple[str, ...] = ()
+    """Grids given by hand, as many rates as cells: `adamw=1e-3,2e-3,4e-3`."""
+
+    sweep_seed: int = 0
+    """Seed on which the rates are tried."""
+
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """Seeds on which the best rate of each optimizer is judged."""
+
+    vectorize: Literal["auto", "always", "never"] = "auto"
+    """Runs of one optimizer side by side in one program: as many as fit into memory, all, or one
+    after the other."""
+
+    timing_steps: int = 20
+    """Steps of a timed round; a multiple of every period that an optimizer has."""
+
+    eval: HeldOutConfig = HeldOutConfig()
+    """Held-out evaluation."""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One optimizer of a comparison and its learning rates."""
+
+    label: str
+    optimizer: OptimizerConfig
+    rates: tuple[float, ...]
+
+    @property
+    def file_name(self) -> str:
+        """Name of its result file.
+
+        >>> Entrant("lion-muon:period=5", OptimizerConfig(), ()).file_name
+        'lion-muon-period-5.json'
+        """
+        return "".join(c if c.isalnum() or c in "._" else "-" for c in self.label) + ".json"
+
+    def with_rate(self, rate: Any) -> OptimizerConfig:
+        """The optimizer at a learning rate, which may be a traced scalar."""
+        return replace(self.optimizer, learning_rate=rate)
+
+
+def validate_comparison(config: CompareConfig) -> list[Entrant]:
+    """Checks everything that can be known before the corpus is read.
+
+    Returns:
+      The optimizers with their grids.
+
+    Raises:
+      ConfigError: Names the field, the value and what would be right.
+    """
+    validate_run(config, config.eval)
+    for name in ("cells", "timing_steps"):
+        at_least(config, name, 1)
+    if not (math.isfinite(config.spacing) and config.spacing > 1):
+        raise ConfigError("spacing", config.spacing, "expected a ratio above 1")
+    try:
+        check_seeds(config.sweep_seed, config.seeds)
+    except ValueError as error:
+        raise ConfigError.inside("compare", error) from error
+    if not config.optimizers:
+        raise ConfigError("optimizers", config.optimizers, "expected at least one name")
+    given = _given_rates(config)
+    entrants = [_entrant(text, config, given) for text in config.optimizers]
+    names = [entrant.file_name for entrant in entrants]
+    for entrant, name in zip(entrants, names, strict=True):
+        if names.count(name) > 1:
+            raise ConfigError("optimizers", entrant.label, "which is there twice")
+    return entrants
+
+
+def _entrant(text: str, config: CompareConfig, given: Mapping[str, tuple[float, ...]]) -> Entrant:
+    name, _, settings = text.partition(":")
+    optimizer = optimizer_from(name, _settings(text, settings), "optimizers")
+    optimizer.validate()
+    rates = given.get(text)
+    if rates is None:
+        first = -(config.cells // 2)
+        factors = [config.spacing**k for k in range(first, first + config.cells)]
+        rates = tuple(optimizer.learning_rate * factor for factor in factors)
+    return Entrant(text, optimizer, rates)
+
+
+def _settings(text: str, settings: str) -> dict[str, Any]:
+    """Values in `a=1,b=text`, read as JSON where they are JSON."""
+    values: dict[str, Any] = {}
+    for part in filter(None, settings.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError("optimizers", text, "expected NAME or NAME:setting=value,...")
+        try:
+            values[key.replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError:
+            values[key.replace("-", "_")] = value
+    return values
+
+
+def _given_rates(config: CompareConfig) -> dict[str, tuple[float, ...]]:
+    given = {}
+    for text in config.rates:
+        # The last sign: settings of the optimizer hold some as well.
+        label, _, numbers = text.rpartition("=")
+        if label not in config.optimizers:
+            known = ", ".join(config.optimizers)
+            raise ConfigError("rates", text, f"expected OPTIMIZER=rate,rate,... of one of {known}")
+        try:
+            rates = tuple(float(number) for number in numbers.split(","))
+            check_rates(rates)
+        except ValueError as error:
+            raise ConfigError(
+                "rates", text, f"expected increasing positive numbers: {error}"
+            ) from (error)
+        if len(rates) != config.cells:
+            raise ConfigError(
+                "rates",
+                text,
+                f"with {len(rates)} rates, expected cells = {config.cells}: every optimizer gets "
+                "the same number",
+            )
+        given[label] = rates
+    return given

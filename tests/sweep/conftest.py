@@ -1,0 +1,1 @@
+from tests.train.conftest import compile_quickly  # noqa: F401  (a fixture)
