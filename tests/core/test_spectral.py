@@ -1,0 +1,207 @@
+"""Leading singular triples, eigenbases and their refresh, and products at named precisions."""
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from jaxopt_lab.core.precision import PRODUCT_PRECISIONS, matmul
+from jaxopt_lab.core.spectral import (
+    eigenbasis,
+    leading_singular_triple,
+    orthogonal_complement,
+    refresh_eigenbasis,
+)
+
+SIZE = 8
+seeds = st.integers(0, 2**32 - 1)
+TRIPLE = jax.jit(leading_singular_triple)
+EIGENBASIS = jax.jit(eigenbasis)
+REFRESH = jax.jit(
+    lambda factor, basis, name: refresh_eigenbasis(factor, basis, orthogonalizer=name),
+    static_argnums=2,
+)
+COMPLEMENT = jax.jit(orthogonal_complement)
+
+
+def orthogonal(rng, size=SIZE):
+    return np.linalg.qr(rng.standard_normal((size, size)))[0]
+
+
+def with_values(rng, shape, values):
+    u, v = (orthogonal(rng, size) for size in shape)
+    return u[:, : len(values)] * values @ v[:, : len(values)].T
+
+
+def aligned(q, reference):
+    return q * np.sign(np.sum(q * reference, axis=-2, keepdims=True))
+
+
+@settings(max_examples=100)
+@given(
+    st.sampled_from([(3, 5), (5, 3), (4, 4)]),
+    seeds,
+    st.floats(0, 0.99),
+    st.integers(-18, 18),
+)
+def test_leading_triple_equals_the_decomposition(shape, seed, ratio, exponent):
+    rng = np.random.default_rng(seed)
+    x = np.float32(10.0**exponent * with_values(rng, shape, [1.0, ratio, ratio / 2]))
+    sigma, u, v = (np.asarray(y, np.float64) for y in TRIPLE(x))
+    left, values, right = np.linalg.svd(x.astype(np.float64))
+    np.testing.assert_allclose(sigma, values[0], rtol=3e-6)
+    # Perturbation of the vectors: rounding over the relative gap.
+    tolerance = 2e-6 / (1 - ratio)
+    np.testing.assert_allclose(np.outer(u, u), np.outer(left[:, 0], left[:, 0]), atol=tolerance)
+    np.testing.assert_allclose(np.outer(u, v), np.outer(left[:, 0], right[0]), atol=tolerance)
+
+
+@settings(max_examples=50)
+@given(seeds, st.integers(-18, 18), st.sampled_from([1.0, 0.9999, 0.999999]))
+def test_between_tied_values_the_triple_is_one_of_the_leading_space(seed, exponent, ratio):
+    rng = np.random.default_rng(seed)
+    x = np.float32(10.0**exponent * with_values(rng, (3, 5), [1.0, ratio, 0.1]))
+    sigma, u, v = (np.asarray(y, np.float64) for y in TRIPLE(x))
+    left, values, right = np.linalg.svd(x.astype(np.float64))
+    np.testing.assert_allclose(sigma, values[0], rtol=2e-4)
+    np.testing.assert_allclose([np.linalg.norm(u), np.linalg.norm(v)], 1, rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(left[:, :2].T @ u), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(right[:2] @ v), 1, rtol=1e-5)
+    np.testing.assert_allclose(u @ (x / values[0]) @ v, 1, rtol=2e-4)
+
+
+def test_triples_of_matrices_without_a_leading_value():
+    for shape in [(3, 5), (5, 3), (4, 4)]:
+        for y in TRIPLE(jnp.zeros(shape)):
+            np.testing.assert_array_equal(y, np.zeros_like(y))
+    sigma, u, v = TRIPLE(jnp.eye(4))
+    np.testing.assert_allclose([sigma, u @ v, u @ u], 1, rtol=1e-6)
+    stack = jnp.stack([jnp.zeros((3, 5)), jnp.ones((3, 5))])
+    sigma, u, v = TRIPLE(stack)
+    np.testing.assert_allclose(sigma, [0, np.sqrt(15)], rtol=1e-6)
+    assert not u[0].any() and not v[0].any()
+
+
+@pytest.mark.parametrize("kind", ["normal", "first", "minus_first", "nearly_first"])
+@given(seeds)
+def test_complement_is_an_orthogonal_matrix_that_starts_with_the_vector(kind, seed):
+    rng = np.random.default_rng(seed)
+    u = rng.standard_normal(SIZE)
+    if kind != "normal":
+        u = np.eye(SIZE)[0] * (-1 if kind == "minus_first" else 1)
+        if kind == "nearly_first":
+            u += 1e-5 * rng.standard_normal(SIZE)
+    u = np.float32(u / np.linalg.norm(u))
+    q = np.asarray(COMPLEMENT(u), np.float64)
+    np.testing.assert_allclose(q.T @ q, np.eye(SIZE), atol=2e-6)
+    np.testing.assert_allclose(np.abs(q[:, 0] @ u), 1, atol=2e-6)
+    np.testing.assert_allclose(np.outer(q[:, 0], q[:, 0]), np.outer(u, u), atol=2e-6)
+
+
+def test_complement_of_zero_is_the_identity():
+    np.testing.assert_array_equal(COMPLEMENT(jnp.zeros(SIZE)), np.eye(SIZE))
+
+
+@given(seeds, st.integers(-18, 18))
+def test_eigenbasis_has_decreasing_eigenvalues(seed, exponent):
+    rng = np.random.default_rng(seed)
+    q = orthogonal(rng)
+    values = rng.permutation(np.arange(1.0, SIZE + 1))
+    factor = np.float32(10.0**exponent * (q * values @ q.T))
+    basis = np.asarray(EIGENBASIS(factor), np.float64)
+    wanted = q[:, np.argsort(-values)]
+    np.testing.assert_allclose(aligned(basis, wanted), wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("orthogonalizer", ["panels", "householder"])
+@given(seeds, st.integers(-18, 18))
+def test_refresh_sorts_and_takes_one_power_iteration(orthogonalizer, seed, exponent):
+    """From any basis: the orthogonal factor of X Q with the columns of Q sorted."""
+    rng = np.random.default_rng(seed)
+    q = orthogonal(rng)
+    factor = np.float32(10.0**exponent * (q * np.geomspace(1, 0.01, SIZE) @ q.T))
+    basis = np.float32(orthogonal(rng))
+    got, order = (np.asarray(y) for y in REFRESH(factor, basis, orthogonalizer))
+    wide = factor.astype(np.float64), basis.astype(np.float64)
+    values = np.diag(wide[1].T @ wide[0] @ wide[1])
+    assert (np.diff(values[order]) <= 1e-6 * values.max()).all()
+    wanted = np.linalg.qr((wide[0] @ wide[1])[:, order])[0]
+    np.testing.assert_allclose(aligned(got, wanted), wanted, atol=5e-4)
+
+
+@given(seeds)
+def test_what_is_kept_in_the_eigenbasis_follows_the_permutation(seed):
+    """A shuffled eigenbasis: the refresh undoes the shuffle, and reports it."""
+    rng = np.random.default_rng(seed)
+    q = orthogonal(rng)
+    values = np.geomspace(1, 0.01, SIZE)
+    shuffle = rng.permutation(SIZE)
+    got, order = REFRESH(np.float32(q * values @ q.T), np.float32(q[:, shuffle]), "panels")
+    np.testing.assert_array_equal(shuffle[order], np.arange(SIZE))
+    np.testing.assert_allclose(values[shuffle][order], values)
+    np.testing.assert_allclose(aligned(np.asarray(got), q), q, atol=2e-5)
+
+
+@given(seeds)
+def test_repeated_refreshes_reach_the_eigenbasis(seed):
+    rng = np.random.default_rng(seed)
+    q = orthogonal(rng)
+    factor = np.float32(q * 0.5 ** np.arange(SIZE) @ q.T)
+    basis = np.float32(orthogonal(rng))
+    for _ in range(60):
+        basis, _ = REFRESH(factor, basis, "panels")
+    np.testing.assert_allclose(aligned(np.asarray(basis), q), q, atol=2e-4)
+
+
+def test_directions_without_curvature_stay():
+    rng = np.random.default_rng(0)
+    q = orthogonal(rng)
+    factor = np.float32(q[:, :3] * [3.0, 2.0, 1.0] @ q[:, :3].T)
+    refreshed, order = REFRESH(factor, np.float32(q), "panels")
+    kept = np.asarray(order)[3:]
+    np.testing.assert_array_equal(np.asarray(order)[:3], [0, 1, 2])
+    np.testing.assert_allclose(aligned(np.asarray(refreshed)[:, :3], q[:, :3]), q[:, :3], atol=1e-5)
+    null = q[:, kept]
+    overlap = np.abs(np.sum(np.asarray(refreshed)[:, 3:] * null, axis=0))
+    assert overlap.min() > 0.8
+    same, order = REFRESH(np.zeros((SIZE, SIZE), np.float32), np.float32(q), "panels")
+    np.testing.assert_array_equal(order, np.arange(SIZE))
+    np.testing.assert_allclose(aligned(np.asarray(same), q), q, atol=2e-6)
+
+
+# Rounding of the operands of a product, relative to the largest possible entry. The split
+# algorithms exist on GPUs alone; elsewhere they are at least as good as their name.
+ROUNDING = {
+    "bfloat16": 2e-2,
+    "default": 2e-3,
+    "bf16_x3": 2e-5,
+    "bf16_x6": 2e-6,
+    "tf32_x3": 2e-6,
+    "highest": 2e-6,
+}
+
+
+@pytest.mark.parametrize("name", PRODUCT_PRECISIONS)
+def test_products_are_as_accurate_as_their_name_and_accumulate_in_float32(name):
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 5, 16)), rng.standard_normal((2, 16, 3))
+    limit = ROUNDING[name] * np.abs(a).max() * np.abs(b).max() * 16
+    for dtype in (jnp.float32, jnp.bfloat16):
+        x, y = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
+        exact = np.asarray(x, np.float64) @ np.asarray(y, np.float64)
+        got = matmul(x, y, name)
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, exact, atol=limit)
+    with jax.enable_x64(True):
+        got = matmul(jnp.asarray(a), jnp.asarray(b), name)
+        assert got.dtype == jnp.float64
+        np.testing.assert_allclose(got, a @ b, rtol=1e-12)
+        assert matmul(jnp.asarray(a), jnp.asarray(b, jnp.bfloat16), name).dtype == jnp.float64
+
+
+def test_only_bfloat16_rounds_its_operands():
+    x = jnp.full((1, 1), 1 + 2.0**-12)
+    assert matmul(x, jnp.ones((1, 1)), "bfloat16") == 1
+    assert matmul(x, jnp.ones((1, 1)), "bf16_x3") == x[0, 0]
