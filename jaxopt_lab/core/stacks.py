@@ -1,11 +1,11 @@
 """Batched work on the matrices of many leaves: equal shapes are stacked, sharded ones exchanged."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from jaxopt_lab.core.matrices import (
@@ -18,6 +18,197 @@ from jaxopt_lab.core.matrices import (
 from jaxopt_lab.core.whole_matrices import on_whole_matrices
 
 ReplicatedWork = Literal["repeat", "share"]
+
+
+class Slot(NamedTuple):
+    """How one array of an item enters a stack and leaves it."""
+
+    inner: tuple[int, ...]  # shape without the batch axis, as stored
+    whole: tuple[int, ...]  # shape of one entry inside the function
+    spec: PartitionSpec  # of (batch, *inner)
+
+
+class Item(NamedTuple):
+    """The arrays of one leaf, each (batch, *inner)."""
+
+    arrays: tuple[Array | None, ...]  # None: the leaf has no such array
+    slots: tuple[Slot | None, ...]  # one an array
+    results: tuple[Slot | None, ...]  # one a result of the function
+    mesh: Mesh | AbstractMesh | None  # None: the layout is not known, or trivial
+
+
+def map_stacks(
+    fn: Callable[..., tuple[Array | None, ...]],
+    items: Sequence[Item],
+    *,
+    replicated_work: ReplicatedWork = "repeat",
+) -> list[tuple[Array | None, ...]]:
+    """Apply `fn` to the arrays of all items, as few times as their shapes allow.
+
+    Items of equal shapes, dtypes and layouts are concatenated along the batch axis. Where a layout
+    shards an axis other than the batch, entries are exchanged so that each device works on whole
+    ones (`on_whole_matrices`).
+
+    Args:
+      fn: From arrays (b, *whole), None where the items have none, to such arrays.
+      items: One a leaf.
+      replicated_work: On mesh axes over which everything is replicated, either "repeat" the work or
+        "share" it for one all-gather of the results.
+
+    Returns:
+      For each item its results, (batch, *inner).
+    """
+    out: list[tuple[Array | None, ...]] = [()] * len(items)
+    for members in group_by([_key(item, replicated_work) for item in items]):
+        first = items[members[0]]
+        stacks = [_concatenate([items[i].arrays[k] for i in members])
+                  for k in range(len(first.arrays))]  # fmt: skip
+        results = _run(fn, stacks, first, replicated_work)
+        start = 0
+        for i in members:
+            size = next(x.shape[0] for x in items[i].arrays if x is not None)
+            out[i] = tuple(
+                None if y is None else lax.slice_in_dim(y, start, start + size) for y in results
+            )
+            start += size
+    return out
+
+
+def _key(item: Item, replicated_work: ReplicatedWork):
+    dtypes = tuple(None if x is None else x.dtype for x in item.arrays)
+    slots = tuple(s for s in (*item.slots, *item.results) if s is not None)
+    if not any(map(_is_sharded, slots)):
+        whole = tuple(None if s is None else s.whole for s in (*item.slots, *item.results))
+        return dtypes, whole, item.mesh if replicated_work == "share" else None
+    # A stack whose leading axis is sharded cannot be concatenated without moving data.
+    alone = id(item) if any(s.spec and s.spec[0] is not None for s in slots) else None
+    return dtypes, item.slots, item.results, item.mesh, alone
+
+
+def _is_sharded(slot: Slot) -> bool:
+    return any(entry is not None for entry in slot.spec)
+
+
+def _concatenate(arrays: Sequence[Array | None]) -> Array | None:
+    present = [x for x in arrays if x is not None]
+    if not present:
+        return None
+    return present[0] if len(present) == 1 else jnp.concatenate(present)
+
+
+def _run(fn, stacks, item: Item, replicated_work: ReplicatedWork):
+    """Call `fn` on whole entries, leaving out the arrays that the items do not have."""
+    slots = [s for s in item.slots if s is not None]
+    results = [s for s in item.results if s is not None]
+
+    def whole(*arrays: Array) -> tuple[Array, ...]:
+        b = arrays[0].shape[0]
+        given = iter(zip(arrays, slots, strict=True))
+        flat = []
+        for slot in item.slots:
+            x, s = (None, None) if slot is None else next(given)
+            flat.append(None if x is None or s is None else x.reshape((b, *s.whole)))
+        out = [y for y in fn(*flat) if y is not None]
+        return tuple(y.reshape((b, *s.inner)) for y, s in zip(out, results, strict=True))
+
+    arrays = [x for x in stacks if x is not None]
+    sharded = any(map(_is_sharded, (*slots, *results)))
+    if item.mesh is None or not (sharded or replicated_work == "share"):
+        out = whole(*arrays)
+    else:
+        used = {a for s in (*slots, *results) for e in s.spec if e
+                for a in ((e,) if isinstance(e, str) else e)}  # fmt: skip
+        sizes = item.mesh.shape
+        idle = tuple(a for a in item.mesh.axis_names if a not in used and sizes[a] > 1)
+        out = on_whole_matrices(
+            whole,
+            arrays,
+            [s.spec for s in slots],
+            [s.spec for s in results],
+            item.mesh,
+            share_over=idle if replicated_work == "share" else (),
+        )
+    done = iter(out)
+    return tuple(None if slot is None else next(done) for slot in item.results)
+
+
+class LeafLayout:
+    """How the arrays that belong to one leaf are laid out: the leaf, its sides, its numbers."""
+
+    def __init__(
+        self, shape: Sequence[int], axes: MatrixAxes, sharding: NamedSharding | None
+    ) -> None:
+        """Resolves the layout of a leaf.
+
+        Args:
+          shape: Of the leaf.
+          axes: Which of its axes form the matrices.
+          sharding: Where it is known and not trivial.
+
+        Raises:
+          ValueError: A batch axis other than the leading one is sharded.
+        """
+        self.shape, self.axes = tuple(shape), axes
+        self.batch, self.m, self.n = axes.matrix_shape(shape)
+        self.batch_shape = tuple(shape[a] for a in axes.batch)
+        spec = PartitionSpec() if sharding is None else batch_first_spec(sharding.spec, axes)
+        self.is_sharded = any(entry is not None for entry in spec)
+        # Inner axes are merged at once, unless one of them is sharded.
+        inner = tuple(shape[a] for a in axes.reduction + axes.output)
+        inner = inner if self.is_sharded else (self.m, self.n)
+        self.mesh = None if sharding is None else sharding.mesh
+        self.matrix = Slot(inner, (self.m, self.n), spec if self.is_sharded else PartitionSpec())
+        leading = spec[0] if len(spec) else None
+        self._leading = PartitionSpec() if leading is None else PartitionSpec(leading)
+        self._entries = [entry for entry in spec[1:] if entry is not None]
+
+    def square(self, size: int) -> Slot:
+        """A (size, size) matrix an entry, sharded like the leaf as far as `size` can be divided."""
+        entries = [entry if self._divides(entry, size) else None for entry in self._entries]
+        leading = self._leading[0] if len(self._leading) else None
+        spec = PartitionSpec(leading, *entries) if any(entries) else self._leading
+        return Slot((size, size), (size, size), spec)
+
+    def vector(self, size: int) -> Slot:
+        """A (size,) vector an entry, replicated over the axes that shard the matrices."""
+        return Slot((size,), (size,), self._leading)
+
+    def number(self) -> Slot:
+        """One number an entry."""
+        return Slot((), (), self._leading)
+
+    def view(self, x: Array) -> Array:
+        """The leaf as (batch, *inner)."""
+        return batch_first(x, self.axes).reshape((self.batch, *self.matrix.inner))
+
+    def undo_view(self, y: Array) -> Array:
+        """Inverse of `view`."""
+        return undo_batch_first(y, self.shape, self.axes)
+
+    def flat(self, x: Array) -> Array:
+        """Merge the batch axes of an array (*batch, ...) that belongs to the leaf."""
+        return x.reshape((self.batch, *x.shape[len(self.batch_shape) :]))
+
+    def undo_flat(self, y: Array) -> Array:
+        """Inverse of `flat`."""
+        return y.reshape((*self.batch_shape, *y.shape[1:]))
+
+    def stored_spec(self, slot: Slot) -> PartitionSpec:
+        """The partition of an array (*batch, *inner) with the slot's layout."""
+        if not len(slot.spec):
+            return PartitionSpec()
+        leading = (None,) * len(self.batch_shape)
+        if self.batch_shape:
+            leading = (slot.spec[0], *leading[1:])
+        return PartitionSpec(*leading, *slot.spec[1:])
+
+    def _divides(self, entry, size: int) -> bool:
+        assert self.mesh is not None
+        names = (entry,) if isinstance(entry, str) else entry
+        count = 1
+        for name in names:
+            count *= self.mesh.shape[name]
+        return size % count == 0
 
 
 def map_matrices(
@@ -33,10 +224,6 @@ def map_matrices(
 ) -> tuple[list[Array], ...]:
     """Apply `fn` to the matrices of all leaves, as few times as their shapes allow.
 
-    Leaves of equal matrix shape, dtype and layout are stacked into one (batch, m, n) array. A leaf
-    that is sharded on a matrix axis is exchanged so that each device works on whole matrices
-    (`on_whole_matrices`).
-
     Args:
       fn: `fn(*stacks, *vector_stacks)` with stacks (b, m, n) and vectors (b, n); returns a tuple of
         one (b, m, n) array followed by `numbers` arrays (b,).
@@ -47,96 +234,30 @@ def map_matrices(
       numbers: How many arrays (b,) `fn` returns after the matrices.
       transposable: Whether `fn` commutes with transposition: then leaves (m, n) and (n, m) share a
         stack.
-      replicated_work: On mesh axes over which a sharded mesh's leaves are replicated, either
-        "repeat" the work or "share" it for one all-gather of the results.
+      replicated_work: As for `map_stacks`.
 
     Returns:
       A list with the shape of the leaves, then `numbers` lists of (batch,) arrays.
     """
-    layouts = [_Layout.of(x, a, s) for x, a, s in zip(matrices[0], axes, shardings, strict=True)]
-    keys = [layout.key(transposable, replicated_work) for layout in layouts]
-    results: list[list] = [[None] * len(axes) for _ in range(1 + numbers)]
-    for members in group_by(keys):
-        first = layouts[members[0]]
-        turned = [transposable and layouts[i].is_tall and first.local for i in members]
-        stacks = [_stack([ls[i] for i in members], members, layouts, turned) for ls in matrices]
-        rows = [jnp.concatenate([ls[i] for i in members]) for ls in vectors]
-        out = first.run(fn, stacks, rows, numbers, replicated_work)
-        start = 0
-        for i, turn in zip(members, turned, strict=True):
-            layout = layouts[i]
-            pieces = [lax.slice_in_dim(y, start, start + layout.batch) for y in out]
-            piece = pieces[0].mT if turn else pieces[0]
-            results[0][i] = undo_batch_first(piece, layout.shape, layout.axes)
-            for k in range(numbers):
-                results[1 + k][i] = pieces[1 + k]
-            start += layout.batch
-    return tuple(results)
-
-
-def _stack(leaves, members, layouts, turned) -> Array:
-    views = []
-    for x, i, turn in zip(leaves, members, turned, strict=True):
-        view = layouts[i].view(x)
-        views.append(view.mT if turn else view)
-    return jnp.concatenate(views)
-
-
-class _Layout:
-    """How one leaf enters a stack."""
-
-    def __init__(self, x: Array, axes: MatrixAxes, sharding: NamedSharding | None):
-        self.shape, self.axes, self.dtype = x.shape, axes, x.dtype
-        self.batch, self.m, self.n = axes.matrix_shape(x.shape)
-        self.sharding = sharding
-        spec = PartitionSpec() if sharding is None else batch_first_spec(sharding.spec, axes)
-        # Local: no mesh is known, or no axis is sharded; then the inner axes can be merged here.
-        self.local = not any(entry is not None for entry in spec)
-        self.spec = PartitionSpec(None) if self.local else spec
-        self.inner = tuple(x.shape[a] for a in axes.reduction + axes.output)
-
-    @classmethod
-    def of(cls, x: Array, axes: MatrixAxes, sharding: NamedSharding | None) -> "_Layout":
-        return cls(x, axes, sharding)
-
-    @property
-    def is_tall(self) -> bool:
-        return self.m > self.n
-
-    def key(self, transposable: bool, replicated_work: ReplicatedWork):
-        mesh = None if self.sharding is None else self.sharding.mesh
-        if self.local:
-            sides = (self.n, self.m) if transposable and self.is_tall else (self.m, self.n)
-            return self.dtype, sides, mesh if replicated_work == "share" else None
-        # A stack whose leading axis is sharded cannot be concatenated without moving data.
-        alone = id(self) if self.spec[0] is not None else None
-        return self.dtype, self.inner, len(self.axes.reduction), self.spec, mesh, alone
-
-    def view(self, x: Array) -> Array:
-        x = batch_first(x, self.axes)
-        return x.reshape((self.batch, self.m, self.n)) if self.local else x
-
-    def run(self, fn, stacks, rows, numbers: int, replicated_work: ReplicatedWork):
-        if self.local and (self.sharding is None or replicated_work == "repeat"):
-            return fn(*stacks, *rows)
-        assert self.sharding is not None
-        mesh, m, n = self.sharding.mesh, self.m, self.n
-        used = {a for e in self.spec if e for a in ((e,) if isinstance(e, str) else e)}
-        idle = tuple(a for a in mesh.axis_names if a not in used and mesh.shape[a] > 1)
-
-        def whole(*arrays: Array) -> tuple[Array, ...]:
-            inner = arrays[0].shape[1:]
-            b = arrays[0].shape[0]
-            flat = [x.reshape((b, m, n)) for x in arrays[: len(stacks)]]
-            first, *others = fn(*flat, *arrays[len(stacks) :])
-            return (first.reshape((b, *inner)), *others)
-
-        plain = PartitionSpec(self.spec[0])
-        return on_whole_matrices(
-            fn if self.local else whole,
-            (*stacks, *rows),
-            (self.spec,) * len(stacks) + (plain,) * len(rows),
-            (self.spec,) + (plain,) * numbers,
-            mesh,
-            share_over=idle if replicated_work == "share" else (),
-        )
+    layouts = [LeafLayout(x.shape, a, s)
+               for x, a, s in zip(matrices[0], axes, shardings, strict=True)]  # fmt: skip
+    turned = [transposable and not each.is_sharded and each.m > each.n for each in layouts]
+    items = []
+    for i, (layout, turn) in enumerate(zip(layouts, turned, strict=True)):
+        views = [layout.view(leaves[i]) for leaves in matrices]
+        slot = layout.matrix
+        if turn:
+            views = [x.mT for x in views]
+            slot = Slot((layout.n, layout.m), (layout.n, layout.m), slot.spec)
+        rows = [leaves[i] for leaves in vectors]
+        slots = (slot,) * len(views) + tuple(layout.vector(x.shape[1]) for x in rows)
+        results = (slot,) + (layout.number(),) * numbers
+        items.append(Item((*views, *rows), slots, results, layout.mesh))
+    done = map_stacks(fn, items, replicated_work=replicated_work)
+    out: list[list] = [[], *([] for _ in range(numbers))]
+    for layout, turn, (first, *others) in zip(layouts, turned, done, strict=True):
+        assert first is not None
+        out[0].append(layout.undo_view(first.mT if turn else first))
+        for k, number in enumerate(others):
+            out[1 + k].append(number)
+    return tuple(out)

@@ -19,7 +19,7 @@ from jaxopt_lab.optim.routing import (
 
 
 def one_minus_power(b: Scalar, t: jax.Array) -> jax.Array:
-    """1 - b**t without the cancellation that costs float32 five digits at b = 0.999, t = 1."""
+    """`1 - b**t` without the cancellation that costs float32 five digits at b = 0.999, t = 1."""
     if isinstance(b, int | float):
         log_b = math.log(b) if b > 0 else -math.inf
     else:
