@@ -7,11 +7,13 @@ from jaxopt_lab.optim.heavy_ball import normalized_sgd, scale_by_normalized_heav
 from jaxopt_lab.optim.lion_muon import LionMuonState, lion_muon, scale_by_lion_muon, sign_muon
 from jaxopt_lab.optim.muon_presets import d_muon, legacy_sign_muon, muon
 from jaxopt_lab.optim.routing import route
+from jaxopt_lab.optim.shampoo import ShampooState, scale_by_shampoo, shampoo
 from jaxopt_lab.optim.shardings import state_shardings
 
 __all__ = [
     "Description",
     "LionMuonState",
+    "ShampooState",
     "d_muon",
     "describe",
     "legacy_sign_muon",
@@ -23,6 +25,8 @@ __all__ = [
     "scale_by_adamw_fallback",
     "scale_by_lion_muon",
     "scale_by_normalized_heavy_ball",
+    "scale_by_shampoo",
+    "shampoo",
     "sign_muon",
     "signum",
     "state_shardings",

@@ -1,0 +1,111 @@
+"""How Shampoo cuts a leaf into blocks, each a problem of its own with one factor a mode."""
+
+import math
+import string
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxopt_lab.core.precision import ProductPrecision, dot_precision
+
+DEFAULT_MAX_DIM = 1024
+MERGE_RULES = ("tensors", "always", "never")
+
+
+class Blocks(NamedTuple):
+    """Geometry of one problem: its dimensions and the blocks along each of them.
+
+    A dimension longer than the limit is cut into equal blocks of that length, the last one padded
+    with zeros. Padding is exact: the factors of the padded rows are zero, so the inverse roots are
+    block diagonal, and what they multiply there is zero as well.
+    """
+
+    dims: tuple[int, ...]
+    edges: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shape: Sequence[int], limit: int, merge: str = "tensors") -> "Blocks":
+        """Drop dimensions of size 1, merge small neighbours if asked, cut what is too long.
+
+        Args:
+          shape: Shape of one problem.
+          limit: The longest block edge.
+          merge: "always": multiply adjacent dimensions, from the right, while the product is at
+            most `limit`, as the released code does (a small matrix becomes one vector with a full
+            factor). "tensors": only in problems of more than two dimensions. "never".
+        """
+        dims = tuple(d for d in shape if d != 1) or (1,)
+        if math.prod(shape) == 0:
+            return cls(tuple(shape), (), ())
+        if merge == "always" or (merge == "tensors" and len(dims) > 2):
+            dims = _merged(dims, limit)
+        edges = tuple(min(d, limit) for d in dims)
+        return cls(dims, edges, tuple(-(-d // e) for d, e in zip(dims, edges, strict=True)))
+
+    @property
+    def number(self) -> int:
+        """Blocks of one problem; 0 for an empty leaf."""
+        return math.prod(self.counts) if self.counts else 0
+
+    @property
+    def order(self) -> int:
+        """Modes of a block: 1 for a vector, 2 for a matrix; 0 for an empty leaf."""
+        return len(self.edges)
+
+    def split(self, x: Array) -> Array:
+        """(b, *dims) to (b * number, *edges), the first dimension outermost."""
+        b, order = x.shape[0], self.order
+        padding = [(0, c * e - d) for d, e, c in zip(*self, strict=True)]
+        x = jnp.pad(x, [(0, 0), *padding])
+        pairs = [side for pair in zip(self.counts, self.edges, strict=True) for side in pair]
+        x = x.reshape((b, *pairs))
+        outer, inner = range(1, 2 * order, 2), range(2, 2 * order + 1, 2)
+        return x.transpose((0, *outer, *inner)).reshape((b * self.number, *self.edges))
+
+    def join(self, blocks: Array) -> Array:
+        """Inverse of `split`."""
+        order = self.order
+        x = blocks.reshape((-1, *self.counts, *self.edges))
+        interleaved = [axis for k in range(order) for axis in (1 + k, 1 + order + k)]
+        x = x.transpose((0, *interleaved))
+        x = x.reshape((-1, *(c * e for e, c in zip(self.edges, self.counts, strict=True))))
+        return x[(slice(None), *(slice(d) for d in self.dims))]
+
+
+def _merged(dims: Sequence[int], limit: int) -> tuple[int, ...]:
+    merged = [dims[-1]]
+    for d in reversed(dims[:-1]):
+        if merged[-1] * d <= limit:
+            merged[-1] *= d
+        else:
+            merged.append(d)
+    return tuple(reversed(merged))
+
+
+def block_gram(x: Array, mode: int, precision: ProductPrecision = "highest") -> Array:
+    """Gram matrices (b, d, d) of (b, *edges) along a mode: all other modes are contracted."""
+    names = string.ascii_lowercase[: x.ndim - 1]
+    other = names.replace(names[mode], "y")
+    return _einsum(f"z{names},z{other}->z{names[mode]}y", x, x, precision)
+
+
+def block_product(
+    x: Array, matrix: Array, mode: int, precision: ProductPrecision = "highest"
+) -> Array:
+    """Multiply (b, *edges) by symmetric matrices (b, d, d) along a mode."""
+    names = string.ascii_lowercase[: x.ndim - 1]
+    result = names.replace(names[mode], "y")
+    return _einsum(f"z{names},z{names[mode]}y->z{result}", x, matrix, precision)
+
+
+def _einsum(formula: str, a: Array, b: Array, precision: ProductPrecision) -> Array:
+    wide = a.dtype
+    if wide == jnp.float64:
+        return jnp.einsum(formula, a, b, precision=dot_precision("highest"))
+    if precision == "bfloat16":
+        a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+        return jnp.einsum(formula, a, b, preferred_element_type=wide)
+    return jnp.einsum(formula, a, b, precision=dot_precision(precision))
