@@ -86,6 +86,9 @@ def validate_comparison(config: CompareConfig) -> list[Entrant]:
         at_least(config, name, 1)
     if not (math.isfinite(config.spacing) and config.spacing > 1):
         raise ConfigError("spacing", config.spacing, "expected a ratio above 1")
+    for seed in (config.sweep_seed, *config.seeds):
+        if seed < 0:
+            raise ConfigError("seeds", seed, "expected at least 0")
     try:
         check_seeds(config.sweep_seed, config.seeds)
     except ValueError as error:
