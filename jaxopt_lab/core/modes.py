@@ -50,6 +50,6 @@ def merged_shape(shape: Sequence[int], limit: int) -> tuple[int, ...]:
             size = d
         else:
             merged.append(d)
-    if size > 1 or not merged:
+    if size > 1 or (shape and not merged):
         merged.append(size)
     return tuple(merged)

@@ -98,13 +98,16 @@ def eigenbasis_adam(
             w = w - alpha * direction - rate * decay * w
         factors = factor_step(factors, grad)
         if k % frequency == 0:
-            bases, orders = zip(*map(refresh, factors, bases), strict=True)
-            second = permute(second, orders, second_moment)
+            pairs = [refresh(x, q) for x, q in zip(factors, bases, strict=True)]
+            bases = [q for q, _ in pairs]
+            second = permute(second, [order for _, order in pairs])
         steps.append(Step(w, momentum, second, factors, list(bases)))
-    return [in_original_shape(step, raw.shape, second_moment) for step in steps]
+    return [in_original_shape(step, np.shape(grads)[1:]) for step in steps]
 
 
 def merged(shape, limit):
+    if not shape:
+        return shape
     groups = [[shape[0]]]
     for d in shape[1:]:
         product = int(np.prod(groups[-1])) * d
@@ -182,7 +185,7 @@ def rank_one_step(left, right, squares, b2):
     return np.sqrt(c) * x, np.sqrt(c) * y
 
 
-def permute(second, orders, kind):
+def permute(second, orders):
     if isinstance(second, tuple):
         pairs = zip(second, orders, strict=True)
         return tuple(x if order is None else x[order] for x, order in pairs)
@@ -192,7 +195,7 @@ def permute(second, orders, kind):
     return second
 
 
-def in_original_shape(step, shape, kind):
+def in_original_shape(step, shape):
     second = step.second if isinstance(step.second, tuple) else step.second.reshape(shape)
     return step._replace(
         params=step.params.reshape(shape),

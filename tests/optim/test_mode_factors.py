@@ -1,0 +1,264 @@
+"""Per-mode SOAP against the NumPy reference, its special cases, and bad input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxopt_lab.optim.mode_factors import scale_by_mode_soap
+from tests.optim.runs import fast_jit
+from tests.reference.soap import soap
+
+# Of full rank from the second gradient on, so that every refresh is well defined.
+SHAPES = {"tensor": (2, 2, 6), "matrix": (5, 5), "vector": (2,), "scalar": ()}
+STEPS, RATE = 9, 0.02
+# Householder compiles fastest.
+BASE = {
+    **{"b1": 0.9, "b2": 0.95, "eps": 1e-6},
+    **{"precondition_frequency": 3, "orthogonalizer": "householder"},
+}
+
+
+def draw(seed, *lead):
+    rng = np.random.default_rng(seed)
+    return {k: rng.normal(size=(*lead, *s)) for k, s in SHAPES.items()}
+
+
+def advance(tx, params, state, grads):
+    """Parameters and states after each gradient."""
+
+    def step(carry, grad):
+        params, state = carry
+        updates, state = tx.update(grad, state, params)
+        params = jax.tree.map(lambda w, u: w - RATE * u, params, updates)
+        return (params, state), (params, state)
+
+    return jax.lax.scan(step, (params, state), grads)
+
+
+def take(tree, t):
+    return jax.tree.map(lambda x: x[t], tree)
+
+
+# The bases after one gradient are arbitrary in the null space of a factor, so the reference is
+# given ours.
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"orthogonalizer": "panels"},
+        {"precondition_frequency": 1, "factor_decay": 0.8},
+        {"factor_decay": 1.0, "correct_bias": False, "normalize_grads": True},
+        {"max_precond_dim": 4, "weight_decay": 0.3, "decay_rate": RATE},
+        {"max_precond_dim": 12, "merge_dims": True, "weight_decay": 0.3},
+    ],
+    ids="-".join,
+)
+def test_the_reference(options):
+    options = BASE | options
+    with jax.enable_x64(True):
+        params, grads = draw(0), draw(1, STEPS)
+        tx = scale_by_mode_soap(**options)
+        out = fast_jit(functools.partial(advance, tx))(params, tx.init(params), grads)
+        ours, states = jax.tree.map(np.asarray, out[1])
+    first = take(states.bases, 0)
+    for name, w in params.items():
+        steps = soap(
+            w,
+            grads[name],
+            rates=RATE,
+            b1=options["b1"],
+            b2=options["b2"],
+            factor_decay=options.get("factor_decay"),
+            eps=options["eps"],
+            frequency=options["precondition_frequency"],
+            max_precond_dim=options.get("max_precond_dim", 100),
+            merge_dims=options.get("merge_dims", False),
+            precondition_1d=True,
+            correct_bias=options.get("correct_bias", True),
+            normalize=options.get("normalize_grads", False),
+            decay=options.get("weight_decay", 0.0),
+            decay_after_step="decay_rate" in options,
+            first_bases=[None if isinstance(q, optax.MaskedNode) else q for q in first[name]],
+        )
+        wanted = np.stack([step.params for step in steps])
+        np.testing.assert_allclose(ours[name], wanted, rtol=0, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(states.nu[name][-1], steps[-1].second, rtol=1e-7, atol=1e-12)
+        for mine, other in zip(take(states.factors, -1)[name], steps[-1].factors, strict=True):
+            assert isinstance(mine, optax.MaskedNode) == (other is None)
+            if other is not None:
+                np.testing.assert_allclose(mine, other, rtol=0, atol=1e-12)
+
+
+def test_bases_are_eigenvectors_in_decreasing_order_and_stay_orthogonal():
+    params, grads = jax.tree.map(jnp.float32, (draw(0), draw(1, STEPS)))
+    tx = scale_by_mode_soap(**BASE)
+    _, (_, states) = fast_jit(functools.partial(advance, tx))(params, tx.init(params), grads)
+    x, q = (tree["matrix"][0] for tree in take((states.factors, states.bases), 0))
+    inside = np.asarray(q.T @ x @ q)
+    np.testing.assert_allclose(inside, np.diag(np.sort(np.diag(inside))[::-1]), atol=1e-5)
+    for q in jax.tree.leaves(take(states.bases, -1)):
+        np.testing.assert_allclose(q.T @ q, np.eye(len(q)), atol=1e-5)
+
+
+def test_without_factors_it_is_adam_that_ignores_the_first_gradient():
+    params, grads = jax.tree.map(jnp.float32, (draw(0), draw(1, 5)))
+    tx = scale_by_mode_soap(b1=0.9, b2=0.95, eps=0.0, max_precond_dim=0)
+    _, (ours, _) = fast_jit(functools.partial(advance, tx))(params, tx.init(params), grads)
+    adam = optax.scale_by_adam(b1=0.9, b2=0.95, eps=0.0)
+    late = jax.tree.map(lambda g: g[1:], grads)
+    _, (theirs, _) = fast_jit(functools.partial(advance, adam))(params, adam.init(params), late)
+    for name, w in params.items():
+        np.testing.assert_array_equal(ours[name][0], w)
+        np.testing.assert_allclose(ours[name][1:], theirs[name], rtol=0, atol=2e-6)
+
+
+def test_the_first_gradient_can_be_used():
+    # In its own singular basis every rotated coordinate of a first step is a sign, or zero.
+    params, grads = jax.tree.map(jnp.float32, (draw(0), draw(1)))
+    tx = scale_by_mode_soap(eps=1e-4, skip_first_step=False, precondition_frequency=1)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params))
+    u, _, vh = np.linalg.svd(grads["matrix"])
+    np.testing.assert_allclose(updates["matrix"], u @ vh, atol=5e-3)
+    assert jax.tree.leaves(state.age) == [2] * len(SHAPES)
+
+
+def corrupt(grads, name, value):
+    return grads | {name: grads[name].at[(0,) * grads[name].ndim].set(value)}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_a_gradient_that_is_not_finite_changes_its_leaf_by_nothing(value):
+    params, grads = jax.tree.map(jnp.float32, (draw(0), draw(1)))
+    tx = scale_by_mode_soap(**BASE | {"weight_decay": 0.1})
+    update = jax.jit(tx.update)
+    _, state = update(grads, tx.init(params), params)
+    _, state = update(grads, state, params)
+    updates, new = update(corrupt(grads, "tensor", value), state, params)
+    assert not np.any(updates["tensor"]) and np.all(updates["matrix"])
+    for field in ("age", "mu", "nu", "factors", "bases"):
+        old, kept = getattr(state, field), getattr(new, field)
+        jax.tree.map(np.testing.assert_array_equal, old["tensor"], kept["tensor"])
+        assert not np.array_equal(*(jax.tree.leaves(x["matrix"])[0] for x in (old, kept))) or (
+            field == "bases"
+        )
+    assert new.rejected["tensor"] == 1 and new.rejected["matrix"] == 0
+    updates, new = update(grads, new, params)
+    assert np.all(updates["tensor"]) and new.rejected["tensor"] == 1
+
+
+def test_a_leaf_that_lost_its_first_gradient_starts_at_a_refresh():
+    params, grads = jax.tree.map(jnp.float32, (draw(0), draw(1)))
+    tx = scale_by_mode_soap(**BASE)
+    update, state = jax.jit(tx.update), tx.init(params)
+    ages, moved = [], []
+    for t in range(6):
+        updates, state = update(grads if t else corrupt(grads, "tensor", np.nan), state, params)
+        ages.append(int(state.age["tensor"]))
+        moved.append(bool(np.any(updates["tensor"])))
+    assert ages == [0, 0, 0, 1, 2, 3] and moved == [False] * 4 + [True] * 2
+    assert state.age["matrix"] == 6
+
+
+def extreme_gradients(rng, shape):
+    """Zero, rank one, dead slices, tiny, huge and badly conditioned ones."""
+    g = rng.normal(size=shape)
+    low = np.einsum("i,j,k->ijk", *(rng.normal(size=d) for d in shape))
+    dead = g * (np.arange(shape[0]) > 0)[:, None, None]
+    scaled = g * np.logspace(0, -12, shape[1])[:, None]
+    return np.stack([0 * g, low, low, dead, dead, 1e-25 * g, 1e15 * g, scaled, 0 * g, g])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+def test_never_nan(dtype, eps):
+    rng = np.random.default_rng(0)
+    streams = [extreme_gradients(rng, (3, 4, 2)) for _ in range(4)]
+    rng.shuffle(streams[1]), rng.shuffle(streams[2])
+    grads = {"x": jnp.asarray(np.concatenate(streams), dtype)}
+    params = {"x": jnp.ones((3, 4, 2), dtype)}
+    for b in (0.95, 1.0):
+        tx = scale_by_mode_soap(
+            eps=eps, precondition_frequency=2, factor_decay=b, max_precond_dim=3
+        )
+        _, (ours, states) = fast_jit(functools.partial(advance, tx))(params, tx.init(params), grads)
+        for leaf in jax.tree.leaves((ours, states)):
+            assert np.isfinite(np.asarray(leaf, np.float32)).all()
+        assert ours["x"].dtype == dtype and states.mu["x"].dtype == jnp.float32
+        assert np.abs(np.asarray(ours["x"][-1] - ours["x"][0], np.float32)).max() > 0.01
+
+
+def test_injected_numbers_masked_decay_and_vmap():
+    params, grads = jax.tree.map(jnp.float32, (draw(0), draw(1, 4)))
+    mask = {name: name == "matrix" for name in SHAPES}
+    options = BASE | {"weight_decay": 0.3, "mask": mask}
+    tx = scale_by_mode_soap(**options)
+    _, (plain, _) = fast_jit(functools.partial(advance, tx))(params, tx.init(params), grads)
+    injected = optax.inject_hyperparams(scale_by_mode_soap)(**options)
+
+    def member(b1):
+        state = injected.init(params)
+        state.hyperparams["b1"] = b1
+        return advance(injected, params, state, grads)[1][0]
+
+    both = fast_jit(jax.vmap(member))(jnp.array([0.9, 0.5]))
+    undecayed = scale_by_mode_soap(**BASE)
+    _, (bare, _) = fast_jit(functools.partial(advance, undecayed))(
+        params, undecayed.init(params), grads
+    )
+    # Of the others the first factors have an arbitrary null space.
+    for name in ("matrix", "scalar"):
+        np.testing.assert_allclose(both[name][0], plain[name], rtol=0, atol=1e-5)
+        assert np.abs(both[name][1] - both[name][0])[-1].max() > 1e-4
+        assert (np.abs(plain[name] - bare[name]).max() > 1e-3) == (name == "matrix")
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_sharded_leaves(kind):
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(kind,))
+    sharding = NamedSharding(mesh, P(None, "fsdp"))
+    rng = np.random.default_rng(0)
+    params = {"x": jnp.asarray(rng.normal(size=(4, 8, 2)), "float32")}
+    grads = {"x": jnp.asarray(rng.normal(size=(4, 4, 8, 2)), "float32")}
+    tx = scale_by_mode_soap(**BASE, weight_decay=0.1)
+    run = functools.partial(advance, tx)
+    _, (alone, _) = fast_jit(run)(params, tx.init(params), grads)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, sharding)
+        stream = jax.device_put(grads, NamedSharding(mesh, P(None, None, "fsdp")))
+        state = jax.jit(tx.init)(placed)
+        (last, state), _ = fast_jit(run)(placed, state, stream)
+    np.testing.assert_allclose(last["x"], alone["x"][-1], rtol=0, atol=1e-4)
+    if kind == AxisType.Explicit:
+        assert jax.typeof(last["x"]).sharding.spec == P(None, "fsdp", None)
+        assert jax.typeof(state.mu["x"]).sharding.spec == P(None, "fsdp", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"b1": 1.0}, "b1 is 1.0; it must be at least 0 and below 1"),
+        ({"b2": -0.1}, "b2 is -0.1"),
+        ({"factor_decay": 1.5}, "factor_decay is 1.5; it must be between 0 and 1"),
+        ({"eps": float("nan")}, "eps is nan"),
+        ({"precondition_frequency": -1}, "precondition_frequency is -1"),
+        ({"precondition_frequency": 2.5}, "precondition_frequency is 2.5"),
+        ({"max_precond_dim": -1}, "max_precond_dim is -1"),
+        ({"orthogonalizer": "svd"}, "orthogonalizer is 'svd'; choose one of panels, householder"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        scale_by_mode_soap(**options)
+
+
+def test_decay_needs_the_parameters():
+    tx = scale_by_mode_soap(weight_decay=0.1)
+    g = jnp.ones(3)
+    with pytest.raises(ValueError, match="weight_decay needs the parameters"):
+        tx.update(g, tx.init(g))
