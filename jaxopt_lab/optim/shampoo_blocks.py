@@ -67,11 +67,11 @@ class Blocks(NamedTuple):
 
     def join(self, blocks: Array) -> Array:
         """Inverse of `split`."""
-        order = self.order
-        x = blocks.reshape((-1, *self.counts, *self.edges))
+        b, order = blocks.shape[0] // self.number, self.order
+        x = blocks.reshape((b, *self.counts, *self.edges))
         interleaved = [axis for k in range(order) for axis in (1 + k, 1 + order + k)]
         x = x.transpose((0, *interleaved))
-        x = x.reshape((-1, *(c * e for e, c in zip(self.edges, self.counts, strict=True))))
+        x = x.reshape((b, *(c * e for e, c in zip(self.edges, self.counts, strict=True))))
         return x[(slice(None), *(slice(d) for d in self.dims))]
 
 

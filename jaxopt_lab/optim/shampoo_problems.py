@@ -18,6 +18,7 @@ from jaxopt_lab.core.matrices import (
     batch_first_spec,
     resolve_layout,
 )
+from jaxopt_lab.core.stacks import Slot
 from jaxopt_lab.core.whole_matrices import known_sharding
 from jaxopt_lab.optim.routing import MatrixAxesSpec, broadcast_prefix
 from jaxopt_lab.optim.shampoo_blocks import Blocks
@@ -45,6 +46,11 @@ class Problem(NamedTuple):
         return tuple(self.shape[a] for a in self.axes.batch)
 
     @property
+    def batch(self) -> int:
+        """How many problems the leaf holds."""
+        return math.prod(self.batch_shape)
+
+    @property
     def inner_axes(self) -> tuple[int, ...]:
         """The axes that span one problem."""
         return self.axes.reduction + self.axes.output
@@ -54,27 +60,38 @@ class Problem(NamedTuple):
         edge = self.blocks.edges[mode]
         return (*self.batch_shape, self.blocks.number, edge, edge)
 
-    def leaf_spec(self) -> PartitionSpec:
-        """Partition of the leaf as (b, *inner axes)."""
-        if self.sharding is None:
-            return PartitionSpec(None)
-        return batch_first_spec(self.sharding.spec, self.axes)
+    @property
+    def mesh(self) -> Any:
+        """The mesh that the leaf is laid out on, where that is known."""
+        return None if self.sharding is None else self.sharding.mesh
 
-    def factor_spec(self, mode: int) -> PartitionSpec:
-        """Partition of a factor as (b, blocks, d, d).
+    @property
+    def leaf_slot(self) -> Slot:
+        """The leaf as (b, *inner axes)."""
+        spec = PartitionSpec(None)
+        if self.sharding is not None:
+            spec = batch_first_spec(self.sharding.spec, self.axes)
+        # Unsharded inner axes are merged at once, so that leaves of one geometry share a stack.
+        dims = self.blocks.dims
+        inner = tuple(self.shape[a] for a in self.inner_axes) if any(spec) else dims
+        return Slot(inner, dims, spec)
+
+    def factor_slot(self, mode: int) -> Slot:
+        """A factor as (b, blocks, d, d).
 
         The mesh axes of the leaf's first sharded axis go to the rows, those of the second to the
         columns, where they divide the side.
         """
-        batch, *inner = self.leaf_spec()
+        batch, *inner = self.leaf_slot.spec
         entries = [entry for entry in inner if entry is not None]
         edge = self.blocks.edges[mode]
         sides = [entry if edge % self._devices(entry) == 0 else None for entry in entries[:2]]
-        return PartitionSpec(batch, None, *sides)
+        shape = (self.blocks.number, edge, edge)
+        return Slot(shape, shape, PartitionSpec(batch, None, *sides))
 
     def stored_factor_spec(self, mode: int) -> PartitionSpec:
         """Partition of a factor as it is stored, (*batch, blocks, d, d)."""
-        batch, *others = self.factor_spec(mode)
+        batch, *others = self.factor_slot(mode).spec
         return PartitionSpec(*self._batch_entries(batch), *others)
 
     def factors(self, dtype: DTypeLike, *, identity: bool = False) -> list[Array]:
@@ -91,7 +108,7 @@ class Problem(NamedTuple):
 
     def zero_counter(self) -> Array:
         """(*batch,) int32."""
-        spec = PartitionSpec(*self._batch_entries(self.leaf_spec()[0]))
+        spec = PartitionSpec(*self._batch_entries(self.leaf_slot.spec[0]))
         return self._placed(jnp.zeros(self.batch_shape, jnp.int32), spec)
 
     def _batch_entries(self, leading: Any) -> list[Any]:
@@ -152,5 +169,7 @@ def problems_of(
                 f"{blocks.dims}; at most {MAX_ORDER} are supported: give it a layout in "
                 "matrix_axes, or let small axes merge"
             )
-        problems.append(Problem(path, tuple(x.shape), axes, blocks, known_sharding(x, sharding)))
+        if isinstance(x, jax.Array):
+            sharding = known_sharding(x, sharding)
+        problems.append(Problem(path, tuple(x.shape), axes, blocks, sharding))
     return problems

@@ -6,25 +6,25 @@ writes is exchanged by all-to-alls, nothing is gathered.
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from jaxopt_lab.core.inverse_roots import inverse_root
 from jaxopt_lab.core.matrices import batch_first, group_by, undo_batch_first
 from jaxopt_lab.core.precision import PrecisionName, ProductPrecision
-from jaxopt_lab.core.stacks import ReplicatedWork
+from jaxopt_lab.core.stacks import Item, ReplicatedWork, map_stacks
 from jaxopt_lab.core.whole_matrices import on_whole_matrices
 from jaxopt_lab.optim.routing import Scalar
-from jaxopt_lab.optim.shampoo_blocks import block_gram, block_product
+from jaxopt_lab.optim.shampoo_blocks import Blocks, block_gram, block_product
 from jaxopt_lab.optim.shampoo_problems import Problem
 
 # Factors or inverse roots: a list a leaf, holding an array (*batch, blocks, d, d) a mode.
 Factors = Sequence[Sequence[Array]]
-StackFunction = Callable[..., tuple[Array, ...]]
 
 
 def gram_matrices(
@@ -42,22 +42,19 @@ def gram_matrices(
       precision: Of the products.
     """
 
-    def on(problem: Problem) -> StackFunction:
-        def grams(gradient: Array, *factors: Array) -> tuple[Array, ...]:
-            blocks = _as_blocks(problem, gradient)
-            out = []
-            for mode, edge in enumerate(problem.blocks.edges):
-                x = blocks
-                for other, root in enumerate(factors):
-                    if other != mode:
-                        x = block_product(x, _flat(root), other, precision)
-                gram = block_gram(x, mode, precision)
-                out.append(gram.reshape((-1, problem.blocks.number, edge, edge)))
-            return tuple(out)
+    def grams(blocks: Blocks, gradient: Array, *factors: Array) -> tuple[Array, ...]:
+        pieces = blocks.split(gradient)
+        out = []
+        for mode, edge in enumerate(blocks.edges):
+            x = pieces
+            for other, root in enumerate(factors):
+                if other != mode:
+                    x = block_product(x, _flat(root), other, precision)
+            gram = block_gram(x, mode, precision)
+            out.append(gram.reshape((gradient.shape[0], blocks.number, edge, edge)))
+        return tuple(out)
 
-        return grams
-
-    results = _map_problems(on, problems, [gradients], roots, returns_factors=True)
+    results = _map_problems(grams, problems, [gradients], roots, returns_factors=True)
     return [
         [y.reshape(p.factor_shape(k)) for k, y in enumerate(pieces)]
         for p, pieces in zip(problems, results, strict=True)
@@ -81,20 +78,17 @@ def precondition(
       precision: Of the products.
     """
 
-    def on(problem: Problem) -> StackFunction:
-        def direction(average: Array, *others: Array) -> tuple[Array]:
-            x = _as_blocks(problem, average)
-            for mode, root in enumerate(others[-problem.blocks.order :]):
-                x = block_product(x, _flat(root), mode, precision)
-            if grafts is not None:
-                lent = _block_norm(_as_blocks(problem, others[0]))
-                x = x * (lent / (_block_norm(x) + 1e-16))
-            return (problem.blocks.join(x).reshape(average.shape),)
-
-        return direction
+    def direction(blocks: Blocks, average: Array, *others: Array) -> tuple[Array]:
+        x = blocks.split(average)
+        for mode, root in enumerate(others[-blocks.order :]):
+            x = block_product(x, _flat(root), mode, precision)
+        if grafts is not None:
+            lent = _block_norm(blocks.split(others[0]))
+            x = x * (lent / (_block_norm(x) + 1e-16))
+        return (blocks.join(x),)
 
     leaves = [averages] if grafts is None else [averages, grafts]
-    results = _map_problems(on, problems, leaves, roots, returns_factors=False)
+    results = _map_problems(direction, problems, leaves, roots, returns_factors=False)
     return [
         undo_batch_first(pieces[0], p.shape, p.axes) if pieces else x
         for p, x, pieces in zip(problems, averages, results, strict=True)
@@ -138,11 +132,10 @@ def refreshed_roots(
 
     def key(place: tuple[int, int]) -> Hashable:
         i, k = place
-        p, spec = problems[i], problems[i].factor_spec(k)
-        mesh = None if p.sharding is None else p.sharding.mesh
+        p, spec = problems[i], problems[i].factor_slot(k).spec
         alone = place if spec[0] else None
         exponent = rule.exponents[p.blocks.order - 1]
-        return p.blocks.edges[k], factors[i][k].dtype, exponent, spec[2:], mesh, alone
+        return p.blocks.edges[k], factors[i][k].dtype, exponent, spec[2:], p.mesh, alone
 
     for group in group_by([key(place) for place in places]):
         members = [places[j] for j in group]
@@ -167,7 +160,7 @@ def refreshed_roots(
 
 def _stack_roots(rule: RootRule, problem: Problem, mode: int) -> Callable[..., Array]:
     """Inverse roots of a stack (n, d, d) laid out as the factors of a mode of a problem."""
-    batch, _, *sides = problem.factor_spec(mode)
+    batch, _, *sides = problem.factor_slot(mode).spec
     spec, rows = PartitionSpec(batch, *sides), PartitionSpec(batch)
 
     def whole(x: Array, divisors: Array, eps: Array, old: Array) -> tuple[Array]:
@@ -189,9 +182,9 @@ def _stack_roots(rule: RootRule, problem: Problem, mode: int) -> Callable[..., A
         # An operand: a traced constant of the function could not cross into an Explicit mesh.
         eps = jnp.zeros_like(divisors) + rule.epsilon
         operands = (x, divisors, eps.astype(x.dtype), old)
-        if problem.sharding is None:
+        mesh = problem.mesh
+        if mesh is None:
             return whole(*operands)[0]
-        mesh = problem.sharding.mesh
         idle: tuple[str, ...] = ()
         if rule.replicated_work == "share":
             used = {a for e in spec if e for a in ((e,) if isinstance(e, str) else e)}
@@ -221,75 +214,45 @@ def _part(compute: Callable, x: Array, divisors: Array, old: Array, share) -> Ar
 
 
 def _map_problems(
-    on: Callable[[Problem], StackFunction],
+    fn: Callable[..., tuple[Array, ...]],
     problems: Sequence[Problem],
     leaves: Sequence[Sequence[Array]],
     factors: Factors | None,
     *,
     returns_factors: bool,
 ) -> list[tuple[Array, ...]]:
-    """Apply `on(problem)` to the stacks of problems of one geometry.
+    """Apply `fn(blocks, *stacks)` to whole problems (b, *dims) and factors (b, blocks, d, d).
 
     Returns:
       For each leaf what the function returned: arrays (b, blocks, d, d), one a mode, or one array
       (b, ...). Nothing for an empty leaf.
     """
-    results: list[tuple[Array, ...]] = [()] * len(problems)
-    members = [i for i, p in enumerate(problems) if p.blocks.order]
-
-    def key(i: int) -> Hashable:
-        p, spec = problems[i], problems[i].leaf_spec()
-        if not any(spec):
-            return p.blocks, leaves[0][i].dtype
-        inner = tuple(p.shape[a] for a in p.inner_axes)
-        mesh = None if p.sharding is None else p.sharding.mesh
-        # A stack whose leading axis is sharded cannot be concatenated without moving data.
-        return p.blocks, leaves[0][i].dtype, inner, spec, mesh, i if spec[0] else None
-
-    for group in group_by([key(i) for i in members]):
-        chosen = [members[j] for j in group]
-        first = problems[chosen[0]]
-        spec, modes = first.leaf_spec(), range(first.blocks.order)
-        factor_specs = [first.factor_spec(k) for k in modes]
-        views = [[_leaf_view(problems[i], ls[i]) for i in chosen] for ls in leaves]
-        specs = [spec] * len(leaves)
-        if factors is not None:
-            views += [[_factor_view(problems[i], factors[i][k]) for i in chosen] for k in modes]
-            specs += factor_specs
-        stacks = [jnp.concatenate(xs) for xs in views]
-        out_specs = factor_specs if returns_factors else [spec]
-        out = _on_whole(on(first), stacks, specs, out_specs, first.sharding)
-        start = 0
-        for i, view in zip(chosen, views[0], strict=True):
-            size = view.shape[0]
-            results[i] = tuple(lax.slice_in_dim(y, start, start + size) for y in out)
-            start += size
+    results: list[tuple[Any, ...]] = [()] * len(problems)
+    # One call for all problems cut in the same way; inside it, one stack for all of equal layout.
+    for members in group_by([p.blocks for p in problems]):
+        blocks = problems[members[0]].blocks
+        if not blocks.order:
+            continue
+        items = []
+        for i in members:
+            p = problems[i]
+            square = tuple(p.factor_slot(k) for k in range(blocks.order))
+            arrays = [
+                batch_first(ls[i], p.axes).reshape((p.batch, *p.leaf_slot.inner)) for ls in leaves
+            ]
+            slots = (p.leaf_slot,) * len(arrays)
+            if factors is not None:
+                arrays += [x.reshape((p.batch, *x.shape[-3:])) for x in factors[i]]
+                slots += square
+            results_of = square if returns_factors else (p.leaf_slot,)
+            items.append(Item(tuple(arrays), slots, results_of, p.mesh))
+        for i, out in zip(members, map_stacks(partial(fn, blocks), items), strict=True):
+            results[i] = out
     return results
 
 
-def _on_whole(fn, stacks, specs, out_specs, sharding: NamedSharding | None) -> tuple[Array, ...]:
-    if sharding is None:
-        return fn(*stacks)
-    return on_whole_matrices(fn, stacks, specs, out_specs, sharding.mesh)
-
-
-def _leaf_view(problem: Problem, leaf: Array) -> Array:
-    x = batch_first(leaf, problem.axes)
-    # Unsharded inner axes are merged here, so that leaves of other axes but one geometry stack.
-    sharded = any(problem.leaf_spec())
-    return x if sharded else x.reshape((x.shape[0], *problem.blocks.dims))
-
-
-def _factor_view(problem: Problem, factor: Array) -> Array:
-    return factor.reshape((math.prod(problem.batch_shape), *factor.shape[-3:]))
-
-
-def _as_blocks(problem: Problem, leaf: Array) -> Array:
-    return problem.blocks.split(leaf.reshape((-1, *problem.blocks.dims)))
-
-
 def _flat(factor: Array) -> Array:
-    return factor.reshape((-1, *factor.shape[-2:]))
+    return factor.reshape((math.prod(factor.shape[:-2]), *factor.shape[-2:]))
 
 
 def _block_norm(x: Array) -> Array:
