@@ -13,6 +13,7 @@ import numpy as np
 # Family (name of the folder that holds the case) -> module with `replay(case) -> list[Result]`.
 FAMILIES = {
     "lion_muon": "tests.golden.lion_muon",
+    "shampoo": "tests.golden.shampoo",
 }
 
 
