@@ -1,5 +1,19 @@
 """What happens during training, measured: recorders for training loops and pure functions."""
 
+from jaxopt_lab.diagnostics.fisher import (
+    ApproximationErrors,
+    Fisher,
+    FullFisher,
+    approximation_errors,
+    basis_distance,
+    kronecker_distance,
+    softmax_hessian,
+)
+from jaxopt_lab.diagnostics.fisher_samples import (
+    ProbedFisher,
+    SampledFisher,
+    moving_average_weights,
+)
 from jaxopt_lab.diagnostics.norms import (
     NormRatios,
     NormRecord,
@@ -10,14 +24,24 @@ from jaxopt_lab.diagnostics.norms import (
 from jaxopt_lab.diagnostics.recording import Every, Recorder, Recorders, Snapshot, find_state
 
 __all__ = [
+    "ApproximationErrors",
     "Every",
+    "Fisher",
+    "FullFisher",
     "NormRatios",
     "NormRecord",
+    "ProbedFisher",
     "Recorder",
     "Recorders",
+    "SampledFisher",
     "Snapshot",
+    "approximation_errors",
+    "basis_distance",
     "direction_of",
     "find_state",
+    "kronecker_distance",
     "lion_muon_momentum",
+    "moving_average_weights",
     "norm_ratios",
+    "softmax_hessian",
 ]
