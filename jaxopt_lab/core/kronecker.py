@@ -128,7 +128,7 @@ def ksl_step(
     overlap = _divide(_inner(u, left), step.left_size)
     n = _divide(step.old * overlap * right, step.right_size) + step.new * seen
     size = frobenius_norm(n)
-    root = jnp.sqrt(step.scale * size)
+    root = step.root_scale * jnp.sqrt(size)
     return root * u, root * _divide(n, size)
 
 
@@ -155,7 +155,7 @@ def parallel_step(
     v = _unit(step.columns(precision))
     kept = _divide(_inner(left, u), step.left_size) * _divide(_inner(right, v), step.right_size)
     gained = _inner(u, row_product(step.grad_unit, v, precision))
-    root = jnp.sqrt(step.scale * (step.old * kept + step.new * gained))
+    root = step.root_scale * jnp.sqrt(step.old * kept + step.new * gained)
     return root * u, root * v
 
 
@@ -232,7 +232,7 @@ def frobenius_norm(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch 1 1"]:
 class _Increment:
     """The target of a step in units in which nothing under- or overflows.
 
-    A = scale * (old * unit old approximation + new * unit increment), with old and new in [0, 1].
+    A = root_scale^2 * (old * unit old approximation + new * unit increment), old + new = 1.
     The factors enter products as they are and the small results are scaled: a scaled copy of them
     would cost as much memory traffic as the product.
     """
@@ -240,12 +240,16 @@ class _Increment:
     def __init__(self, left: Array, right: Array, grad: Array, decay: Scalar, weight: Scalar):
         self.left, self.right = left, right
         self.left_size, self.right_size = frobenius_norm(left), frobenius_norm(right)
-        grad_size = frobenius_norm(grad)
-        self.grad_unit = _divide(grad, grad_size)
-        kept = decay * self.left_size * self.right_size
-        gained = weight * jnp.square(grad_size)
-        self.scale = kept + gained
-        self.old, self.new = _divide(kept, self.scale), _divide(gained, self.scale)
+        largest = jnp.max(jnp.abs(grad), axis=(-2, -1), keepdims=True)
+        grad_unit = _divide(grad, largest)
+        size = frobenius_norm(grad_unit)
+        self.grad_unit = _divide(grad_unit, size)
+        # Roots, so that the squares of tiny and of huge gradients are never formed.
+        kept = jnp.sqrt(decay) * jnp.sqrt(self.left_size) * jnp.sqrt(self.right_size)
+        gained = jnp.sqrt(weight) * largest * size
+        self.root_scale = jnp.hypot(kept, gained)
+        self.old = jnp.square(_divide(kept, self.root_scale))
+        self.new = jnp.square(_divide(gained, self.root_scale))
 
     def rows(self, precision: ProductPrecision) -> Array:
         """A vec(R) up to a positive factor."""

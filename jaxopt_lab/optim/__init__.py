@@ -2,6 +2,8 @@
 
 from jaxopt_lab.optim.adamw_fallback import scale_by_adamw_fallback
 from jaxopt_lab.optim.describe import Description, describe
+from jaxopt_lab.optim.dykaf import dykaf, dykaf_official, scale_by_dykaf
+from jaxopt_lab.optim.eigenbasis_transform import EigenbasisAdamState
 from jaxopt_lab.optim.ema import params_ema, track_params_ema
 from jaxopt_lab.optim.heavy_ball import normalized_sgd, scale_by_normalized_heavy_ball, signum
 from jaxopt_lab.optim.lion_muon import LionMuonState, lion_muon, scale_by_lion_muon, sign_muon
@@ -9,13 +11,17 @@ from jaxopt_lab.optim.muon_presets import d_muon, legacy_sign_muon, muon
 from jaxopt_lab.optim.routing import route
 from jaxopt_lab.optim.shampoo import ShampooState, scale_by_shampoo, shampoo
 from jaxopt_lab.optim.shardings import state_shardings
+from jaxopt_lab.optim.soap import scale_by_soap, soap
 
 __all__ = [
     "Description",
+    "EigenbasisAdamState",
     "LionMuonState",
     "ShampooState",
     "d_muon",
     "describe",
+    "dykaf",
+    "dykaf_official",
     "legacy_sign_muon",
     "lion_muon",
     "muon",
@@ -23,12 +29,15 @@ __all__ = [
     "params_ema",
     "route",
     "scale_by_adamw_fallback",
+    "scale_by_dykaf",
     "scale_by_lion_muon",
     "scale_by_normalized_heavy_ball",
     "scale_by_shampoo",
+    "scale_by_soap",
     "shampoo",
     "sign_muon",
     "signum",
+    "soap",
     "state_shardings",
     "track_params_ema",
 ]

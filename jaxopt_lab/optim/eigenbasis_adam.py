@@ -1,0 +1,312 @@
+"""Adam in slowly changing Kronecker eigenbases: what SOAP and DyKAF have in common.
+
+A matrix keeps two factors, one a side, and an orthogonal basis of eigenvectors for each. Adam's
+moments live in those bases; a method is the rule by which the factors follow the gradients.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxopt_lab.core.kronecker import rank_one_step
+from jaxopt_lab.core.orthogonalization import Orthogonalizer
+from jaxopt_lab.core.precision import ProductPrecision, matmul
+from jaxopt_lab.core.spectral import refresh_eigenbasis
+from jaxopt_lab.core.stacks import ReplicatedWork
+from jaxopt_lab.optim.adamw_fallback import one_minus_power
+from jaxopt_lab.optim.factor_leaves import FactorLeaf, map_leaves
+from jaxopt_lab.optim.factor_rules import FactorRule, Pair, Side
+from jaxopt_lab.optim.routing import Scalar
+
+SecondMoment = Literal["full", "rank_one", "factored"]
+
+# What a step does with one matrix.
+REFUSED, WAITING, STARTED, APPLIED = -1, 0, 1, 2
+
+MOMENTS = ("mu", "nu", "row_nu", "column_nu")
+FACTORS = ("row_factor", "column_factor")
+BASES = ("row_basis", "column_basis")
+
+
+@dataclass(frozen=True)
+class EigenbasisAdam:
+    """One step of the family, on leaves whose arrays are at hand."""
+
+    rule: FactorRule
+    b1: Scalar
+    b2: Scalar
+    eps: Scalar
+    frequency: int
+    second_moment: SecondMoment
+    eps_in_denominator: bool
+    correct_bias: bool
+    normalize_grads: bool
+    skip_first_step: bool
+    stagger: bool
+    orthogonalizer: Orthogonalizer
+    factor_precision: ProductPrecision
+    rotation_precision: ProductPrecision
+    replicated_work: ReplicatedWork
+
+    def step(
+        self, count: Array, leaves: Sequence[FactorLeaf], grads: Sequence[Array]
+    ) -> tuple[list[Array], list[Array], list[FactorLeaf]]:
+        """Take one gradient.
+
+        Args:
+          count: Gradients seen before this one.
+          leaves: State of each leaf.
+          grads: One a leaf, float32 or wider.
+
+        Returns:
+          The directions, what was done with each matrix (`REFUSED`, ...), and the new leaves.
+        """
+        leaves = [leaf.having(grad=leaf.layout.view(g))
+                  for leaf, g in zip(leaves, grads, strict=True)]  # fmt: skip
+        leaves = self._map(
+            self._factor_step,
+            leaves,
+            ("grad", *FACTORS, "age"),
+            (*FACTORS, "status"),
+        )
+        leaves = self._start_bases(count, leaves)
+        leaves = [leaf.having(age=self._grown(leaf)) for leaf in leaves]
+        leaves = self._map(
+            self._adam_step,
+            leaves,
+            ("grad", *MOMENTS, *BASES, "age", "status"),
+            ("direction", *MOMENTS),
+        )
+        leaves = self._refresh(count, leaves)
+        directions = [leaf.layout.undo_view(leaf["direction"]) for leaf in leaves]
+        return directions, [leaf["status"] for leaf in leaves], leaves
+
+    def _map(self, fn, leaves, names, results, transposable=False) -> list[FactorLeaf]:
+        return map_leaves(
+            fn,
+            leaves,
+            names,
+            results,
+            transposable=transposable,
+            replicated_work=self.replicated_work,
+        )
+
+    def _factor_step(self, grad: Array, rows: Side, columns: Side, age: Array):
+        largest = jnp.max(jnp.abs(grad), axis=(-2, -1))
+        finite = jnp.isfinite(largest)
+        two_sided = rows is not None and columns is not None
+        waits = self.rule.waits_for_gradient and two_sided
+        starting = (age == 0) & finite & ((largest > 0) | (not waits))
+        status = jnp.where(starting, STARTED, jnp.where(age > 0, APPLIED, WAITING))
+        status = jnp.where(finite, status, REFUSED)
+        grad = jnp.where(_wide(finite), grad, 0)
+        old = before = (rows, columns)
+        if waits:
+            started = lambda pair: _select(starting, self.rule.start(pair, grad), pair)  # noqa: E731
+            before = lax.cond(jnp.any(starting), started, lambda pair: pair, before)
+        new = self.rule.step(before, grad)
+        return *_select(status > 0, new, old), status
+
+    def _start_bases(self, count: Array, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
+        """Bases of the matrices that start now.
+
+        A decomposition is only ever made at the first gradient: it is expensive, and a branch on
+        anything but the counter would run at every step under `vmap`. A matrix that starts later
+        begins in the identity, unless its basis costs nothing (`waits_for_gradient`).
+        """
+
+        def bases(rows: Side, columns: Side, row_basis: Side, column_basis: Side, status: Array):
+            new = self.rule.bases((rows, columns))
+            return _select(status == STARTED, new, (row_basis, column_basis))
+
+        due = count == 0
+        if self.rule.waits_for_gradient:
+            due = due | jnp.any(jnp.stack([jnp.any(leaf["status"] == STARTED) for leaf in leaves]))
+        return _branch(
+            due,
+            lambda leaves: self._map(bases, leaves, (*FACTORS, *BASES, "status"), BASES),
+            leaves,
+            BASES,
+        )
+
+    def _grown(self, leaf: FactorLeaf) -> Array:
+        first = 1 if self.skip_first_step else 2
+        status, age = leaf["status"], leaf["age"]
+        return jnp.where(
+            status == STARTED, first, jnp.where(status == APPLIED, age + 1, age)
+        ).astype(jnp.int32)
+
+    def _adam_step(self, grad, mu, nu, row_nu, column_nu, row_basis, column_basis, age, status):
+        applied = (status == APPLIED) | ((status == STARTED) & (not self.skip_first_step))
+        keep = _wide(applied)
+        rotated = self._rotate(jnp.where(keep, grad, 0), row_basis, column_basis)
+        new_mu = self.b1 * mu + (1 - self.b1) * rotated
+        moments, denominator = self._second_moment(nu, row_nu, column_nu, jnp.square(rotated))
+        step = jnp.where(denominator > 0, new_mu / jnp.where(denominator > 0, denominator, 1), 0)
+        step = self._rotate(step, row_basis, column_basis, back=True)
+        if self.normalize_grads:
+            step = step / (1e-30 + jnp.sqrt(jnp.mean(jnp.square(step), (-2, -1), keepdims=True)))
+        scale = jnp.ones_like(_wide(age), step.dtype)
+        if self.correct_bias:
+            k = jnp.maximum(_wide(age) - 1, 1).astype(step.dtype)
+            scale = jnp.sqrt(one_minus_power(self.b2, k)) / one_minus_power(self.b1, k)
+        direction = jnp.where(keep, scale * step, 0)
+        new = _select(applied, (new_mu, *moments), (mu, nu, row_nu, column_nu))
+        return direction, *new
+
+    def _rotate(self, x: Array, rows: Side, columns: Side, back: bool = False) -> Array:
+        """Into the eigenbases or back: $Q_L^T X Q_R$ or $Q_L X Q_R^T$."""
+        if rows is not None:
+            x = matmul(rows if back else rows.mT, x, self.rotation_precision)
+        if columns is not None:
+            x = matmul(x, columns.mT if back else columns, self.rotation_precision)
+        return x
+
+    def _second_moment(self, nu, row_nu, column_nu, squares):
+        """The new second moment, and what the first one is divided by."""
+        if self.second_moment == "full":
+            nu = self.b2 * nu + (1 - self.b2) * squares
+            return (nu, None, None), jnp.sqrt(nu) + self.eps
+        if self.second_moment == "factored":
+            row_nu = self.b2 * row_nu + (1 - self.b2) * jnp.sum(squares, -1)
+            column_nu = self.b2 * column_nu + (1 - self.b2) * jnp.sum(squares, -2)
+            total = jnp.sum(row_nu, -1)[..., None]
+            shares = row_nu / jnp.where(total > 0, total, 1)
+        else:
+            row_nu, column_nu = rank_one_step(row_nu, column_nu, squares, decay=self.b2)
+            shares = row_nu
+        root = jnp.sqrt(shares)[..., :, None] * jnp.sqrt(column_nu)[..., None, :]
+        floor = self.eps if self.eps_in_denominator else 0.0
+        return (None, row_nu, column_nu), root + floor
+
+    def _refresh(self, count: Array, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
+        """Every `frequency` steps: new bases, the first moment re-expressed, the second sorted."""
+        applied = count if self.skip_first_step else count + 1
+        names, results = (*MOMENTS, *FACTORS, *BASES), (*MOMENTS, *BASES)
+        if not self.stagger:
+            return _branch(
+                (count > 0) & (applied % self.frequency == 0),
+                lambda leaves: self._map(self._new_bases, leaves, names, results, True),
+                leaves,
+                results,
+            )
+        # A share of every stack at each step, so that no step pays for all.
+        fn = _in_turn(self._new_bases, applied % self.frequency, self.frequency)
+        return _branch(
+            count > 0, lambda leaves: self._map(fn, leaves, names, results, True), leaves, results
+        )
+
+    def _new_bases(self, mu, nu, row_nu, column_nu, rows, columns, row_basis, column_basis):
+        bases, orders = self._refreshed((rows, columns), (row_basis, column_basis))
+
+        def product(a: Array, b: Array) -> Array:
+            return matmul(a, b, self.factor_precision)
+
+        if bases[0] is not None:
+            mu = product(bases[0].mT, product(row_basis, mu))
+        if bases[1] is not None:
+            mu = product(product(mu, column_basis.mT), bases[1])
+        nu = _permuted(_permuted(nu, orders[0], -2), orders[1], -1)
+        row_nu, column_nu = _permuted(row_nu, orders[0], -1), _permuted(column_nu, orders[1], -1)
+        return mu, nu, row_nu, column_nu, *bases
+
+    def _refreshed(self, factors: Pair, bases: Pair) -> tuple[Pair, Pair]:
+        """New bases, and the orders that sorted the old ones; equal sides in one batch."""
+
+        def refresh(factor: Side, basis: Side) -> Pair:
+            if factor is None or basis is None:
+                return None, None
+            return refresh_eigenbasis(
+                factor,
+                basis,
+                orthogonalizer=self.orthogonalizer,
+                precision=self.factor_precision,
+            )
+
+        (rows, columns), (row_basis, column_basis) = factors, bases
+        if rows is None or columns is None or rows.shape != columns.shape:
+            (new_rows, row_order), (new_columns, column_order) = map(refresh, factors, bases)
+            return (new_rows, new_columns), (row_order, column_order)
+        assert row_basis is not None and column_basis is not None
+        basis, order = refresh(
+            jnp.concatenate((rows, columns)), jnp.concatenate((row_basis, column_basis))
+        )
+        assert basis is not None and order is not None
+        count = rows.shape[0]
+        return (basis[:count], basis[count:]), (order[:count], order[count:])
+
+
+def _permuted(x: Side, order: Side, axis: int) -> Side:
+    """Entries along an axis in the given order, one order a matrix."""
+    if x is None or order is None:
+        return x
+    others = tuple(a for a in range(1, x.ndim) if a != axis % x.ndim)
+    return jnp.take_along_axis(x, jnp.expand_dims(order, others), axis=axis)
+
+
+def _wide(per_matrix: Array) -> Array:
+    """One number a matrix, to broadcast against the stack."""
+    return per_matrix[..., None, None]
+
+
+def _select(condition: Array, new: Sequence[Side], old: Sequence[Side]) -> tuple[Side, ...]:
+    """`new` for the matrices for which the condition holds."""
+
+    def select(a: Side, b: Side) -> Side:
+        if a is None or b is None:
+            return None
+        return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - 1)), a, b)
+
+    return tuple(map(select, new, old))
+
+
+def _branch(
+    due: Array,
+    fn: Callable[[list[FactorLeaf]], list[FactorLeaf]],
+    leaves: list[FactorLeaf],
+    results: Sequence[str],
+) -> list[FactorLeaf]:
+    """`fn(leaves)` if `due`, which then changes the arrays named in `results` only."""
+
+    def chosen(leaves: list[FactorLeaf]) -> list[dict[str, Side]]:
+        return [{name: leaf.arrays[name] for name in results} for leaf in leaves]
+
+    def take(arrays: list[dict[str, Side]]) -> list[dict[str, Side]]:
+        return chosen(fn([leaf.having(**x) for leaf, x in zip(leaves, arrays, strict=True)]))
+
+    new = lax.cond(due, take, lambda arrays: arrays, chosen(leaves))
+    return [leaf.having(**x) for leaf, x in zip(leaves, new, strict=True)]
+
+
+def _in_turn(fn: Callable[..., tuple[Side, ...]], turn: Array, turns: int):
+    """Apply `fn` to one of `turns` shares of a stack."""
+
+    def share_of(mu, nu, row_nu, column_nu, rows, columns, row_basis, column_basis):
+        arrays = (mu, nu, row_nu, column_nu, rows, columns, row_basis, column_basis)
+        kept = (mu, nu, row_nu, column_nu, row_basis, column_basis)
+        batch = mu.shape[0]
+        size = -(-batch // turns)
+        first = turn * size
+
+        def refresh(kept: tuple[Side, ...]) -> tuple[Side, ...]:
+            # The last share may be short: its slice then reaches back into the one before.
+            start = jnp.minimum(first, batch - size)
+            mine = start + jnp.arange(size) >= first
+
+            def part(x: Side) -> Side:
+                return None if x is None else lax.dynamic_slice_in_dim(x, start, size)
+
+            old = tuple(map(part, kept))
+            new = _select(mine, fn(*map(part, arrays)), old)
+            return tuple(
+                None if x is None or y is None else lax.dynamic_update_slice_in_dim(x, y, start, 0)
+                for x, y in zip(kept, new, strict=True)
+            )
+
+        return lax.cond(first < batch, refresh, lambda kept: kept, kept)
+
+    return share_of

@@ -1,0 +1,71 @@
+"""Options that SOAP and DyKAF share, checked before anything is built."""
+
+from typing import Any, TypeGuard
+
+import jax.numpy as jnp
+
+from jaxopt_lab.core.orthogonalization import ORTHOGONALIZERS
+from jaxopt_lab.core.precision import PRODUCT_PRECISIONS
+from jaxopt_lab.optim.routing import Scalar
+
+
+def check_options(
+    *,
+    b1: Scalar,
+    b2: Scalar,
+    factor_decay: Scalar | None,
+    eps: Scalar,
+    precondition_frequency: Any,
+    max_precond_dim: int | None,
+    stagger: bool,
+    **choices: str,
+) -> None:
+    """Raise `ValueError` for a number out of range or an unknown choice; names the argument.
+
+    Numbers that are arrays come from `optax.inject_hyperparams` and are not looked at.
+    """
+    for name, value in (("b1", b1), ("b2", b2)):
+        if _is_number(value) and not 0 <= value < 1:
+            raise ValueError(f"{name} is {value}; it must be in [0, 1)")
+    if _is_number(factor_decay) and not 0 <= factor_decay <= 1:
+        raise ValueError(f"factor_decay is {factor_decay}; it must be in [0, 1], or None for b2")
+    if _is_number(eps) and not eps >= 0:
+        raise ValueError(f"eps is {eps}; it must be at least 0")
+    if _is_number(precondition_frequency):
+        if precondition_frequency < 1 or precondition_frequency != int(precondition_frequency):
+            raise ValueError(
+                f"precondition_frequency is {precondition_frequency}; it must be an integer of at "
+                "least 1"
+            )
+    elif stagger:
+        raise ValueError(
+            "stagger divides stacks into precondition_frequency shares, so that must be a plain "
+            "integer; under optax.inject_hyperparams name it in static_args"
+        )
+    if max_precond_dim is not None and max_precond_dim < 0:
+        raise ValueError(f"max_precond_dim is {max_precond_dim}; it must be at least 0, or None")
+    known = {
+        "orthogonalizer": ORTHOGONALIZERS,
+        "factor_precision": PRODUCT_PRECISIONS,
+        "rotation_precision": PRODUCT_PRECISIONS,
+        "replicated_work": ("repeat", "share"),
+    }
+    for name, value in choices.items():
+        check_choice(name, value, known[name])
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise `ValueError` for an unknown choice."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def gradient_weight(decay: Scalar) -> Scalar:
+    """The weight of a new gradient beside a decay: 1 - decay, and 1 beside a plain sum."""
+    if _is_number(decay):
+        return 1.0 if decay == 1 else 1 - decay
+    return jnp.where(decay == 1, 1, 1 - decay)
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float)

@@ -1,0 +1,222 @@
+"""The Optax transformation around `EigenbasisAdam`: state, layouts, decay."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jaxtyping import Array
+
+from jaxopt_lab.core.stacks import LeafLayout
+from jaxopt_lab.core.whole_matrices import known_sharding
+from jaxopt_lab.optim.eigenbasis_adam import APPLIED, BASES, FACTORS, REFUSED, EigenbasisAdam
+from jaxopt_lab.optim.factor_leaves import FactorLeaf, slot_of
+from jaxopt_lab.optim.matrix_leaves import MatrixLeaves
+from jaxopt_lab.optim.routing import (
+    MatrixAxesSpec,
+    Scalar,
+    broadcast_prefix,
+    require_matrices,
+)
+
+# The published limit: it keeps vocabularies out.
+MAX_PRECOND_DIM = 10_000
+
+_TREES = ("age", "mu", "nu", "row_nu", "column_nu", *FACTORS, *BASES)
+
+
+class EigenbasisAdamState(NamedTuple):
+    """State of `scale_by_soap` and `scale_by_dykaf`.
+
+    Trees like the parameters. A leaf with batch axes (*batch) holds one matrix (m, n) for each of
+    their entries. Arrays are float32 or wider. `MaskedNode` stands where a side has no factor, and
+    for the second moments that are not in use.
+    """
+
+    count: Array  # shape=(), dtype=int32: gradients seen
+    age: optax.Updates  # (*batch), int32: 0 before a matrix has started, then 1 + updates applied
+    rejected: optax.Updates  # (*batch), int32: gradients refused because they were not finite
+    mu: optax.Updates  # first moment in the eigenbases, shape of the parameter
+    nu: Any  # second moment in the eigenbases, shape of the parameter
+    row_nu: Any  # (*batch, m): factored second moment, rows
+    column_nu: Any  # (*batch, n): and columns
+    row_factor: optax.Updates  # (*batch, m, m)
+    column_factor: optax.Updates  # (*batch, n, n)
+    row_basis: optax.Updates  # (*batch, m, m): eigenvectors in columns, by decreasing eigenvalue
+    column_basis: optax.Updates  # (*batch, n, n)
+
+
+def preconditioned_sides(
+    m: int, n: int, max_precond_dim: int | None, smaller_side_only: bool = False
+) -> tuple[bool, bool]:
+    """Which sides of an (m, n) matrix have a factor."""
+    limit = MAX_PRECOND_DIM if max_precond_dim is None else max_precond_dim
+    rows, columns = m <= limit, n <= limit
+    if smaller_side_only and rows and columns:
+        return m <= n, m > n
+    return rows, columns
+
+
+def eigenbasis_transform(
+    method: EigenbasisAdam,
+    *,
+    max_precond_dim: int | None,
+    smaller_side_only: bool = False,
+    weight_decay: Scalar,
+    mask: Any,
+    decay_rate: optax.ScalarOrSchedule | None,
+    matrix_axes: MatrixAxesSpec,
+    param_shardings: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation of a method; its arguments are explained by `scale_by_soap`."""
+    # A traced number (from inject_hyperparams) may be anything; only a plain zero skips the decay.
+    decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
+
+    def sides(layout: LeafLayout) -> tuple[bool, bool]:
+        return preconditioned_sides(layout.m, layout.n, max_precond_dim, smaller_side_only)
+
+    def init(params: optax.Params) -> EigenbasisAdamState:
+        routes = require_matrices(params, matrix_axes)
+        leaves, treedef = jax.tree.flatten(params)
+        given: Sequence[NamedSharding | None] = [None] * len(leaves)
+        if param_shardings is not None:
+            given = broadcast_prefix("param_shardings", param_shardings, params)
+        columns: dict[str, list[Any]] = {name: [] for name in _TREES}
+        for x, route, sharding in zip(leaves, routes, given, strict=True):
+            assert route.axes is not None
+            layout = LeafLayout(x.shape, route.axes, known_sharding(x, sharding))
+            for name, array in _initial(x, layout, method, sides(layout)).items():
+                columns[name].append(array)
+        trees = {name: treedef.unflatten(values) for name, values in columns.items()}
+        unused = ("row_nu", "column_nu") if method.second_moment == "full" else ("nu",)
+        trees |= {name: optax.MaskedNode() for name in unused}
+        return EigenbasisAdamState(
+            count=jnp.zeros([], jnp.int32),
+            rejected=jax.tree.map(jnp.zeros_like, trees["age"]),
+            **trees,
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        if decays and params is None:
+            raise ValueError("weight_decay needs the parameters: call update(grads, state, params)")
+        known = MatrixLeaves.of(updates, matrix_axes, param_shardings)
+        grads = jax.tree.leaves(updates)
+        shapes = [g.shape for g in grads]
+        layouts = list(map(LeafLayout, shapes, known.axes, known.shardings))
+        leaves = _leaves(state, known.treedef, layouts)
+        directions, statuses, leaves = method.step(
+            state.count, leaves, [g.astype(_wide_dtype(g)) for g in grads]
+        )
+        if decays:
+            directions = _decayed(
+                directions, statuses, known, state.count, method, params,
+                weight_decay, mask, decay_rate, updates,
+            )  # fmt: skip
+        unflatten = known.treedef.unflatten
+        out = unflatten([d.astype(g.dtype) for d, g in zip(directions, grads, strict=True)])
+        refused = [
+            leaf.layout.undo_flat((status == REFUSED).astype(jnp.int32))
+            for leaf, status in zip(leaves, statuses, strict=True)
+        ]
+        rejected = jax.tree.leaves(state.rejected)
+        return out, state._replace(
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            rejected=unflatten([a + b for a, b in zip(rejected, refused, strict=True)]),
+            **_stored(state, leaves, unflatten),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _initial(
+    x: Any, layout: LeafLayout, method: EigenbasisAdam, sides: tuple[bool, bool]
+) -> dict[str, Any]:
+    """The arrays of a leaf before its first gradient, in stored form."""
+    dtype = _wide_dtype(x)
+
+    def placed(name: str, array: Array) -> Array:
+        """With the leaf's batch axes, laid out as it will stay."""
+        slot = slot_of(layout, name)
+        array = jnp.broadcast_to(array, (*layout.batch_shape, *slot.inner))
+        sharding = known_sharding(x, None)
+        if sharding is None:
+            return array
+        return jax.sharding.reshard(array, NamedSharding(sharding.mesh, layout.stored_spec(slot)))
+
+    out: dict[str, Any] = {
+        "age": placed("age", jnp.zeros([], jnp.int32)),
+        "mu": jnp.zeros_like(x, dtype=dtype),
+        "nu": jnp.zeros_like(x, dtype=dtype),
+    }
+    # The rank-one fit needs a positive start; sums of squares start from nothing.
+    start = method.eps if method.second_moment == "rank_one" else 0.0
+    for side, size, kept in zip(("row", "column"), (layout.m, layout.n), sides, strict=True):
+        out[f"{side}_nu"] = placed(f"{side}_nu", jnp.asarray(start, dtype))
+        eye = jnp.eye(size, dtype=dtype)
+        scale = method.rule.initial(size, all(sides))
+        for what, array in (("factor", scale * eye), ("basis", eye)):
+            name = f"{side}_{what}"
+            out[name] = placed(name, array) if kept else optax.MaskedNode()
+    return out
+
+
+def _leaves(
+    state: EigenbasisAdamState, treedef: Any, layouts: Sequence[LeafLayout]
+) -> list[FactorLeaf]:
+    """The state of each leaf, batch axes merged."""
+    columns = {}
+    for name in _TREES:
+        tree = getattr(state, name)
+        unused = isinstance(tree, optax.MaskedNode)
+        columns[name] = [tree] * len(layouts) if unused else treedef.flatten_up_to(tree)
+
+    def merged(name: str, x: Any, layout: LeafLayout) -> Array | None:
+        if isinstance(x, optax.MaskedNode):
+            return None
+        return layout.view(x) if slot_of(layout, name) is layout.matrix else layout.flat(x)
+
+    return [
+        FactorLeaf(layout, {name: merged(name, columns[name][i], layout) for name in _TREES})
+        for i, layout in enumerate(layouts)
+    ]
+
+
+def _stored(state: EigenbasisAdamState, leaves: Sequence[FactorLeaf], unflatten) -> dict[str, Any]:
+    """The fields of the state that hold the leaves."""
+
+    def stored(name: str, leaf: FactorLeaf) -> Any:
+        x, layout = leaf.arrays[name], leaf.layout
+        if x is None:
+            return optax.MaskedNode()
+        return (
+            layout.undo_view(x) if slot_of(layout, name) is layout.matrix else layout.undo_flat(x)
+        )
+
+    used = [name for name in _TREES if not isinstance(getattr(state, name), optax.MaskedNode)]
+    return {name: unflatten([stored(name, leaf) for leaf in leaves]) for name in used}
+
+
+def _decayed(
+    directions, statuses, known, count, method, params, weight_decay, mask, decay_rate, updates
+) -> list[Array]:
+    """Add the decay to the matrices that take a step."""
+    decaying = broadcast_prefix("mask", True if mask is None else mask, updates)
+    rate = decay_rate(count) if callable(decay_rate) else decay_rate
+    # After the step: W' = (1 - rate decay)(W - rate D), as one update.
+    shrunk = 1.0 if rate is None else 1 - rate * weight_decay
+    out = []
+    for i, (d, status, w) in enumerate(
+        zip(directions, statuses, jax.tree.leaves(params), strict=True)
+    ):
+        applied = (status == APPLIED) | ((status > 0) & (not method.skip_first_step))
+        applied = known.per_matrix(i, applied, d)
+        term = jnp.where(applied, weight_decay * w.astype(d.dtype), 0)
+        out.append(shrunk * d + term if decaying[i] else d)
+    return out
+
+
+def _wide_dtype(x: Any) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)

@@ -1,0 +1,101 @@
+"""The arrays of one matrix leaf with its factors and bases, and the way to stacks and back."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from jaxtyping import Array
+
+from jaxopt_lab.core.matrices import MatrixAxes
+from jaxopt_lab.core.stacks import Item, LeafLayout, ReplicatedWork, Slot, map_stacks
+
+_MATRICES = ("grad", "mu", "nu", "direction")
+_OTHER_SIDE = {
+    f"{side}_{what}": f"{other}_{what}"
+    for side, other in (("row", "column"), ("column", "row"))
+    for what in ("nu", "factor", "basis")
+}
+
+
+class FactorLeaf(NamedTuple):
+    """One leaf; every array is (batch, ...), a matrix (batch, *inner) of the layout."""
+
+    layout: LeafLayout
+    arrays: Mapping[str, Array | None]
+
+    def __getitem__(self, name: str) -> Array:
+        """An array that is there."""
+        array = self.arrays[name]
+        assert array is not None, name
+        return array
+
+    def having(self, **arrays: Array | None) -> "FactorLeaf":
+        """With some arrays added or replaced."""
+        return self._replace(arrays={**self.arrays, **arrays})
+
+    def slot(self, name: str) -> Slot:
+        """The shape and layout of an array."""
+        return slot_of(self.layout, name)
+
+    def turned(self) -> "FactorLeaf":
+        """The leaf transposed, where no axis is sharded."""
+        layout = self.layout
+        axes = MatrixAxes((0,), (1,), (2,))
+        turned = LeafLayout((layout.batch, layout.n, layout.m), axes, None)
+        turned.mesh = layout.mesh
+
+        def turn(name: str) -> Array | None:
+            x = self.arrays[_OTHER_SIDE.get(name, name)]
+            return x if x is None or name not in _MATRICES else x.mT
+
+        return FactorLeaf(turned, {name: turn(name) for name in self.arrays})
+
+
+def slot_of(layout: LeafLayout, name: str) -> Slot:
+    """The shape and layout of a named array of a leaf."""
+    if name in _MATRICES:
+        return layout.matrix
+    if name not in _OTHER_SIDE:
+        return layout.number()
+    size = layout.m if name.startswith("row") else layout.n
+    return layout.vector(size) if name.endswith("nu") else layout.square(size)
+
+
+def map_leaves(
+    fn: Callable[..., tuple[Array | None, ...]],
+    leaves: Sequence[FactorLeaf],
+    names: Sequence[str],
+    results: Sequence[str],
+    *,
+    transposable: bool,
+    replicated_work: ReplicatedWork,
+) -> list[FactorLeaf]:
+    """Replace the arrays `results` of every leaf by `fn` of the arrays `names`, in stacks.
+
+    Args:
+      fn: From stacks (b, ...), None where a leaf has no such array, to stacks.
+      leaves: The leaves.
+      names: Arguments of `fn`.
+      results: What it returns. The leaves have a result if they have an array of that name, or if
+        no leaf has one yet.
+      transposable: Whether `fn` commutes with transposing a leaf and exchanging its sides; then
+        leaves (m, n) and (n, m) share a stack.
+      replicated_work: As for `map_stacks`.
+    """
+    flips = [transposable and not x.layout.is_sharded and x.layout.m > x.layout.n for x in leaves]
+    turned = [x.turned() if flip else x for x, flip in zip(leaves, flips, strict=True)]
+    items = []
+    for leaf in turned:
+        arrays = tuple(leaf.arrays[name] for name in names)
+        slots = tuple(None if x is None else leaf.slot(name)
+                      for x, name in zip(arrays, names, strict=True))  # fmt: skip
+        out = tuple(
+            None if leaf.arrays.get(name, 0) is None else leaf.slot(name) for name in results
+        )
+        items.append(Item(arrays, slots, out, leaf.layout.mesh))
+    done = []
+    for leaf, flip, flipped, values in zip(
+        leaves, flips, turned, map_stacks(fn, items, replicated_work=replicated_work), strict=True
+    ):
+        new = flipped.having(**dict(zip(results, values, strict=True)))
+        done.append(FactorLeaf(leaf.layout, new.turned().arrays) if flip else new)
+    return done

@@ -1,0 +1,143 @@
+"""How the Kronecker factors of a matrix start from its first gradient and follow the later ones."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxopt_lab.core.kronecker import INTEGRATORS, StartScale, kronecker_start, symmetric
+from jaxopt_lab.core.precision import ProductPrecision, matmul
+from jaxopt_lab.core.spectral import eigenbasis, orthogonal_complement
+from jaxopt_lab.optim.routing import Scalar
+
+# Frobenius norm of the start "eps" of the released code.
+_EPS_START = 1e-3
+
+Side = Array | None  # of a stack of matrices; None: that side has no factor
+Pair = tuple[Side, Side]  # rows, columns
+
+
+class FactorRule(Protocol):
+    """What `EigenbasisAdam` asks of a method."""
+
+    @property
+    def waits_for_gradient(self) -> bool:
+        """Whether a matrix whose gradient is zero has not started."""
+        ...
+
+    def initial(self, size: int, two_sided: bool) -> float:
+        """Multiple of the identity that a factor is before the first gradient."""
+        ...
+
+    def start(self, factors: Pair, grad: Array) -> Pair:
+        """Factors before the first step, from the first gradient."""
+        ...
+
+    def step(self, factors: Pair, grad: Array) -> Pair:
+        """Factors after one gradient."""
+        ...
+
+    def bases(self, factors: Pair) -> Pair:
+        """Eigenbases after the first step."""
+        ...
+
+
+@dataclass(frozen=True)
+class GramFactors:
+    r"""SOAP's factors: averages of $G G^\top$ and $G^\top G$, from zero."""
+
+    decay: Scalar
+    weight: Scalar
+    precision: ProductPrecision
+    identity: float = 0.0  # Frobenius norm of the start
+
+    waits_for_gradient = False
+
+    def initial(self, size: int, two_sided: bool) -> float:
+        """See `FactorRule`."""
+        return self.identity / size**0.5
+
+    def start(self, factors: Pair, grad: Array) -> Pair:
+        """See `FactorRule`."""
+        return factors
+
+    def step(self, factors: Pair, grad: Array) -> Pair:
+        """See `FactorRule`."""
+
+        def follow(factor: Side, a: Array, b: Array) -> Side:
+            if factor is None:
+                return None
+            gram = symmetric(matmul(a, b, self.precision))
+            return self.decay * factor + self.weight * gram
+
+        return follow(factors[0], grad, grad.mT), follow(factors[1], grad.mT, grad)
+
+    def bases(self, factors: Pair) -> Pair:
+        """See `FactorRule`."""
+        rows, columns = (None if x is None else eigenbasis(x) for x in factors)
+        return rows, columns
+
+
+@dataclass(frozen=True)
+class KroneckerFactors:
+    """DyKAF's factors: the tracked best Kronecker approximation of the second moment."""
+
+    decay: Scalar
+    weight: Scalar
+    precision: ProductPrecision
+    integrator: str
+    init: str  # "kron" or "eps"
+    kron_init_scale: StartScale
+    single: GramFactors  # where one side has no factor
+
+    @property
+    def waits_for_gradient(self) -> bool:
+        """See `FactorRule`."""
+        return self.init == "kron"
+
+    def initial(self, size: int, two_sided: bool) -> float:
+        """See `FactorRule`."""
+        if not two_sided:
+            return self.single.initial(size, two_sided)
+        return _EPS_START / size**0.5 if self.init == "eps" else 0.0
+
+    def start(self, factors: Pair, grad: Array) -> Pair:
+        """See `FactorRule`."""
+        if self.init == "eps" or _is_single(factors):
+            return factors
+        return kronecker_start(grad, self.kron_init_scale)
+
+    def step(self, factors: Pair, grad: Array) -> Pair:
+        """See `FactorRule`."""
+        rows, columns = factors
+        if rows is None or columns is None:
+            return self.single.step(factors, grad)
+        integrate = INTEGRATORS[self.integrator]
+        return integrate(
+            rows, columns, grad, decay=self.decay, weight=self.weight, precision=self.precision
+        )
+
+    def bases(self, factors: Pair) -> Pair:
+        """See `FactorRule`."""
+        if self.init == "eps" or _is_single(factors):
+            return self.single.bases(factors)
+        # One gradient leaves a factor of rank one: its column of largest norm is the eigenvector,
+        # and of the bases of the rest the one nearest to the identity is taken.
+        rows, columns = (orthogonal_complement(_leading_column(x)) for x in factors)
+        return rows, columns
+
+
+def _is_single(factors: Pair) -> bool:
+    return factors[0] is None or factors[1] is None
+
+
+def _leading_column(factor: Side) -> Array:
+    assert factor is not None
+    diagonal = jnp.diagonal(factor, axis1=-2, axis2=-1)
+    index = jnp.argmax(diagonal, axis=-1)[..., None, None]
+    column = jnp.take_along_axis(factor, index, axis=-1)[..., 0]
+    largest = jnp.max(jnp.abs(column), axis=-1, keepdims=True)
+    column = column / jnp.where(largest > 0, largest, 1)
+    length = jnp.sqrt(jnp.sum(jnp.square(column), axis=-1, keepdims=True))
+    return column / jnp.where(length > 0, length, 1)
