@@ -4,7 +4,6 @@ This is what SOAP and DyKAF do with parameters of more than two axes and, as an 
 vectors. Leaves are updated one by one: they are few and small beside the matrices.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from jaxopt_lab.optim.adamw_fallback import one_minus_power
 from jaxopt_lab.optim.rates import check_rates
 from jaxopt_lab.optim.routing import Scalar, broadcast_prefix
 
-# No axis of a common model but that of its vocabulary is longer.
+# The published limit: it keeps vocabularies out.
 DEFAULT_MAX_PRECOND_DIM = 10_000
 
 # One array for each axis that has a factor, `optax.MaskedNode()` for the others.
@@ -79,7 +78,7 @@ def scale_by_mode_soap(
 
     A leaf without a factor gets Adam. A gradient that is not finite, or too large to be squared,
     leaves the state of its leaf as it was and moves nothing. A leaf whose first gradient was like
-    that starts at the next refresh.
+    that starts at a later one, in the identity: only the very first step decomposes anything.
 
     Args:
       b1: $\beta_1$.
@@ -219,21 +218,15 @@ class _ModeSoap(NamedTuple):
         # Conditions on the shared counter stay branches when members are vmapped.
         updates_due = count + (0 if self.skip_first_step else 1)
         refreshing = (count > 0) & (updates_due % self.precondition_frequency == 0)
-        starting = (count == 0) | refreshing
-        pairs = [self.take_up(g, x, starting) for g, x in zip(grads, leaves, strict=True)]
-        taken = [leaf for _, leaf in pairs]
-        some_start = functools.reduce(jnp.logical_or, [x.starts for x in taken], jnp.array(False))
-        based = lax.cond(
-            starting,
-            lambda: lax.cond(some_start, lambda: [self.started(x) for x in taken], lambda: taken),
-            lambda: taken,
-        )
-        pairs = [self.moved(g, x) for (g, _), x in zip(pairs, based, strict=True)]
+        pairs = [self.take_up(g, x) for g, x in zip(grads, leaves, strict=True)]
+        new = [leaf for _, leaf in pairs]
+        new = lax.cond(count == 0, lambda: [self.started(x) for x in new], lambda: new)
+        pairs = [self.moved(g, x) for (g, _), x in zip(pairs, new, strict=True)]
         new = [leaf for _, leaf in pairs]
         new = lax.cond(refreshing, lambda: [self.refreshed(x) for x in new], lambda: new)
         return [direction for direction, _ in pairs], new
 
-    def take_up(self, grad: Array, leaf: "_Leaf", starting: Array) -> tuple[Array, "_Leaf"]:
+    def take_up(self, grad: Array, leaf: "_Leaf") -> tuple[Array, "_Leaf"]:
         """The gradient, zero if refused, and the leaf with its factors advanced."""
         grad = _whole(grad).astype(leaf.mu.dtype).reshape(leaf.mu.shape)
         finite = jnp.isfinite(jnp.sum(jnp.square(grad)))
@@ -244,7 +237,7 @@ class _ModeSoap(NamedTuple):
         )
         for x in jax.tree.leaves(factors):  # sums may overflow where the gradient does not
             finite &= jnp.isfinite(jnp.sum(x))
-        starts, runs = finite & starting & (leaf.age == 0), finite & (leaf.age > 0)
+        starts, runs = finite & (leaf.age == 0), finite & (leaf.age > 0)
         return jnp.where(finite, clean, 0), leaf._replace(
             finite=finite,
             runs=runs,

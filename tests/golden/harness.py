@@ -12,8 +12,10 @@ import numpy as np
 
 # Family (name of the folder that holds the case) -> module with `replay(case) -> list[Result]`.
 FAMILIES = {
+    "dykaf": "tests.golden.dykaf",
     "lion_muon": "tests.golden.lion_muon",
     "shampoo": "tests.golden.shampoo",
+    "soap": "tests.golden.soap",
 }
 
 

@@ -151,7 +151,7 @@ def test_a_gradient_that_is_not_finite_changes_its_leaf_by_nothing(value):
     assert np.all(updates["tensor"]) and new.rejected["tensor"] == 1
 
 
-def test_a_leaf_that_lost_its_first_gradient_starts_at_a_refresh():
+def test_a_leaf_that_lost_its_first_gradient_starts_later_in_the_identity():
     params, grads = jax.tree.map(jnp.float32, (draw(0), draw(1)))
     tx = scale_by_mode_soap(**BASE)
     update, state = jax.jit(tx.update), tx.init(params)
@@ -160,8 +160,12 @@ def test_a_leaf_that_lost_its_first_gradient_starts_at_a_refresh():
         updates, state = update(grads if t else corrupt(grads, "tensor", np.nan), state, params)
         ages.append(int(state.age["tensor"]))
         moved.append(bool(np.any(updates["tensor"])))
-    assert ages == [0, 0, 0, 1, 2, 3] and moved == [False] * 4 + [True] * 2
+        if t < 3:
+            for q in state.bases["tensor"]:
+                np.testing.assert_array_equal(q, np.eye(len(q)))
+    assert ages == [0, 1, 2, 3, 4, 5] and moved == [False] * 2 + [True] * 4
     assert state.age["matrix"] == 6
+    assert not any(np.array_equal(q, np.eye(len(q))) for q in state.bases["tensor"])
 
 
 def extreme_gradients(rng, shape):
