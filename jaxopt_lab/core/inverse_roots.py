@@ -61,8 +61,8 @@ def inverse_root(
     eps = jnp.broadcast_to(jnp.asarray(eps, x.dtype), x.shape[:-2])
     if 0 in x.shape:
         return x
-    symmetric = (x + x.mT) / 2
-    return ROOT_METHODS[method](symmetric, exponent, eps, relative, precision)
+    root = ROOT_METHODS[method]((x + x.mT) / 2, exponent, eps, relative, precision)
+    return (root + root.mT) / 2
 
 
 def check_root(method: str, exponent: ArrayLike) -> None:
@@ -108,8 +108,7 @@ def _by_newton(x: Array, exponent, eps: Array, relative: bool, precision: Precis
     m = (scaled + ridge[..., None, None] * identity) * z[..., None, None]
     root = identity * (z ** (1 / q))[..., None, None]
     root = _coupled_newton(m, root, q, precision)
-    root = (root + root.mT) / 2 * (scale ** (-1 / q))[..., None, None]
-    return jnp.where(zero[..., None, None], 0, root)
+    return jnp.where(zero[..., None, None], 0, root * (scale ** (-1 / q))[..., None, None])
 
 
 def _unit_norm(x: Array, least: Array) -> tuple[Array, Array]:
