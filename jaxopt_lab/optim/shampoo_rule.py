@@ -78,12 +78,12 @@ class ShampooRule(NamedTuple):
             if getattr(self, name) not in allowed:
                 known = ", ".join(map(str, allowed))
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {known}")
+        if isinstance(self.b2, int | float) and not 0 <= self.b2 <= 1:
+            raise ValueError(f"b2 is {self.b2}; it must be in [0, 1], where 1 accumulates sums")
         for name in ("b1", "b3", "graft_b2", "momentum", "dampening"):
             value = getattr(self, name)
             if isinstance(value, int | float) and not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}; it must be in [0, 1)")
-        if isinstance(self.b2, int | float) and not 0 <= self.b2 <= 1:
-            raise ValueError(f"b2 is {self.b2}; it must be in [0, 1], where 1 accumulates sums")
         for name in ("epsilon", "graft_eps"):
             value = getattr(self, name)
             if isinstance(value, int | float) and not 0 <= value < math.inf:
