@@ -8,8 +8,11 @@ from typing import Any
 
 import optax
 
-from jaxopt_lab.bench.floors import spectral_step_flops
+from jaxopt_lab.bench.floors import refresh_flops, rotation_flops, spectral_step_flops
+from jaxopt_lab.optim.dykaf import dykaf
 from jaxopt_lab.optim.lion_muon import lion_muon
+from jaxopt_lab.optim.shampoo import shampoo
+from jaxopt_lab.optim.soap import soap
 
 # The rate changes nothing about the time of a step; a small one keeps the numbers ordinary.
 _RATE = 1e-6
@@ -24,8 +27,12 @@ DEFAULT_METHODS = (
     "lion_muon_p2",
     "lion_muon_p5",
     "lion_muon_pinf",
+    "soap_f10",
+    "dykaf_f10",
+    "shampoo_f10",
 )
 _LION_MUON = re.compile(r"lion_muon_p(\d+|inf)")
+_KRONECKER = re.compile(r"(soap|dykaf|shampoo)_f([1-9]\d*)(_stagger)?")
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,9 @@ def method(name: str) -> Method:
     """Looks up an optimizer.
 
     Args:
-      name: "adamw", "lion", "muon" (all Optax) or "lion_muon_pN" with a period N, "inf" included.
+      name: "adamw", "lion", "muon" (all Optax), "lion_muon_pN" with a period N, "inf" included, or
+        "soap_fN", "dykaf_fN", "shampoo_fN" with N steps from one refresh to the next, "_stagger"
+        appended for a share of them at every step.
 
     Raises:
       ValueError: If there is none of that name.
@@ -59,13 +68,21 @@ def method(name: str) -> Method:
         return Method(name, _lion, 1, _no_products)
     if name == "muon":
         return Method(name, _muon, 1, _newton_schulz)
+    kronecker = _KRONECKER.fullmatch(name)
+    if kronecker is not None:
+        return _kronecker(name, kronecker[1], int(kronecker[2]), kronecker[3] is not None)
     match = _LION_MUON.fullmatch(name)
     if match is None or match[1] == "0":
         raise ValueError(
-            f"optimizer: {name!r} is not one of adamw, lion, muon, lion_muon_pN (N >= 1 or inf)"
+            f"optimizer: {name!r} is not one of adamw, lion, muon, lion_muon_pN (N >= 1 or inf), "
+            "soap_fN, dykaf_fN, shampoo_fN (N >= 1; _stagger)"
         )
-    never = match[1] == "inf"
-    period = math.inf if never else int(match[1])
+    return _lion_muon(name, match[1])
+
+
+def _lion_muon(name: str, given: str) -> Method:
+    never = given == "inf"
+    period = math.inf if never else int(given)
 
     def build(axes: Any, param_shardings: Any = None) -> optax.GradientTransformation:
         return lion_muon(
@@ -80,6 +97,30 @@ def method(name: str) -> Method:
     return Method(
         name, build, 1 if never else int(period), _no_products if never else _newton_schulz
     )
+
+
+# Two-sided products a step: gradient and first moment in, direction back; and the factors' own.
+_KRONECKER_METHODS = {"soap": (soap, 3 + 1), "dykaf": (dykaf, 3 + 2), "shampoo": (shampoo, 1 + 1)}
+
+
+def _kronecker(name: str, family: str, frequency: int, stagger: bool) -> Method:
+    factory, products = _KRONECKER_METHODS[family]
+
+    def build(axes: Any, param_shardings: Any = None) -> optax.GradientTransformation:
+        return factory(
+            _RATE,
+            precondition_frequency=frequency,
+            stagger=stagger,
+            weight_decay=_DECAY,
+            matrix_axes=axes,
+            param_shardings=param_shardings,
+        )
+
+    def period_flops(params: Any, axes: Any) -> float:
+        every_step = products * rotation_flops(params, axes)
+        return float(frequency * every_step + refresh_flops(params, axes))
+
+    return Method(name, build, frequency, period_flops)
 
 
 def _adamw(axes: Any, param_shardings: Any = None) -> optax.GradientTransformation:

@@ -7,9 +7,10 @@ Cholesky decomposition inside each panel.
 """
 
 import functools
-import itertools
+from collections.abc import Callable, Sequence
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import solve_triangular
@@ -18,14 +19,17 @@ from jaxtyping import Array, Float
 from jaxopt_lab.core.precision import ProductPrecision, matmul
 
 Orthogonalizer = Literal["panels", "householder"]
+PanelQR = Callable[[Array], tuple[Array, Array]]
 ORTHOGONALIZERS: tuple[Orthogonalizer, ...] = ("panels", "householder")
 
 # A panel must be wide enough for efficient products and narrow enough that its columns, cleaned of
 # all earlier ones, are not nearly dependent on each other.
 _PANEL = 128
-# Panels are projected against a prefix of the basis; prefixes grow in this many stages, so that few
-# programs are compiled and little is multiplied by the part of the basis that is still zero.
-_STAGES = 4
+# Panels of a block are cleaned of earlier blocks together, in large products. More blocks waste
+# less on columns that are still zero, and take longer to compile.
+_BLOCK_PANELS, _MOST_BLOCKS = 6, 4
+# A pass that took more than this part of a column leaves rounding errors worth another pass.
+_LOST, _MOST_PASSES = 0.5, 5
 
 
 def orthonormal(
@@ -51,57 +55,116 @@ def orthonormal(
     Raises:
       ValueError: The method is unknown.
     """
+    if method not in ORTHOGONALIZERS:
+        raise ValueError(
+            f"orthogonalizer is {method!r}; choose one of {', '.join(ORTHOGONALIZERS)}"
+        )
     if method == "householder":
         return jnp.linalg.qr(x)[0]
-    if method == "panels":
-        return _panelled(x, precision, panel)
-    raise ValueError(f"orthogonalizer is {method!r}; choose one of {', '.join(ORTHOGONALIZERS)}")
+    # By the largest entry, so that the squares of no column vanish or overflow.
+    largest = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
+    x = x * jnp.where(largest > 0, 1 / jnp.where(largest > 0, largest, 1), 0)
+    return _panelled(x, precision, panel)
 
 
 def _panelled(x: Array, precision: ProductPrecision, panel: int) -> Array:
     *batch, n, _ = x.shape
-    x = _unit_columns(x.reshape((-1, n, n)))
-    if n <= panel:
-        return _orthonormal_panel(x, passes=3).reshape((*batch, n, n))
-    count = -(-n // panel)
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, count * panel - n)))
-    basis = jnp.zeros_like(x)  # filled from the left; what is still zero takes no part in products
-    stages = [-(-count * stage // _STAGES) for stage in range(_STAGES + 1)]
-    for start, stop in itertools.pairwise(stages):
-        body = functools.partial(
-            _add_panel, x=x, prefix=stop * panel, panel=panel, precision=precision
+    x = x.reshape((-1, n, n))
+    width = panel * max(_BLOCK_PANELS, -(-n // (panel * _MOST_BLOCKS)))
+    done: list[Array] = []
+    for start in range(0, n, width):
+        block = x[..., start : start + width]
+        clean = functools.partial(_clean_block, done=tuple(done), panel=panel)
+        # The first pass removes almost everything and needs few digits. The second one is the last,
+        # unless it found that columns were nearly dependent on earlier ones.
+        block, _ = clean(block, precision=_coarse(precision), qr=_cholesky_qr)
+        block, _, _ = lax.while_loop(
+            lambda carry: (carry[1] > _LOST) & (carry[2] < _MOST_PASSES),
+            lambda carry, clean=clean: (
+                *clean(carry[0], precision=precision, qr=_corrected),
+                carry[2] + 1,
+            ),
+            (block, jnp.ones((), block.dtype), 1),
         )
-        basis = lax.fori_loop(start, stop, body, basis)
-    return basis[..., :n].reshape((*batch, n, n))
+        done.append(block)
+    return jnp.concatenate(done, axis=-1).reshape((*batch, n, n))
 
 
-def _add_panel(index, basis, *, x, prefix, panel, precision):
-    columns = lax.dynamic_slice_in_dim(x, index * panel, panel, axis=-1)
-    before = basis[..., :prefix]
-    # Once is enough for columns that are independent in floating point, twice for all others; what
-    # a nearly dependent panel lacks after that is a matter of its own columns alone.
-    for passes in (1, 2):
-        inside = matmul(before, matmul(before.mT, columns, precision), precision)
-        columns = _orthonormal_panel(_unit_columns(columns - inside), passes)
-    return lax.dynamic_update_slice_in_dim(basis, columns, index * panel, axis=-1)
+def _coarse(precision: ProductPrecision) -> ProductPrecision:
+    """TF32 on a GPU, whose 11 bits are enough for a first pass; no coarser than asked elsewhere."""
+    return "default" if jax.default_backend() in ("gpu", "cuda", "rocm") else precision
 
 
-def _orthonormal_panel(columns: Array, passes: int) -> Array:
+def _clean_block(
+    block: Array, *, done: Sequence[Array], panel: int, precision: ProductPrecision, qr: PanelQR
+) -> tuple[Array, Array]:
+    """One pass of Gram-Schmidt over the panels of a block.
+
+    Returns the block, and the largest part of a column that was lost: removed as overlap with
+    earlier blocks and panels, or found as overlap inside its panel.
+    """
+    width = block.shape[-1]
+    panel = min(panel, width)
+    count = -(-width // panel)
+    # Columns that fill up the last panel are zero and stay zero.
+    block, _ = _unit_columns(jnp.pad(block, ((0, 0), (0, 0), (0, count * panel - width))))
+    for basis in done:
+        block = block - matmul(basis, matmul(basis.mT, block, precision), precision)
+    block, lost = _unit_columns(block)
+
+    def add(index, carry, prefix: int):
+        basis, lost = carry
+        columns = lax.dynamic_slice_in_dim(block, index * panel, panel, axis=-1)
+        before = basis[..., :prefix]
+        if count > 1:
+            inside = matmul(before.mT, columns, precision)
+            columns = columns - matmul(before, inside, precision)
+        columns, removed = _unit_columns(columns)
+        columns, overlap = qr(columns)
+        basis = lax.dynamic_update_slice_in_dim(basis, columns, index * panel, axis=-1)
+        return basis, jnp.max(jnp.stack([lost, removed, overlap]))
+
+    carry = jnp.zeros_like(block), lost  # filled from the left; zeros take no part in products
+    half = -(-count // 2)
+    carry = lax.fori_loop(0, half, functools.partial(add, prefix=half * panel), carry)
+    basis, lost = lax.fori_loop(half, count, functools.partial(add, prefix=count * panel), carry)
+    return basis[..., :width], lost
+
+
+def _cholesky_qr(columns: Array) -> tuple[Array, Array]:
     """Shifted Cholesky-QR; the shift keeps it defined for dependent columns."""
-    for _ in range(passes):
-        gram = matmul(columns.mT, columns)
-        bound = jnp.max(jnp.sum(jnp.abs(gram), axis=-1), axis=-1)[..., None, None]
-        eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-        shifted = gram + 4 * jnp.finfo(gram.dtype).eps * jnp.maximum(bound, 1) * eye
-        lower = jnp.linalg.cholesky(shifted, symmetrize_input=False)
-        inverse = solve_triangular(lower, jnp.broadcast_to(eye, lower.shape), lower=True)
-        columns = matmul(columns, inverse.mT)
-    return columns
+    gram = matmul(columns.mT, columns)
+    bound = jnp.max(jnp.sum(jnp.abs(gram), axis=-1), axis=-1)[..., None, None]
+    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    shifted = gram + 4 * jnp.finfo(gram.dtype).eps * jnp.maximum(bound, 1) * eye
+    lower = jnp.linalg.cholesky(shifted, symmetrize_input=False)
+    inverse = solve_triangular(lower, jnp.broadcast_to(eye, lower.shape), lower=True)
+    return matmul(columns, inverse.mT), jnp.ones((), gram.dtype)
 
 
-def _unit_columns(x: Array) -> Array:
-    # By the largest entry first: squares of tiny columns would vanish.
-    largest = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
-    x = x * jnp.where(largest > 0, 1 / jnp.where(largest > 0, largest, 1), 0)
-    size = jnp.sqrt(jnp.sum(jnp.square(x), axis=-2, keepdims=True))
-    return x / jnp.where(size > 0, size, 1)
+def _corrected(columns: Array) -> tuple[Array, Array]:
+    """Orthonormalise columns that nearly are: I + E = R^T R with R = I + upper(E) + diag(E) / 2.
+
+    Columns that are not so near are decomposed, twice.
+    """
+    gram = matmul(columns.mT, columns)
+    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    # A zero column, one that fills up a panel, has nothing to be corrected.
+    error = jnp.where(jnp.diagonal(gram, axis1=-2, axis2=-1)[..., None] > 0, gram - eye, 0)
+    size = jnp.max(jnp.sum(jnp.abs(error), axis=-1))
+    upper = jnp.triu(error, 1) + error * eye / 2
+    columns = lax.cond(
+        size < jnp.finfo(gram.dtype).eps ** 0.5,  # the square of the error is what it leaves
+        lambda columns: columns - matmul(columns, upper),
+        lambda columns: _cholesky_qr(_cholesky_qr(columns)[0])[0],
+        columns,
+    )
+    return columns, size
+
+
+def _unit_columns(x: Array) -> tuple[Array, Array]:
+    """Columns of length 1, and the largest part of a unit column that is missing in them."""
+    squares = jnp.sum(jnp.square(x), axis=-2, keepdims=True)
+    size = jnp.sqrt(squares)
+    missing = jnp.max(jnp.where(squares > 0, 1 - squares, 0))
+    return x * jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0), missing

@@ -42,6 +42,7 @@ def map_stacks(
     items: Sequence[Item],
     *,
     replicated_work: ReplicatedWork = "repeat",
+    enough: int | None = None,
 ) -> list[tuple[Array | None, ...]]:
     """Apply `fn` to the arrays of all items, as few times as their shapes allow.
 
@@ -54,19 +55,21 @@ def map_stacks(
       items: One a leaf.
       replicated_work: On mesh axes over which everything is replicated, either "repeat" the work or
         "share" it for one all-gather of the results.
+      enough: Items with so many entries are left alone: concatenating them would cost more than
+        their own calls. None: everything that fits is concatenated.
 
     Returns:
       For each item its results, (batch, *inner).
     """
     out: list[tuple[Array | None, ...]] = [()] * len(items)
-    for members in group_by([_key(item, replicated_work) for item in items]):
+    for members in group_by([_key(item, replicated_work, enough) for item in items]):
         first = items[members[0]]
         stacks = [_concatenate([items[i].arrays[k] for i in members])
                   for k in range(len(first.arrays))]  # fmt: skip
         results = _run(fn, stacks, first, replicated_work)
         start = 0
         for i in members:
-            size = next(x.shape[0] for x in items[i].arrays if x is not None)
+            size = _entries(items[i])
             out[i] = tuple(
                 None if y is None else lax.slice_in_dim(y, start, start + size) for y in results
             )
@@ -74,7 +77,9 @@ def map_stacks(
     return out
 
 
-def _key(item: Item, replicated_work: ReplicatedWork):
+def _key(item: Item, replicated_work: ReplicatedWork, enough: int | None):
+    if enough is not None and _entries(item) >= enough:
+        return id(item)
     dtypes = tuple(None if x is None else x.dtype for x in item.arrays)
     slots = tuple(s for s in (*item.slots, *item.results) if s is not None)
     if not any(map(_is_sharded, slots)):
@@ -83,6 +88,10 @@ def _key(item: Item, replicated_work: ReplicatedWork):
     # A stack whose leading axis is sharded cannot be concatenated without moving data.
     alone = id(item) if any(s.spec and s.spec[0] is not None for s in slots) else None
     return dtypes, item.slots, item.results, item.mesh, alone
+
+
+def _entries(item: Item) -> int:
+    return next(x.shape[0] for x in item.arrays if x is not None)
 
 
 def _is_sharded(slot: Slot) -> bool:
@@ -162,12 +171,15 @@ class LeafLayout:
         self._leading = PartitionSpec() if leading is None else PartitionSpec(leading)
         self._entries = [entry for entry in spec[1:] if entry is not None]
 
-    def square(self, size: int) -> Slot:
-        """A (size, size) matrix an entry, sharded like the leaf as far as `size` can be divided."""
-        entries = [entry if self._divides(entry, size) else None for entry in self._entries]
+    def block(self, rows: int, columns: int) -> Slot:
+        """A (rows, columns) matrix an entry, sharded like the leaf as far as it can be divided."""
+        sides = (rows, columns)
+        # One sharded axis of the leaf is one of the rows here; a second one is of the columns.
+        entries = [entry if self._divides(entry, side) else None
+                   for entry, side in zip(self._entries, sides, strict=False)]  # fmt: skip
         leading = self._leading[0] if len(self._leading) else None
         spec = PartitionSpec(leading, *entries) if any(entries) else self._leading
-        return Slot((size, size), (size, size), spec)
+        return Slot(sides, sides, spec)
 
     def vector(self, size: int) -> Slot:
         """A (size,) vector an entry, replicated over the axes that shard the matrices."""

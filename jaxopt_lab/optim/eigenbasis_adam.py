@@ -27,6 +27,9 @@ SecondMoment = Literal["full", "rank_one", "factored"]
 # What a step does with one matrix.
 REFUSED, WAITING, STARTED, APPLIED = -1, 0, 1, 2
 
+# Leaves with so many matrices fill a device by themselves.
+_ENOUGH = 8
+
 MOMENTS = ("mu", "nu", "row_nu", "column_nu")
 FACTORS = ("row_factor", "column_factor")
 BASES = ("row_basis", "column_basis")
@@ -67,71 +70,70 @@ class EigenbasisAdam:
         """
         leaves = [leaf.having(grad=leaf.layout.view(g))
                   for leaf, g in zip(leaves, grads, strict=True)]  # fmt: skip
-        leaves = self._map(
-            self._factor_step,
-            leaves,
-            ("grad", *FACTORS, "age"),
-            (*FACTORS, "status"),
+        leaves = [leaf.having(status=self._status(leaf)) for leaf in leaves]
+        starting = jnp.any(jnp.stack([jnp.any(leaf["status"] == STARTED) for leaf in leaves]))
+        leaves = self._if_due(starting, self._start, leaves, ("grad", *FACTORS, "status"), FACTORS)
+        leaves = self._map(self._factor_step, leaves, ("grad", *FACTORS, "status"), FACTORS)
+        leaves = self._if_due(
+            starting, self._first_bases, leaves, (*FACTORS, *BASES, "status"), BASES
         )
-        leaves = self._start_bases(count, leaves)
         leaves = [leaf.having(age=self._grown(leaf)) for leaf in leaves]
-        leaves = self._map(
-            self._adam_step,
-            leaves,
-            ("grad", *MOMENTS, *BASES, "age", "status"),
-            ("direction", *MOMENTS),
-        )
+        names = ("grad", *MOMENTS, *BASES, "age", "status")
+        leaves = self._map(self._adam_step, leaves, names, ("direction", *MOMENTS))
         leaves = self._refresh(count, leaves)
         directions = [leaf.layout.undo_view(leaf["direction"]) for leaf in leaves]
         return directions, [leaf["status"] for leaf in leaves], leaves
 
-    def _map(self, fn, leaves, names, results, transposable=False) -> list[FactorLeaf]:
+    def _map(self, fn, leaves, names, results, **options) -> list[FactorLeaf]:
+        options = {"transposable": False, "enough": _ENOUGH, **options}
         return map_leaves(
-            fn,
-            leaves,
-            names,
-            results,
-            transposable=transposable,
-            replicated_work=self.replicated_work,
+            fn, leaves, names, results, replicated_work=self.replicated_work, **options
         )
 
-    def _factor_step(self, grad: Array, rows: Side, columns: Side, age: Array):
-        largest = jnp.max(jnp.abs(grad), axis=(-2, -1))
-        finite = jnp.isfinite(largest)
-        two_sided = rows is not None and columns is not None
-        waits = self.rule.waits_for_gradient and two_sided
-        starting = (age == 0) & finite & ((largest > 0) | (not waits))
-        status = jnp.where(starting, STARTED, jnp.where(age > 0, APPLIED, WAITING))
-        status = jnp.where(finite, status, REFUSED)
-        grad = jnp.where(_wide(finite), grad, 0)
-        old = before = (rows, columns)
-        if waits:
-            started = lambda pair: _select(starting, self.rule.start(pair, grad), pair)  # noqa: E731
-            before = lax.cond(jnp.any(starting), started, lambda pair: pair, before)
-        new = self.rule.step(before, grad)
-        return *_select(status > 0, new, old), status
+    def _if_due(self, due: Array, fn, leaves, names, results, **options) -> list[FactorLeaf]:
+        """`_map` if `due`, as a loop of at most one round.
 
-    def _start_bases(self, count: Array, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
-        """Bases of the matrices that start now.
-
-        A decomposition is only ever made at the first gradient: it is expensive, and a branch on
-        anything but the counter would run at every step under `vmap`. A matrix that starts later
-        begins in the identity, unless its basis costs nothing (`waits_for_gradient`).
+        Unlike a conditional, a loop hands on what it leaves alone without a copy, and it stays a
+        branch under `vmap` even where `due` differs between the mapped instances.
         """
 
-        def bases(rows: Side, columns: Side, row_basis: Side, column_basis: Side, status: Array):
-            new = self.rule.bases((rows, columns))
-            return _select(status == STARTED, new, (row_basis, column_basis))
+        def chosen(leaves: list[FactorLeaf]) -> list[dict[str, Side]]:
+            return [{name: leaf.arrays[name] for name in results} for leaf in leaves]
 
-        due = count == 0
-        if self.rule.waits_for_gradient:
-            due = due | jnp.any(jnp.stack([jnp.any(leaf["status"] == STARTED) for leaf in leaves]))
-        return _branch(
-            due,
-            lambda leaves: self._map(bases, leaves, (*FACTORS, *BASES, "status"), BASES),
-            leaves,
-            BASES,
+        def having(arrays: list[dict[str, Side]]) -> list[FactorLeaf]:
+            return [leaf.having(**x) for leaf, x in zip(leaves, arrays, strict=True)]
+
+        def once(carry):
+            done = self._map(fn, having(carry[1]), names, results, **options)
+            return jnp.zeros_like(carry[0]), chosen(done)
+
+        _, new = lax.while_loop(lambda carry: carry[0], once, (due, chosen(leaves)))
+        return having(new)
+
+    def _status(self, leaf: FactorLeaf) -> Array:
+        """What to do with each matrix."""
+        grad, age = leaf["grad"], leaf["age"]
+        largest = jnp.max(jnp.abs(grad), axis=tuple(range(1, grad.ndim)))
+        two_sided = (
+            leaf.arrays["row_factor"] is not None and leaf.arrays["column_factor"] is not None
         )
+        waits = self.rule.waits_for_gradient and two_sided
+        starting = (age == 0) & ((largest > 0) | (not waits))
+        status = jnp.where(starting, STARTED, jnp.where(age > 0, APPLIED, WAITING))
+        return jnp.where(jnp.isfinite(largest), status, REFUSED)
+
+    def _start(self, grad: Array, rows: Side, columns: Side, status: Array):
+        old = (rows, columns)
+        return _select(status == STARTED, self.rule.start(old, grad), old)
+
+    def _factor_step(self, grad: Array, rows: Side, columns: Side, status: Array):
+        old = (rows, columns)
+        grad = jnp.where(_wide(status > 0), grad, 0)
+        return _select(status > 0, self.rule.step(old, grad), old)
+
+    def _first_bases(self, rows, columns, row_basis, column_basis, status):
+        new = self.rule.bases((rows, columns))
+        return _select(status == STARTED, new, (row_basis, column_basis))
 
     def _grown(self, leaf: FactorLeaf) -> Array:
         first = 1 if self.skip_first_step else 2
@@ -186,30 +188,18 @@ class EigenbasisAdam:
     def _refresh(self, count: Array, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
         """Every `frequency` steps: new bases, the first moment re-expressed, the second sorted."""
         applied = count if self.skip_first_step else count + 1
+        turn = applied % self.frequency
+        due, fn = (count > 0) & (turn == 0), self._new_bases
+        if self.stagger:
+            # A share of every stack at each step, so that no step pays for all.
+            due, fn = count > 0, _in_turn(self._new_bases, turn, self.frequency)
         names, results = (*MOMENTS, *FACTORS, *BASES), (*MOMENTS, *BASES)
-        if not self.stagger:
-            return _branch(
-                (count > 0) & (applied % self.frequency == 0),
-                lambda leaves: self._map(self._new_bases, leaves, names, results, True),
-                leaves,
-                results,
-            )
-        # A share of every stack at each step, so that no step pays for all.
-        fn = _in_turn(self._new_bases, applied % self.frequency, self.frequency)
-        return _branch(
-            count > 0, lambda leaves: self._map(fn, leaves, names, results, True), leaves, results
-        )
+        return self._if_due(due, fn, leaves, names, results, transposable=True, enough=None)
 
     def _new_bases(self, mu, nu, row_nu, column_nu, rows, columns, row_basis, column_basis):
         bases, orders = self._refreshed((rows, columns), (row_basis, column_basis))
 
-        def product(a: Array, b: Array) -> Array:
-            return matmul(a, b, self.factor_precision)
-
-        if bases[0] is not None:
-            mu = product(bases[0].mT, product(row_basis, mu))
-        if bases[1] is not None:
-            mu = product(product(mu, column_basis.mT), bases[1])
+        mu = self._rotate(self._rotate(mu, row_basis, column_basis, back=True), *bases)
         nu = _permuted(_permuted(nu, orders[0], -2), orders[1], -1)
         row_nu, column_nu = _permuted(row_nu, orders[0], -1), _permuted(column_nu, orders[1], -1)
         return mu, nu, row_nu, column_nu, *bases
@@ -262,24 +252,6 @@ def _select(condition: Array, new: Sequence[Side], old: Sequence[Side]) -> tuple
         return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - 1)), a, b)
 
     return tuple(map(select, new, old))
-
-
-def _branch(
-    due: Array,
-    fn: Callable[[list[FactorLeaf]], list[FactorLeaf]],
-    leaves: list[FactorLeaf],
-    results: Sequence[str],
-) -> list[FactorLeaf]:
-    """`fn(leaves)` if `due`, which then changes the arrays named in `results` only."""
-
-    def chosen(leaves: list[FactorLeaf]) -> list[dict[str, Side]]:
-        return [{name: leaf.arrays[name] for name in results} for leaf in leaves]
-
-    def take(arrays: list[dict[str, Side]]) -> list[dict[str, Side]]:
-        return chosen(fn([leaf.having(**x) for leaf, x in zip(leaves, arrays, strict=True)]))
-
-    new = lax.cond(due, take, lambda arrays: arrays, chosen(leaves))
-    return [leaf.having(**x) for leaf, x in zip(leaves, new, strict=True)]
 
 
 def _in_turn(fn: Callable[..., tuple[Side, ...]], turn: Array, turns: int):

@@ -38,8 +38,8 @@ class EigenbasisAdamState(NamedTuple):
     count: Array  # shape=(), dtype=int32: gradients seen
     age: optax.Updates  # (*batch), int32: 0 before a matrix has started, then 1 + updates applied
     rejected: optax.Updates  # (*batch), int32: gradients refused because they were not finite
-    mu: optax.Updates  # first moment in the eigenbases, shape of the parameter
-    nu: Any  # second moment in the eigenbases, shape of the parameter
+    mu: optax.Updates  # (*batch, m, n): first moment in the eigenbases
+    nu: Any  # (*batch, m, n): second moment in the eigenbases
     row_nu: Any  # (*batch, m): factored second moment, rows
     column_nu: Any  # (*batch, n): and columns
     row_factor: optax.Updates  # (*batch, m, m)
@@ -148,8 +148,8 @@ def _initial(
 
     out: dict[str, Any] = {
         "age": placed("age", jnp.zeros([], jnp.int32)),
-        "mu": jnp.zeros_like(x, dtype=dtype),
-        "nu": jnp.zeros_like(x, dtype=dtype),
+        "mu": placed("mu", jnp.zeros([], dtype)),
+        "nu": placed("nu", jnp.zeros([], dtype)),
     }
     # The rank-one fit needs a positive start; sums of squares start from nothing.
     start = method.eps if method.second_moment == "rank_one" else 0.0
@@ -173,13 +173,11 @@ def _leaves(
         unused = isinstance(tree, optax.MaskedNode)
         columns[name] = [tree] * len(layouts) if unused else treedef.flatten_up_to(tree)
 
-    def merged(name: str, x: Any, layout: LeafLayout) -> Array | None:
-        if isinstance(x, optax.MaskedNode):
-            return None
-        return layout.view(x) if slot_of(layout, name) is layout.matrix else layout.flat(x)
+    def merged(x: Any, layout: LeafLayout) -> Array | None:
+        return None if isinstance(x, optax.MaskedNode) else layout.flat(x)
 
     return [
-        FactorLeaf(layout, {name: merged(name, columns[name][i], layout) for name in _TREES})
+        FactorLeaf(layout, {name: merged(columns[name][i], layout) for name in _TREES})
         for i, layout in enumerate(layouts)
     ]
 

@@ -8,7 +8,8 @@ from jaxtyping import Array
 from jaxopt_lab.core.matrices import MatrixAxes
 from jaxopt_lab.core.stacks import Item, LeafLayout, ReplicatedWork, Slot, map_stacks
 
-_MATRICES = ("grad", "mu", "nu", "direction")
+# In the coordinates of the leaf, and in those of its eigenbases.
+_OF_LEAF, _ROTATED = ("grad", "direction"), ("mu", "nu")
 _OTHER_SIDE = {
     f"{side}_{what}": f"{other}_{what}"
     for side, other in (("row", "column"), ("column", "row"))
@@ -17,7 +18,7 @@ _OTHER_SIDE = {
 
 
 class FactorLeaf(NamedTuple):
-    """One leaf; every array is (batch, ...), a matrix (batch, *inner) of the layout."""
+    """One leaf; every array is (batch, ...), gradient and direction (batch, *inner)."""
 
     layout: LeafLayout
     arrays: Mapping[str, Array | None]
@@ -45,19 +46,21 @@ class FactorLeaf(NamedTuple):
 
         def turn(name: str) -> Array | None:
             x = self.arrays[_OTHER_SIDE.get(name, name)]
-            return x if x is None or name not in _MATRICES else x.mT
+            return x if x is None or name not in (*_OF_LEAF, *_ROTATED) else x.mT
 
         return FactorLeaf(turned, {name: turn(name) for name in self.arrays})
 
 
 def slot_of(layout: LeafLayout, name: str) -> Slot:
     """The shape and layout of a named array of a leaf."""
-    if name in _MATRICES:
+    if name in _OF_LEAF:
         return layout.matrix
+    if name in _ROTATED:
+        return layout.block(layout.m, layout.n)
     if name not in _OTHER_SIDE:
         return layout.number()
     size = layout.m if name.startswith("row") else layout.n
-    return layout.vector(size) if name.endswith("nu") else layout.square(size)
+    return layout.vector(size) if name.endswith("nu") else layout.block(size, size)
 
 
 def map_leaves(
@@ -68,6 +71,7 @@ def map_leaves(
     *,
     transposable: bool,
     replicated_work: ReplicatedWork,
+    enough: int | None = None,
 ) -> list[FactorLeaf]:
     """Replace the arrays `results` of every leaf by `fn` of the arrays `names`, in stacks.
 
@@ -80,6 +84,7 @@ def map_leaves(
       transposable: Whether `fn` commutes with transposing a leaf and exchanging its sides; then
         leaves (m, n) and (n, m) share a stack.
       replicated_work: As for `map_stacks`.
+      enough: As for `map_stacks`.
     """
     flips = [transposable and not x.layout.is_sharded and x.layout.m > x.layout.n for x in leaves]
     turned = [x.turned() if flip else x for x, flip in zip(leaves, flips, strict=True)]
@@ -92,10 +97,9 @@ def map_leaves(
             None if leaf.arrays.get(name, 0) is None else leaf.slot(name) for name in results
         )
         items.append(Item(arrays, slots, out, leaf.layout.mesh))
+    mapped = map_stacks(fn, items, replicated_work=replicated_work, enough=enough)
     done = []
-    for leaf, flip, flipped, values in zip(
-        leaves, flips, turned, map_stacks(fn, items, replicated_work=replicated_work), strict=True
-    ):
+    for leaf, flip, flipped, values in zip(leaves, flips, turned, mapped, strict=True):
         new = flipped.having(**dict(zip(results, values, strict=True)))
         done.append(FactorLeaf(leaf.layout, new.turned().arrays) if flip else new)
     return done
