@@ -1,27 +1,15 @@
-"""Replay of methods that run Adam in eigenbases of Kronecker factors: SOAP and DyKAF.
+"""Comparisons of methods that run Adam in eigenbases of Kronecker factors: SOAP and DyKAF."""
 
-One compiled scan serves all comparisons of a case: after each step, the state may be overwritten
-by what is stored. With the first bases alone that is the free run, with nothing the run without
-injection, and with everything wherever something is stored it is a series of single steps.
-"""
-
-import functools
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
-from jaxopt_lab.optim.eigenbasis_transform import EigenbasisAdamState
-from jaxopt_lab.optim.mode_factors import ModeSoapState
+from tests.golden.eigenbasis_run import Recipe, Stored, Values, run_case
 from tests.golden.harness import Case, Check, NotUnderstood, Result
-from tests.golden.trajectory import find_states
-from tests.reference.soap import merged, rotate, rotate_back
-
-Values = dict[str, Any]  # names of the stored arrays -> arrays; one dict a parameter
+from tests.reference.soap import rotate_back
 
 SIDECAR = {
     *("method", "source", "factor_update", "dtype", "precision_note", "torch", "T", "seed"),
@@ -41,19 +29,6 @@ ONE_STEP_TOLERANCE = {"float64": 1e-11, "float32": 1e-4}
 # (the column is then determined to about the reciprocal times the rounding), to this tolerance.
 COLUMN_SHARE = {"float64": 1e-4, "float32": 3e-2}
 COLUMN_TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
-
-
-class Recipe(NamedTuple):
-    """How a user builds the optimizer of a case."""
-
-    factory: Callable[..., optax.GradientTransformation]
-    options: Mapping[str, Any]  # static
-    numbers: Mapping[str, float]  # traced, so that cases share a compiled scan
-
-
-class Run(NamedTuple):
-    params: dict[str, np.ndarray]  # (T, *shape)
-    states: dict[str, Values]  # (T, ...)
 
 
 def check_understood(case: Case, method: str, hyperparameters: set[str], options: set[str]) -> None:
@@ -114,224 +89,37 @@ def common_options(case: Case, orthogonalizer: str) -> tuple[dict[str, Any], dic
 def compare(case: Case, recipe: Callable[[Case, str], Recipe]) -> list[Result]:
     """All comparisons of one case; `recipe` takes the orthogonaliser."""
     label = f"{case.family}/{case.name}"
-    with jax.enable_x64(case.sidecar["dtype"] == "float64"):
-        stored = _Stored(case)
-        checks = _one_step(case, stored, recipe(case, "householder"))
-        infos = case.sidecar["params"]
-        free = [p for p, info in infos.items() if info["free_run_ok"]]
-        if free:
-            checks += _free_run(case, stored, recipe(case, "householder"), free, states=True)
-        closed = [p for p, info in infos.items() if info["no_injection_ok"]]
-        if closed:
-            run = _run_case(case, stored, recipe(case, "householder"), inject=None)
-            for p in closed:
-                tolerance = case.sidecar["params"][p]["no_injection_tol"]
-                wanted = case.arrays[f"{p}/params"]
-                checks.append(
-                    Check.of(f"{p}/params, no injection", run.params[p], wanted, tolerance)
-                )
-        results = [Result(label, tuple(checks), "" if free else "single steps only")]
-        if free:
-            panels = _free_run(case, stored, recipe(case, "panels"), free, states=False)
-            results.append(Result(f"{label}[panels]", tuple(panels)))
+    infos = case.sidecar["params"]
+    free = [p for p, info in infos.items() if info["free_run_ok"]]
+    householder, panels = recipe(case, "householder"), recipe(case, "panels")
+    note = "" if free else "single steps only"
+    with jax.enable_x64(True):
+        stored = Stored(case, np.float64)
+        results = [Result(label, tuple(_all_checks(case, stored, householder)), note)]
+        if free and case.sidecar["dtype"] == "float64":
+            checks = _free_run(case, stored, panels, states=False)
+            results.append(Result(f"{label}[panels]", tuple(checks)))
+    if case.sidecar["dtype"] == "float32":
+        stored = Stored(case, np.float32)
+        stored.stop_at_ties(run_case(case, stored, householder, inject="bases"))
+        for name, chosen in (("float32", householder), ("float32, panels", panels)):
+            checks = _all_checks(case, stored, chosen)
+            results.append(Result(f"{label}[{name}]", tuple(checks), stored.note))
     return results
 
 
-class _Stored:
-    """The stored trajectory, spread over all T steps."""
-
-    def __init__(self, case: Case):
-        sidecar = case.sidecar
-        self.dtype = np.dtype(sidecar["dtype"])
-        self.length = sidecar["T"]
-        self.steps = np.asarray(case.arrays["state_steps"])
-        self.b1 = sidecar["hyperparameters"]["betas"][0]
-        self.in_basis = sidecar["method"] == "soap"
-        limit = sidecar["hyperparameters"]["max_precond_dim"]
-        merging = sidecar["hyperparameters"]["merge_dims"]
-        self.shapes = {
-            p: merged(tuple(info["shape"]), limit) if merging else tuple(info["shape"])
-            for p, info in sidecar["params"].items()
-        }
-        self.arrays = {p: self._of(case, p) for p in sidecar["params"]}
-        self.values = {p: self._spread(p) for p in sidecar["params"]}
-
-    def _of(self, case: Case, p: str) -> Values:
-        prefix = f"{p}/"
-        arrays = {k.removeprefix(prefix): v for k, v in case.arrays.items() if k.startswith(prefix)}
-        shape = tuple(case.sidecar["params"][p]["shape"])
-        for name in ("param_init", "grads", "params"):
-            if name not in arrays:
-                raise NotUnderstood(f"array {prefix}{name} is missing")
-        if arrays["grads"].shape != (self.length, *shape):
-            raise NotUnderstood(f"{prefix}grads has shape {arrays['grads'].shape}")
-        return arrays
-
-    def bases(self, p: str, t: int) -> list[np.ndarray | None]:
-        """The bases in force after step t (from 1), one entry an axis."""
-        bases = []
-        for k in range(len(self.shapes[p])):
-            if f"Q{k}" not in self.arrays[p]:
-                bases.append(None)
-                continue
-            index = np.searchsorted(self.arrays[p][f"Q{k}_steps"], t, side="right") - 1
-            bases.append(self.arrays[p][f"Q{k}"][index])
-        return bases
-
-    def momentum(self, p: str) -> np.ndarray:
-        """(T, *merged shape) the first moment in the basis of the parameters."""
-        grads = np.asarray(self.arrays[p]["grads"], np.float64)
-        out = np.zeros((self.length, *self.shapes[p]))
-        for t in range(1, self.length):
-            out[t] = self.b1 * out[t - 1] + (1 - self.b1) * grads[t].reshape(self.shapes[p])
-        return out
-
-    def _spread(self, p: str) -> Values:
-        """Arrays with T rows, meaningful after the stored steps; bases after every step."""
-        arrays, at = self.arrays[p], self.steps - 1
-        values = {}
-        for name in arrays:
-            if re.fullmatch(r"exp_avg_sq|l|r|factor\d", name):
-                values[name] = np.zeros((self.length, *arrays[name].shape[1:]), self.dtype)
-                values[name][at] = arrays[name]
-        bases = [self.bases(p, t) for t in range(1, self.length + 1)]
-        for k, q in enumerate(bases[0]):
-            if q is not None:
-                values[f"Q{k}"] = np.stack([row[k] for row in bases]).astype(self.dtype)
-        shape = arrays["grads"].shape
-        rotated = map(rotate, self.momentum(p), bases)
-        values["mu"] = np.stack(list(rotated)).reshape(shape).astype(self.dtype)
-        if self.in_basis:  # stored as such
-            values["mu"][at] = arrays["exp_avg"]
-        return values
-
-
-def _run_case(case: Case, stored: _Stored, recipe: Recipe, *, inject: str | None) -> Run:
-    """Run with nothing overwritten (None), "bases" after step 1, or "everything" stored."""
-    h, T = case.sidecar["hyperparameters"], stored.length
-    rates = case.sidecar["lr_schedule"] or [h["lr"]] * T
-    if len(rates) != T:
-        raise NotUnderstood(f"lr_schedule has {len(rates)} entries for {T} steps")
-    steps = np.arange(1, T + 1)
-    all_of_it = np.isin(steps, stored.steps) & (inject == "everything")
-    flags = {"all": all_of_it, "bases": all_of_it | ((steps == 1) & (inject is not None))}
-
-    def tree(name: str) -> dict[str, jax.Array]:
-        return {p: jnp.asarray(a[name], stored.dtype) for p, a in stored.arrays.items()}
-
-    options, numbers = dict(recipe.options), dict(recipe.numbers)
-    if stored.dtype == np.float32:
-        # 1 - beta is formed in double precision and then rounded, as in the released code.
-        options, numbers = options | numbers, {}
-    out = _compiled()(
-        recipe.factory,
-        tuple(sorted(options.items())),
-        numbers,
-        jnp.asarray(rates, stored.dtype),
-        tree("param_init"),
-        tree("grads"),
-        tree("params"),
-        stored.values,
-        flags,
-    )
-    return Run(*jax.tree.map(np.asarray, out))
-
-
-@functools.cache
-def _compiled() -> Callable:
-    # Compiled for a few milliseconds of work.
-    return jax.jit(
-        _scan,
-        static_argnums=(0, 1),
-        compiler_options={
-            "xla_backend_optimization_level": 0,
-            "xla_llvm_disable_expensive_passes": True,
-        },
-    )
-
-
-def _scan(factory, options, numbers, rates, params, grads, stored_params, stored, flags):
-    tx = optax.with_extra_args_support(
-        factory(lambda count: rates[count], **dict(options), **numbers)
-    )
-
-    def step(carry, given):
-        grad, other_params, other, flag = given
-        updates, state = tx.update(grad, carry[1], carry[0])
-        params = optax.apply_updates(carry[0], updates)
-        found = read(state)
-        if {p: set(v) for p, v in found.items()} != {p: set(v) for p, v in other.items()}:
-            raise ValueError(f"state of other parts: {_difference(found, other)}")
-        mixed = {
-            p: {
-                name: jnp.where(flag["bases" if name[0] == "Q" else "all"], other[p][name], x)
-                for name, x in values.items()
-            }
-            for p, values in found.items()
-        }
-        kept = jax.tree.map(lambda a, b: jnp.where(flag["all"], a, b), other_params, params)
-        return (kept, write(state, mixed)), (params, found)
-
-    given = (grads, stored_params, stored, flags)
-    return jax.lax.scan(step, (params, tx.init(params)), given)[1]
-
-
-def _difference(found: dict[str, Values], wanted: dict[str, Values]) -> str:
-    names = {p: sorted(set(found.get(p, ())) ^ set(v)) for p, v in wanted.items()}
-    return ", ".join(f"{p}: {' '.join(v)}" for p, v in names.items() if v)
-
-
-_KINDS = (EigenbasisAdamState, ModeSoapState)
-# Field of our state -> name of the stored array.
-_FIELDS = {
-    EigenbasisAdamState: {
-        **{"mu": "mu", "nu": "exp_avg_sq", "row_nu": "l", "column_nu": "r"},
-        **{"row_factor": "factor0", "column_factor": "factor1"},
-        **{"row_basis": "Q0", "column_basis": "Q1"},
-    },
-    ModeSoapState: {"mu": "mu", "nu": "exp_avg_sq", "factors": "factor", "bases": "Q"},
-}
-
-
-def _absent(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
-
-def read(state: Any) -> dict[str, Values]:
-    """What an optimizer state holds of each parameter, by the names of the stored arrays."""
-    found: dict[str, Values] = {}
-    for kind in _KINDS:
-        for node in find_states(state, kind):
-            for field, name in _FIELDS[kind].items():
-                tree = getattr(node, field)
-                for p, x in {} if _absent(tree) else tree.items():
-                    values = found.setdefault(p, {}) if not _absent(x) else {}
-                    parts = {f"{name}{k}": y for k, y in enumerate(x)} if type(x) is tuple else {}
-                    values |= {k: y for k, y in (parts or {name: x}).items() if not _absent(y)}
-    return found
-
-
-def write(state: Any, values: dict[str, Values]) -> Any:
-    """The state with these values in place of its own."""
-
-    def replace(node: Any) -> Any:
-        if not isinstance(node, _KINDS):
-            return node
-        new = {}
-        for field, name in _FIELDS[type(node)].items():
-            tree = getattr(node, field)
-            if _absent(tree):
-                continue
-
-            def pick(p: str, x: Any, name: str = name) -> Any:
-                if type(x) is tuple:
-                    return tuple(pick(p, y, f"{name}{k}") for k, y in enumerate(x))
-                return x if _absent(x) else values[p][name]
-
-            new[field] = {p: pick(p, x) for p, x in tree.items()}
-        return node._replace(**new)
-
-    return jax.tree.map(replace, state, is_leaf=lambda node: isinstance(node, _KINDS))
+def _all_checks(case: Case, stored: Stored, recipe: Recipe) -> list[Check]:
+    checks = _one_step(case, stored, recipe)
+    checks += _free_run(case, stored, recipe, states=True)
+    infos = case.sidecar["params"]
+    closed = [p for p, info in infos.items() if info["no_injection_ok"]]
+    if closed:
+        run = run_case(case, stored, recipe, inject=None)
+        for p in closed:
+            what, tolerance = f"{p}/params, no injection", infos[p]["no_injection_tol"]
+            got, wanted = (x[: stored.end[p]] for x in (run.params[p], stored.arrays[p]["params"]))
+            checks.append(Check.of(what, got, wanted, tolerance))
+    return checks
 
 
 def _relative(what: str, got: np.ndarray, wanted: np.ndarray, tolerance: float) -> Check:
@@ -340,16 +128,19 @@ def _relative(what: str, got: np.ndarray, wanted: np.ndarray, tolerance: float) 
     return Check.of(what, np.asarray(got, np.float64) / size, wanted / size, tolerance)
 
 
-def _free_run(
-    case: Case, stored: _Stored, recipe: Recipe, names: list[str], *, states: bool
-) -> list[Check]:
-    run = _run_case(case, stored, recipe, inject="bases")
+def _free_run(case: Case, stored: Stored, recipe: Recipe, *, states: bool) -> list[Check]:
+    names = [p for p, info in case.sidecar["params"].items() if info["free_run_ok"]]
+    if not names:
+        return []
+    run = run_case(case, stored, recipe, inject="bases")
     exact = ONE_STEP_TOLERANCE[case.sidecar["dtype"]]
     checks = []
     for p in names:
         tolerance = case.sidecar["params"][p]["free_run_tol"]
-        checks.append(Check.of(f"{p}/params", run.params[p], stored.arrays[p]["params"], tolerance))
-        for t in stored.steps if states else ():
+        end = stored.end[p]
+        got, wanted = (x[:end] for x in (run.params[p], stored.arrays[p]["params"]))
+        checks.append(Check.of(f"{p}/params", got, wanted, tolerance))
+        for t in stored.steps[stored.steps <= end] if states else ():
             got = {name: x[t - 1] for name, x in run.states[p].items()}
             for name in (name for name in got if re.fullmatch(r"exp_avg_sq|l|r|factor\d", name)):
                 wanted = stored.values[p][name][t - 1]
@@ -363,12 +154,12 @@ def _free_run(
     return checks
 
 
-def _one_step(case: Case, stored: _Stored, recipe: Recipe) -> list[Check]:
-    run = _run_case(case, stored, recipe, inject="everything")
+def _one_step(case: Case, stored: Stored, recipe: Recipe) -> list[Check]:
+    run = run_case(case, stored, recipe, inject="everything")
     tolerance = ONE_STEP_TOLERANCE[case.sidecar["dtype"]]
     checks = []
     for p, arrays in stored.arrays.items():
-        for t in (t for t in stored.steps if t - 1 in stored.steps):
+        for t in (t for t in stored.steps if t - 1 in stored.steps and t <= stored.end[p]):
             wanted = arrays["params"][t - 1]
             checks.append(Check.of(f"{p}/params step {t}", run.params[p][t - 1], wanted, tolerance))
             got = {name: x[t - 1] for name, x in run.states[p].items()}
@@ -381,7 +172,7 @@ def _one_step(case: Case, stored: _Stored, recipe: Recipe) -> list[Check]:
     return checks
 
 
-def _compare_bases(case: Case, stored: _Stored, p: str, t: int, got: Values) -> list[Check]:
+def _compare_bases(case: Case, stored: Stored, p: str, t: int, got: Values) -> list[Check]:
     """Orthogonal, and where the step refreshed them the Q of (factor @ sorted old basis)."""
     dtype = case.sidecar["dtype"]
     tolerance = ONE_STEP_TOLERANCE[dtype]
