@@ -9,6 +9,7 @@ from jaxopt_lab.diagnostics.fisher import (
     kronecker_distance,
     softmax_hessian,
 )
+from jaxopt_lab.diagnostics.fisher_recorder import FisherErrors
 from jaxopt_lab.diagnostics.fisher_samples import (
     ProbedFisher,
     SampledFisher,
@@ -27,6 +28,7 @@ __all__ = [
     "ApproximationErrors",
     "Every",
     "Fisher",
+    "FisherErrors",
     "FullFisher",
     "NormRatios",
     "NormRecord",
