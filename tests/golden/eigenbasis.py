@@ -86,7 +86,9 @@ def common_options(case: Case, orthogonalizer: str) -> tuple[dict[str, Any], dic
     return options, numbers
 
 
-def compare(case: Case, recipe: Callable[[Case, str], Recipe]) -> list[Result]:
+def compare(
+    case: Case, recipe: Callable[[Case, str], Recipe], *, also_panels: bool = True
+) -> list[Result]:
     """All comparisons of one case; `recipe` takes the orthogonaliser."""
     label = f"{case.family}/{case.name}"
     infos = case.sidecar["params"]
@@ -96,7 +98,7 @@ def compare(case: Case, recipe: Callable[[Case, str], Recipe]) -> list[Result]:
     with jax.enable_x64(True):
         stored = Stored(case, np.float64)
         results = [Result(label, tuple(_all_checks(case, stored, householder)), note)]
-        if free and case.sidecar["dtype"] == "float64":
+        if free and also_panels and case.sidecar["dtype"] == "float64":
             checks = _free_run(case, stored, panels, states=False)
             results.append(Result(f"{label}[panels]", tuple(checks)))
     if case.sidecar["dtype"] == "float32":
