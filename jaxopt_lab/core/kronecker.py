@@ -120,11 +120,11 @@ def ksl_step(
       precision: Of the products.
 
     Returns:
-      The balanced pair $(L', R')$.
+      The balanced pair $(L', R')$; symmetric, $R'$ up to the rounding of its products.
     """
     step = _Increment(left, right, grad, decay, weight)
     u = _unit(step.rows(precision))
-    seen = symmetric(column_product(step.grad_unit, u, precision))
+    seen = column_product(step.grad_unit, u, precision)
     overlap = _divide(_inner(u, left), step.left_size)
     n = _divide(step.old * overlap * right, step.right_size) + step.new * seen
     size = frobenius_norm(n)

@@ -7,7 +7,7 @@ Cholesky decomposition inside each panel.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -19,7 +19,6 @@ from jaxtyping import Array, Float
 from jaxopt_lab.core.precision import ProductPrecision, matmul
 
 Orthogonalizer = Literal["panels", "householder"]
-PanelQR = Callable[[Array], tuple[Array, Array]]
 ORTHOGONALIZERS: tuple[Orthogonalizer, ...] = ("panels", "householder")
 
 # A panel must be wide enough for efficient products and narrow enough that its columns, cleaned of
@@ -28,8 +27,9 @@ _PANEL = 128
 # Panels of a block are cleaned of earlier blocks together, in large products. More blocks waste
 # less on columns that are still zero, and take longer to compile.
 _BLOCK_PANELS, _MOST_BLOCKS = 6, 4
-# A pass that took more than this part of a column leaves rounding errors worth another pass.
-_LOST, _MOST_PASSES = 0.5, 5
+# A pass is the last one if it took less than this part of every column, measured by squares, and
+# found the columns of each panel this close to orthonormal.
+_LOST, _OVERLAP, _MOST_PASSES = 1e-4, 0.5, 5
 
 
 def orthonormal(
@@ -74,17 +74,14 @@ def _panelled(x: Array, precision: ProductPrecision, panel: int) -> Array:
     done: list[Array] = []
     for start in range(0, n, width):
         block = x[..., start : start + width]
-        clean = functools.partial(_clean_block, done=tuple(done), panel=panel)
+        clean = functools.partial(_clean_block, done=tuple(done), panel=panel, precision=precision)
         # The first pass removes almost everything and needs few digits. The second one is the last,
         # unless it found that columns were nearly dependent on earlier ones.
-        block, _ = clean(block, precision=_coarse(precision), qr=_cholesky_qr)
+        block, _ = clean(block, again=False)
         block, _, _ = lax.while_loop(
-            lambda carry: (carry[1] > _LOST) & (carry[2] < _MOST_PASSES),
-            lambda carry, clean=clean: (
-                *clean(carry[0], precision=precision, qr=_corrected),
-                carry[2] + 1,
-            ),
-            (block, jnp.ones((), block.dtype), 1),
+            lambda carry: carry[1] & (carry[2] < _MOST_PASSES),
+            lambda carry, clean=clean: (*clean(carry[0], again=True), carry[2] + 1),
+            (block, jnp.array(True), 1),
         )
         done.append(block)
     return jnp.concatenate(done, axis=-1).reshape((*batch, n, n))
@@ -96,42 +93,39 @@ def _coarse(precision: ProductPrecision) -> ProductPrecision:
 
 
 def _clean_block(
-    block: Array, *, done: Sequence[Array], panel: int, precision: ProductPrecision, qr: PanelQR
+    block: Array, *, done: Sequence[Array], panel: int, precision: ProductPrecision, again: bool
 ) -> tuple[Array, Array]:
-    """One pass of Gram-Schmidt over the panels of a block.
-
-    Returns the block, and the largest part of a column that was lost: removed as overlap with
-    earlier blocks and panels, or found as overlap inside its panel.
-    """
+    """One pass of Gram-Schmidt over the panels of a block, and whether it calls for another."""
     width = block.shape[-1]
     panel = min(panel, width)
     count = -(-width // panel)
+    coarse = _coarse(precision)
+
+    def cleaned(columns: Array, basis: Array) -> Array:
+        # In a last pass the overlap is small: it must be known well, but removed with few digits.
+        overlap = matmul(basis.mT, columns, precision if again else coarse)
+        return columns - matmul(basis, overlap, coarse)
+
     # Columns that fill up the last panel are zero and stay zero.
     block, _ = _unit_columns(jnp.pad(block, ((0, 0), (0, 0), (0, count * panel - width))))
     for basis in done:
-        block = block - matmul(basis, matmul(basis.mT, block, precision), precision)
+        block = cleaned(block, basis)
     block, lost = _unit_columns(block)
 
-    def add(index, carry, prefix: int):
-        basis, lost = carry
+    def add(index, carry):
+        basis, unclean = carry
         columns = lax.dynamic_slice_in_dim(block, index * panel, panel, axis=-1)
-        before = basis[..., :prefix]
-        if count > 1:
-            inside = matmul(before.mT, columns, precision)
-            columns = columns - matmul(before, inside, precision)
-        columns, removed = _unit_columns(columns)
-        columns, overlap = qr(columns)
+        # What is not filled yet is zero and takes nothing away.
+        columns, removed = _unit_columns(cleaned(columns, basis) if count > 1 else columns)
+        columns, overlap = _corrected(columns) if again else (_cholesky_qr(columns), 1.0)
         basis = lax.dynamic_update_slice_in_dim(basis, columns, index * panel, axis=-1)
-        return basis, jnp.max(jnp.stack([lost, removed, overlap]))
+        return basis, unclean | (removed > _LOST) | (overlap > _OVERLAP)
 
-    carry = jnp.zeros_like(block), lost  # filled from the left; zeros take no part in products
-    half = -(-count // 2)
-    carry = lax.fori_loop(0, half, functools.partial(add, prefix=half * panel), carry)
-    basis, lost = lax.fori_loop(half, count, functools.partial(add, prefix=count * panel), carry)
-    return basis[..., :width], lost
+    basis, unclean = lax.fori_loop(0, count, add, (jnp.zeros_like(block), lost > _LOST))
+    return basis[..., :width], unclean
 
 
-def _cholesky_qr(columns: Array) -> tuple[Array, Array]:
+def _cholesky_qr(columns: Array) -> Array:
     """Shifted Cholesky-QR; the shift keeps it defined for dependent columns."""
     gram = matmul(columns.mT, columns)
     bound = jnp.max(jnp.sum(jnp.abs(gram), axis=-1), axis=-1)[..., None, None]
@@ -139,7 +133,7 @@ def _cholesky_qr(columns: Array) -> tuple[Array, Array]:
     shifted = gram + 4 * jnp.finfo(gram.dtype).eps * jnp.maximum(bound, 1) * eye
     lower = jnp.linalg.cholesky(shifted, symmetrize_input=False)
     inverse = solve_triangular(lower, jnp.broadcast_to(eye, lower.shape), lower=True)
-    return matmul(columns, inverse.mT), jnp.ones((), gram.dtype)
+    return matmul(columns, inverse.mT, "bf16_x3")
 
 
 def _corrected(columns: Array) -> tuple[Array, Array]:
@@ -155,8 +149,8 @@ def _corrected(columns: Array) -> tuple[Array, Array]:
     upper = jnp.triu(error, 1) + error * eye / 2
     columns = lax.cond(
         size < jnp.finfo(gram.dtype).eps ** 0.5,  # the square of the error is what it leaves
-        lambda columns: columns - matmul(columns, upper),
-        lambda columns: _cholesky_qr(_cholesky_qr(columns)[0])[0],
+        lambda columns: columns - matmul(columns, upper, "default"),
+        lambda columns: _cholesky_qr(_cholesky_qr(columns)),
         columns,
     )
     return columns, size

@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 
 PrecisionName = Literal["default", "bf16_x3", "bf16_x6", "tf32_x3", "highest"]
 ProductPrecision = Literal["bfloat16", "default", "bf16_x3", "bf16_x6", "tf32_x3", "highest"]
+# Rows and columns of a result from which a split product is formed as one deep product.
+_SPLIT_FROM = 256
 PRODUCT_PRECISIONS: tuple[ProductPrecision, ...] = get_args(ProductPrecision)
 
 _SPLIT = {
@@ -60,7 +62,10 @@ def matmul(
         return jnp.matmul(a, b, preferred_element_type=wide)
     # A split algorithm works on float32 operands.
     a, b = a.astype(wide), b.astype(wide)
-    if precision == "bf16_x3" and jax.default_backend() != "cpu":
+    # A narrow product would spend its time on forming split operands; the preset's kernel splits
+    # on the way.
+    wide_enough = min(a.shape[-2], b.shape[-1]) >= _SPLIT_FROM
+    if precision == "bf16_x3" and wide_enough and jax.default_backend() != "cpu":
         return _split_product(a, b)
     return jnp.matmul(a, b, precision=dot_precision(precision), preferred_element_type=wide)
 

@@ -182,8 +182,9 @@ class LeafLayout:
         return Slot(sides, sides, spec)
 
     def vector(self, size: int) -> Slot:
-        """A (size,) vector an entry, replicated over the axes that shard the matrices."""
-        return Slot((size,), (size,), self._leading)
+        """A (size,) vector an entry, sharded over the first of those axes where it divides."""
+        slot = self.block(size, 1)
+        return Slot((size,), (size,), PartitionSpec(*slot.spec[:2]))
 
     def number(self) -> Slot:
         """One number an entry."""

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxopt_lab.core.kronecker import rank_one_step
+from jaxopt_lab.core.kronecker import rank_one_step, symmetric
 from jaxopt_lab.core.orthogonalization import Orthogonalizer
 from jaxopt_lab.core.precision import ProductPrecision, matmul
 from jaxopt_lab.core.spectral import refresh_eigenbasis
 from jaxopt_lab.core.stacks import ReplicatedWork
 from jaxopt_lab.optim.adamw_fallback import one_minus_power
-from jaxopt_lab.optim.factor_leaves import FactorLeaf, map_leaves
-from jaxopt_lab.optim.factor_rules import FactorRule, Pair, Side
+from jaxopt_lab.optim.factor_leaves import FactorLeaf, map_leaves, map_sides
+from jaxopt_lab.optim.factor_rules import FactorRule, Side
 from jaxopt_lab.optim.routing import Scalar
 
 SecondMoment = Literal["full", "rank_one", "factored"]
@@ -33,6 +33,7 @@ _ENOUGH = 8
 MOMENTS = ("mu", "nu", "row_nu", "column_nu")
 FACTORS = ("row_factor", "column_factor")
 BASES = ("row_basis", "column_basis")
+ORDERS = ("row_order", "column_order")
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,8 @@ class EigenbasisAdam:
                   for leaf, g in zip(leaves, grads, strict=True)]  # fmt: skip
         leaves = [leaf.having(status=self._status(leaf)) for leaf in leaves]
         starting = jnp.any(jnp.stack([jnp.any(leaf["status"] == STARTED) for leaf in leaves]))
-        leaves = self._if_due(starting, self._start, leaves, ("grad", *FACTORS, "status"), FACTORS)
+        leaves = self._if_due(starting, self._start, leaves)
         leaves = self._map(self._factor_step, leaves, ("grad", *FACTORS, "status"), FACTORS)
-        leaves = self._if_due(
-            starting, self._first_bases, leaves, (*FACTORS, *BASES, "status"), BASES
-        )
         leaves = [leaf.having(age=self._grown(leaf)) for leaf in leaves]
         names = ("grad", *MOMENTS, *BASES, "age", "status")
         leaves = self._map(self._adam_step, leaves, names, ("direction", *MOMENTS))
@@ -90,22 +88,22 @@ class EigenbasisAdam:
             fn, leaves, names, results, replicated_work=self.replicated_work, **options
         )
 
-    def _if_due(self, due: Array, fn, leaves, names, results, **options) -> list[FactorLeaf]:
-        """`_map` if `due`, as a loop of at most one round.
+    def _if_due(self, due: Array, step, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
+        """`step(leaves)` if `due`, as a loop of at most one round.
 
         Unlike a conditional, a loop hands on what it leaves alone without a copy, and it stays a
         branch under `vmap` even where `due` differs between the mapped instances.
         """
+        names = (*MOMENTS, *FACTORS, *BASES)
 
         def chosen(leaves: list[FactorLeaf]) -> list[dict[str, Side]]:
-            return [{name: leaf.arrays[name] for name in results} for leaf in leaves]
+            return [{name: leaf.arrays[name] for name in names} for leaf in leaves]
 
         def having(arrays: list[dict[str, Side]]) -> list[FactorLeaf]:
             return [leaf.having(**x) for leaf, x in zip(leaves, arrays, strict=True)]
 
         def once(carry):
-            done = self._map(fn, having(carry[1]), names, results, **options)
-            return jnp.zeros_like(carry[0]), chosen(done)
+            return jnp.zeros_like(carry[0]), chosen(step(having(carry[1])))
 
         _, new = lax.while_loop(lambda carry: carry[0], once, (due, chosen(leaves)))
         return having(new)
@@ -122,18 +120,18 @@ class EigenbasisAdam:
         status = jnp.where(starting, STARTED, jnp.where(age > 0, APPLIED, WAITING))
         return jnp.where(jnp.isfinite(largest), status, REFUSED)
 
-    def _start(self, grad: Array, rows: Side, columns: Side, status: Array):
-        old = (rows, columns)
-        return _select(status == STARTED, self.rule.start(old, grad), old)
+    def _start(self, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
+        def start(grad, rows, columns, row_basis, column_basis, status):
+            first = self.rule.start((rows, columns), grad)
+            new = (*first, *self.rule.bases(first, grad))
+            return _select(status == STARTED, new, (rows, columns, row_basis, column_basis))
+
+        return self._map(start, leaves, ("grad", *FACTORS, *BASES, "status"), (*FACTORS, *BASES))
 
     def _factor_step(self, grad: Array, rows: Side, columns: Side, status: Array):
         old = (rows, columns)
         grad = jnp.where(_wide(status > 0), grad, 0)
         return _select(status > 0, self.rule.step(old, grad), old)
-
-    def _first_bases(self, rows, columns, row_basis, column_basis, status):
-        new = self.rule.bases((rows, columns))
-        return _select(status == STARTED, new, (row_basis, column_basis))
 
     def _grown(self, leaf: FactorLeaf) -> Array:
         first = 1 if self.skip_first_step else 2
@@ -189,45 +187,52 @@ class EigenbasisAdam:
         """Every `frequency` steps: new bases, the first moment re-expressed, the second sorted."""
         applied = count if self.skip_first_step else count + 1
         turn = applied % self.frequency
-        due, fn = (count > 0) & (turn == 0), self._new_bases
-        if self.stagger:
-            # A share of every stack at each step, so that no step pays for all.
-            due, fn = count > 0, _in_turn(self._new_bases, turn, self.frequency)
-        names, results = (*MOMENTS, *FACTORS, *BASES), (*MOMENTS, *BASES)
-        return self._if_due(due, fn, leaves, names, results, transposable=True, enough=None)
+        if not self.stagger:
+            return self._if_due((count > 0) & (turn == 0), self._refresh_all, leaves)
+        # A share of every stack at each step, so that no step pays for all.
+        fn = _in_turn(self._refresh_matrices, turn, self.frequency)
+        names = (*MOMENTS, *FACTORS, *BASES)
 
-    def _new_bases(self, mu, nu, row_nu, column_nu, rows, columns, row_basis, column_basis):
-        bases, orders = self._refreshed((rows, columns), (row_basis, column_basis))
+        def share(leaves: list[FactorLeaf]) -> list[FactorLeaf]:
+            return self._map(fn, leaves, names, names, transposable=True, enough=None)
 
-        mu = self._rotate(self._rotate(mu, row_basis, column_basis, back=True), *bases)
-        nu = _permuted(_permuted(nu, orders[0], -2), orders[1], -1)
-        row_nu, column_nu = _permuted(row_nu, orders[0], -1), _permuted(column_nu, orders[1], -1)
-        return mu, nu, row_nu, column_nu, *bases
+        return self._if_due(count > 0, share, leaves)
 
-    def _refreshed(self, factors: Pair, bases: Pair) -> tuple[Pair, Pair]:
-        """New bases, and the orders that sorted the old ones; equal sides in one batch."""
+    def _refresh_all(self, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
+        old = [{f"old_{name}": leaf.arrays[name] for name in BASES} for leaf in leaves]
+        leaves = map_sides(self._refresh_side, leaves, replicated_work=self.replicated_work)
+        leaves = [leaf.having(**bases) for leaf, bases in zip(leaves, old, strict=True)]
+        names = (*MOMENTS, "old_row_basis", "old_column_basis", *BASES, *ORDERS)
+        return self._map(self._re_express, leaves, names, MOMENTS, transposable=True)
 
-        def refresh(factor: Side, basis: Side) -> Pair:
-            if factor is None or basis is None:
-                return None, None
-            return refresh_eigenbasis(
-                factor,
-                basis,
-                orthogonalizer=self.orthogonalizer,
-                precision=self.factor_precision,
-            )
-
-        (rows, columns), (row_basis, column_basis) = factors, bases
-        if rows is None or columns is None or rows.shape != columns.shape:
-            (new_rows, row_order), (new_columns, column_order) = map(refresh, factors, bases)
-            return (new_rows, new_columns), (row_order, column_order)
-        assert row_basis is not None and column_basis is not None
-        basis, order = refresh(
-            jnp.concatenate((rows, columns)), jnp.concatenate((row_basis, column_basis))
+    def _refresh_side(self, factor: Array, basis: Array) -> tuple[Array, Array, Array]:
+        factor = symmetric(factor)
+        basis, order = refresh_eigenbasis(
+            factor, basis, orthogonalizer=self.orthogonalizer, precision=self.factor_precision
         )
-        assert basis is not None and order is not None
-        count = rows.shape[0]
-        return (basis[:count], basis[count:]), (order[:count], order[count:])
+        return factor, basis, order
+
+    def _re_express(
+        self, mu, nu, row_nu, column_nu, old_rows, old_columns, rows, columns, row_order,
+        column_order,
+    ):  # fmt: skip
+        mu = self._rotate(self._rotate(mu, old_rows, old_columns, back=True), rows, columns)
+        nu = _permuted(_permuted(nu, row_order, -2), column_order, -1)
+        return mu, nu, _permuted(row_nu, row_order, -1), _permuted(column_nu, column_order, -1)
+
+    def _refresh_matrices(self, mu, nu, row_nu, column_nu, rows, columns, row_basis, column_basis):
+        def refresh(factor: Side, basis: Side) -> tuple[Side, Side, Side]:
+            if factor is None or basis is None:
+                return None, None, None
+            return self._refresh_side(factor, basis)
+
+        rows, new_rows, row_order = refresh(rows, row_basis)
+        columns, new_columns, column_order = refresh(columns, column_basis)
+        moments = self._re_express(
+            mu, nu, row_nu, column_nu, row_basis, column_basis, new_rows, new_columns, row_order,
+            column_order,
+        )  # fmt: skip
+        return *moments, rows, columns, new_rows, new_columns
 
 
 def _permuted(x: Side, order: Side, axis: int) -> Side:
@@ -257,28 +262,24 @@ def _select(condition: Array, new: Sequence[Side], old: Sequence[Side]) -> tuple
 def _in_turn(fn: Callable[..., tuple[Side, ...]], turn: Array, turns: int):
     """Apply `fn` to one of `turns` shares of a stack."""
 
-    def share_of(mu, nu, row_nu, column_nu, rows, columns, row_basis, column_basis):
-        arrays = (mu, nu, row_nu, column_nu, rows, columns, row_basis, column_basis)
-        kept = (mu, nu, row_nu, column_nu, row_basis, column_basis)
-        batch = mu.shape[0]
+    def share_of(*arrays: Side) -> tuple[Side, ...]:
+        batch = next(x.shape[0] for x in arrays if x is not None)
         size = -(-batch // turns)
         first = turn * size
 
-        def refresh(kept: tuple[Side, ...]) -> tuple[Side, ...]:
+        def part_done(arrays: tuple[Side, ...]) -> tuple[Side, ...]:
             # The last share may be short: its slice then reaches back into the one before.
             start = jnp.minimum(first, batch - size)
             mine = start + jnp.arange(size) >= first
-
-            def part(x: Side) -> Side:
-                return None if x is None else lax.dynamic_slice_in_dim(x, start, size)
-
-            old = tuple(map(part, kept))
-            new = _select(mine, fn(*map(part, arrays)), old)
+            old = tuple(
+                None if x is None else lax.dynamic_slice_in_dim(x, start, size) for x in arrays
+            )
+            new = _select(mine, fn(*old), old)
             return tuple(
                 None if x is None or y is None else lax.dynamic_update_slice_in_dim(x, y, start, 0)
-                for x, y in zip(kept, new, strict=True)
+                for x, y in zip(arrays, new, strict=True)
             )
 
-        return lax.cond(first < batch, refresh, lambda kept: kept, kept)
+        return lax.cond(first < batch, part_done, lambda arrays: arrays, arrays)
 
     return share_of

@@ -10,10 +10,12 @@ from jaxopt_lab.core.stacks import Item, LeafLayout, ReplicatedWork, Slot, map_s
 
 # In the coordinates of the leaf, and in those of its eigenbases.
 _OF_LEAF, _ROTATED = ("grad", "direction"), ("mu", "nu")
+_VECTORS, _SQUARES = ("nu", "order"), ("factor", "basis")
 _OTHER_SIDE = {
-    f"{side}_{what}": f"{other}_{what}"
+    f"{old}{side}_{what}": f"{old}{other}_{what}"
     for side, other in (("row", "column"), ("column", "row"))
-    for what in ("nu", "factor", "basis")
+    for what in (*_VECTORS, *_SQUARES)
+    for old in ("", "old_")
 }
 
 
@@ -59,8 +61,8 @@ def slot_of(layout: LeafLayout, name: str) -> Slot:
         return layout.block(layout.m, layout.n)
     if name not in _OTHER_SIDE:
         return layout.number()
-    size = layout.m if name.startswith("row") else layout.n
-    return layout.vector(size) if name.endswith("nu") else layout.block(size, size)
+    size = layout.m if "row" in name else layout.n
+    return layout.vector(size) if name.endswith(_VECTORS) else layout.block(size, size)
 
 
 def map_leaves(
@@ -102,4 +104,40 @@ def map_leaves(
     for leaf, flip, flipped, values in zip(leaves, flips, turned, mapped, strict=True):
         new = flipped.having(**dict(zip(results, values, strict=True)))
         done.append(FactorLeaf(leaf.layout, new.turned().arrays) if flip else new)
+    return done
+
+
+def map_sides(
+    fn: Callable[[Array, Array], tuple[Array, Array, Array]],
+    leaves: Sequence[FactorLeaf],
+    *,
+    replicated_work: ReplicatedWork,
+) -> list[FactorLeaf]:
+    """Replace factor, basis and order of every side by `fn(factor, basis)`.
+
+    Sides of equal size share a stack, whatever leaf they belong to and whichever side they are.
+    """
+    results = ("factor", "basis", "order")
+    sides = [
+        (i, side)
+        for i, leaf in enumerate(leaves)
+        for side in ("row", "column")
+        if leaf.arrays[f"{side}_factor"] is not None
+    ]
+
+    def item(leaf: FactorLeaf, side: str) -> Item:
+        slots = {what: leaf.slot(f"{side}_{what}") for what in results}
+        arrays = (leaf[f"{side}_factor"], leaf[f"{side}_basis"])
+        return Item(
+            arrays, (slots["factor"], slots["basis"]), tuple(slots.values()), leaf.layout.mesh
+        )
+
+    mapped = map_stacks(
+        fn, [item(leaves[i], side) for i, side in sides], replicated_work=replicated_work
+    )
+    nothing = {f"{side}_order": None for side in ("row", "column")}
+    done = [leaf.having(**nothing) for leaf in leaves]
+    for (i, side), values in zip(sides, mapped, strict=True):
+        names = (f"{side}_{what}" for what in results)
+        done[i] = done[i].having(**dict(zip(names, values, strict=True)))
     return done

@@ -6,7 +6,7 @@ from typing import Protocol
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxopt_lab.core.kronecker import INTEGRATORS, StartScale, kronecker_start, symmetric
+from jaxopt_lab.core.kronecker import INTEGRATORS, StartScale, kronecker_start
 from jaxopt_lab.core.precision import ProductPrecision, matmul
 from jaxopt_lab.core.spectral import eigenbasis, orthogonal_complement
 from jaxopt_lab.optim.routing import Scalar
@@ -38,8 +38,8 @@ class FactorRule(Protocol):
         """Factors after one gradient."""
         ...
 
-    def bases(self, factors: Pair) -> Pair:
-        """Eigenbases after the first step."""
+    def bases(self, factors: Pair, grad: Array) -> Pair:
+        """Eigenbases of the factors after the first step, from where they start."""
         ...
 
 
@@ -68,15 +68,18 @@ class GramFactors:
         def follow(factor: Side, a: Array, b: Array) -> Side:
             if factor is None:
                 return None
-            gram = symmetric(matmul(a, b, self.precision))
-            return self.decay * factor + self.weight * gram
+            return self.decay * factor + self.weight * matmul(a, b, self.precision)
 
         return follow(factors[0], grad, grad.mT), follow(factors[1], grad.mT, grad)
 
-    def bases(self, factors: Pair) -> Pair:
+    def bases(self, factors: Pair, grad: Array) -> Pair:
         """See `FactorRule`."""
-        rows, columns = (None if x is None else eigenbasis(x) for x in factors)
-        return rows, columns
+        # The start is a multiple of the identity: one gradient decides about all eigenvectors.
+        rows, columns = factors
+        return (
+            None if rows is None else eigenbasis(matmul(grad, grad.mT)),
+            None if columns is None else eigenbasis(matmul(grad.mT, grad)),
+        )
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,12 @@ class KroneckerFactors:
             rows, columns, grad, decay=self.decay, weight=self.weight, precision=self.precision
         )
 
-    def bases(self, factors: Pair) -> Pair:
+    def bases(self, factors: Pair, grad: Array) -> Pair:
         """See `FactorRule`."""
         if self.init == "eps" or _is_single(factors):
-            return self.single.bases(factors)
-        # One gradient leaves a factor of rank one: its column of largest norm is the eigenvector,
-        # and of the bases of the rest the one nearest to the identity is taken.
+            return self.single.bases(factors, grad)
+        # The step after this start keeps its rank of one: a column is the eigenvector, and of the
+        # bases of the rest the one nearest to the identity is taken.
         rows, columns = (orthogonal_complement(_leading_column(x)) for x in factors)
         return rows, columns
 

@@ -32,7 +32,7 @@ def scale_by_soap(
     stagger: bool = False,
     orthogonalizer: Orthogonalizer = "panels",
     factor_precision: ProductPrecision = "bf16_x3",
-    rotation_precision: ProductPrecision = "default",
+    rotation_precision: ProductPrecision = "bfloat16",
     weight_decay: Scalar = 0.0,
     mask: Any = None,
     decay_rate: optax.ScalarOrSchedule | None = None,
@@ -170,7 +170,7 @@ def soap(
     vocabulary_size: int | None = None,
     orthogonalizer: Orthogonalizer = "panels",
     factor_precision: ProductPrecision = "bf16_x3",
-    rotation_precision: ProductPrecision = "default",
+    rotation_precision: ProductPrecision = "bfloat16",
     param_shardings: Any = None,
     replicated_work: ReplicatedWork = "repeat",
 ) -> optax.GradientTransformationExtraArgs:
