@@ -62,7 +62,7 @@ def scale_by_shampoo(
     merge: str = "tensors",
     matrix_axes: MatrixAxesSpec = None,
     root_method: str = "newton",
-    root_precision: PrecisionName = "tf32_x3",
+    root_precision: PrecisionName = "bf16_x3",
     factor_precision: ProductPrecision = "tf32_x3",
     direction_precision: ProductPrecision = "default",
     stagger: bool = False,

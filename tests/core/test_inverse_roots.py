@@ -18,11 +18,11 @@ both = pytest.mark.parametrize("method", METHODS)
 
 @functools.partial(
     jax.jit,
-    static_argnames=("exponent", "relative", "method"),
+    static_argnames=("exponent", "relative", "method", "precision"),
     compiler_options={"xla_backend_optimization_level": 0},
 )
-def root(x, eps, exponent=0.25, relative=False, method="eigh"):
-    return inverse_root(x, exponent, eps=eps, relative=relative, method=method)
+def root(x, eps, exponent=0.25, **options):
+    return inverse_root(x, exponent, eps=eps, **options)
 
 
 def orthogonal(rng, n):
@@ -120,12 +120,14 @@ def test_round_off_below_the_ridge_is_shifted_to_it():
         np.testing.assert_allclose(got, wanted, rtol=1e-9)
 
 
-def test_newton_treats_what_round_off_hides_as_one_size():
+@pytest.mark.parametrize(("precision", "floor"), [("highest", 8), ("bf16_x3", 64)])
+def test_newton_treats_what_round_off_hides_as_one_size(precision, floor):
     rng = np.random.default_rng(2)
     values = np.logspace(0, -12, 6)
     x = spectra(rng, values[None])
-    got = root(jnp.asarray(x, "float32"), 1e-12, method="newton")[0]
-    floored = reference.inverse_root(x[0], 0.25, 8 * 2.0**-23)
+    x = jnp.asarray(x, "float32")
+    got = root(x, 1e-12, method="newton", precision=precision)[0]
+    floored = reference.inverse_root(np.asarray(x[0], float), 0.25, floor * 2.0**-23)
     np.testing.assert_allclose(got, floored, rtol=0.02, atol=0.02 * np.abs(floored).max())
 
 
