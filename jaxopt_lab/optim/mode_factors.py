@@ -95,8 +95,9 @@ def scale_by_mode_soap(
       orthogonalizer: "panels" or "householder".
       weight_decay: $\lambda$; $\lambda W$ is added to the direction.
       mask: Which leaves decay: a tree of bools, a prefix of one, or a function of the parameters.
-      decay_rate: The learning rate, a number or a schedule. When given, the decay acts on weights
-        that the step has already moved, as in the released code; see `add_decay_after_step`.
+      decay_rate: The learning rate $\eta$, a number or a schedule. When given, the decay acts on
+        weights that the step has already moved, as in the released code:
+        $W \leftarrow (1 - \eta \lambda) (W - \eta U)$.
 
     Returns:
       A transformation with state `ModeSoapState`; follow it with `optax.scale_by_learning_rate`.

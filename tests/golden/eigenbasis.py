@@ -75,6 +75,9 @@ def common_options(case: Case, orthogonalizer: str) -> tuple[dict[str, Any], dic
         "decay_after_step": True,
         "on_uncovered": "modes",
         "orthogonalizer": orthogonalizer,
+        # In float64 all products are exact; for the float32 cases they must be said to be.
+        "factor_precision": "highest",
+        "rotation_precision": "highest",
     }
     numbers = {
         "b1": h["betas"][0],
