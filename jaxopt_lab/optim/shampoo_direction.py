@@ -63,7 +63,7 @@ def scale_by_shampoo(
     matrix_axes: MatrixAxesSpec = None,
     root_method: str = "newton",
     root_precision: PrecisionName = "bf16_x3",
-    factor_precision: ProductPrecision = "tf32_x3",
+    factor_precision: ProductPrecision = "bf16_x3",
     direction_precision: ProductPrecision = "default",
     stagger: bool = False,
     param_shardings: Any = None,
