@@ -1,5 +1,8 @@
 """Replay of the DyKAF family through the public API."""
 
+import jax
+import optax
+
 import jaxopt_lab as jol
 from tests.golden import kronecker_bruteforce
 from tests.golden.eigenbasis import Recipe, check_understood, common_options, compare
@@ -27,4 +30,23 @@ def replay(case: Case) -> list[Result]:
 def _recipe(case: Case, orthogonalizer: str) -> Recipe:
     options, numbers = common_options(case, orthogonalizer)
     chosen = {name: case.sidecar["spec_options"][name] for name in OPTIONS}
-    return Recipe(jol.dykaf, options | chosen, numbers)
+    return Recipe(_released_routing, options | chosen, numbers)
+
+
+def _released_routing(learning_rate, **options):
+    """DyKAF; `dykaf` gives matrices without a factor to AdamW, rank-one moments or not."""
+    whole = jol.dykaf(learning_rate, **options)
+    if not options["rank1_second_moment"]:
+        return whole
+    limit = options["max_precond_dim"]
+    others = ("decay_after_step", "on_uncovered", "precondition_1d", "merge_dims")
+    bare = jol.scale_by_dykaf(
+        **{name: value for name, value in options.items() if name not in others},
+        decay_rate=learning_rate,
+    )
+    return optax.partition(
+        {"whole": whole, "bare": optax.chain(bare, optax.scale_by_learning_rate(learning_rate))},
+        lambda params: jax.tree.map(
+            lambda x: "bare" if x.ndim == 2 and min(x.shape) > limit else "whole", params
+        ),
+    )

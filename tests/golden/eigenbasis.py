@@ -172,8 +172,6 @@ def _one_step(case: Case, stored: Stored, recipe: Recipe) -> list[Check]:
                 wanted = stored.values[p][name][t - 1]
                 checks.append(_relative(f"{p}/{name} step {t}", got[name], wanted, tolerance))
             checks += _compare_bases(case, stored, p, int(t), got)
-    if not checks:
-        raise NotUnderstood("no two consecutive stored steps")
     return checks
 
 
