@@ -54,6 +54,7 @@ class FactorStep(Protocol):
         decay: Scalar,
         weight: Scalar,
         precision: ProductPrecision = "highest",
+        balanced: bool = False,
     ) -> tuple[Float[Array, "*batch m m"], Float[Array, "*batch n n"]]: ...
 
 
@@ -80,7 +81,7 @@ def row_product(
     precision: ProductPrecision = "highest",
 ) -> Float[Array, "*batch m m"]:
     r"""$G X G^\top$: the rearranged $\operatorname{vec} G \operatorname{vec} G^\top$ times $X$."""
-    return matmul(matmul(grad, x, precision), grad.mT, precision)
+    return matmul(matmul(grad, x, precision), grad, precision, transpose_b=True)
 
 
 def column_product(
@@ -89,7 +90,7 @@ def column_product(
     precision: ProductPrecision = "highest",
 ) -> Float[Array, "*batch n n"]:
     r"""$G^\top Y G$: the transposed rearrangement times $Y$."""
-    return matmul(grad.mT, matmul(y, grad, precision), precision)
+    return matmul(grad, matmul(y, grad, precision), precision, transpose_a=True)
 
 
 def ksl_step(
@@ -100,6 +101,7 @@ def ksl_step(
     decay: Scalar,
     weight: Scalar,
     precision: ProductPrecision = "highest",
+    balanced: bool = False,
 ) -> tuple[Float[Array, "*batch m m"], Float[Array, "*batch n n"]]:
     r"""One step of sequential projector splitting (K, S and L substeps) at rank one.
 
@@ -118,11 +120,13 @@ def ksl_step(
       decay: $\beta$, of the product $L \otimes R$.
       weight: $w$ of the new gradient.
       precision: Of the products.
+      balanced: Whether the factors are known to have equal norms, so that the norm of the smaller
+        one does for both.
 
     Returns:
-      The balanced pair $(L', R')$; symmetric, $R'$ up to the rounding of its products.
+      The balanced pair $(L', R')$, symmetric up to the rounding of the products.
     """
-    step = _Increment(left, right, grad, decay, weight)
+    step = _Increment(left, right, grad, decay, weight, balanced)
     u = _unit(step.rows(precision))
     seen = column_product(step.grad_unit, u, precision)
     overlap = _divide(_inner(u, left), step.left_size)
@@ -140,6 +144,7 @@ def parallel_step(
     decay: Scalar,
     weight: Scalar,
     precision: ProductPrecision = "highest",
+    balanced: bool = False,
 ) -> tuple[Float[Array, "*batch m m"], Float[Array, "*batch n n"]]:
     r"""One step of basis update and Galerkin: both factors from the old ones, then one number.
 
@@ -150,7 +155,7 @@ def parallel_step(
     What the released code of DyKAF runs; never more accurate than `ksl_step` from the same state.
     Arguments and results as there.
     """
-    step = _Increment(left, right, grad, decay, weight)
+    step = _Increment(left, right, grad, decay, weight, balanced)
     u = _unit(step.rows(precision))
     v = _unit(step.columns(precision))
     kept = _divide(_inner(left, u), step.left_size) * _divide(_inner(right, v), step.right_size)
@@ -237,9 +242,21 @@ class _Increment:
     would cost as much memory traffic as the product.
     """
 
-    def __init__(self, left: Array, right: Array, grad: Array, decay: Scalar, weight: Scalar):
+    def __init__(
+        self,
+        left: Array,
+        right: Array,
+        grad: Array,
+        decay: Scalar,
+        weight: Scalar,
+        balanced: bool,
+    ):
         self.left, self.right = left, right
-        self.left_size, self.right_size = frobenius_norm(left), frobenius_norm(right)
+        if balanced:
+            smaller = left if left.shape[-1] <= right.shape[-1] else right
+            self.left_size = self.right_size = frobenius_norm(smaller)
+        else:
+            self.left_size, self.right_size = frobenius_norm(left), frobenius_norm(right)
         largest = jnp.max(jnp.abs(grad), axis=(-2, -1), keepdims=True)
         grad_unit = _divide(grad, largest)
         size = frobenius_norm(grad_unit)
@@ -253,14 +270,14 @@ class _Increment:
 
     def rows(self, precision: ProductPrecision) -> Array:
         """A vec(R) up to a positive factor."""
-        seen = symmetric(row_product(self.grad_unit, self.right, precision))
+        seen = row_product(self.grad_unit, self.right, precision)
         return _divide(self.old * self.left, self.left_size) + _divide(
             self.new * seen, self.right_size
         )
 
     def columns(self, precision: ProductPrecision) -> Array:
         """A^T vec(L) up to a positive factor."""
-        seen = symmetric(column_product(self.grad_unit, self.left, precision))
+        seen = column_product(self.grad_unit, self.left, precision)
         return _divide(self.old * self.right, self.right_size) + _divide(
             self.new * seen, self.left_size
         )

@@ -6,7 +6,6 @@ tens of times faster: block Gram-Schmidt over panels of columns, applied twice, 
 Cholesky decomposition inside each panel.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -27,9 +26,8 @@ _PANEL = 128
 # Panels of a block are cleaned of earlier blocks together, in large products. More blocks waste
 # less on columns that are still zero, and take longer to compile.
 _BLOCK_PANELS, _MOST_BLOCKS = 6, 4
-# A pass is the last one if it took less than this part of every column, measured by squares, and
-# found the columns of each panel this close to orthonormal.
-_LOST, _OVERLAP, _MOST_PASSES = 1e-4, 0.5, 5
+# A pass is the last one if it took less than this part of every column, measured by squares.
+_LOST, _MOST_PASSES = 1e-3, 5
 
 
 def orthonormal(
@@ -71,17 +69,24 @@ def _panelled(x: Array, precision: ProductPrecision, panel: int) -> Array:
     *batch, n, _ = x.shape
     x = x.reshape((-1, n, n))
     width = panel * max(_BLOCK_PANELS, -(-n // (panel * _MOST_BLOCKS)))
+    coarse = _coarse(precision)
     done: list[Array] = []
     for start in range(0, n, width):
         block = x[..., start : start + width]
-        clean = functools.partial(_clean_block, done=tuple(done), panel=panel, precision=precision)
+        earlier = tuple(done)
         # The first pass removes almost everything and needs few digits. The second one is the last,
         # unless it found that columns were nearly dependent on earlier ones.
-        block, _ = clean(block, again=False)
+        block, _ = _unit_columns(block)
+        block, _ = _cleaned(block, earlier, coarse, coarse)
+        block = _gram_schmidt(block, panel, coarse)
+
+        def refine(carry, earlier=earlier):
+            block, lost = _cleaned(carry[0], earlier, precision, coarse)
+            block, is_near = _corrected(block, panel, precision)
+            return block, (lost > _LOST) | ~is_near, carry[2] + 1
+
         block, _, _ = lax.while_loop(
-            lambda carry: carry[1] & (carry[2] < _MOST_PASSES),
-            lambda carry, clean=clean: (*clean(carry[0], again=True), carry[2] + 1),
-            (block, jnp.array(True), 1),
+            lambda carry: carry[1] & (carry[2] < _MOST_PASSES), refine, (block, jnp.array(True), 1)
         )
         done.append(block)
     return jnp.concatenate(done, axis=-1).reshape((*batch, n, n))
@@ -92,68 +97,66 @@ def _coarse(precision: ProductPrecision) -> ProductPrecision:
     return "default" if jax.default_backend() in ("gpu", "cuda", "rocm") else precision
 
 
-def _clean_block(
-    block: Array, *, done: Sequence[Array], panel: int, precision: ProductPrecision, again: bool
+def _cleaned(
+    columns: Array, earlier: Sequence[Array], precision: ProductPrecision, removal: ProductPrecision
 ) -> tuple[Array, Array]:
-    """One pass of Gram-Schmidt over the panels of a block, and whether it calls for another."""
+    """Unit columns without their overlap with earlier ones, and the largest part that went.
+
+    In a last pass the overlap is small: it must be known well, but removed with few digits.
+    """
+    for basis in earlier:
+        overlap = matmul(basis, columns, precision, transpose_a=True)
+        columns = columns - matmul(basis, overlap, removal)
+    return _unit_columns(columns)
+
+
+def _gram_schmidt(block: Array, panel: int, precision: ProductPrecision) -> Array:
+    """One pass of Gram-Schmidt over the panels of a block."""
     width = block.shape[-1]
     panel = min(panel, width)
     count = -(-width // panel)
-    coarse = _coarse(precision)
-
-    def cleaned(columns: Array, basis: Array) -> Array:
-        # In a last pass the overlap is small: it must be known well, but removed with few digits.
-        overlap = matmul(basis.mT, columns, precision if again else coarse)
-        return columns - matmul(basis, overlap, coarse)
-
     # Columns that fill up the last panel are zero and stay zero.
-    block, _ = _unit_columns(jnp.pad(block, ((0, 0), (0, 0), (0, count * panel - width))))
-    for basis in done:
-        block = cleaned(block, basis)
-    block, lost = _unit_columns(block)
+    block = jnp.pad(block, ((0, 0), (0, 0), (0, count * panel - width)))
 
-    def add(index, carry):
-        basis, unclean = carry
+    def add(index, basis):
         columns = lax.dynamic_slice_in_dim(block, index * panel, panel, axis=-1)
         # What is not filled yet is zero and takes nothing away.
-        columns, removed = _unit_columns(cleaned(columns, basis) if count > 1 else columns)
-        columns, overlap = _corrected(columns) if again else (_cholesky_qr(columns), 1.0)
-        basis = lax.dynamic_update_slice_in_dim(basis, columns, index * panel, axis=-1)
-        return basis, unclean | (removed > _LOST) | (overlap > _OVERLAP)
+        columns, _ = _cleaned(columns, (basis,) if count > 1 else (), precision, precision)
+        columns = _cholesky_qr(columns)
+        return lax.dynamic_update_slice_in_dim(basis, columns, index * panel, axis=-1)
 
-    basis, unclean = lax.fori_loop(0, count, add, (jnp.zeros_like(block), lost > _LOST))
-    return basis[..., :width], unclean
+    return lax.fori_loop(0, count, add, jnp.zeros_like(block))[..., :width]
+
+
+def _corrected(block: Array, panel: int, precision: ProductPrecision) -> tuple[Array, Array]:
+    """Orthonormalise unit columns that nearly are; others go through Gram-Schmidt once more.
+
+    For a small E with zero diagonal I + E = R^T R with R = I + upper(E), up to the square of E.
+
+    Returns the block, and whether it was near.
+    """
+    error = matmul(block, block, precision, transpose_a=True)
+    error = error * (1 - jnp.eye(error.shape[-1], dtype=error.dtype))
+    is_near = jnp.max(jnp.sum(jnp.square(error), axis=-1)) < jnp.finfo(error.dtype).eps
+    upper = jnp.triu(error, 1)
+    block = lax.cond(
+        is_near,
+        lambda block: block - matmul(block, upper, _coarse(precision)),
+        lambda block: _gram_schmidt(block, panel, precision),
+        block,
+    )
+    return block, is_near
 
 
 def _cholesky_qr(columns: Array) -> Array:
     """Shifted Cholesky-QR; the shift keeps it defined for dependent columns."""
-    gram = matmul(columns.mT, columns)
+    gram = matmul(columns, columns, transpose_a=True)
     bound = jnp.max(jnp.sum(jnp.abs(gram), axis=-1), axis=-1)[..., None, None]
     eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
     shifted = gram + 4 * jnp.finfo(gram.dtype).eps * jnp.maximum(bound, 1) * eye
     lower = jnp.linalg.cholesky(shifted, symmetrize_input=False)
     inverse = solve_triangular(lower, jnp.broadcast_to(eye, lower.shape), lower=True)
-    return matmul(columns, inverse.mT, "bf16_x3")
-
-
-def _corrected(columns: Array) -> tuple[Array, Array]:
-    """Orthonormalise columns that nearly are: I + E = R^T R with R = I + upper(E) + diag(E) / 2.
-
-    Columns that are not so near are decomposed, twice.
-    """
-    gram = matmul(columns.mT, columns)
-    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-    # A zero column, one that fills up a panel, has nothing to be corrected.
-    error = jnp.where(jnp.diagonal(gram, axis1=-2, axis2=-1)[..., None] > 0, gram - eye, 0)
-    size = jnp.max(jnp.sum(jnp.abs(error), axis=-1))
-    upper = jnp.triu(error, 1) + error * eye / 2
-    columns = lax.cond(
-        size < jnp.finfo(gram.dtype).eps ** 0.5,  # the square of the error is what it leaves
-        lambda columns: columns - matmul(columns, upper, "default"),
-        lambda columns: _cholesky_qr(_cholesky_qr(columns)),
-        columns,
-    )
-    return columns, size
+    return matmul(columns, inverse, "bf16_x3", transpose_b=True)
 
 
 def _unit_columns(x: Array) -> tuple[Array, Array]:

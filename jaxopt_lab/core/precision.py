@@ -42,10 +42,13 @@ def dot_precision(
 
 
 def matmul(
-    a: Float[Array, "*batch m k"],
-    b: Float[Array, "*batch k n"],
+    a: Float[Array, "*batch _ _"],
+    b: Float[Array, "*batch _ _"],
     precision: ProductPrecision = "highest",
-) -> Float[Array, "*batch m n"]:
+    *,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+) -> Float[Array, "*batch _ _"]:
     """The product of two stacks at a named precision, accumulated and returned in float32 or wider.
 
     Args:
@@ -53,24 +56,28 @@ def matmul(
       b: Right operands.
       precision: "bfloat16" rounds the operands; the other names are those of `dot_precision`.
         float64 operands are always multiplied in float64.
+      transpose_a: Use the transposed matrices of `a`.
+      transpose_b: Use the transposed matrices of `b`.
     """
-    wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
-    if wide == jnp.float64:
-        return jnp.matmul(a, b, precision=Precision.HIGHEST)
-    if precision == "bfloat16":
-        a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-        return jnp.matmul(a, b, preferred_element_type=wide)
-    # A split algorithm works on float32 operands.
-    a, b = a.astype(wide), b.astype(wide)
+    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    rows, columns = a.shape[-1 if transpose_a else -2], b.shape[-2 if transpose_b else -1]
     # A narrow product would spend its time on forming split operands; the preset's kernel splits
     # on the way.
-    wide_enough = min(a.shape[-2], b.shape[-1]) >= _SPLIT_FROM
-    if precision == "bf16_x3" and wide_enough and jax.default_backend() != "cpu":
-        return _split_product(a, b)
-    return jnp.matmul(a, b, precision=dot_precision(precision), preferred_element_type=wide)
+    deep = min(rows, columns) >= _SPLIT_FROM and jax.default_backend() != "cpu"
+    if precision == "bf16_x3" and dtype == jnp.float32 and deep:
+        return _split_product(a, b, transpose_a, transpose_b)
+    if precision == "bfloat16" and dtype == jnp.float32:
+        a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+        algorithm = None
+    else:
+        a, b = a.astype(dtype), b.astype(dtype)
+        name = "highest" if dtype == jnp.float64 or precision == "bfloat16" else precision
+        algorithm = dot_precision(name)
+    a, b = a.mT if transpose_a else a, b.mT if transpose_b else b
+    return jnp.matmul(a, b, precision=algorithm, preferred_element_type=dtype)
 
 
-def _split_product(a: Array, b: Array) -> Array:
+def _split_product(a: Array, b: Array, transpose_a: bool, transpose_b: bool) -> Array:
     """High times high, high times low and low times high, as one product of three times the depth.
 
     The same mathematics as the preset BF16_BF16_F32_X3. As one plain product it runs at the full
@@ -79,10 +86,16 @@ def _split_product(a: Array, b: Array) -> Array:
 
     def halves(x: Array) -> tuple[Array, Array]:
         # Not a pair of casts: compilers may drop those as excess precision, and the low half dies.
+        x = x.astype(jnp.float32)
         high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
     (a_high, a_low), (b_high, b_low) = halves(a), halves(b)
-    left = jnp.concatenate([a_high, a_high, a_low], axis=-1)
-    right = jnp.concatenate([b_high, b_low, b_high], axis=-2)
+    once, twice = (a_high, a_low, a_high), (b_high, b_high, b_low)
+    if not (transpose_a or transpose_b):
+        # So that G has one deep form in G X and (G X) G^T, and one in X G and G^T (X G).
+        once, twice = (a_high, a_high, a_low), (b_high, b_low, b_high)
+    a_axis, b_axis = (-2 if transpose_a else -1), (-1 if transpose_b else -2)
+    left, right = jnp.concatenate(once, axis=a_axis), jnp.concatenate(twice, axis=b_axis)
+    left, right = left.mT if transpose_a else left, right.mT if transpose_b else right
     return jnp.matmul(left, right, preferred_element_type=jnp.float32)

@@ -120,8 +120,8 @@ def refresh_eigenbasis(
     r"""Follow a slowly changing eigenbasis by one power iteration.
 
     The columns of $Q$ are sorted by decreasing $\operatorname{diag}(Q^\top X Q)$ and replaced by
-    the orthogonal factor of $X Q$. A ridge of a few rounding units of $\lVert X \rVert$ decides
-    what becomes of directions in which the factor is zero to working precision: they stay.
+    the orthogonal factor of $X Q$. A ridge far below rounding decides what becomes of directions in
+    which the factor is zero: they stay.
 
     Args:
       factor: $X$, symmetric and positive semidefinite.
@@ -137,7 +137,7 @@ def refresh_eigenbasis(
     rows = basis.mT
     images = matmul(rows, factor, precision) * _reciprocal(_lengths(factor))
     order = jnp.argsort(jnp.sum(rows * images, axis=-1), axis=-1, descending=True)
-    images = images + 8 * jnp.finfo(images.dtype).eps * rows
+    images = images + jnp.finfo(images.dtype).eps ** 2 * rows
     images = jnp.take_along_axis(images, order[..., None], axis=-2)
     return orthonormal(images.mT, orthogonalizer, precision=precision), order
 

@@ -65,12 +65,13 @@ class GramFactors:
     def step(self, factors: Pair, grad: Array) -> Pair:
         """See `FactorRule`."""
 
-        def follow(factor: Side, a: Array, b: Array) -> Side:
+        def follow(factor: Side, **transposed: bool) -> Side:
             if factor is None:
                 return None
-            return self.decay * factor + self.weight * matmul(a, b, self.precision)
+            gram = matmul(grad, grad, self.precision, **transposed)
+            return self.decay * factor + self.weight * gram
 
-        return follow(factors[0], grad, grad.mT), follow(factors[1], grad.mT, grad)
+        return follow(factors[0], transpose_b=True), follow(factors[1], transpose_a=True)
 
     def bases(self, factors: Pair, grad: Array) -> Pair:
         """See `FactorRule`."""
@@ -118,7 +119,13 @@ class KroneckerFactors:
             return self.single.step(factors, grad)
         integrate = INTEGRATORS[self.integrator]
         return integrate(
-            rows, columns, grad, decay=self.decay, weight=self.weight, precision=self.precision
+            rows,
+            columns,
+            grad,
+            decay=self.decay,
+            weight=self.weight,
+            precision=self.precision,
+            balanced=True,
         )
 
     def bases(self, factors: Pair, grad: Array) -> Pair:

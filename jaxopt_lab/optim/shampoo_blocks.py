@@ -1,14 +1,13 @@
 """How Shampoo cuts a leaf into blocks, each a problem of its own with one factor a mode."""
 
 import math
-import string
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxopt_lab.core.precision import ProductPrecision, dot_precision
+from jaxopt_lab.core.precision import ProductPrecision, matmul
 
 DEFAULT_MAX_DIM = 1024
 MERGE_RULES = ("tensors", "always", "never")
@@ -87,25 +86,17 @@ def _merged(dims: Sequence[int], limit: int) -> tuple[int, ...]:
 
 def block_gram(x: Array, mode: int, precision: ProductPrecision = "highest") -> Array:
     """Gram matrices (b, d, d) of (b, *edges) along a mode: all other modes are contracted."""
-    names = string.ascii_lowercase[: x.ndim - 1]
-    other = names.replace(names[mode], "y")
-    return _einsum(f"z{names},z{other}->z{names[mode]}y", x, x, precision)
+    unfolded = jnp.moveaxis(x, mode + 1, 1).reshape((x.shape[0], x.shape[mode + 1], -1))
+    return matmul(unfolded, unfolded.mT, precision)
 
 
 def block_product(
     x: Array, matrix: Array, mode: int, precision: ProductPrecision = "highest"
 ) -> Array:
     """Multiply (b, *edges) by symmetric matrices (b, d, d) along a mode."""
-    names = string.ascii_lowercase[: x.ndim - 1]
-    result = names.replace(names[mode], "y")
-    return _einsum(f"z{names},z{names[mode]}y->z{result}", x, matrix, precision)
-
-
-def _einsum(formula: str, a: Array, b: Array, precision: ProductPrecision) -> Array:
-    wide = a.dtype
-    if wide == jnp.float64:
-        return jnp.einsum(formula, a, b, precision=dot_precision("highest"))
-    if precision == "bfloat16":
-        a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-        return jnp.einsum(formula, a, b, preferred_element_type=wide)
-    return jnp.einsum(formula, a, b, precision=dot_precision(precision))
+    b, d = x.shape[0], x.shape[mode + 1]
+    if mode == x.ndim - 2:  # without moving the axis
+        return matmul(x.reshape((b, -1, d)), matrix, precision).reshape(x.shape)
+    moved = jnp.moveaxis(x, mode + 1, 1)
+    product = matmul(matrix, moved.reshape((b, d, -1)), precision)
+    return jnp.moveaxis(product.reshape(moved.shape), 1, mode + 1)
