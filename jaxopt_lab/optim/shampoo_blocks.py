@@ -86,7 +86,7 @@ def _merged(dims: Sequence[int], limit: int) -> tuple[int, ...]:
 
 def block_gram(x: Array, mode: int, precision: ProductPrecision = "highest") -> Array:
     """Gram matrices (b, d, d) of (b, *edges) along a mode: all other modes are contracted."""
-    unfolded = jnp.moveaxis(x, mode + 1, 1).reshape((x.shape[0], x.shape[mode + 1], -1))
+    unfolded = _unfold(jnp.moveaxis(x, mode + 1, 1))
     return matmul(unfolded, unfolded.mT, precision)
 
 
@@ -94,9 +94,13 @@ def block_product(
     x: Array, matrix: Array, mode: int, precision: ProductPrecision = "highest"
 ) -> Array:
     """Multiply (b, *edges) by symmetric matrices (b, d, d) along a mode."""
-    b, d = x.shape[0], x.shape[mode + 1]
-    if mode == x.ndim - 2:  # without moving the axis
-        return matmul(x.reshape((b, -1, d)), matrix, precision).reshape(x.shape)
+    if mode == 1 and x.ndim == 3:  # a matrix, without transposing it
+        return matmul(x, matrix, precision)
     moved = jnp.moveaxis(x, mode + 1, 1)
-    product = matmul(matrix, moved.reshape((b, d, -1)), precision)
+    product = matmul(matrix, _unfold(moved), precision)
     return jnp.moveaxis(product.reshape(moved.shape), 1, mode + 1)
+
+
+def _unfold(x: Array) -> Array:
+    """(b, d, ...) to (b, d, product of the others)."""
+    return x.reshape((*x.shape[:2], math.prod(x.shape[2:])))

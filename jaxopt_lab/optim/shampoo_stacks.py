@@ -148,7 +148,7 @@ def refreshed_roots(
             ),
             jnp.concatenate([_flat(roots[i][k]) for i, k in members]),
         )
-        new = compute(*operands) if share is None else _part(compute, *operands, share)
+        new = compute(*operands) if share is None else part_of_stack(compute, *operands, share)
         start = 0
         for i, k in members:
             last = roots[i][k]
@@ -195,8 +195,22 @@ def _stack_roots(rule: RootRule, problem: Problem, mode: int) -> Callable[..., A
     return roots
 
 
-def _part(compute: Callable, x: Array, divisors: Array, old: Array, share) -> Array:
-    """Refresh the j-th of f parts of a stack; parts beyond its end are empty."""
+def part_of_stack(
+    compute: Callable[..., Array],
+    x: Array,
+    divisors: Array,
+    old: Array,
+    share: tuple[Array, int],
+) -> Array:
+    """Refresh the j-th of f parts of a stack; parts beyond its end are empty.
+
+    Args:
+      compute: New roots (k, d, d) from k factors, divisors and old roots.
+      x: Factors (n, d, d).
+      divisors: (n,).
+      old: The last roots (n, d, d).
+      share: (j, f).
+    """
     part, parts = share
     total = x.shape[0]
     size = -(-total // parts)

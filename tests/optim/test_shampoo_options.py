@@ -13,6 +13,7 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 import jaxopt_lab as jol
+from jaxopt_lab.optim.shampoo_stacks import part_of_stack
 from tests.optim.runs import fast_jit, normal, scan
 
 STACK = MuonDimensionNumbers(1, 2)
@@ -109,6 +110,20 @@ def test_staggered_roots_are_refreshed_in_turn():
     for window in (changed[3:6], changed[6:9]):
         assert [len(c) for c in window] == [3, 3, 3]
         assert set(np.concatenate(window)) == set(range(8))
+
+
+def test_parts_of_a_stack_smaller_than_the_frequency():
+    old, ones = jnp.zeros((3, 1, 1)), jnp.ones(3)
+    for j in range(5):
+        new = part_of_stack(lambda x, *_: x + 1, old, ones, old, (jnp.int32(j), 5))
+        assert np.flatnonzero(new).tolist() == ([j] if j < 3 else [])
+
+
+def test_no_matrices_at_all():
+    params = {"w": jnp.ones((0, 4, 6)), "v": jnp.ones((2, 0, 3))}
+    tx = jol.scale_by_shampoo(matrix_axes=STACK, precondition_frequency=1)
+    updates = fast_jit(lambda p: tx.update(p, tx.init(p))[0])(params)
+    chex.assert_trees_all_equal(updates, params)
 
 
 @pytest.mark.parametrize(
