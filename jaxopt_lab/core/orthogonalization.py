@@ -27,7 +27,7 @@ _PANEL = 128
 # less on columns that are still zero, and take longer to compile.
 _BLOCK_PANELS, _MOST_BLOCKS = 6, 4
 # A pass is the last one if it took less than this part of every column, measured by squares.
-_LOST, _MOST_PASSES = 1e-3, 5
+_LOST, _MOST_PASSES = 1e-3, 8
 
 
 def orthonormal(
