@@ -30,14 +30,15 @@ def replay(case: Case) -> list[Result]:
 def _recipe(case: Case, orthogonalizer: str) -> Recipe:
     options, numbers = common_options(case, orthogonalizer)
     chosen = {name: case.sidecar["spec_options"][name] for name in OPTIONS}
-    return Recipe(_released_routing, options | chosen, numbers)
+    shapes = [info["shape"] for info in case.sidecar["params"].values()]
+    bare = any(len(s) == 2 and min(s) > options["max_precond_dim"] for s in shapes)
+    factory = _rank_one_without_factors if bare and chosen["rank1_second_moment"] else jol.dykaf
+    return Recipe(factory, options | chosen, numbers)
 
 
-def _released_routing(learning_rate, **options):
-    """DyKAF; `dykaf` gives matrices without a factor to AdamW, rank-one moments or not."""
+def _rank_one_without_factors(learning_rate, **options):
+    """DyKAF, also for matrices without a factor, which `dykaf` gives to AdamW."""
     whole = jol.dykaf(learning_rate, **options)
-    if not options["rank1_second_moment"]:
-        return whole
     limit = options["max_precond_dim"]
     others = ("decay_after_step", "on_uncovered", "precondition_1d", "merge_dims")
     bare = jol.scale_by_dykaf(
