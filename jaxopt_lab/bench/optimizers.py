@@ -19,7 +19,13 @@ from jaxopt_lab.bench import shapes
 from jaxopt_lab.bench.conditions import device_name, versions
 from jaxopt_lab.bench.floors import CeilingProbe, Ceilings, step_bytes, tree_bytes
 from jaxopt_lab.bench.methods import DEFAULT_METHODS, Method, method
-from jaxopt_lab.bench.timing import CompiledStep, OptimizerTimer, interleave, random_like
+from jaxopt_lab.bench.timing import (
+    CompiledStep,
+    OptimizerTimer,
+    interleave,
+    random_gradients,
+    random_like,
+)
 from jaxopt_lab.report.tables import format_table
 
 _BASELINE = "adamw"
@@ -194,7 +200,7 @@ def _time_layout(
         on_progress(f"{layout}: compiling {each.name}")
         steps.append(CompiledStep(each.build(axes), abstract))
     params = random_like(abstract, seed=1, scale=0.02)
-    grads = random_like(abstract, seed=2, scale=1e-3)
+    grads = random_gradients(abstract)
     timers = [
         OptimizerTimer(step, each.period, params) for step, each in zip(steps, methods, strict=True)
     ]

@@ -77,18 +77,19 @@ class OptimizerTimer:
         self._period = period
         self._state = step.init(params)
         self._steps = period
+        self._taken = 0
         self.amortised: list[float] = []  # seconds a step, one value per round
         self.host: list[float] = []  # the part of it that Python needs to dispatch
         self.single: list[list[float]] = []  # seconds of each step of a period, waited for
 
-    def warm_up(self, params: Any, grads: Any, seconds_per_round: float) -> Any:
+    def warm_up(self, params: Any, grads: Sequence[Any], seconds_per_round: float) -> Any:
         """Runs two periods and decides how many steps make a round."""
         params, _ = self._run(params, grads, self._period)
         params, (seconds, _) = self._run(params, grads, self._period)
         self._steps = self._period * max(1, round(seconds_per_round / max(seconds, 1e-9)))
         return params
 
-    def round(self, params: Any, grads: Any) -> Any:
+    def round(self, params: Any, grads: Sequence[Any]) -> Any:
         """Takes one sample of each kind; returns the parameters."""
         params, (seconds, host_seconds) = self._run(params, grads, self._steps)
         self.amortised.append(seconds / self._steps)
@@ -104,11 +105,14 @@ class OptimizerTimer:
         """Seconds of the slowest step of a period: for each position the median over rounds."""
         return float(np.median(self.single, axis=0).max())
 
-    def _run(self, params: Any, grads: Any, steps: int) -> tuple[Any, tuple[float, float]]:
+    def _run(
+        self, params: Any, grads: Sequence[Any], steps: int
+    ) -> tuple[Any, tuple[float, float]]:
         state, step = self._state, self._step
         start = time.perf_counter()
         for _ in range(steps):
-            params, state = step(params, state, grads)
+            params, state = step(params, state, grads[self._taken % len(grads)])
+            self._taken += 1
         host = time.perf_counter() - start
         jax.block_until_ready((params, state))
         total = time.perf_counter() - start
@@ -119,7 +123,7 @@ class OptimizerTimer:
 def interleave(
     timers: Sequence[OptimizerTimer],
     params: Any,
-    grads: Any,
+    grads: Sequence[Any],
     *,
     repeats: int,
     seconds_per_round: float,
@@ -130,7 +134,7 @@ def interleave(
     Args:
       timers: One per optimizer; they keep their samples.
       params: Parameters, donated.
-      grads: Gradients, the same at every step.
+      grads: Gradients, taken in turn.
       repeats: Rounds.
       seconds_per_round: Aimed duration of one optimizer's sample.
       each_round: Called at the start of every round.
@@ -172,3 +176,26 @@ def random_like(abstract: Any, seed: int, scale: float) -> Any:
         return [x.reshape(leaf.shape) for x, leaf in zip(pieces, leaves, strict=True)]
 
     return jax.block_until_ready(structure.unflatten(draw(jax.random.key(seed))))
+
+
+_LONG_AXIS = 64
+# So many that the averages over them have full rank in the wide matrices of a transformer.
+_GRADIENTS = 8
+
+
+def random_gradients(abstract: Any) -> list[Any]:
+    """Random gradients for successive steps, in the shapes of a tree of float32 leaves.
+
+    The cost of an eigenbasis depends on what it is of. As in training, entries differ in size: they
+    fall with the root of their position along each long axis.
+    """
+
+    def graded(x: jax.Array) -> jax.Array:
+        for axis, size in enumerate(x.shape):
+            if size >= _LONG_AXIS:
+                falling = jax.lax.rsqrt(1.0 + jnp.arange(size, dtype=x.dtype))
+                x = x * jnp.expand_dims(falling, [a for a in range(x.ndim) if a != axis])
+        return x
+
+    grade = jax.jit(lambda tree: jax.tree.map(graded, tree))
+    return [grade(random_like(abstract, seed=2 + i, scale=1e-3)) for i in range(_GRADIENTS)]

@@ -14,7 +14,12 @@ from jaxopt_lab import models
 from jaxopt_lab.bench.conditions import device_name, versions
 from jaxopt_lab.bench.floors import CeilingProbe, Ceilings
 from jaxopt_lab.bench.methods import method
-from jaxopt_lab.bench.timing import CompiledStep, OptimizerTimer, program_bytes, random_like
+from jaxopt_lab.bench.timing import (
+    CompiledStep,
+    OptimizerTimer,
+    program_bytes,
+    random_gradients,
+)
 from jaxopt_lab.report.tables import format_table
 
 _ROUNDS = 5
@@ -200,7 +205,7 @@ def _time_training(
 
 
 def _time_optimizer(step: CompiledStep, period: int, params: Any) -> float:
-    grads = random_like(params, seed=2, scale=1e-3)
+    grads = random_gradients(params)
     copy = jax.tree.map(jax.numpy.copy, params)  # the step donates its parameters
     timer = OptimizerTimer(step, period, copy)
     copy = timer.warm_up(copy, grads, seconds_per_round=0.1)

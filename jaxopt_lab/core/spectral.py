@@ -6,6 +6,9 @@ from jaxtyping import Array, Float, Int
 from jaxopt_lab.core.orthogonalization import Orthogonalizer, orthonormal
 from jaxopt_lab.core.precision import ProductPrecision, matmul
 
+# What float32 products leave of a zero, relative to the factor's norm: below it, a direction keeps
+# its basis vector instead of following rounding errors. Wider factors need it for zero alone.
+_RIDGES = {"float32": 2.0**-20, "float64": 2.0**-100}
 # Squaring the Gram matrix ten times is 1024 rounds of power iteration.
 _SQUARINGS = 10
 
@@ -120,8 +123,8 @@ def refresh_eigenbasis(
     r"""Follow a slowly changing eigenbasis by one power iteration.
 
     The columns of $Q$ are sorted by decreasing $\operatorname{diag}(Q^\top X Q)$ and replaced by
-    the orthogonal factor of $X Q$. A ridge far below rounding decides what becomes of directions in
-    which the factor is zero: they stay.
+    the orthogonal factor of $X Q$. Directions in which a factor is zero to working precision stay
+    as they are: a small multiple of the norm of $X$ is added to its diagonal.
 
     Args:
       factor: $X$, symmetric and positive semidefinite.
@@ -137,7 +140,7 @@ def refresh_eigenbasis(
     rows = basis.mT
     images = matmul(rows, factor, precision) * _reciprocal(_lengths(factor))
     order = jnp.argsort(jnp.sum(rows * images, axis=-1), axis=-1, descending=True)
-    images = images + jnp.finfo(images.dtype).eps ** 2 * rows
+    images = images + _RIDGES[images.dtype.name] * rows
     images = jnp.take_along_axis(images, order[..., None], axis=-2)
     return orthonormal(images.mT, orthogonalizer, precision=precision), order
 
