@@ -188,6 +188,19 @@ def test_a_refresh_of_several_full_panels():
             assert distance_from_orthogonal(q) <= ORTHOGONALITY, name
 
 
+@pytest.mark.slow
+def test_low_rank_and_an_unrelated_basis_at_full_size():
+    """Several blocks of panels, and almost every column lost in the first pass."""
+    rng = np.random.default_rng(0)
+    size = 900
+    basis, unrelated = orthogonal(rng, size), orthogonal(rng, size)
+    for rank in (1, 7, 40):
+        factor = np.float32(basis[:, :rank] @ basis[:, :rank].T)
+        for start in (unrelated, np.eye(size)):
+            refreshed, _ = REFRESHED["panels"](factor, np.float32(start))
+            assert distance_from_orthogonal(refreshed) <= ORTHOGONALITY
+
+
 def test_stacks_are_treated_one_by_one():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 3, SIZE, SIZE)).astype(np.float32)
