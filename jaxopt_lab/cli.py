@@ -5,11 +5,16 @@ Rooms are imported by the verb that needs them, so that `--help` answers at once
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 _SIGINT_EXIT = 130
+# XLA's CPU runtime spreads a batched LAPACK call over the same threads that such calls block: when
+# there are as many calls at once as threads, they wait for each other for ever (jaxlib 0.10). A
+# machine of two cores reaches that with the factors of a single model, so it gets more threads.
+_CPU_THREADS = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"unknown verb {verb!r}, expected one of {', '.join(_VERBS)}", 2)
     # Background threads of the checkpoint library log tracebacks of errors that we report.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    os.environ.setdefault("PJRT_NPROC", str(max(_CPU_THREADS, os.cpu_count() or 1)))
     try:
         return _VERBS[verb][1](rest)
     except ValueError as error:

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -139,6 +140,15 @@ def test_describe_prints_the_routing_table(capsys):
     assert cli.main(["describe", "--model.depth", "2"]) == 0
     out = capsys.readouterr().out
     assert "lion_muon" in out and "adamw" in out and "2x256x3x256" in out
+
+
+def test_the_cpu_runtime_gets_threads_enough_for_concurrent_decompositions(monkeypatch, capsys):
+    monkeypatch.setenv("PJRT_NPROC", "3")
+    assert cli.main(["data"]) == 2
+    assert os.environ["PJRT_NPROC"] == "3"
+    monkeypatch.delenv("PJRT_NPROC")
+    assert cli.main(["data"]) == 2
+    assert int(os.environ["PJRT_NPROC"]) >= 16
 
 
 def test_plot_of_nothing_is_an_error(capsys, tmp_path):
