@@ -40,9 +40,9 @@ class FisherErrors:
     best_diagonal_mass     the same in the eigenbases of the best factors
     =====================  ==================================================================
 
-    with the layer's name in front. A side without a factor counts as the identity. Until a matrix
-    has started, and after a record without gradients before it, values are NaN. The gradients kept
-    are not part of a checkpoint: after a resume the window fills again.
+    with the layer's name in front. A side without a factor counts as the identity. Without a
+    gradient before the record, or with zero gradients alone, values are NaN. The gradients kept are
+    not part of a checkpoint: after a resume the window fills again.
 
     Args:
       interval: Steps from one record to the next.
