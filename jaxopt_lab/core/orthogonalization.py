@@ -28,6 +28,9 @@ _PANEL = 128
 _BLOCK_PANELS, _MOST_BLOCKS = 6, 4
 # A pass is the last one if it took less than this part of every column, measured by squares.
 _LOST, _MOST_PASSES = 1e-3, 8
+# Columns whose overlaps with the others of their block have a smaller sum of squares are corrected,
+# others decomposed again.
+_NEAR = 1e-3
 
 
 def orthonormal(
@@ -82,8 +85,8 @@ def _panelled(x: Array, precision: ProductPrecision, panel: int) -> Array:
 
         def refine(carry, earlier=earlier):
             block, lost = _cleaned(carry[0], earlier, precision, coarse)
-            block, is_near = _corrected(block, panel, precision)
-            return block, (lost > _LOST) | ~is_near, carry[2] + 1
+            block, is_done = _corrected(block, panel, precision)
+            return block, (lost > _LOST) | ~is_done, carry[2] + 1
 
         block, _, _ = lax.while_loop(
             lambda carry: carry[1] & (carry[2] < _MOST_PASSES), refine, (block, jnp.array(True), 1)
@@ -133,19 +136,19 @@ def _corrected(block: Array, panel: int, precision: ProductPrecision) -> tuple[A
 
     For a small E with zero diagonal I + E = R^T R with R = I + upper(E), up to the square of E.
 
-    Returns the block, and whether it was near.
+    Returns the block, and whether it was so near that nothing is left to do.
     """
     error = matmul(block, block, precision, transpose_a=True)
     error = error * (1 - jnp.eye(error.shape[-1], dtype=error.dtype))
-    is_near = jnp.max(jnp.sum(jnp.square(error), axis=-1)) < jnp.finfo(error.dtype).eps
+    left = jnp.max(jnp.sum(jnp.square(error), axis=-1))
     upper = jnp.triu(error, 1)
     block = lax.cond(
-        is_near,
+        left < _NEAR,
         lambda block: block - matmul(block, upper, _coarse(precision)),
         lambda block: _gram_schmidt(block, panel, precision),
         block,
     )
-    return block, is_near
+    return block, left < jnp.finfo(error.dtype).eps
 
 
 def _cholesky_qr(columns: Array) -> Array:

@@ -73,8 +73,20 @@ def matmul(
         a, b = a.astype(dtype), b.astype(dtype)
         name = "highest" if dtype == jnp.float64 or precision == "bfloat16" else precision
         algorithm = dot_precision(name)
-    a, b = a.mT if transpose_a else a, b.mT if transpose_b else b
-    return jnp.matmul(a, b, precision=algorithm, preferred_element_type=dtype)
+    return _dot(a, b, transpose_a, transpose_b, algorithm, dtype)
+
+
+def _dot(a: Array, b: Array, transpose_a: bool, transpose_b: bool, precision, dtype) -> Array:
+    # Transposition is a matter of which axes are contracted; as an operation of its own it would
+    # lead compilers to other memory layouts, and those to copies.
+    batch = tuple(range(a.ndim - 2))
+    axes = (
+        (a.ndim - 2 if transpose_a else a.ndim - 1,),
+        (b.ndim - 1 if transpose_b else b.ndim - 2,),
+    )
+    return lax.dot_general(
+        a, b, (axes, (batch, batch)), precision=precision, preferred_element_type=dtype
+    )
 
 
 def _split_product(a: Array, b: Array, transpose_a: bool, transpose_b: bool) -> Array:
@@ -95,7 +107,6 @@ def _split_product(a: Array, b: Array, transpose_a: bool, transpose_b: bool) -> 
     if not (transpose_a or transpose_b):
         # So that G has one deep form in G X and (G X) G^T, and one in X G and G^T (X G).
         once, twice = (a_high, a_high, a_low), (b_high, b_low, b_high)
-    a_axis, b_axis = (-2 if transpose_a else -1), (-1 if transpose_b else -2)
-    left, right = jnp.concatenate(once, axis=a_axis), jnp.concatenate(twice, axis=b_axis)
-    left, right = left.mT if transpose_a else left, right.mT if transpose_b else right
-    return jnp.matmul(left, right, preferred_element_type=jnp.float32)
+    left = jnp.concatenate(once, axis=-2 if transpose_a else -1)
+    right = jnp.concatenate(twice, axis=-1 if transpose_b else -2)
+    return _dot(left, right, transpose_a, transpose_b, None, jnp.float32)

@@ -136,13 +136,11 @@ def refresh_eigenbasis(
       The new basis, and the permutation that sorted the old one: entry j of the new order was
       entry `order[j]`. Whatever is stored in the eigenbasis follows it.
     """
-    # With the columns as rows: sorting then moves contiguous memory.
-    rows = basis.mT
-    images = matmul(rows, factor, precision) * _reciprocal(_lengths(factor))
-    order = jnp.argsort(jnp.sum(rows * images, axis=-1), axis=-1, descending=True)
-    images = images + _RIDGES[images.dtype.name] * rows
-    images = jnp.take_along_axis(images, order[..., None], axis=-2)
-    return orthonormal(images.mT, orthogonalizer, precision=precision), order
+    image = matmul(factor, basis, precision) * _reciprocal(_lengths(factor))
+    order = jnp.argsort(jnp.sum(basis * image, axis=-2), axis=-1, descending=True)
+    image = image + _RIDGES[image.dtype.name] * basis
+    image = jnp.take_along_axis(image, order[..., None, :], axis=-1)
+    return orthonormal(image, orthogonalizer, precision=precision), order
 
 
 def _lengths(x: Array) -> Array:

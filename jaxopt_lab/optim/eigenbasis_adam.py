@@ -72,7 +72,9 @@ class EigenbasisAdam:
         leaves = [leaf.having(grad=leaf.layout.view(g))
                   for leaf, g in zip(leaves, grads, strict=True)]  # fmt: skip
         leaves = [leaf.having(status=self._status(leaf)) for leaf in leaves]
-        starting = jnp.any(jnp.stack([jnp.any(leaf["status"] == STARTED) for leaf in leaves]))
+        starting = jnp.array(False)
+        for leaf in leaves:
+            starting = starting | jnp.any(leaf["status"] == STARTED)
         leaves = self._if_due(starting, self._start, leaves)
         leaves = self._map(self._factor_step, leaves, ("grad", *FACTORS, "status"), FACTORS)
         leaves = [leaf.having(age=self._grown(leaf)) for leaf in leaves]
@@ -161,9 +163,9 @@ class EigenbasisAdam:
     def _rotate(self, x: Array, rows: Side, columns: Side, back: bool = False) -> Array:
         """Into the eigenbases or back: $Q_L^T X Q_R$ or $Q_L X Q_R^T$."""
         if rows is not None:
-            x = matmul(rows if back else rows.mT, x, self.rotation_precision)
+            x = matmul(rows, x, self.rotation_precision, transpose_a=not back)
         if columns is not None:
-            x = matmul(x, columns.mT if back else columns, self.rotation_precision)
+            x = matmul(x, columns, self.rotation_precision, transpose_b=back)
         return x
 
     def _second_moment(self, nu, row_nu, column_nu, squares):
