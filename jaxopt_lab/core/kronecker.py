@@ -160,7 +160,9 @@ def parallel_step(
     v = _unit(step.columns(precision))
     kept = _divide(_inner(left, u), step.left_size) * _divide(_inner(right, v), step.right_size)
     gained = _inner(u, row_product(step.grad_unit, v, precision))
-    root = step.root_scale * jnp.sqrt(step.old * kept + step.new * gained)
+    # Not negative but for rounding; a floor rather than 0, which no factor would ever leave.
+    fit = jnp.maximum(step.old * kept + step.new * gained, jnp.finfo(left.dtype).eps)
+    root = step.root_scale * jnp.sqrt(fit)
     return root * u, root * v
 
 

@@ -352,13 +352,20 @@ def test_float32_stays_finite_semidefinite_and_near_float64(name, case):
     wide = tuple(np.asarray(x, np.float64) for x in (left, right, grad))
     wanted = step(name, *wide, decay, weight)
     size = np.linalg.norm(wanted[0])
-    np.testing.assert_allclose([np.linalg.norm(x) for x in got], [size] * 2, rtol=1e-5)
-    seen = 1.0 if size == 0 else amplification((*wide, decay, weight))
+    seen = 1.0
+    if size > 0:
+        # The parallel step also looks from the other side.
+        turned = wide[1], wide[0], wide[2].T
+        seen = max(amplification((*x, decay, weight)) for x in (wide, turned))
+    # Squares of entries near 1e-19 leave the range of float32, and some of a norm with them.
+    tiny = min(np.linalg.norm(x) for x in wide[:2]) < 1e-15
+    tolerance = 0.05 * size if tiny else 1e-5 * seen * size
+    np.testing.assert_allclose([np.linalg.norm(x) for x in got], size, atol=tolerance)
     for x, exact in zip(got, wanted, strict=True):
         assert np.isfinite(x).all()
-        np.testing.assert_allclose(x, x.T, atol=2e-7 * size)
+        np.testing.assert_allclose(x, x.T, atol=1e-6 * seen * size)
         assert np.linalg.eigvalsh(x).min() >= -1e-6 * seen * size
-        np.testing.assert_allclose(x, exact, atol=2e-6 * seen * size)
+        np.testing.assert_allclose(x, exact, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -377,10 +384,27 @@ def test_float32_streams_stay_sound(name, data):
     for x in (np.float64(left), np.float64(right)):
         size = np.linalg.norm(x)
         assert np.isfinite(x).all() and size <= largest * (1 + 1e-5)
-        np.testing.assert_allclose(x, x.T, atol=1e-6 * size)
+        np.testing.assert_allclose(x, x.T, atol=2e-6 * size)
         assert np.linalg.eigvalsh(x).min() >= -1e-5 * size
     sizes = [np.linalg.norm(np.float64(x)) for x in (left, right)]
     np.testing.assert_allclose(*sizes, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("decay", [0.0, 0.1, 0.99])
+def test_thousands_of_float32_steps_stay_sound(name, decay):
+    """Factors are not made symmetric: what rounding adds must die out, and roots must exist."""
+
+    def advance(pair, grad):
+        return STEPS[name](*pair, grad, decay=decay, weight=1 - decay), None
+
+    grads = jax.random.normal(jax.random.key(0), (6000, 3, 4))
+    start = START(grads[0], "sigma")
+    left, right = jax.jit(lambda pair: jax.lax.scan(advance, pair, grads)[0])(start)
+    for x in (np.float64(left), np.float64(right)):
+        assert np.isfinite(x).all() and np.linalg.norm(x) > 1e-4
+        if decay > 0:
+            np.testing.assert_allclose(x, x.T, atol=1e-5 * np.linalg.norm(x))
 
 
 def test_a_matrix_that_saw_nothing_keeps_zero_factors():
