@@ -18,13 +18,16 @@ from jaxtyping import Array
 AxisNames = tuple[str, ...]
 
 
-def known_sharding(x: Array, given: NamedSharding | None) -> NamedSharding | None:
+def known_sharding(
+    x: Array | jax.ShapeDtypeStruct, given: NamedSharding | None
+) -> NamedSharding | None:
     """The sharding under which `x` is laid out, where that can be known while tracing.
 
     Explicit mesh axes carry it in the type. Auto axes do not, so it must be `given`. None when it
     is unknown, or says nothing because the mesh is one device.
     """
-    sharding = getattr(jax.typeof(x), "sharding", None)
+    typed = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    sharding = getattr(typed, "sharding", None)
     if not (isinstance(sharding, NamedSharding) and any(sharding.spec)):
         sharding = given
     return None if sharding is None or sharding.mesh.size == 1 else sharding

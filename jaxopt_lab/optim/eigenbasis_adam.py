@@ -113,7 +113,7 @@ class EigenbasisAdam:
     def _status(self, leaf: FactorLeaf) -> Array:
         """What to do with each matrix."""
         grad, age = leaf["grad"], leaf["age"]
-        largest = jnp.max(jnp.abs(grad), axis=tuple(range(1, grad.ndim)))
+        largest = jnp.max(jnp.abs(grad), axis=tuple(range(1, grad.ndim)), initial=0)
         two_sided = (
             leaf.arrays["row_factor"] is not None and leaf.arrays["column_factor"] is not None
         )

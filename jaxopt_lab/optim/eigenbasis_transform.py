@@ -53,7 +53,7 @@ def preconditioned_sides(
 ) -> tuple[bool, bool]:
     """Which sides of an (m, n) matrix have a factor."""
     limit = MAX_PRECOND_DIM if max_precond_dim is None else max_precond_dim
-    rows, columns = m <= limit, n <= limit
+    rows, columns = 0 < m <= limit, 0 < n <= limit
     if smaller_side_only and rows and columns:
         return m <= n, m > n
     return rows, columns

@@ -23,6 +23,8 @@ OPTIMIZERS = {
         jol.legacy_sign_muon,
         {"learning_rate": 1e-2, "adam_learning_rate": 1e-2, "adam_weight_decay": 0.0},
     ),
+    "soap": Entry(jol.soap, {"learning_rate": 1e-2, "weight_decay": 0.0}),
+    "dykaf": Entry(jol.dykaf, {"learning_rate": 1e-2, "weight_decay": 0.0}),
     "shampoo": Entry(jol.shampoo, {"learning_rate": 1e-2, "root_method": "eigh"}),
     "muon": Entry(jol.muon, {"learning_rate": 1e-2}),
     "d_muon": Entry(jol.d_muon, {"learning_rate": 1e-2, "weight_decay": 0.0}),
