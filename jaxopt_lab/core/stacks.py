@@ -1,5 +1,6 @@
 """Batched work on the matrices of many leaves: equal shapes are stacked, sharded ones exchanged."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -186,6 +187,16 @@ class LeafLayout:
         slot = self.block(size, 1)
         return Slot((size,), (size,), PartitionSpec(*slot.spec[:2]))
 
+    def spread(self, size: int) -> Slot:
+        """A (size,) vector an entry, folded so that every axis that shards the leaf shards it."""
+        if len(self._entries) == 2:
+            ways = self._ways(self._entries[1])
+            folded = (size // ways, ways)
+            if size % ways == 0 and self._divides(self._entries[0], folded[0]):
+                leading = self._leading[0] if len(self._leading) else None
+                return Slot(folded, (size,), PartitionSpec(leading, *self._entries))
+        return self.vector(size)
+
     def number(self) -> Slot:
         """One number an entry."""
         return Slot((), (), self._leading)
@@ -216,12 +227,12 @@ class LeafLayout:
         return PartitionSpec(*leading, *slot.spec[1:])
 
     def _divides(self, entry, size: int) -> bool:
+        return size % self._ways(entry) == 0
+
+    def _ways(self, entry) -> int:
         assert self.mesh is not None
         names = (entry,) if isinstance(entry, str) else entry
-        count = 1
-        for name in names:
-            count *= self.mesh.shape[name]
-        return size % count == 0
+        return math.prod(self.mesh.shape[name] for name in names)
 
 
 def map_matrices(

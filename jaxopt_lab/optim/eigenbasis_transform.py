@@ -156,7 +156,7 @@ def _initial(
     for side, size, kept in zip(("row", "column"), (layout.m, layout.n), sides, strict=True):
         out[f"{side}_nu"] = placed(f"{side}_nu", jnp.asarray(start, dtype))
         eye = jnp.eye(size, dtype=dtype)
-        scale = method.rule.initial(size, all(sides))
+        scale = method.rule.initial(size, all(sides)) if kept else 0.0
         for what, array in (("factor", scale * eye), ("basis", eye)):
             name = f"{side}_{what}"
             out[name] = placed(name, array) if kept else optax.MaskedNode()

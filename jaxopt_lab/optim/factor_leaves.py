@@ -10,11 +10,10 @@ from jaxopt_lab.core.stacks import Item, LeafLayout, ReplicatedWork, Slot, map_s
 
 # In the coordinates of the leaf, and in those of its eigenbases.
 _OF_LEAF, _ROTATED = ("grad", "direction"), ("mu", "nu")
-_VECTORS, _SQUARES = ("nu", "order"), ("factor", "basis")
 _OTHER_SIDE = {
     f"{old}{side}_{what}": f"{old}{other}_{what}"
     for side, other in (("row", "column"), ("column", "row"))
-    for what in (*_VECTORS, *_SQUARES)
+    for what in ("nu", "factor", "basis", "order")
     for old in ("", "old_")
 }
 
@@ -62,7 +61,9 @@ def slot_of(layout: LeafLayout, name: str) -> Slot:
     if name not in _OTHER_SIDE:
         return layout.number()
     size = layout.m if "row" in name else layout.n
-    return layout.vector(size) if name.endswith(_VECTORS) else layout.block(size, size)
+    if name.endswith("order"):
+        return layout.spread(size)
+    return layout.vector(size) if name.endswith("nu") else layout.block(size, size)
 
 
 def map_leaves(

@@ -137,7 +137,9 @@ def scale_by_mode_soap(
         grads, treedef = jax.tree.flatten(updates)
         leaves = _unpack(state, treedef, [rule.shape_of(g) for g in grads])
         directions, leaves = rule.step(state.count, grads, leaves)
-        out = [d.reshape(g.shape) for d, g in zip(directions, grads, strict=True)]
+        out = [
+            _laid_out_like(d.reshape(g.shape), g) for d, g in zip(directions, grads, strict=True)
+        ]
         if decays:
             rate: Any = decay_rate(state.count) if callable(decay_rate) else decay_rate
             decaying = broadcast_prefix("mask", True if mask is None else mask, updates)
@@ -145,7 +147,7 @@ def scale_by_mode_soap(
             out = [
                 _decayed(u, w, weight_decay, rate, leaf.moves) if d else u for u, w, leaf, d in rows
             ]
-        out = [_laid_out_like(u.astype(g.dtype), g) for u, g in zip(out, grads, strict=True)]
+        out = [u.astype(g.dtype) for u, g in zip(out, grads, strict=True)]
         return treedef.unflatten(out), _pack(state, treedef, leaves)
 
     return optax.GradientTransformationExtraArgs(rule.init, update)
@@ -190,7 +192,8 @@ class _ModeSoap(NamedTuple):
             )
 
     def shape_of(self, x: Any) -> tuple[int, ...]:
-        return merged_shape(x.shape, self.max_precond_dim) if self.merge_dims else x.shape
+        merges = self.merge_dims and self.max_precond_dim > 0
+        return merged_shape(x.shape, self.max_precond_dim) if merges else x.shape
 
     def init(self, params: optax.Params) -> ModeSoapState:
         def modes(make: Callable[[int, Any], Array]) -> Any:
@@ -220,16 +223,14 @@ class _ModeSoap(NamedTuple):
         updates_due = count + (0 if self.skip_first_step else 1)
         refreshing = (count > 0) & (updates_due % self.precondition_frequency == 0)
         pairs = [self.take_up(g, x) for g, x in zip(grads, leaves, strict=True)]
-        new = [leaf for _, leaf in pairs]
-        new = lax.cond(count == 0, lambda: [self.started(x) for x in new], lambda: new)
+        new = _if_due(count == 0, self.started, [leaf for _, leaf in pairs])
         pairs = [self.moved(g, x) for (g, _), x in zip(pairs, new, strict=True)]
-        new = [leaf for _, leaf in pairs]
-        new = lax.cond(refreshing, lambda: [self.refreshed(x) for x in new], lambda: new)
+        new = _if_due(refreshing, self.refreshed, [leaf for _, leaf in pairs])
         return [direction for direction, _ in pairs], new
 
     def take_up(self, grad: Array, leaf: "_Leaf") -> tuple[Array, "_Leaf"]:
         """The gradient, zero if refused, and the leaf with its factors advanced."""
-        grad = _whole(grad).astype(leaf.mu.dtype).reshape(leaf.mu.shape)
+        grad = _whole(grad, leaf.factors).astype(leaf.mu.dtype).reshape(leaf.mu.shape)
         finite = jnp.isfinite(jnp.sum(jnp.square(grad)))
         clean = jnp.where(finite, grad, 0)
         weight = _gradient_weight(self.factor_decay)
@@ -300,7 +301,17 @@ def _unpack(state: ModeSoapState, treedef, shapes: list[tuple[int, ...]]) -> lis
     rows = zip(*map(treedef.flatten_up_to, columns), shapes, strict=True)
     no = jnp.array(False)
     return [
-        _Leaf(age, _whole(mu).reshape(shape), _whole(nu).reshape(shape), xs, qs, no, no, no, no)
+        _Leaf(
+            age,
+            _whole(mu, xs).reshape(shape),
+            _whole(nu, xs).reshape(shape),
+            xs,
+            qs,
+            no,
+            no,
+            no,
+            no,
+        )
         for age, mu, nu, xs, qs, shape in rows
     ]
 
@@ -320,6 +331,16 @@ def _pack(state: ModeSoapState, treedef, leaves: list[_Leaf]) -> ModeSoapState:
         factors=treedef.unflatten([leaf.factors for leaf in leaves]),
         bases=treedef.unflatten([leaf.bases for leaf in leaves]),
     )
+
+
+def _if_due(due: Array, fn: Callable[[_Leaf], _Leaf], leaves: list[_Leaf]) -> list[_Leaf]:
+    """`fn` of the leaves that have a factor, if `due`; a branch would copy all others."""
+    having = [i for i, leaf in enumerate(leaves) if _present(leaf.factors)]
+    if not having:
+        return leaves
+    old = [leaves[i] for i in having]
+    new = dict(zip(having, lax.cond(due, lambda: list(map(fn, old)), lambda: old), strict=True))
+    return [new.get(i, leaf) for i, leaf in enumerate(leaves)]
 
 
 def _present(modes: Sequence[Any]) -> list[tuple[int, Array]]:
@@ -358,12 +379,12 @@ def _gradient_weight(decay: Scalar) -> Scalar:
 
 def _decayed(u: Array, w: Array, decay: Scalar, rate: Scalar | None, moved: Array) -> Array:
     scale = 1 if rate is None else 1 - rate * decay
-    return jnp.where(moved, scale * u + decay * _whole(w).astype(u.dtype), u)
+    return jnp.where(moved, scale * u + decay * w.astype(u.dtype), u)
 
 
-def _whole(x: Array) -> Array:
-    """Replicated, where the type says that it is not: products must know their layout."""
-    sharding = known_sharding(x, None)
+def _whole(x: Array, modes: Modes) -> Array:
+    """Replicated, where its type says that it is not and there are factors to multiply it by."""
+    sharding = known_sharding(x, None) if _present(modes) else None
     return x if sharding is None else jax.sharding.reshard(x, _replicated(sharding))
 
 

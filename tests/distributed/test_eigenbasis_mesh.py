@@ -1,0 +1,127 @@
+"""SOAP and DyKAF on eight devices: same values, stable layouts, and a budget of collectives."""
+
+import functools
+import re
+
+import chex
+import jax
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from optax.contrib import MuonDimensionNumbers
+
+import jaxopt_lab as jol
+from jaxopt_lab.optim import EigenbasisAdamState
+from jaxopt_lab.report.hlo import collectives
+from tests.golden.trajectory import find_states
+
+AXES = {
+    "stack": MuonDimensionNumbers(1, 2),  # (layers, m, n)
+    "heads": MuonDimensionNumbers(0, (1, 2)),  # (d, heads, head_dim)
+    "bias": None,
+}
+SHAPES = {"stack": (3, 16, 24), "heads": (16, 8, 2), "bias": (16,)}
+LAYOUTS = {
+    "rows": ({"fsdp": 8}, {"stack": P(None, "fsdp"), "heads": P("fsdp"), "bias": P("fsdp")}),
+    "both": (
+        {"fsdp": 2, "tensor": 4},
+        {"stack": P(None, "fsdp", "tensor"), "heads": P("fsdp", "tensor"), "bias": P()},
+    ),
+}
+METHODS = {"soap": jol.soap, "dykaf": jol.dykaf}
+CASES = [
+    ("soap", "rows", AxisType.Explicit),
+    ("soap", "both", AxisType.Auto),
+    ("dykaf", "rows", AxisType.Auto),
+    ("dykaf", "both", AxisType.Explicit),
+]
+# Compiled for a few milliseconds of work.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+FREQUENCY = 2
+
+
+def random_tree(seed):
+    keys = jax.random.split(jax.random.key(seed), len(SHAPES))
+    return {k: jax.random.normal(key, s) for key, (k, s) in zip(keys, SHAPES.items(), strict=True)}
+
+
+def make(method, shardings):
+    return METHODS[method](
+        1e-2,
+        precondition_frequency=FREQUENCY,
+        weight_decay=0.1,
+        matrix_axes=AXES,
+        rotation_precision="highest",
+        param_shardings=shardings,
+    )
+
+
+def step(tx):
+    def run(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return run
+
+
+@functools.cache
+def single_device(method):
+    tx = make(method, None)
+    return tx, jax.jit(step(tx), compiler_options=QUICKLY)
+
+
+@functools.cache
+def history(method):
+    """States of one device before and after each gradient, the factors of full rank at the end."""
+    tx, alone = single_device(method)
+    params = random_tree(0)
+    states = [(params, tx.init(params))]
+    for t in range(1, 6):
+        states.append(alone(*states[-1], random_tree(t)))
+    return jax.device_get(states)
+
+
+@pytest.mark.parametrize(("method", "layout", "kind"), CASES, ids=str)
+def test_equals_one_device_within_its_budget(method, layout, kind):
+    sizes, specs = LAYOUTS[layout]
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes))
+    shardings = {k: NamedSharding(mesh, s) for k, s in specs.items()}
+    tx = make(method, shardings)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(random_tree(0), shardings)
+        placed = jol.state_shardings(tx, params, shardings)
+        state = jax.jit(tx.init, out_shardings=placed)(params)
+        compiled = jax.jit(step(tx), out_shardings=(shardings, placed))
+        compiled = compiled.lower(params, state, params).compile(QUICKLY)
+
+    # The start, a step with a refresh and one without, each from the state of one device.
+    for t in (0, 2, 3, 4):
+        before, after = history(method)[t], history(method)[t + 1]
+        on_mesh = jax.device_put(before, (shardings, placed))
+        got = compiled(*on_mesh, jax.device_put(random_tree(t + 1), shardings))
+        chex.assert_trees_all_close(jax.device_get(got[0]), after[0], atol=2e-5)
+        states = [find_states(state, EigenbasisAdamState) for state in (got[1], after[1])]
+        for mine, wanted in zip(*states, strict=True):
+            for name in ("age", "rejected", "row_factor", "column_factor"):
+                a, b = (jax.device_get(getattr(x, name)) for x in (mine, wanted))
+                chex.assert_trees_all_close(a, b, rtol=1e-4, atol=1e-5)
+        assert jax.tree.map(lambda x: x.sharding, got[1]) == placed
+
+    (found,) = find_states(placed, EigenbasisAdamState)
+    sharded = P(None, *LAYOUTS[layout][0])
+    for field in (found.row_factor, found.column_factor, found.row_basis, found.column_basis):
+        assert field["stack"].spec == sharded
+    text = compiled.as_text()
+    assert "while(" in text
+    counts = {name: entry[0] for name, entry in collectives(text).items()}
+    # Nothing is gathered. Exchanged are, a leaf and mesh axis: gradient, both factors, both factors
+    # back; gradient, moments, bases, direction and moments back; at a start the gradient, factors
+    # and bases, and these back; and at a refresh both factors and bases, these and the orders back,
+    # moments, old and new bases and orders, and the moments back.
+    layouts, axes = 2, len(LAYOUTS[layout][0])
+    assert set(counts) <= {"all-to-all", "all-reduce"}, counts
+    assert counts["all-to-all"] <= axes * layouts * (5 + 8 + 9 + 10 + 10)
+    # What is reduced is the largest entry: one number a matrix.
+    reduced = re.findall(r"= \(?((?:f32|pred|s32)\[[\d,]*\])[^=]* all-reduce\(", text)
+    assert all(re.fullmatch(r"\w+\[[\d,]{0,6}\]", x) for x in reduced), reduced
