@@ -2,16 +2,12 @@
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from jaxopt_lab.core.matrices import resolve_layout
-from jaxopt_lab.core.newton_schulz import newton_schulz_flops
 
 # (bytes of the copied array, side of the multiplied matrices): far beyond any cache on an
 # accelerator, and small enough for a CPU to finish in a tenth of a second.
@@ -90,44 +86,3 @@ def step_bytes(params: Any, state: Any) -> int:
 def tree_bytes(tree: Any) -> int:
     """Bytes of all arrays (or shapes) of a tree."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def spectral_step_flops(params: Any, axes: Any, ns_steps: int = 5) -> int:
-    """FLOPs of Newton-Schulz on every matrix of a tree, one spectral step.
-
-    Args:
-      params: Tree of arrays or shapes.
-      axes: Tree of matrix axes, None for leaves that are no matrices.
-      ns_steps: Iterations.
-    """
-    return sum(b * newton_schulz_flops(m, n, ns_steps) for b, m, n in _matrices(params, axes))
-
-
-def rotation_flops(params: Any, axes: Any) -> int:
-    """FLOPs of one two-sided product Q_L^T X Q_R on every matrix: 2 m^2 n + 2 m n^2.
-
-    Args:
-      params: Tree of arrays or shapes.
-      axes: Tree of matrix axes, None for leaves that are no matrices.
-    """
-    return sum(2 * b * m * n * (m + n) for b, m, n in _matrices(params, axes))
-
-
-def refresh_flops(params: Any, axes: Any) -> float:
-    """FLOPs of one power iteration with a QR decomposition on both sides of every matrix.
-
-    X Q takes 2 d^3, Householder's QR with an explicit Q 8/3 d^3.
-
-    Args:
-      params: Tree of arrays or shapes.
-      axes: Tree of matrix axes, None for leaves that are no matrices.
-    """
-    return sum(b * (2 + 8 / 3) * (m**3 + n**3) for b, m, n in _matrices(params, axes))
-
-
-def _matrices(params: Any, axes: Any) -> Iterator[tuple[int, int, int]]:
-    """(Number of matrices, rows, columns) of every matrix leaf."""
-    leaves, structure = jax.tree.flatten(params)
-    for leaf, layout in zip(leaves, structure.flatten_up_to(axes), strict=True):
-        if layout is not None:
-            yield resolve_layout(leaf.shape, layout).matrix_shape(leaf.shape)

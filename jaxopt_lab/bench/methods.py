@@ -8,7 +8,7 @@ from typing import Any
 
 import optax
 
-from jaxopt_lab.bench.floors import refresh_flops, rotation_flops, spectral_step_flops
+from jaxopt_lab.core.flops import refresh_flops, rotation_flops, spectral_step_flops
 from jaxopt_lab.optim.dykaf import dykaf
 from jaxopt_lab.optim.lion_muon import lion_muon
 from jaxopt_lab.optim.shampoo import shampoo
