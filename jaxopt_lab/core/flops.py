@@ -76,3 +76,12 @@ def power_iteration_flops(d: int) -> float:
     126.0
     """
     return 14 * d**3 / 3
+
+
+def newton_root_flops(d: int, iterations: int = 10) -> int:
+    """X^(-1/4) by the coupled Newton iteration, (d, d): four products an iteration.
+
+    >>> newton_root_flops(2, iterations=1)
+    64
+    """
+    return iterations * 4 * 2 * d**3

@@ -4,87 +4,41 @@ A new optimizer joins the trainer and the command line by one class and one row 
 """
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import jax
 import optax
 from jaxtyping import Array, PyTree
 
 from jaxopt_lab import optim
-from jaxopt_lab.core.matrices import resolve_layout
 from jaxopt_lab.core.newton_schulz import newton_schulz_flops
 from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.optimizer_config import (
+    SIGN_FLOPS,
+    ModelInfo,
+    OptimizerConfig,
+    adam_flops,
+    matrix_method_flops,
+)
+from jaxopt_lab.train.optimizers_kronecker import DyKAFConfig, ShampooConfig, SoapConfig
 
-# Operations per element.
-_SIGN_FLOPS, _ADAM_FLOPS = 6, 12
+__all__ = [
+    "OPTIMIZERS",
+    "AdamWConfig",
+    "DyKAFConfig",
+    "LionConfig",
+    "LionMuonConfig",
+    "ModelInfo",
+    "MuonConfig",
+    "OptaxMuonConfig",
+    "OptimizerConfig",
+    "ShampooConfig",
+    "SignMuonConfig",
+    "SignumConfig",
+    "SoapConfig",
+]
 
 Period = int | Literal["inf"]
-
-
-class ModelInfo(NamedTuple):
-    """What an optimizer may need to know about the model."""
-
-    matrix_axes: PyTree = None  # of MuonDimensionNumbers, None for leaves that are not matrices
-    param_shardings: PyTree = None  # of NamedSharding
-    vocab_size: int | None = None
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """An optimizer by name, with the settings that all of them have."""
-
-    learning_rate: float = 1e-3
-    """Peak learning rate."""
-
-    weight_decay: float = 0.1
-    """Decoupled weight decay of all parameters, as a multiple of the rate."""
-
-    def validate(self) -> None:
-        """Checks the values.
-
-        Raises:
-          ConfigError: For a rate, decay or average outside its range, or a period below 1.
-        """
-        for field_name in (field.name for field in fields(self)):
-            value: Any = getattr(self, field_name)
-            if value is None:
-                continue
-            name = f"optimizer.{field_name}"
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(name, value, "expected a finite number")
-            if field_name.endswith(("learning_rate", "weight_decay")):
-                if value < 0 or (field_name == "learning_rate" and value == 0):
-                    raise ConfigError(name, value, "expected a positive number")
-            if field_name.endswith(("b1", "b2", "beta")) and not 0 <= value < 1:
-                raise ConfigError(name, value, "expected an average in [0, 1)")
-            if field_name == "period" and value != "inf" and value < 1:
-                raise ConfigError(name, value, "expected at least 1, or inf for never spectral")
-
-    def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
-        """Builds the transformation; its updates are added to the parameters.
-
-        Args:
-          rate: Schedule of the learning rate, or a constant where the schedule scales afterwards.
-          model: Facts about the model.
-        """
-        raise NotImplementedError
-
-    def rates(self, rate: Array) -> dict[str, Array]:
-        """Learning rates to report while the scheduled one is `rate`."""
-        return {"rate": rate}
-
-    def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
-        """FLOPs of one optimizer step, averaged over the kinds of steps it takes.
-
-        Newton-Schulz is counted by its products, everything else as 6 operations per element for
-        a momentum and its sign and 12 for AdamW.
-
-        Args:
-          params: Tree of arrays or shapes.
-          matrix_axes: Tree of MuonDimensionNumbers, None for leaves that are not matrices.
-        """
-        return float(_SIGN_FLOPS * _elements(params))
 
 
 @dataclass(frozen=True)
@@ -133,7 +87,7 @@ class LionMuonConfig(OptimizerConfig):
     def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
         """See the base class."""
         share = 0.0 if self.period == "inf" else 1 / self.period
-        return _matrix_method_flops(params, matrix_axes, self.ns_steps, share)
+        return _spectral_flops(params, matrix_axes, self.ns_steps, share)
 
     def _arguments(self, model: ModelInfo) -> dict[str, Any]:
         return {
@@ -196,7 +150,7 @@ class AdamWConfig(OptimizerConfig):
 
     def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
         """See the base class."""
-        return float(_ADAM_FLOPS * _elements(params))
+        return adam_flops(params)
 
 
 @dataclass(frozen=True)
@@ -260,7 +214,7 @@ class OptaxMuonConfig(OptimizerConfig):
 
     def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
         """See the base class."""
-        return _matrix_method_flops(params, matrix_axes, self.ns_steps, 1.0)
+        return _spectral_flops(params, matrix_axes, self.ns_steps, 1.0)
 
 
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
@@ -271,23 +225,16 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "signum": SignumConfig,
     "adamw": AdamWConfig,
     "optax-muon": OptaxMuonConfig,
+    "soap": SoapConfig,
+    "dykaf": DyKAFConfig,
+    "shampoo": ShampooConfig,
 }
 
 
-def _elements(params: PyTree) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+def _spectral_flops(params: PyTree, matrix_axes: PyTree, ns_steps: int, share: float) -> float:
+    """Newton-Schulz in a share of the steps, a momentum and its sign, AdamW elsewhere."""
 
+    def of_matrix(m: int, n: int) -> float:
+        return share * newton_schulz_flops(m, n, ns_steps)
 
-def _matrix_method_flops(
-    params: PyTree, matrix_axes: PyTree, ns_steps: int, spectral_share: float
-) -> float:
-    """Mean FLOPs of an optimizer with spectral steps on matrices and AdamW elsewhere."""
-    leaves, structure = jax.tree.flatten(params)
-    spectral = elements = 0
-    for leaf, layout in zip(leaves, structure.flatten_up_to(matrix_axes), strict=True):
-        if layout is not None:
-            count, rows, columns = resolve_layout(leaf.shape, layout).matrix_shape(leaf.shape)
-            spectral += count * newton_schulz_flops(rows, columns, ns_steps)
-            elements += math.prod(leaf.shape)
-    rest = _elements(params) - elements
-    return spectral_share * spectral + _SIGN_FLOPS * elements + _ADAM_FLOPS * rest
+    return matrix_method_flops(params, matrix_axes, of_matrix, SIGN_FLOPS)

@@ -1,0 +1,116 @@
+"""What every optimizer of the trainer has: rates, checks, a `build` method, a count of its work."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jaxtyping import Array, PyTree
+
+from jaxopt_lab.core.flops import matrix_shapes
+from jaxopt_lab.train.errors import ConfigError
+
+# Operations per element.
+SIGN_FLOPS, ADAM_FLOPS = 6, 12
+
+
+class ModelInfo(NamedTuple):
+    """What an optimizer may need to know about the model."""
+
+    matrix_axes: PyTree = None  # of MuonDimensionNumbers, None for leaves that are not matrices
+    param_shardings: PyTree = None  # of NamedSharding
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer by name, with the settings that all of them have."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+
+    weight_decay: float = 0.1
+    """Decoupled weight decay of all parameters, as a multiple of the rate."""
+
+    def validate(self) -> None:
+        """Checks the values.
+
+        Raises:
+          ConfigError: For a rate, decay or average outside its range, or a period below 1.
+        """
+        for field_name in (field.name for field in fields(self)):
+            value: Any = getattr(self, field_name)
+            if value is None:
+                continue
+            name = f"optimizer.{field_name}"
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(name, value, "expected a finite number")
+            if field_name.endswith(("learning_rate", "weight_decay")):
+                if value < 0 or (field_name == "learning_rate" and value == 0):
+                    raise ConfigError(name, value, "expected a positive number")
+            if field_name.endswith(("b1", "b2", "beta")) and not 0 <= value < 1:
+                raise ConfigError(name, value, "expected an average in [0, 1)")
+            if field_name == "period" and value != "inf" and value < 1:
+                raise ConfigError(name, value, "expected at least 1, or inf for never spectral")
+
+    def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
+        """Builds the transformation; its updates are added to the parameters.
+
+        Args:
+          rate: Schedule of the learning rate, or a constant where the schedule scales afterwards.
+          model: Facts about the model.
+        """
+        raise NotImplementedError
+
+    def rates(self, rate: Array) -> dict[str, Array]:
+        """Learning rates to report while the scheduled one is `rate`."""
+        return {"rate": rate}
+
+    def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
+        """FLOPs of one optimizer step, averaged over the kinds of steps it takes.
+
+        Matrix products are counted as such, everything else as 6 operations per element for a
+        momentum and its sign and 12 for AdamW.
+
+        Args:
+          params: Tree of arrays or shapes.
+          matrix_axes: Tree of MuonDimensionNumbers, None for leaves that are not matrices.
+        """
+        return sign_flops(params)
+
+
+def sign_flops(params: PyTree) -> float:
+    """A momentum and its sign on every element."""
+    return float(SIGN_FLOPS * _elements(params))
+
+
+def adam_flops(params: PyTree) -> float:
+    """AdamW on every element."""
+    return float(ADAM_FLOPS * _elements(params))
+
+
+def matrix_method_flops(
+    params: PyTree,
+    matrix_axes: PyTree,
+    of_matrix: Callable[[int, int], float],
+    per_element: float,
+) -> float:
+    """An optimizer with matrix products on matrices, and AdamW elsewhere.
+
+    Args:
+      params: Tree of arrays or shapes.
+      matrix_axes: Tree of MuonDimensionNumbers, None for leaves that are not matrices.
+      of_matrix: (rows, columns) -> mean FLOPs of the products of one matrix in a step.
+      per_element: Other operations per element of a matrix.
+    """
+    products = elements = 0.0
+    for count, m, n in matrix_shapes(params, matrix_axes):
+        products += count * of_matrix(m, n)
+        elements += count * m * n
+    return products + per_element * elements + ADAM_FLOPS * (_elements(params) - elements)
+
+
+def _elements(params: PyTree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,207 @@
+"""SOAP, DyKAF and Shampoo as optimizers of the trainer: a Kronecker factor a side."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import optax
+from jaxtyping import PyTree
+
+from jaxopt_lab import optim
+from jaxopt_lab.core.flops import newton_root_flops, power_iteration_flops, two_sided_flops
+from jaxopt_lab.optim.eigenbasis_transform import preconditioned_sides
+from jaxopt_lab.optim.shampoo_blocks import Blocks
+from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.optimizer_config import (
+    ADAM_FLOPS,
+    ModelInfo,
+    OptimizerConfig,
+    matrix_method_flops,
+)
+
+
+@dataclass(frozen=True)
+class KroneckerConfig(OptimizerConfig):
+    """What the three have in common: how often the expensive part is done anew."""
+
+    precondition_frequency: int = 10
+    """Steps from one refresh of the bases (SOAP, DyKAF) or inverse roots (Shampoo) to the next."""
+
+    stagger: bool = False
+    """Refresh a share of the matrices at every step, so that no step pays for all of them."""
+
+    replicated_work: Literal["repeat", "share"] = "repeat"
+    """Whether replicas repeat the work on factors or share it out and gather the result."""
+
+    def validate(self) -> None:
+        """Also checks the frequency."""
+        super().validate()
+        steps = self.precondition_frequency
+        if steps < 1:
+            raise ConfigError("optimizer.precondition_frequency", steps, "expected at least 1")
+
+    def _shared_arguments(self, model: ModelInfo) -> dict[str, Any]:
+        return {
+            "precondition_frequency": self.precondition_frequency,
+            "stagger": self.stagger,
+            "replicated_work": self.replicated_work,
+            "weight_decay": self.weight_decay,
+            "matrix_axes": model.matrix_axes,
+            "param_shardings": model.param_shardings,
+            "on_uncovered": "error",
+        }
+
+
+@dataclass(frozen=True)
+class EigenbasisConfig(KroneckerConfig):
+    """Adam in Kronecker eigenbases: SOAP and DyKAF."""
+
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+
+    b1: float = 0.95
+    """Average of the gradient, in the eigenbases."""
+
+    b2: float = 0.95
+    """Average of its square, and of the factors."""
+
+    eps: float = 1e-8
+    """Added to the uncorrected root of the second average."""
+
+    max_precond_dim: int = 10_000
+    """A longer side of a matrix has no factor; a matrix with two of them is AdamW's."""
+
+    def validate(self) -> None:
+        """Also checks epsilon and the longest side."""
+        super().validate()
+        for name in ("eps", "max_precond_dim"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optimizer.{name}", getattr(self, name), "expected at least 0")
+
+    def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
+        """See the base class.
+
+        Counted are the rotations of the gradient into the eigenbases and of the direction back
+        (the first moment lives in them), the products of the factors and, as the share of one
+        step, a power iteration with an orthogonalisation a side and the two rotations that
+        re-express the first moment. A side without a factor is not rotated.
+        """
+
+        def of_matrix(m: int, n: int) -> float:
+            rows, columns = preconditioned_sides(m, n, self.max_precond_dim)
+            rotation = 2 * m * n * (m * rows + n * columns)
+            power = rows * power_iteration_flops(m) + columns * power_iteration_flops(n)
+            refresh = power + 2 * rotation
+            # One side alone averages its Gram matrix, whatever the method.
+            products = self._factor_products if rows and columns else 1
+            return (2 + products) * rotation + refresh / self.precondition_frequency
+
+        return matrix_method_flops(params, matrix_axes, of_matrix, ADAM_FLOPS)
+
+    @property
+    def _factor_products(self) -> int:
+        """Two-sided products that bring both factors up to date."""
+        raise NotImplementedError
+
+    def _arguments(self, model: ModelInfo) -> dict[str, Any]:
+        names = ("b1", "b2", "eps", "max_precond_dim")
+        return {name: getattr(self, name) for name in names} | self._shared_arguments(model)
+
+
+@dataclass(frozen=True)
+class SoapConfig(EigenbasisConfig):
+    """Adam in the eigenbases of the averaged Gram matrices of the gradient."""
+
+    def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
+        """See the base class."""
+        return optim.soap(rate, **self._arguments(model))
+
+    @property
+    def _factor_products(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class DyKAFConfig(EigenbasisConfig):
+    """Adam in the eigenbases of a tracked Kronecker approximation of the second moment."""
+
+    integrator: Literal["ksl", "parallel"] = "ksl"
+    """How a gradient enters the factors; `parallel` is that of the released code."""
+
+    rank1_second_moment: bool = False
+    """Keep the second average as a product of a column and a row; less memory."""
+
+    def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
+        """See the base class."""
+        return optim.dykaf(
+            rate,
+            integrator=self.integrator,
+            rank1_second_moment=self.rank1_second_moment,
+            **self._arguments(model),
+        )
+
+    @property
+    def _factor_products(self) -> int:
+        return 2 if self.integrator == "ksl" else 3
+
+
+@dataclass(frozen=True)
+class ShampooConfig(KroneckerConfig):
+    """Inverse fourth roots of averaged Gram matrices on both sides, with a grafted step size."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate; with `graft` adam, that of a tuned AdamW."""
+
+    b1: float = 0.9
+    """Average of the gradient."""
+
+    b2: float = 0.999
+    """Average of the factors and of the graft's squares; above 0."""
+
+    epsilon: float = 1e-12
+    """Ridge of the factors."""
+
+    graft: Literal["adam", "rmsprop", "adagrad", "sgd"] | None = "adam"
+    """Method whose step size every block takes; None: that of Shampoo itself."""
+
+    max_preconditioner_dim: int = 1024
+    """Longest edge of a block; longer sides are cut."""
+
+    def validate(self) -> None:
+        """Also checks the average of the factors, the ridge and the blocks."""
+        super().validate()
+        if self.b2 == 0:
+            raise ConfigError("optimizer.b2", self.b2, "expected an average in (0, 1)")
+        if self.epsilon < 0:
+            raise ConfigError("optimizer.epsilon", self.epsilon, "expected at least 0")
+        edge = self.max_preconditioner_dim
+        if edge < 1:
+            raise ConfigError("optimizer.max_preconditioner_dim", edge, "expected at least 1")
+
+    def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
+        """See the base class."""
+        return optim.shampoo(
+            rate,
+            b1=self.b1,
+            b2=self.b2,
+            epsilon=self.epsilon,
+            graft=self.graft,
+            max_preconditioner_dim=self.max_preconditioner_dim,
+            **self._shared_arguments(model),
+        )
+
+    def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
+        """See the base class.
+
+        Counted are, for every block, the Gram matrices, the products of the direction with both
+        roots and, as the share of one step, ten Newton iterations a side, which is what float32
+        factors take.
+        """
+
+        def of_matrix(m: int, n: int) -> float:
+            blocks = Blocks.of((m, n), self.max_preconditioner_dim, "never")
+            rows, columns = min(m, blocks.edges[0]), min(n, blocks.edges[-1])
+            roots = newton_root_flops(rows) + newton_root_flops(columns)
+            every_step = 2 * two_sided_flops(rows, columns)
+            return blocks.number * (every_step + roots / self.precondition_frequency)
+
+        return matrix_method_flops(params, matrix_axes, of_matrix, ADAM_FLOPS)
