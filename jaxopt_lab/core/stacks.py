@@ -16,6 +16,7 @@ from jaxopt_lab.core.matrices import (
     group_by,
     undo_batch_first,
 )
+from jaxopt_lab.core.ordering import after
 from jaxopt_lab.core.whole_matrices import on_whole_matrices
 
 ReplicatedWork = Literal["repeat", "share"]
@@ -44,6 +45,7 @@ def map_stacks(
     *,
     replicated_work: ReplicatedWork = "repeat",
     enough: int | None = None,
+    decomposes: bool = False,
 ) -> list[tuple[Array | None, ...]]:
     """Apply `fn` to the arrays of all items, as few times as their shapes allow.
 
@@ -58,16 +60,21 @@ def map_stacks(
         "share" it for one all-gather of the results.
       enough: Items with so many entries are left alone: concatenating them would cost more than
         their own calls. None: everything that fits is concatenated.
+      decomposes: Whether `fn` calls decompositions, which must not run at the same time (`after`).
 
     Returns:
       For each item its results, (batch, *inner).
     """
     out: list[tuple[Array | None, ...]] = [()] * len(items)
+    earlier: tuple[Array | None, ...] = ()
     for members in group_by([_key(item, replicated_work, enough) for item in items]):
         first = items[members[0]]
         stacks = [_concatenate([items[i].arrays[k] for i in members])
                   for k in range(len(first.arrays))]  # fmt: skip
+        if decomposes:
+            stacks = [x if x is None else after(x, *earlier) for x in stacks]
         results = _run(fn, stacks, first, replicated_work)
+        earlier = results
         start = 0
         for i in members:
             size = _entries(items[i])

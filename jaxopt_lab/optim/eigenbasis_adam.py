@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxopt_lab.core.kronecker import rank_one_step, symmetric
+from jaxopt_lab.core.ordering import after
 from jaxopt_lab.core.orthogonalization import Orthogonalizer
 from jaxopt_lab.core.precision import ProductPrecision, matmul
 from jaxopt_lab.core.spectral import refresh_eigenbasis
@@ -128,7 +129,8 @@ class EigenbasisAdam:
             new = (*first, *self.rule.bases(first, grad))
             return _select(status == STARTED, new, (rows, columns, row_basis, column_basis))
 
-        return self._map(start, leaves, ("grad", *FACTORS, *BASES, "status"), (*FACTORS, *BASES))
+        names = ("grad", *FACTORS, *BASES, "status")
+        return self._map(start, leaves, names, (*FACTORS, *BASES), decomposes=True)
 
     def _factor_step(self, grad: Array, rows: Side, columns: Side, status: Array):
         old = (rows, columns)
@@ -196,7 +198,9 @@ class EigenbasisAdam:
         names = (*MOMENTS, *FACTORS, *BASES)
 
         def share(leaves: list[FactorLeaf]) -> list[FactorLeaf]:
-            return self._map(fn, leaves, names, names, transposable=True, enough=None)
+            return self._map(
+                fn, leaves, names, names, transposable=True, enough=None, decomposes=True
+            )
 
         return self._if_due(count > 0, share, leaves)
 
@@ -229,6 +233,8 @@ class EigenbasisAdam:
             return self._refresh_side(factor, basis)
 
         rows, new_rows, row_order = refresh(rows, row_basis)
+        if columns is not None:
+            columns = after(columns, new_rows)
         columns, new_columns, column_order = refresh(columns, column_basis)
         moments = self._re_express(
             mu, nu, row_nu, column_nu, row_basis, column_basis, new_rows, new_columns, row_order,

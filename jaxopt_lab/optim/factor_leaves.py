@@ -75,6 +75,7 @@ def map_leaves(
     transposable: bool,
     replicated_work: ReplicatedWork,
     enough: int | None = None,
+    decomposes: bool = False,
 ) -> list[FactorLeaf]:
     """Replace the arrays `results` of every leaf by `fn` of the arrays `names`, in stacks.
 
@@ -88,6 +89,7 @@ def map_leaves(
         leaves (m, n) and (n, m) share a stack.
       replicated_work: As for `map_stacks`.
       enough: As for `map_stacks`.
+      decomposes: As for `map_stacks`.
     """
     flips = [transposable and not x.layout.is_sharded and x.layout.m > x.layout.n for x in leaves]
     turned = [x.turned() if flip else x for x, flip in zip(leaves, flips, strict=True)]
@@ -100,7 +102,9 @@ def map_leaves(
             None if leaf.arrays.get(name, 0) is None else leaf.slot(name) for name in results
         )
         items.append(Item(arrays, slots, out, leaf.layout.mesh))
-    mapped = map_stacks(fn, items, replicated_work=replicated_work, enough=enough)
+    mapped = map_stacks(
+        fn, items, replicated_work=replicated_work, enough=enough, decomposes=decomposes
+    )
     done = []
     for leaf, flip, flipped, values in zip(leaves, flips, turned, mapped, strict=True):
         new = flipped.having(**dict(zip(results, values, strict=True)))
@@ -134,7 +138,10 @@ def map_sides(
         )
 
     mapped = map_stacks(
-        fn, [item(leaves[i], side) for i, side in sides], replicated_work=replicated_work
+        fn,
+        [item(leaves[i], side) for i, side in sides],
+        replicated_work=replicated_work,
+        decomposes=True,
     )
     nothing = {f"{side}_order": None for side in ("row", "column")}
     done = [leaf.having(**nothing) for leaf in leaves]

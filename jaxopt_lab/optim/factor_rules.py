@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxopt_lab.core.kronecker import INTEGRATORS, StartScale, kronecker_start
+from jaxopt_lab.core.ordering import after
 from jaxopt_lab.core.precision import ProductPrecision, matmul
 from jaxopt_lab.core.spectral import eigenbasis, orthogonal_complement
 from jaxopt_lab.optim.routing import Scalar
@@ -77,10 +78,11 @@ class GramFactors:
         """See `FactorRule`."""
         # The start is a multiple of the identity: one gradient decides about all eigenvectors.
         rows, columns = factors
-        return (
-            None if rows is None else eigenbasis(matmul(grad, grad.mT)),
-            None if columns is None else eigenbasis(matmul(grad.mT, grad)),
-        )
+        if rows is not None:
+            rows = eigenbasis(matmul(grad, grad, transpose_b=True))
+        if columns is not None:
+            columns = eigenbasis(after(matmul(grad, grad, transpose_a=True), rows))
+        return rows, columns
 
 
 @dataclass(frozen=True)
