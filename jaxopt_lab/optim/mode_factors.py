@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxopt_lab.core.modes import merged_shape, mode_gram, mode_product
+from jaxopt_lab.core.ordering import after
 from jaxopt_lab.core.orthogonalization import ORTHOGONALIZERS, Orthogonalizer
 from jaxopt_lab.core.spectral import eigenbasis, refresh_eigenbasis
 from jaxopt_lab.core.whole_matrices import known_sharding
@@ -248,9 +249,13 @@ class _ModeSoap(NamedTuple):
             factors=_where(runs | starts, factors, leaf.factors),
         )
 
-    def started(self, leaf: "_Leaf") -> "_Leaf":
-        bases = _map_modes(lambda _, x: eigenbasis(x), leaf.factors)
-        return leaf._replace(bases=_where(leaf.starts, bases, leaf.bases))
+    def started(self, leaf: "_Leaf", earlier: Array | None) -> tuple["_Leaf", Array]:
+        """The leaf with its first bases, and the last decomposition."""
+        bases = list(leaf.bases)
+        for k, x in _present(leaf.factors):
+            earlier = bases[k] = eigenbasis(after(x, earlier))
+        assert earlier is not None
+        return leaf._replace(bases=_where(leaf.starts, tuple(bases), leaf.bases)), earlier
 
     def moved(self, grad: Array, leaf: "_Leaf") -> tuple[Array, "_Leaf"]:
         """The direction, and the leaf with its moments advanced."""
@@ -271,15 +276,21 @@ class _ModeSoap(NamedTuple):
             nu=jnp.where(leaf.moves, nu, leaf.nu),
         )
 
-    def refreshed(self, leaf: "_Leaf") -> "_Leaf":
+    def refreshed(self, leaf: "_Leaf", earlier: Array | None) -> tuple["_Leaf", Array]:
+        """The leaf in new bases, and the last decomposition."""
         nu, bases = leaf.nu, list(leaf.bases)
         for k, x in _present(leaf.factors):
-            bases[k], order = refresh_eigenbasis(
-                x, leaf.bases[k], orthogonalizer=self.orthogonalizer, precision="highest"
+            earlier, order = refresh_eigenbasis(
+                after(x, earlier),
+                leaf.bases[k],
+                orthogonalizer=self.orthogonalizer,
+                precision="highest",
             )
+            bases[k] = earlier
             nu = jnp.take(nu, order, axis=k)
+        assert earlier is not None
         mu = _into(bases, _out_of(leaf.bases, leaf.mu))
-        return _where(leaf.runs, leaf._replace(mu=mu, nu=nu, bases=tuple(bases)), leaf)
+        return _where(leaf.runs, leaf._replace(mu=mu, nu=nu, bases=tuple(bases)), leaf), earlier
 
 
 class _Leaf(NamedTuple):
@@ -333,13 +344,28 @@ def _pack(state: ModeSoapState, treedef, leaves: list[_Leaf]) -> ModeSoapState:
     )
 
 
-def _if_due(due: Array, fn: Callable[[_Leaf], _Leaf], leaves: list[_Leaf]) -> list[_Leaf]:
-    """`fn` of the leaves that have a factor, if `due`; a branch would copy all others."""
+def _if_due(
+    due: Array,
+    fn: Callable[[_Leaf, Array | None], tuple[_Leaf, Array]],
+    leaves: list[_Leaf],
+) -> list[_Leaf]:
+    """`fn` of the leaves that have a factor, one after the other, if `due`.
+
+    The others stay outside of the branch, which would copy them.
+    """
     having = [i for i, leaf in enumerate(leaves) if _present(leaf.factors)]
     if not having:
         return leaves
-    old = [leaves[i] for i in having]
-    new = dict(zip(having, lax.cond(due, lambda: list(map(fn, old)), lambda: old), strict=True))
+
+    def in_turn(old: list[_Leaf]) -> list[_Leaf]:
+        new, earlier = [], None
+        for leaf in old:
+            leaf, earlier = fn(leaf, earlier)
+            new.append(leaf)
+        return new
+
+    taken = lax.cond(due, in_turn, lambda old: old, [leaves[i] for i in having])
+    new = dict(zip(having, taken, strict=True))
     return [new.get(i, leaf) for i, leaf in enumerate(leaves)]
 
 
