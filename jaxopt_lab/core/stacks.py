@@ -71,7 +71,7 @@ def map_stacks(
         first = items[members[0]]
         stacks = [_concatenate([items[i].arrays[k] for i in members])
                   for k in range(len(first.arrays))]  # fmt: skip
-        if decomposes:
+        if decomposes and first.mesh is None:
             stacks = [x if x is None else after(x, *earlier) for x in stacks]
         results = _run(fn, stacks, first, replicated_work)
         earlier = results

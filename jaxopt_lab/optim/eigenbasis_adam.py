@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxopt_lab.core.kronecker import rank_one_step, symmetric
-from jaxopt_lab.core.ordering import after
+from jaxopt_lab.core.ordering import after, run_if
 from jaxopt_lab.core.orthogonalization import Orthogonalizer
 from jaxopt_lab.core.precision import ProductPrecision, matmul
 from jaxopt_lab.core.spectral import refresh_eigenbasis
@@ -92,11 +92,7 @@ class EigenbasisAdam:
         )
 
     def _if_due(self, due: Array, step, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
-        """`step(leaves)` if `due`, as a loop of at most one round.
-
-        Unlike a conditional, a loop hands on what it leaves alone without a copy, and it stays a
-        branch under `vmap` even where `due` differs between the mapped instances.
-        """
+        """`step(leaves)` if `due`."""
         names = (*MOMENTS, *FACTORS, *BASES)
 
         def chosen(leaves: list[FactorLeaf]) -> list[dict[str, Side]]:
@@ -105,11 +101,7 @@ class EigenbasisAdam:
         def having(arrays: list[dict[str, Side]]) -> list[FactorLeaf]:
             return [leaf.having(**x) for leaf, x in zip(leaves, arrays, strict=True)]
 
-        def once(carry):
-            return jnp.zeros_like(carry[0]), chosen(step(having(carry[1])))
-
-        _, new = lax.while_loop(lambda carry: carry[0], once, (due, chosen(leaves)))
-        return having(new)
+        return having(run_if(due, lambda arrays: chosen(step(having(arrays))), chosen(leaves)))
 
     def _status(self, leaf: FactorLeaf) -> Array:
         """What to do with each matrix."""

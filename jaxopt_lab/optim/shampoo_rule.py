@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from jaxopt_lab.core.inverse_roots import check_root
+from jaxopt_lab.core.ordering import run_if
 from jaxopt_lab.core.precision import PRODUCT_PRECISIONS, PrecisionName, ProductPrecision
 from jaxopt_lab.core.stacks import ReplicatedWork
 from jaxopt_lab.optim.routing import Scalar
@@ -177,25 +177,20 @@ class ShampooRule(NamedTuple):
         corrections = guard.corrections(self.b2 if self.bias_correction else 1)
         first, frequency = self.start_preconditioning_step, self.precondition_frequency
 
-        def all_of_them(factors: Factors, roots: Factors) -> Factors:
+        def all_of_them(roots: Factors) -> Factors:
             return refreshed_roots(rule, problems, factors, corrections, roots)
 
-        def a_part(factors: Factors, roots: Factors) -> Factors:
+        def a_part(roots: Factors) -> Factors:
             assert isinstance(frequency, int)
             share = t % frequency, frequency
             return refreshed_roots(rule, problems, factors, corrections, roots, share)
 
-        def none(factors: Factors, roots: Factors) -> Factors:
-            del factors
-            return roots
-
         if isinstance(first, int) and first == 1 and not self.stagger:
-            return all_of_them(factors, roots)
+            return all_of_them(roots)
         if self.stagger:
-            branch = 1 + jnp.sign(t - first).astype(jnp.int32)
-            return lax.switch(branch, (none, all_of_them, a_part), factors, roots)
+            return run_if(t > first, a_part, run_if(t == first, all_of_them, roots))
         due = (t == first) | ((t > first) & (t % frequency == 0))
-        return lax.cond(due, all_of_them, none, factors, roots)
+        return run_if(due, all_of_them, roots)
 
     def directions(
         self,

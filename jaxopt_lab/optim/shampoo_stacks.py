@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.inverse_roots import inverse_root
 from jaxopt_lab.core.matrices import batch_first, group_by, undo_batch_first
+from jaxopt_lab.core.ordering import after
 from jaxopt_lab.core.precision import PrecisionName, ProductPrecision
 from jaxopt_lab.core.stacks import Item, ReplicatedWork, map_stacks
 from jaxopt_lab.core.whole_matrices import on_whole_matrices
@@ -137,6 +138,7 @@ def refreshed_roots(
         exponent = rule.exponents[p.blocks.order - 1]
         return p.blocks.edges[k], factors[i][k].dtype, exponent, spec[2:], p.mesh, alone
 
+    new: Array | None = None
     for group in group_by([key(place) for place in places]):
         members = [places[j] for j in group]
         i, k = members[0]
@@ -148,6 +150,8 @@ def refreshed_roots(
             ),
             jnp.concatenate([_flat(roots[i][k]) for i, k in members]),
         )
+        if problems[i].mesh is None:
+            operands = (after(operands[0], new), *operands[1:])
         new = compute(*operands) if share is None else part_of_stack(compute, *operands, share)
         start = 0
         for i, k in members:

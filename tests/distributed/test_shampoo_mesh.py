@@ -98,7 +98,7 @@ def test_equals_one_device_within_its_budget(layout, kind):
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x, placed)
 
     text = compiled.as_text()
-    assert "conditional(" in text
+    assert "while(" in text
     counts = {name: entry[0] for name, entry in collectives(text).items()}
     # A leaf is exchanged as gradient, average, graft and direction, either factor as a Gram matrix
     # and a root; a refresh exchanges the factors of all leaves of one layout, old roots and new.
