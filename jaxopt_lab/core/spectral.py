@@ -1,6 +1,7 @@
 """Spectral tools: estimates from matrix-vector products, eigenbases and their refresh."""
 
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from jaxopt_lab.core.orthogonalization import Orthogonalizer, orthonormal
@@ -110,7 +111,12 @@ def orthogonal_complement(u: Float[Array, "*batch n"]) -> Float[Array, "*batch n
 
 def eigenbasis(factor: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
     """Eigenvectors of symmetric matrices as columns, by decreasing eigenvalue."""
-    return jnp.flip(jnp.linalg.eigh((factor + factor.mT) / 2, symmetrize_input=False)[1], axis=-1)
+    vectors = jnp.linalg.eigh((factor + factor.mT) / 2, symmetrize_input=False)[1]
+    # Decompositions return their results column by column. Left alone, compilers hand that layout
+    # on to all who share a buffer with them, and every step of an optimizer copies its bases.
+    return with_layout_constraint(
+        jnp.flip(vectors, axis=-1), Layout(major_to_minor=tuple(range(vectors.ndim)))
+    )
 
 
 def refresh_eigenbasis(
