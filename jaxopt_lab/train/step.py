@@ -70,7 +70,8 @@ def make_step(
     A step whose loss or gradient norm is not finite leaves parameters and floating-point
     optimizer state as they were. Integer state and keys advance all the same: they count steps,
     and selecting between old and new counters would batch the predicates that transforms branch
-    on. Such a step adds one to `skipped`.
+    on. A transform that counts for each matrix, such as SOAP, refuses gradients that are not
+    finite by itself; every leaf is NaN to it then. Such a step adds one to `skipped`.
 
     Args:
       init_params: (key) -> parameters.
@@ -218,6 +219,9 @@ def _guarded_update(
 ) -> tuple[TrainState, Bool[Array, " "]]:
     # The norm is finite only if every gradient is, and it is at hand already.
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    # Leaves that are finite in a dropped step must not be taken for seen: a counter of theirs would
+    # advance without the moments that it corrects.
+    grads = jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), grads)
     updates, opt_state = _apply(tx, state, grads, loss)
     params = optax.apply_updates(state.params, updates)
 
