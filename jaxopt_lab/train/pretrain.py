@@ -29,6 +29,7 @@ from jaxopt_lab.train.program import (
     build_program,
     compile_step,
     cost_of,
+    step_flops,
 )
 from jaxopt_lab.train.run_directory import (
     SUMMARY_FILE,
@@ -163,6 +164,7 @@ def _train(run: Run, callbacks: Sequence[Callback], say: Message) -> RunResult:
         "skipped": int(state.skipped),
         "parameters": models.parameter_count(run.config.model),
         "seconds": round(time.monotonic() - before, 1),
+        "optimizer_share_of_flops": _optimizer_share(run.config),
         "training_loss": loop.last_metrics.get("loss"),
         **loop.last_evaluation,
         "unigram_nats": held_out.unigram_nats,
@@ -208,10 +210,16 @@ def _compile(config: PretrainConfig, program: Program, say: Message) -> jax.stag
     sizes = " x ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
     say(
         f"{config.preset}: {models.parameter_count(config.model) / 1e6:.2f}M parameters on mesh "
-        f"{sizes}, {config.batch_size * config.model.context:,} tokens per step; "
+        f"{sizes}, {config.batch_size * config.model.context:,} tokens per step, "
+        f"{100 * _optimizer_share(config):.2g} % of its FLOPs in the optimizer; "
         f"compiled in {time.monotonic() - before:.1f} s"
     )
     return compiled
+
+
+def _optimizer_share(config: PretrainConfig) -> float:
+    of_model, of_optimizer = step_flops(config)
+    return of_optimizer / (of_model + of_optimizer)
 
 
 def _sample(run: Run, state: TrainState) -> dict[str, str] | None:

@@ -46,6 +46,7 @@ class Cost:
     output_bytes: int
     flops: float  # of one device, as counted by the compiler; 0 where it does not count
     model_flops: float  # of the whole step: 6 N tokens + attention
+    optimizer_flops: float  # of the whole step, averaged over the kinds of steps
     collectives: Mapping[str, CollectiveTotal]
 
     def __str__(self) -> str:
@@ -56,6 +57,10 @@ class Cost:
             ["output", f"{self.output_bytes / 2**20:,.1f} MiB"],
             ["FLOPs of the program", f"{self.flops:.3g}"],
             ["FLOPs of the model, all devices", f"{self.model_flops:.3g}"],
+            [
+                "FLOPs of the optimizer, without repetition",
+                f"{self.optimizer_flops:.3g}",
+            ],
         ]
         for kind, total in self.collectives.items():
             rows.append([kind, f"{total.count} x, {total.bytes / 2**20:,.1f} MiB"])
@@ -121,15 +126,24 @@ def cost_of(config: PretrainConfig, compiled: jax.stages.Compiled) -> Cost:
     """Reads memory, FLOPs and collectives off the compiled step."""
     memory: Any = compiled.memory_analysis()
     analysis: Any = compiled.cost_analysis() or {}
-    tokens = config.batch_size * config.model.context
+    of_model, of_optimizer = step_flops(config)
     return Cost(
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         flops=float(analysis.get("flops", 0.0)),
-        model_flops=models.flops_per_token(config.model) * tokens,
+        model_flops=of_model,
+        optimizer_flops=of_optimizer,
         collectives=collectives(compiled.as_text() or ""),
     )
+
+
+def step_flops(config: PretrainConfig) -> tuple[float, float]:
+    """FLOPs of a step: of the model (6 N tokens + attention) and, on average, of the optimizer."""
+    model = config.model
+    of_model = models.flops_per_token(model) * config.batch_size * model.context
+    shapes, axes = models.abstract_params(model), models.matrix_axes(model)
+    return of_model, config.optimizer.mean_flops(shapes, axes)
 
 
 def averaged_params(config: PretrainConfig, state: TrainState) -> PyTree | None:

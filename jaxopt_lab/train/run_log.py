@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 
-from jaxopt_lab import models
 from jaxopt_lab.report.progress import Progress
 from jaxopt_lab.report.tracker import Tracker
 from jaxopt_lab.train.config import PretrainConfig
+from jaxopt_lab.train.program import step_flops
 
 
 class RunLog:
@@ -24,9 +24,7 @@ class RunLog:
     def __init__(self, config: PretrainConfig, directory: Path, start_step: int):
         """Opens the files and starts the live line."""
         self._tokens_per_step = config.batch_size * config.model.context
-        self._flops_per_step = config.optimizer.mean_flops(
-            models.abstract_params(config.model), models.matrix_axes(config.model)
-        )
+        _, self._flops_per_step = step_flops(config)
         self._tracker: Tracker | None = None
         self._progress: Progress | None = None
         if jax.process_index() == 0:
