@@ -294,8 +294,9 @@ def _length(x: Array) -> Array:
 
 
 def _divide(x: Array, size: Array) -> Array:
-    """Quotient, and 0 where the size is 0."""
-    return x * jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
+    """Quotient, and 0 where the size is 0, or subnormal: its inverse may overflow."""
+    normal = size >= jnp.finfo(size.dtype).tiny
+    return x * jnp.where(normal, 1 / jnp.where(normal, size, 1), 0)
 
 
 def _unit(x: Array) -> Array:

@@ -142,7 +142,10 @@ def refresh_eigenbasis(
       The new basis, and the permutation that sorted the old one: entry j of the new order was
       entry `order[j]`. Whatever is stored in the eigenbasis follows it.
     """
-    image = matmul(factor, basis, precision) * _reciprocal(_lengths(factor))
+    # By the largest entry first, so that the squares of no factor vanish or overflow.
+    largest = jnp.max(jnp.abs(factor), axis=(-2, -1), keepdims=True)
+    size = largest * _lengths(factor * _reciprocal(largest))
+    image = matmul(factor, basis, precision) * _reciprocal(size)
     order = jnp.argsort(jnp.sum(basis * image, axis=-2), axis=-1, descending=True)
     image = image + _RIDGES[image.dtype.name] * basis
     image = jnp.take_along_axis(image, order[..., None, :], axis=-1)
@@ -154,5 +157,6 @@ def _lengths(x: Array) -> Array:
 
 
 def _reciprocal(x: Array) -> Array:
-    """The inverse, and 0 for 0."""
-    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
+    """The inverse, and 0 for 0 and for subnormal numbers, whose inverse may overflow."""
+    normal = x >= jnp.finfo(x.dtype).tiny
+    return jnp.where(normal, 1 / jnp.where(normal, x, 1), 0)
