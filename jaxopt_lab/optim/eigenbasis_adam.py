@@ -111,12 +111,18 @@ class EigenbasisAdam:
             leaf.arrays["row_factor"] is not None and leaf.arrays["column_factor"] is not None
         )
         waits = self.rule.waits_for_gradient and two_sided
-        starting = (age == 0) & ((largest > 0) | (not waits))
+        # Directions of subnormal gradients are rounding.
+        is_something = largest >= jnp.finfo(grad.dtype).tiny
+        starting = (age == 0) & (is_something | (not waits))
         status = jnp.where(starting, STARTED, jnp.where(age > 0, APPLIED, WAITING))
-        return jnp.where(jnp.isfinite(largest), status, REFUSED)
+        # The square of the Frobenius norm bounds whatever is formed of a gradient, with room for
+        # rounding; once it overflows, averages would stay infinite for good.
+        bound = jnp.square(2 * largest) * (leaf.layout.m * leaf.layout.n)
+        return jnp.where(jnp.isfinite(bound), status, REFUSED)
 
     def _start(self, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
         def start(grad, rows, columns, row_basis, column_basis, status):
+            grad = jnp.where(_wide(status == STARTED), grad, 0)
             first = self.rule.start((rows, columns), grad)
             new = (*first, *self.rule.bases(first, grad))
             return _select(status == STARTED, new, (rows, columns, row_basis, column_basis))

@@ -14,6 +14,7 @@ from jaxopt_lab.core.whole_matrices import known_sharding
 from jaxopt_lab.optim.eigenbasis_adam import APPLIED, BASES, FACTORS, REFUSED, EigenbasisAdam
 from jaxopt_lab.optim.factor_leaves import FactorLeaf, slot_of
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves
+from jaxopt_lab.optim.rates import check_rates
 from jaxopt_lab.optim.routing import (
     MatrixAxesSpec,
     Scalar,
@@ -37,7 +38,7 @@ class EigenbasisAdamState(NamedTuple):
 
     count: Array  # shape=(), dtype=int32: gradients seen
     age: optax.Updates  # (*batch), int32: 0 before a matrix has started, then 1 + updates applied
-    rejected: optax.Updates  # (*batch), int32: gradients refused because they were not finite
+    rejected: optax.Updates  # (*batch), int32: gradients refused: not finite, or too large
     mu: optax.Updates  # (*batch, m, n): first moment in the eigenbases
     nu: Any  # (*batch, m, n): second moment in the eigenbases
     row_nu: Any  # (*batch, m): factored second moment, rows
@@ -71,6 +72,7 @@ def eigenbasis_transform(
     param_shardings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation of a method; its arguments are explained by `scale_by_soap`."""
+    check_rates(weight_decay=weight_decay, decay_rate=decay_rate)
     # A traced number (from inject_hyperparams) may be anything; only a plain zero skips the decay.
     decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
 

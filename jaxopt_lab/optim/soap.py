@@ -89,8 +89,9 @@ def scale_by_soap(
         "share" it for an all-gather of the results.
 
     Returns:
-      A transformation with state `EigenbasisAdamState`. A gradient that is not finite leaves its
-      matrix and the state of that matrix as they are and counts in `rejected`.
+      A transformation with state `EigenbasisAdamState`. A gradient that is not finite, or too large
+      to be squared, leaves its matrix, factors and moments as they are and counts in `rejected`; a
+      refresh of the bases that is due is made all the same.
 
     Raises:
       ValueError: An option is unknown or out of range, or a leaf is not a matrix.
