@@ -1,5 +1,6 @@
 """Options that SOAP and DyKAF share, checked before anything is built."""
 
+import math
 from typing import Any, TypeGuard
 
 import jax.numpy as jnp
@@ -29,10 +30,10 @@ def check_options(
             raise ValueError(f"{name} is {value}; it must be in [0, 1)")
     if _is_number(factor_decay) and not 0 <= factor_decay <= 1:
         raise ValueError(f"factor_decay is {factor_decay}; it must be in [0, 1], or None for b2")
-    if _is_number(eps) and not eps >= 0:
-        raise ValueError(f"eps is {eps}; it must be at least 0")
+    if _is_number(eps) and not 0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps}; it must be a finite number of at least 0")
     if _is_number(precondition_frequency):
-        if precondition_frequency < 1 or precondition_frequency != int(precondition_frequency):
+        if not (precondition_frequency >= 1 and float(precondition_frequency).is_integer()):
             raise ValueError(
                 f"precondition_frequency is {precondition_frequency}; it must be an integer of at "
                 "least 1"
