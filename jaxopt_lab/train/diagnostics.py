@@ -4,12 +4,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import jax
 import optax
 from jaxtyping import Array
 
-from jaxopt_lab.diagnostics import Every, NormRatios, Recorders, Snapshot, direction_of
+from jaxopt_lab.core.matrices import MatrixLayout
+from jaxopt_lab.diagnostics import (
+    Every,
+    FisherErrors,
+    NormRatios,
+    Recorder,
+    Recorders,
+    Snapshot,
+    direction_of,
+)
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.optimizers import LionMuonConfig, ModelInfo, OptimizerConfig
+from jaxopt_lab.train.optimizers_kronecker import EigenbasisConfig
 from jaxopt_lab.train.step import Step, TrainState
 
 
@@ -17,22 +28,29 @@ from jaxopt_lab.train.step import Step, TrainState
 class DiagnosticsConfig:
     """What to measure along the run, besides losses. Off, it costs nothing."""
 
-    record: tuple[Literal["norms"], ...] = ()
-    """`norms`: norm ratios of gradients, weights and updates, for the LionMuon family."""
+    record: tuple[Literal["norms", "fisher"], ...] = ()
+    """`norms`: norm ratios of gradients, weights and updates, for the LionMuon family. `fisher`:
+    errors of the Kronecker factors, for SOAP and DyKAF."""
 
     every: int = 50
     """Steps between two records of one residue."""
 
     residues: tuple[int, ...] = (0, 1)
-    """Steps that are congruent to one of these modulo `every` are recorded. Two neighbours see
-    both kinds of steps of an optimizer that alternates."""
+    """`norms`: steps that are congruent to one of these modulo `every` are recorded. Two neighbours
+    see both kinds of steps of an optimizer that alternates."""
+
+    window: int = 20
+    """`fisher`: gradients before each record that it compares with; they are kept meanwhile."""
+
+    layers: tuple[str, ...] | None = None
+    """`fisher`: leaves to look at, such as `layers/mlp/down/kernel`; None takes all matrices."""
 
     def validate(self, optimizer: OptimizerConfig) -> None:
         """Checks the values.
 
         Raises:
-          ConfigError: For an interval below 1, no or a negative residue, or an optimizer that the
-            diagnostics cannot look into.
+          ConfigError: For an interval below 1, no or a negative residue, a window that does not
+            fit, or an optimizer that the diagnostics cannot look into.
         """
         if self.every < 1:
             raise ConfigError("diagnostics.every", self.every, "expected at least 1")
@@ -45,6 +63,19 @@ class DiagnosticsConfig:
                 "diagnostics.record", self.record,
                 f"expected an optimizer of the LionMuon family, not {type(optimizer).__name__}",
             )  # fmt: skip
+        if "fisher" in self.record:
+            self._validate_fisher(optimizer)
+
+    def _validate_fisher(self, optimizer: OptimizerConfig) -> None:
+        if not isinstance(optimizer, EigenbasisConfig):
+            raise ConfigError(
+                "diagnostics.record", self.record,
+                f"expected SOAP or DyKAF, not {type(optimizer).__name__}",
+            )  # fmt: skip
+        if not 0 < self.window < self.every:
+            raise ConfigError(
+                "diagnostics.window", self.window, f"expected 1 to {self.every - 1} gradients"
+            )
 
 
 def make_recorders(
@@ -60,14 +91,53 @@ def make_recorders(
       optimizer: The optimizer that trains.
       model: Facts about the model.
       ema: What is chained behind the optimizer, whose state is then part of the state.
+
+    Raises:
+      ConfigError: For a layer that is no matrix of the model.
     """
     if not config.record:
         return None
+    recorders: list[Recorder] = []
+    if "norms" in config.record:
+        recorders.append(_norm_ratios(config, optimizer, model, ema))
+    if "fisher" in config.record:
+        recorders.append(_fisher_errors(config, optimizer, model))
+    return Recorders(recorders)
+
+
+def _fisher_errors(
+    config: DiagnosticsConfig, optimizer: OptimizerConfig, model: ModelInfo
+) -> FisherErrors:
+    assert isinstance(optimizer, EigenbasisConfig)
+    leaves = jax.tree_util.tree_leaves_with_path(
+        model.matrix_axes, is_leaf=lambda x: isinstance(x, MatrixLayout)
+    )
+    matrices = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    for layer in config.layers or ():
+        if layer not in matrices:
+            raise ConfigError(
+                "diagnostics.layers", layer, f"expected some of {', '.join(matrices)}"
+            )
+    return FisherErrors(
+        config.every,
+        config.layers,
+        window=config.window,
+        decay=optimizer.b2,
+        matrix_axes=model.matrix_axes,
+    )
+
+
+def _norm_ratios(
+    config: DiagnosticsConfig,
+    optimizer: OptimizerConfig,
+    model: ModelInfo,
+    ema: optax.GradientTransformation | None,
+) -> NormRatios:
     # The rate cancels in the ratios, but must not be zero where a schedule is.
     plain = replace(optimizer, weight_decay=0.0).build(optax.constant_schedule(1.0), model)
     plain = plain if ema is None else optax.chain(plain, ema)
     every = Every(config.every, tuple(residue % config.every for residue in config.residues))
-    return Recorders([NormRatios(every, direction_of(plain), matrix_axes=model.matrix_axes)])
+    return NormRatios(every, direction_of(plain), matrix_axes=model.matrix_axes)
 
 
 def take_record(

@@ -11,6 +11,7 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 from jaxopt_lab.report.tracker import read_metrics
+from jaxopt_lab.train.diagnostics import DiagnosticsConfig, make_recorders
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.mesh import MeshConfig, make_mesh, to_global
 from jaxopt_lab.train.optimizers import OPTIMIZERS, DyKAFConfig, ModelInfo, ShampooConfig
@@ -71,6 +72,39 @@ def test_a_resumed_sharded_run_with_staggered_refreshes(text, tmp_path, name):
         text, tmp_path, optimizer=OPTIMIZERS[name](precondition_frequency=2, stagger=True),
         mesh=MeshConfig(2, 2),
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_errors_of_the_factors_along_a_run(text, tmp_path):
+    diagnostics = DiagnosticsConfig(
+        record=("fisher",), every=4, window=2, layers=("layers/mlp/down/kernel",)
+    )
+    config = tiny_config(
+        text, tmp_path / "run", optimizer=DyKAFConfig(), diagnostics=diagnostics, steps=5
+    )
+    pretrain(config)
+    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    name = "fisher/layers/mlp/down/kernel/distance_rescaled"
+    assert [row["step"] for row in rows if name in row] == [4]
+    assert 0 < rows[3][name] < 1
+    plain = replace(config, run_directory=str(tmp_path / "plain"), diagnostics=DiagnosticsConfig())
+    pretrain(plain)
+    assert losses_of(tmp_path / "plain") == losses_of(tmp_path / "run")
+
+
+def test_when_errors_of_the_factors_are_recorded():
+    axes = {"a": {"kernel": MuonDimensionNumbers()}, "bias": None}
+    config = DiagnosticsConfig(record=("fisher",), every=5, window=2)
+    config.validate(DyKAFConfig())
+    recorders = make_recorders(config, DyKAFConfig(), ModelInfo(axes), None)
+    assert [recorders.due(step) for step in range(6)] == [True, False, False, True, True, True]
+    make_recorders(replace(config, layers=("a/kernel",)), DyKAFConfig(), ModelInfo(axes), None)
+    with pytest.raises(ConfigError, match="diagnostics.layers: got 'bias', expected some of a/k"):
+        make_recorders(replace(config, layers=("bias",)), DyKAFConfig(), ModelInfo(axes), None)
+    with pytest.raises(ConfigError, match="diagnostics.window: got 5, expected 1 to 4 gradients"):
+        replace(config, window=5).validate(DyKAFConfig())
+    with pytest.raises(ConfigError, match="expected SOAP or DyKAF, not ShampooConfig"):
+        config.validate(ShampooConfig())
 
 
 def nan_in_one_leaf(params, batch):
