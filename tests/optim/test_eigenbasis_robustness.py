@@ -1,0 +1,194 @@
+"""SOAP and DyKAF in working precision on gradients that nobody wants to see."""
+
+import functools
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from optax.contrib import MuonDimensionNumbers
+
+import jaxopt_lab as jol
+from tests.optim.eigenbasis_runs import QUICKLY
+
+VARIANTS = {
+    "soap": (jol.scale_by_soap, {}),
+    "soap factored": (jol.scale_by_soap, {"factored_second_moment": True}),
+    "ksl": (jol.scale_by_dykaf, {}),
+    "parallel": (jol.scale_by_dykaf, {"integrator": "parallel"}),
+    "eps": (jol.scale_by_dykaf, {"init": "eps"}),
+    "rank one": (jol.scale_by_dykaf, {"rank1_second_moment": True}),
+}
+# Two matrices in each dtype; shapes are few so that runs are compiled once a variant.
+SHAPES = {"float32": (2, 4, 6), "bfloat16": (2, 4, 6)}
+STEPS, FREQUENCY = 8, 3
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@functools.cache
+def compiled(variant):
+    factory, options = VARIANTS[variant]
+    tx = factory(
+        precondition_frequency=FREQUENCY,
+        weight_decay=0.1,
+        matrix_axes=MuonDimensionNumbers(1, 2),
+        **options,
+    )
+
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    def go(grads):
+        grads = {k: g.astype(k) for k, g in grads.items()}
+        params = {k: jnp.ones(s, k) for k, s in SHAPES.items()}
+
+        def step(carry, grad):
+            params, state = carry
+            updates, state = tx.update(grad, state, params)
+            params = jax.tree.map(lambda w, u: w - 0.01 * u, params, updates)
+            return (params, state), (updates, state)
+
+        return jax.lax.scan(step, (params, tx.init(params)), grads)[1]
+
+    return lambda grads: jax.device_get(go(jax.tree.map(np.float32, grads)))
+
+
+def normal(seed):
+    rng = np.random.default_rng(seed)
+    return {k: rng.normal(size=(STEPS, *s)) for k, s in SHAPES.items()}
+
+
+def assert_finite(tree):
+    for x in jax.tree.leaves(tree):
+        assert np.isfinite(np.asarray(x, np.float32)).all()
+
+
+@every_variant
+@hypothesis.settings(max_examples=100)
+@hypothesis.given(
+    seed=st.integers(0, 10**6),
+    size=st.floats(-18, 18),
+    wander=st.floats(0, 2),
+    condition=st.floats(0, 12),
+    rank=st.integers(1, 4),
+    idle_row=st.booleans(),
+    idle_column=st.booleans(),
+    zero_steps=st.integers(0, 3),
+)
+def test_finite_and_bounded(
+    variant, seed, size, wander, condition, rank, idle_row, idle_column, zero_steps
+):
+    """Whatever the size and condition of gradients, of low rank at first, absent or idle."""
+    rng = np.random.default_rng(seed)
+    grads = normal(seed)
+    for g in grads.values():
+        left, values, right = np.linalg.svd(g, full_matrices=False)
+        values = values * np.geomspace(1, 10**-condition, 4)
+        values[:2, ..., rank:] = 0  # of the first two gradients
+        g[:] = left * values[..., None, :] @ right
+        g *= 10 ** (size + wander * rng.normal(size=(STEPS, 2, 1, 1)))
+        np.clip(g, -1e30, 1e30, out=g)
+        g[:zero_steps, 1] = 0
+        if idle_row:
+            g[..., 2, :] = 0
+        if idle_column:
+            g[..., 3] = 0
+    updates, state = compiled(variant)(grads)
+    assert_finite(updates)
+    assert_finite(state)
+    for name, x in updates.items():
+        largest = np.abs(np.asarray(x, np.float32)).max()
+        # Not Adam's bound: a refresh turns the first moment and not the second one.
+        assert largest < 1e3, name
+
+
+def fields(state, index):
+    """What a state holds of one matrix of each stack; counters apart."""
+    trees = state._replace(count=None, rejected=None)
+    return jax.tree.map(lambda x: x[:, index], trees)
+
+
+def at(step, tree):
+    return jax.tree.map(lambda x: x[step], tree)
+
+
+@functools.cache
+def undisturbed(variant):
+    return compiled(variant)(normal(0))
+
+
+@every_variant
+@hypothesis.settings(max_examples=20)
+@hypothesis.given(
+    step=st.integers(0, STEPS - 1),
+    row=st.integers(0, 3),
+    column=st.integers(0, 5),
+    bad=st.sampled_from([np.nan, np.inf, -np.inf, 1e30, -3e38]),
+)
+def test_refused_gradients(variant, step, row, column, bad):
+    """The matrix and its state stay as they are, others do not notice, and all goes on."""
+    grads = normal(0)
+    for g in grads.values():
+        g[step, 1, row, column] = bad
+    updates, states = compiled(variant)(grads)
+    assert_finite(updates)
+    assert_finite(states)
+    for name in SHAPES:
+        counts = np.zeros((STEPS, 2), int)
+        counts[step:, 1] = 1
+        np.testing.assert_array_equal(states.rejected[name], counts)
+        np.testing.assert_array_equal(updates[name][step, 1], 0)
+        moved = [np.abs(np.asarray(u[1], np.float32)).max() > 0.01 for u in updates[name]]
+        # The first gradient that is taken only starts.
+        assert moved == [t != step and t > (step == 0) for t in range(STEPS)]
+
+    # The neighbour: bit for bit until it is refreshed in one stack with this matrix; how often
+    # columns are made orthogonal is then decided for both.
+    refreshed = max(-(-step // FREQUENCY), 1) * FREQUENCY
+    found, clean = (
+        (fields(s, 0), jax.tree.map(lambda x: x[:, 0], u))
+        for u, s in ((updates, states), undisturbed(variant))
+    )
+    chex.assert_trees_all_equal(*(at(slice(refreshed), x) for x in (found, clean)))
+    chex.assert_trees_all_close(found[1], clean[1], rtol=0, atol=5e-2)
+
+    # The matrix itself: bit for bit, but for a refresh, which needs no gradient.
+    mine = fields(states, 1)
+    before, after = (at(t, mine) for t in (step - 1, step))
+    if step == 0:
+        assert not any(x.any() for x in jax.tree.leaves((after.age, after.mu)))
+    elif step % FREQUENCY:
+        chex.assert_trees_all_equal(before, after)
+    else:
+        chex.assert_trees_all_equal(before.age, after.age)
+        for name in ("row_factor", "column_factor"):  # made symmetric
+            pair = (getattr(before, name), getattr(after, name))
+            chex.assert_trees_all_close(*pair, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["soap", "ksl"])
+def test_after_a_refusal_all_is_as_if_that_gradient_had_never_come(variant):
+    """Away from the refreshes, whose turn follows the shared count."""
+    grads, without = normal(0), normal(0)
+    for name, g in grads.items():
+        g[1, 1] = np.nan
+        without[name] = np.delete(g, 1, axis=0)
+        without[name] = np.concatenate([without[name], g[-1:]])
+    _, disturbed = compiled(variant)(grads)
+    _, states = compiled(variant)(without)
+    late, early = fields(disturbed, 1), fields(states, 1)
+    chex.assert_trees_all_equal(at(2, late), at(1, early))
+    assert late.age["float32"].tolist() == [1, 1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("variant", ["soap", "ksl"])
+@pytest.mark.parametrize("size", [2.0**-40, 2.0**40])
+def test_bases_follow_gradients_of_any_size(variant, size):
+    """Also where squares of the factors, fourth powers of gradients, leave the range of float32."""
+    _, states = compiled(variant)({k: size * g for k, g in normal(0).items()})
+    _, usual = undisturbed(variant)
+    for name in ("row_basis", "column_basis"):
+        found, wanted = (getattr(s, name)["float32"] for s in (states, usual))
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+        assert np.abs(wanted[-1] - wanted[0]).max() > 0.1
