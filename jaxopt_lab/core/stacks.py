@@ -46,6 +46,7 @@ def map_stacks(
     replicated_work: ReplicatedWork = "repeat",
     enough: int | None = None,
     decomposes: bool = False,
+    scalars: Sequence[Array] = (),
 ) -> list[tuple[Array | None, ...]]:
     """Apply `fn` to the arrays of all items, as few times as their shapes allow.
 
@@ -61,6 +62,7 @@ def map_stacks(
       enough: Items with so many entries are left alone: concatenating them would cost more than
         their own calls. None: everything that fits is concatenated.
       decomposes: Whether `fn` calls decompositions, which must not run at the same time (`after`).
+      scalars: Traced numbers that `fn` takes after its arrays.
 
     Returns:
       For each item its results, (batch, *inner).
@@ -73,7 +75,7 @@ def map_stacks(
                   for k in range(len(first.arrays))]  # fmt: skip
         if decomposes and first.mesh is None:
             stacks = [x if x is None else after(x, *earlier) for x in stacks]
-        results = _run(fn, stacks, first, replicated_work)
+        results = _run(fn, stacks, first, replicated_work, scalars)
         earlier = results
         start = 0
         for i in members:
@@ -113,25 +115,25 @@ def _concatenate(arrays: Sequence[Array | None]) -> Array | None:
     return present[0] if len(present) == 1 else jnp.concatenate(present)
 
 
-def _run(fn, stacks, item: Item, replicated_work: ReplicatedWork):
+def _run(fn, stacks, item: Item, replicated_work: ReplicatedWork, scalars: Sequence[Array]):
     """Call `fn` on whole entries, leaving out the arrays that the items do not have."""
     slots = [s for s in item.slots if s is not None]
     results = [s for s in item.results if s is not None]
 
     def whole(*arrays: Array) -> tuple[Array, ...]:
         b = arrays[0].shape[0]
-        given = iter(zip(arrays, slots, strict=True))
+        given = iter(zip(arrays, slots, strict=False))  # the scalars follow
         flat = []
         for slot in item.slots:
             x, s = (None, None) if slot is None else next(given)
             flat.append(None if x is None or s is None else x.reshape((b, *s.whole)))
-        out = [y for y in fn(*flat) if y is not None]
+        out = [y for y in fn(*flat, *arrays[len(slots) :]) if y is not None]
         return tuple(y.reshape((b, *s.inner)) for y, s in zip(out, results, strict=True))
 
     arrays = [x for x in stacks if x is not None]
     sharded = any(map(_is_sharded, (*slots, *results)))
     if item.mesh is None or not (sharded or replicated_work == "share"):
-        out = whole(*arrays)
+        out = whole(*arrays, *scalars)
     else:
         used = {a for s in (*slots, *results) for e in s.spec if e
                 for a in ((e,) if isinstance(e, str) else e)}  # fmt: skip
@@ -144,6 +146,7 @@ def _run(fn, stacks, item: Item, replicated_work: ReplicatedWork):
             [s.spec for s in results],
             item.mesh,
             share_over=idle if replicated_work == "share" else (),
+            scalars=scalars,
         )
     done = iter(out)
     return tuple(None if slot is None else next(done) for slot in item.results)

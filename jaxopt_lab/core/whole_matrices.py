@@ -41,6 +41,7 @@ def on_whole_matrices(
     mesh: Mesh | AbstractMesh,
     *,
     share_over: Sequence[str] = (),
+    scalars: Sequence[Array] = (),
 ) -> tuple[Array, ...]:
     """Apply `fn` to whole matrices, each device to its own share of the batch.
 
@@ -55,6 +56,8 @@ def on_whole_matrices(
       mesh: The mesh of the specs.
       share_over: Mesh axes over which all operands are replicated and the work shall be divided
         rather than repeated, at the price of one all-gather of the results.
+      scalars: Further arguments of `fn`, replicated. Traced numbers must come this way: a function
+        cannot take them along onto a mesh with Explicit axes.
 
     Raises:
       ValueError: Two operands are sharded over the same mesh axes in a different order.
@@ -62,16 +65,17 @@ def on_whole_matrices(
     batch = next((spec[0] for spec in specs if len(spec) and spec[0] is not None), None)
     moved = _exchanged_axes((*specs, *out_specs))
     if not moved and not share_over:
-        return fn(*operands)
+        return fn(*operands, *scalars)
     order = (*moved, *((name,) for name in share_over))
     owners = math.prod(mesh.shape[name] for names in order for name in names)
 
-    def local(*blocks: Array) -> tuple[Array, ...]:
+    def local(*arguments: Array) -> tuple[Array, ...]:
+        blocks, numbers = arguments[: len(operands)], arguments[len(operands) :]
         size = blocks[0].shape[0]
         padding = -size % owners
         blocks = tuple(jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)) for x in blocks)
         whole = [_take(x, spec, order, mesh) for x, spec in zip(blocks, specs, strict=True)]
-        results = fn(*whole)
+        results = fn(*whole, *numbers)
         back = [_give_back(y, spec, order) for y, spec in zip(results, out_specs, strict=True)]
         return tuple(y[:size] for y in back)
 
@@ -81,11 +85,11 @@ def on_whole_matrices(
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=tuple(with_batch(spec) for spec in specs),
+        in_specs=(*map(with_batch, specs), *(PartitionSpec() for _ in scalars)),
         out_specs=tuple(with_batch(spec) for spec in out_specs),
         # Results of replicated operands are replicated by construction; the checker cannot see it.
         check_vma=False,
-    )(*operands)
+    )(*operands, *scalars)
 
 
 def _names(entry) -> AxisNames:

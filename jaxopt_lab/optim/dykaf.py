@@ -92,7 +92,8 @@ def scale_by_dykaf(
       normalize_grads: Divide $N$ by its root mean square.
       skip_first_step: Take no step at the first gradient.
       stagger: Refresh a share of the matrices at every step instead of all at once. No step then
-        pays for all of them; `precondition_frequency` must be a plain integer.
+        pays for all of them, and which matrix has its turn when depends on how they are distributed
+        over devices; `precondition_frequency` must be a plain integer.
       orthogonalizer: "panels" (matrix products) or "householder".
       factor_precision: Of the products that form factors and bases.
       rotation_precision: Of the products that rotate into the bases and back.
@@ -146,7 +147,7 @@ def scale_by_dykaf(
         single = GramFactors(1.0, 1.0, factor_precision, _RELEASED_ONE_SIDED_START)
     method = EigenbasisAdam(
         rule=KroneckerFactors(
-            decay, weight, factor_precision, integrator, init, kron_init_scale, single
+            decay, weight, single, factor_precision, integrator, init, kron_init_scale
         ),
         b1=b1,
         b2=b2,

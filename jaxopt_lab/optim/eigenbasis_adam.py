@@ -4,10 +4,11 @@ A matrix keeps two factors, one a side, and an orthogonal basis of eigenvectors 
 moments live in those bases; a method is the rule by which the factors follow the gradients.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -20,7 +21,7 @@ from jaxopt_lab.core.spectral import refresh_eigenbasis
 from jaxopt_lab.core.stacks import ReplicatedWork
 from jaxopt_lab.optim.adamw_fallback import one_minus_power
 from jaxopt_lab.optim.factor_leaves import FactorLeaf, map_leaves, map_sides
-from jaxopt_lab.optim.factor_rules import FactorRule, Side
+from jaxopt_lab.optim.factor_rules import STATIC, FactorRule, Side
 from jaxopt_lab.optim.routing import Scalar
 
 SecondMoment = Literal["full", "rank_one", "factored"]
@@ -37,25 +38,29 @@ BASES = ("row_basis", "column_basis")
 ORDERS = ("row_order", "column_order")
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EigenbasisAdam:
-    """One step of the family, on leaves whose arrays are at hand."""
+    """One step of the family, on leaves whose arrays are at hand.
+
+    A tree of its numbers, any of which may be traced.
+    """
 
     rule: FactorRule
     b1: Scalar
     b2: Scalar
     eps: Scalar
     frequency: int
-    second_moment: SecondMoment
-    eps_in_denominator: bool
-    correct_bias: bool
-    normalize_grads: bool
-    skip_first_step: bool
-    stagger: bool
-    orthogonalizer: Orthogonalizer
-    factor_precision: ProductPrecision
-    rotation_precision: ProductPrecision
-    replicated_work: ReplicatedWork
+    second_moment: SecondMoment = field(metadata=STATIC)
+    eps_in_denominator: bool = field(metadata=STATIC)
+    correct_bias: bool = field(metadata=STATIC)
+    normalize_grads: bool = field(metadata=STATIC)
+    skip_first_step: bool = field(metadata=STATIC)
+    stagger: bool = field(metadata=STATIC)
+    orthogonalizer: Orthogonalizer = field(metadata=STATIC)
+    factor_precision: ProductPrecision = field(metadata=STATIC)
+    rotation_precision: ProductPrecision = field(metadata=STATIC)
+    replicated_work: ReplicatedWork = field(metadata=STATIC)
 
     def step(
         self, count: Array, leaves: Sequence[FactorLeaf], grads: Sequence[Array]
@@ -77,18 +82,37 @@ class EigenbasisAdam:
         for leaf in leaves:
             starting = starting | jnp.any(leaf["status"] == STARTED)
         leaves = self._if_due(starting, self._start, leaves)
-        leaves = self._map(self._factor_step, leaves, ("grad", *FACTORS, "status"), FACTORS)
+        leaves = self._map(
+            EigenbasisAdam._factor_step, leaves, ("grad", *FACTORS, "status"), FACTORS
+        )
         leaves = [leaf.having(age=self._grown(leaf)) for leaf in leaves]
         names = ("grad", *MOMENTS, *BASES, "age", "status")
-        leaves = self._map(self._adam_step, leaves, names, ("direction", *MOMENTS))
+        leaves = self._map(EigenbasisAdam._adam_step, leaves, names, ("direction", *MOMENTS))
         leaves = self._refresh(count, leaves)
         directions = [leaf.layout.undo_view(leaf["direction"]) for leaf in leaves]
         return directions, [leaf["status"] for leaf in leaves], leaves
 
-    def _map(self, fn, leaves, names, results, **options) -> list[FactorLeaf]:
-        options = {"transposable": False, "enough": _ENOUGH, **options}
+    def _map(
+        self, fn, leaves, names, results, *, scalars: Sequence[Array] = (), **options
+    ) -> list[FactorLeaf]:
+        """`map_leaves` with `fn(method, *stacks, *scalars)`, where the method's numbers follow."""
+        numbers, treedef = jax.tree.flatten(self)
+        traced = [i for i, x in enumerate(numbers) if isinstance(x, jax.Array)]
+
+        def with_numbers(*arguments: Array) -> tuple[Side, ...]:
+            arrays, given = arguments[: len(names) + len(scalars)], arguments[-len(traced) :]
+            own = dict(zip(traced, given, strict=False))
+            method = treedef.unflatten([own.get(i, x) for i, x in enumerate(numbers)])
+            return fn(method, *arrays)
+
         return map_leaves(
-            fn, leaves, names, results, replicated_work=self.replicated_work, **options
+            with_numbers,
+            leaves,
+            names,
+            results,
+            scalars=(*scalars, *(numbers[i] for i in traced)),
+            replicated_work=self.replicated_work,
+            **{"transposable": False, "enough": _ENOUGH, **options},
         )
 
     def _if_due(self, due: Array, step, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
@@ -121,10 +145,10 @@ class EigenbasisAdam:
         return jnp.where(jnp.isfinite(bound), status, REFUSED)
 
     def _start(self, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
-        def start(grad, rows, columns, row_basis, column_basis, status):
+        def start(method, grad, rows, columns, row_basis, column_basis, status):
             grad = jnp.where(_wide(status == STARTED), grad, 0)
-            first = self.rule.start((rows, columns), grad)
-            new = (*first, *self.rule.bases(first, grad))
+            first = method.rule.start((rows, columns), grad)
+            new = (*first, *method.rule.bases(first, grad))
             return _select(status == STARTED, new, (rows, columns, row_basis, column_basis))
 
         names = ("grad", *FACTORS, *BASES, "status")
@@ -191,14 +215,14 @@ class EigenbasisAdam:
         turn = applied % self.frequency
         if not self.stagger:
             return self._if_due((count > 0) & (turn == 0), self._refresh_all, leaves)
-        # A share of every stack at each step, so that no step pays for all.
-        fn = _in_turn(self._refresh_matrices, turn, self.frequency)
         names = (*MOMENTS, *FACTORS, *BASES)
 
         def share(leaves: list[FactorLeaf]) -> list[FactorLeaf]:
+            # A share of every stack at each step, so that no step pays for all.
             return self._map(
-                fn, leaves, names, names, transposable=True, enough=None, decomposes=True
-            )
+                _in_turn(self.frequency), leaves, names, names,
+                scalars=(turn,), transposable=True, enough=None, decomposes=True,
+            )  # fmt: skip
 
         return self._if_due(count > 0, share, leaves)
 
@@ -207,7 +231,7 @@ class EigenbasisAdam:
         leaves = map_sides(self._refresh_side, leaves, replicated_work=self.replicated_work)
         leaves = [leaf.having(**bases) for leaf, bases in zip(leaves, old, strict=True)]
         names = (*MOMENTS, "old_row_basis", "old_column_basis", *BASES, *ORDERS)
-        return self._map(self._re_express, leaves, names, MOMENTS, transposable=True)
+        return self._map(EigenbasisAdam._re_express, leaves, names, MOMENTS, transposable=True)
 
     def _refresh_side(self, factor: Array, basis: Array) -> tuple[Array, Array, Array]:
         factor = symmetric(factor)
@@ -265,27 +289,28 @@ def _select(condition: Array, new: Sequence[Side], old: Sequence[Side]) -> tuple
     return tuple(map(select, new, old))
 
 
-def _in_turn(fn: Callable[..., tuple[Side, ...]], turn: Array, turns: int):
-    """Apply `fn` to one of `turns` shares of a stack."""
+def _in_turn(turns: int):
+    """Refresh one of `turns` shares of a stack."""
 
-    def share_of(*arrays: Side) -> tuple[Side, ...]:
+    def share_of(method: EigenbasisAdam, *arguments) -> tuple[Side, ...]:
+        *arrays, turn = arguments
         batch = next(x.shape[0] for x in arrays if x is not None)
         size = -(-batch // turns)
         first = turn * size
 
-        def part_done(arrays: tuple[Side, ...]) -> tuple[Side, ...]:
+        def part_done(arrays: Sequence[Side]) -> tuple[Side, ...]:
             # The last share may be short: its slice then reaches back into the one before.
             start = jnp.minimum(first, batch - size)
             mine = start + jnp.arange(size) >= first
             old = tuple(
                 None if x is None else lax.dynamic_slice_in_dim(x, start, size) for x in arrays
             )
-            new = _select(mine, fn(*old), old)
+            new = _select(mine, method._refresh_matrices(*old), old)
             return tuple(
                 None if x is None or y is None else lax.dynamic_update_slice_in_dim(x, y, start, 0)
                 for x, y in zip(arrays, new, strict=True)
             )
 
-        return lax.cond(first < batch, part_done, lambda arrays: arrays, arrays)
+        return run_if(first < batch, part_done, tuple(arrays))
 
     return share_of

@@ -1,7 +1,7 @@
 """The arrays of one matrix leaf with its factors and bases, and the way to stacks and back."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Array
 
@@ -73,9 +73,7 @@ def map_leaves(
     results: Sequence[str],
     *,
     transposable: bool,
-    replicated_work: ReplicatedWork,
-    enough: int | None = None,
-    decomposes: bool = False,
+    **options: Any,
 ) -> list[FactorLeaf]:
     """Replace the arrays `results` of every leaf by `fn` of the arrays `names`, in stacks.
 
@@ -87,9 +85,7 @@ def map_leaves(
         no leaf has one yet.
       transposable: Whether `fn` commutes with transposing a leaf and exchanging its sides; then
         leaves (m, n) and (n, m) share a stack.
-      replicated_work: As for `map_stacks`.
-      enough: As for `map_stacks`.
-      decomposes: As for `map_stacks`.
+      **options: Of `map_stacks`.
     """
     flips = [transposable and not x.layout.is_sharded and x.layout.m > x.layout.n for x in leaves]
     turned = [x.turned() if flip else x for x, flip in zip(leaves, flips, strict=True)]
@@ -102,9 +98,7 @@ def map_leaves(
             None if leaf.arrays.get(name, 0) is None else leaf.slot(name) for name in results
         )
         items.append(Item(arrays, slots, out, leaf.layout.mesh))
-    mapped = map_stacks(
-        fn, items, replicated_work=replicated_work, enough=enough, decomposes=decomposes
-    )
+    mapped = map_stacks(fn, items, **options)
     done = []
     for leaf, flip, flipped, values in zip(leaves, flips, turned, mapped, strict=True):
         new = flipped.having(**dict(zip(results, values, strict=True)))

@@ -1,8 +1,9 @@
 """How the Kronecker factors of a matrix start from its first gradient and follow the later ones."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -14,6 +15,9 @@ from jaxopt_lab.optim.routing import Scalar
 
 # Frobenius norm of the start "eps" of the released code.
 _EPS_START = 1e-3
+
+# Marks a field that is no number; the others may be traced.
+STATIC: dict[str, Any] = {"static": True}
 
 Side = Array | None  # of a stack of matrices; None: that side has no factor
 Pair = tuple[Side, Side]  # rows, columns
@@ -44,14 +48,16 @@ class FactorRule(Protocol):
         ...
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GramFactors:
     r"""SOAP's factors: averages of $G G^\top$ and $G^\top G$, from zero."""
 
     decay: Scalar
     weight: Scalar
-    precision: ProductPrecision
-    identity: float = 0.0  # Frobenius norm of the start
+    precision: ProductPrecision = field(metadata=STATIC)
+    # Frobenius norm of the start.
+    identity: float = field(default=0.0, metadata=STATIC)
 
     waits_for_gradient = False
 
@@ -85,17 +91,18 @@ class GramFactors:
         return rows, columns
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KroneckerFactors:
     """DyKAF's factors: the tracked best Kronecker approximation of the second moment."""
 
     decay: Scalar
     weight: Scalar
-    precision: ProductPrecision
-    integrator: str
-    init: str  # "kron" or "eps"
-    kron_init_scale: StartScale
     single: GramFactors  # where one side has no factor
+    precision: ProductPrecision = field(metadata=STATIC)
+    integrator: str = field(metadata=STATIC)
+    init: str = field(metadata=STATIC)  # "kron" or "eps"
+    kron_init_scale: StartScale = field(metadata=STATIC)
 
     @property
     def waits_for_gradient(self) -> bool:

@@ -73,7 +73,8 @@ def scale_by_soap(
       normalize_grads: Divide $N$ by its root mean square.
       skip_first_step: Take no step at the first gradient.
       stagger: Refresh a share of the matrices at every step instead of all at once. No step then
-        pays for all of them; `precondition_frequency` must be a plain integer.
+        pays for all of them, and which matrix has its turn when depends on how they are distributed
+        over devices; `precondition_frequency` must be a plain integer.
       orthogonalizer: "panels" (matrix products) or "householder".
       factor_precision: Of the products that form factors and bases.
       rotation_precision: Of the products that rotate into the bases and back.

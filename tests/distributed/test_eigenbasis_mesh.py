@@ -125,3 +125,34 @@ def test_equals_one_device_within_its_budget(method, layout, kind):
     # What is reduced is the largest entry: one number a matrix.
     reduced = re.findall(r"= \(?((?:f32|pred|s32)\[[\d,]*\])[^=]* all-reduce\(", text)
     assert all(re.fullmatch(r"\w+\[[\d,]{0,6}\]", x) for x in reduced), reduced
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+def test_traced_numbers_on_an_explicit_mesh(stagger):
+    sizes, specs = LAYOUTS["rows"]
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,))
+    shardings = {k: NamedSharding(mesh, s) for k, s in specs.items()}
+    factory = optax.inject_hyperparams(
+        jol.dykaf, static_args=("matrix_axes", "precondition_frequency", "rotation_precision")
+    )
+    tx = factory(
+        1e-2,
+        precondition_frequency=FREQUENCY,
+        stagger=stagger,
+        matrix_axes=AXES,
+        rotation_precision="highest",
+    )
+    update = jax.jit(step(tx), compiler_options=QUICKLY)
+
+    def run(placed):
+        params = jax.device_put(random_tree(0), placed)
+        state = jax.jit(tx.init)(params)
+        for t in (1, 2, 3):
+            params, state = update(params, state, jax.device_put(random_tree(t), placed))
+        return jax.device_get(params)
+
+    with jax.set_mesh(mesh):
+        on_mesh = run(shardings)
+    chex.assert_tree_all_finite(on_mesh)
+    if not stagger:  # which matrix has its turn when depends on how they are distributed
+        chex.assert_trees_all_close(on_mesh, run(None), atol=1e-4)
