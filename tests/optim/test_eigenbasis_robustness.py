@@ -188,7 +188,8 @@ def test_bases_follow_gradients_of_any_size(variant, size):
     """Also where squares of the factors, fourth powers of gradients, leave the range of float32."""
     _, states = compiled(variant)({k: size * g for k, g in normal(0).items()})
     _, usual = undisturbed(variant)
-    for name in ("row_basis", "column_basis"):
-        found, wanted = (getattr(s, name)["float32"] for s in (states, usual))
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
-        assert np.abs(wanted[-1] - wanted[0]).max() > 0.1
+    # The rows' first factor has full rank, so that only signs are a choice.
+    found, wanted = (s.row_basis["float32"] for s in (states, usual))
+    overlaps = np.abs(found.mT @ wanted)
+    np.testing.assert_allclose(overlaps, np.broadcast_to(np.eye(4), overlaps.shape), atol=1e-3)
+    assert np.abs(wanted[-1] - wanted[0]).max() > 0.1
