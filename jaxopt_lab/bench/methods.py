@@ -99,8 +99,9 @@ def _lion_muon(name: str, given: str) -> Method:
     )
 
 
-# Two-sided products a step: gradient and first moment in, direction back; and the factors' own.
-_KRONECKER_METHODS = {"soap": (soap, 3 + 1), "dykaf": (dykaf, 3 + 2), "shampoo": (shampoo, 1 + 1)}
+# Two-sided products that a step cannot do without: gradient into the eigenbases and direction back,
+# or gradient to direction; and those of the factors.
+_KRONECKER_METHODS = {"soap": (soap, 2 + 1), "dykaf": (dykaf, 2 + 2), "shampoo": (shampoo, 1 + 1)}
 
 
 def _kronecker(name: str, family: str, frequency: int, stagger: bool) -> Method:
@@ -117,8 +118,11 @@ def _kronecker(name: str, family: str, frequency: int, stagger: bool) -> Method:
         )
 
     def period_flops(params: Any, axes: Any) -> float:
-        every_step = products * rotation_flops(params, axes)
-        return float(frequency * every_step + refresh_flops(params, axes))
+        every_step = frequency * products * rotation_flops(params, axes)
+        if family == "shampoo":  # what its roots take depends on how they are found
+            return float(every_step)
+        # The first moment goes from the old bases to the new ones.
+        return every_step + refresh_flops(params, axes) + 2 * rotation_flops(params, axes)
 
     return Method(name, build, frequency, period_flops)
 
