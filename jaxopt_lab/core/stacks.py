@@ -197,6 +197,10 @@ class LeafLayout:
         slot = self.block(size, 1)
         return Slot((size,), (size,), PartitionSpec(*slot.spec[:2]))
 
+    def replicated(self, size: int) -> Slot:
+        """A (size,) vector an entry, whole on every device that has the entry."""
+        return Slot((size,), (size,), self._leading)
+
     def spread(self, size: int) -> Slot:
         """A (size,) vector an entry, folded so that every axis that shards the leaf shards it."""
         if len(self._entries) == 2:
@@ -284,7 +288,7 @@ def map_matrices(
             views = [x.mT for x in views]
             slot = Slot((layout.n, layout.m), (layout.n, layout.m), slot.spec)
         rows = [leaves[i] for leaves in vectors]
-        slots = (slot,) * len(views) + tuple(layout.vector(x.shape[1]) for x in rows)
+        slots = (slot,) * len(views) + tuple(layout.replicated(x.shape[1]) for x in rows)
         results = (slot,) + (layout.number(),) * numbers
         items.append(Item((*views, *rows), slots, results, layout.mesh))
     done = map_stacks(fn, items, replicated_work=replicated_work)

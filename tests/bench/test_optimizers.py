@@ -54,9 +54,9 @@ class CountingStep:
 @pytest.mark.parametrize("period", [1, 2, 5])
 def test_samples_cover_whole_periods(period):
     timer = OptimizerTimer(CountingStep(), period, None)
-    timer.warm_up(None, None, seconds_per_round=1e-4)
+    timer.warm_up(None, [None], seconds_per_round=1e-4)
     for _ in range(3):
-        timer.round(None, None)
+        timer.round(None, [None])
         assert timer._state % period == 0
     assert [len(single) for single in timer.single] == [period] * 3
     timer.single = [[1.0] * period, [1.0] * (period - 1) + [4.0], [1.0] * (period - 1) + [3.0]]
