@@ -11,7 +11,7 @@ from jaxopt_lab.core.orthogonalization import Orthogonalizer
 from jaxopt_lab.core.precision import ProductPrecision
 from jaxopt_lab.core.stacks import ReplicatedWork
 from jaxopt_lab.optim.eigenbasis_adam import EigenbasisAdam
-from jaxopt_lab.optim.eigenbasis_checks import check_choice, check_options, gradient_weight
+from jaxopt_lab.optim.eigenbasis_checks import check_choice, gradient_weight
 from jaxopt_lab.optim.eigenbasis_groups import on_whole_model
 from jaxopt_lab.optim.eigenbasis_transform import eigenbasis_transform
 from jaxopt_lab.optim.factor_rules import GramFactors, KroneckerFactors
@@ -127,19 +127,6 @@ def scale_by_dykaf(
     check_choice("init", init, ("kron", "eps"))
     check_choice("kron_init_scale", kron_init_scale, ("sigma", "sqrt_sigma"))
     check_choice("one_sided", one_sided, ("ema", "code"))
-    check_options(
-        b1=b1,
-        b2=b2,
-        factor_decay=factor_decay,
-        eps=eps,
-        precondition_frequency=precondition_frequency,
-        max_precond_dim=max_precond_dim,
-        stagger=stagger,
-        orthogonalizer=orthogonalizer,
-        factor_precision=factor_precision,
-        rotation_precision=rotation_precision,
-        replicated_work=replicated_work,
-    )
     decay = b2 if factor_decay is None else factor_decay
     weight = gradient_weight(decay)
     single = GramFactors(decay, weight, factor_precision)
@@ -273,30 +260,33 @@ def dykaf(
     `matrix_axes` names them; decay is decoupled unless `decay_after_step`.
     """
     check_rates(learning_rate=learning_rate, weight_decay=weight_decay)
+    shared: dict[str, Any] = {
+        "b1": b1,
+        "b2": b2,
+        "factor_decay": factor_decay,
+        "eps": eps,
+        "precondition_frequency": precondition_frequency,
+        "max_precond_dim": max_precond_dim,
+        "correct_bias": correct_bias,
+        "normalize_grads": normalize_grads,
+        "skip_first_step": skip_first_step,
+        "weight_decay": weight_decay,
+        "mask": mask,
+        "matrix_axes": matrix_axes,
+    }
     direction = scale_by_dykaf(
-        b1=b1,
-        b2=b2,
-        factor_decay=factor_decay,
-        eps=eps,
-        precondition_frequency=precondition_frequency,
+        **shared,
         integrator=integrator,
         init=init,
         kron_init_scale=kron_init_scale,
-        max_precond_dim=max_precond_dim,
         one_sided=one_sided,
         rank1_second_moment=rank1_second_moment,
         rank1_eps_in_denominator=rank1_eps_in_denominator,
-        correct_bias=correct_bias,
-        normalize_grads=normalize_grads,
-        skip_first_step=skip_first_step,
         stagger=stagger,
         orthogonalizer=orthogonalizer,
         factor_precision=factor_precision,
         rotation_precision=rotation_precision,
-        weight_decay=weight_decay,
-        mask=mask,
         decay_rate=learning_rate if decay_after_step else None,
-        matrix_axes=matrix_axes,
         param_shardings=param_shardings,
         replicated_work=replicated_work,
     )
@@ -304,21 +294,10 @@ def dykaf(
         "dykaf",
         direction,
         learning_rate,
-        b1=b1,
-        b2=b2,
-        factor_decay=factor_decay,
-        eps=eps,
-        precondition_frequency=precondition_frequency,
-        max_precond_dim=max_precond_dim,
+        **shared,
         merge_dims=merge_dims,
         precondition_1d=precondition_1d,
-        correct_bias=correct_bias,
-        normalize_grads=normalize_grads,
-        skip_first_step=skip_first_step,
-        weight_decay=weight_decay,
-        mask=mask,
         decay_after_step=decay_after_step,
-        matrix_axes=matrix_axes,
         on_uncovered=on_uncovered,
         vocabulary_size=vocabulary_size,
     )

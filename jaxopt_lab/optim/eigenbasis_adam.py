@@ -92,6 +92,10 @@ class EigenbasisAdam:
         directions = [leaf.layout.undo_view(leaf["direction"]) for leaf in leaves]
         return directions, [leaf["status"] for leaf in leaves], leaves
 
+    def applied(self, status: Array) -> Array:
+        """Whether a matrix takes a step."""
+        return (status == APPLIED) | ((status == STARTED) & (not self.skip_first_step))
+
     def _map(
         self, fn, leaves, names, results, *, scalars: Sequence[Array] = (), **options
     ) -> list[FactorLeaf]:
@@ -167,7 +171,7 @@ class EigenbasisAdam:
         ).astype(jnp.int32)
 
     def _adam_step(self, grad, mu, nu, row_nu, column_nu, row_basis, column_basis, age, status):
-        applied = (status == APPLIED) | ((status == STARTED) & (not self.skip_first_step))
+        applied = self.applied(status)
         keep = _wide(applied)
         rotated = self._rotate(jnp.where(keep, grad, 0), row_basis, column_basis)
         new_mu = self.b1 * mu + (1 - self.b1) * rotated

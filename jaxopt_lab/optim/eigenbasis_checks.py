@@ -7,52 +7,40 @@ import jax.numpy as jnp
 
 from jaxopt_lab.core.orthogonalization import ORTHOGONALIZERS
 from jaxopt_lab.core.precision import PRODUCT_PRECISIONS
+from jaxopt_lab.optim.eigenbasis_adam import EigenbasisAdam
 from jaxopt_lab.optim.routing import Scalar
 
 
-def check_options(
-    *,
-    b1: Scalar,
-    b2: Scalar,
-    factor_decay: Scalar | None,
-    eps: Scalar,
-    precondition_frequency: Any,
-    max_precond_dim: int | None,
-    stagger: bool,
-    **choices: str,
-) -> None:
+def check_method(method: EigenbasisAdam, max_precond_dim: int | None) -> None:
     """Raise `ValueError` for a number out of range or an unknown choice; names the argument.
 
     Numbers that are arrays come from `optax.inject_hyperparams` and are not looked at.
     """
-    for name, value in (("b1", b1), ("b2", b2)):
+    for name in ("b1", "b2"):
+        value = getattr(method, name)
         if _is_number(value) and not 0 <= value < 1:
             raise ValueError(f"{name} is {value}; it must be in [0, 1)")
-    if _is_number(factor_decay) and not 0 <= factor_decay <= 1:
-        raise ValueError(f"factor_decay is {factor_decay}; it must be in [0, 1], or None for b2")
+    decay, eps, frequency = method.rule.decay, method.eps, method.frequency
+    if _is_number(decay) and not 0 <= decay <= 1:
+        raise ValueError(f"factor_decay is {decay}; it must be in [0, 1], or None for b2")
     if _is_number(eps) and not 0 <= eps < math.inf:
         raise ValueError(f"eps is {eps}; it must be a finite number of at least 0")
-    if _is_number(precondition_frequency):
-        if not (precondition_frequency >= 1 and float(precondition_frequency).is_integer()):
+    if _is_number(frequency):
+        if not (frequency >= 1 and float(frequency).is_integer()):
             raise ValueError(
-                f"precondition_frequency is {precondition_frequency}; it must be an integer of at "
-                "least 1"
+                f"precondition_frequency is {frequency}; it must be an integer of at least 1"
             )
-    elif stagger:
+    elif method.stagger:
         raise ValueError(
             "stagger divides stacks into precondition_frequency shares, so that must be a plain "
             "integer; under optax.inject_hyperparams name it in static_args"
         )
     if max_precond_dim is not None and max_precond_dim < 0:
         raise ValueError(f"max_precond_dim is {max_precond_dim}; it must be at least 0, or None")
-    known = {
-        "orthogonalizer": ORTHOGONALIZERS,
-        "factor_precision": PRODUCT_PRECISIONS,
-        "rotation_precision": PRODUCT_PRECISIONS,
-        "replicated_work": ("repeat", "share"),
-    }
-    for name, value in choices.items():
-        check_choice(name, value, known[name])
+    check_choice("orthogonalizer", method.orthogonalizer, ORTHOGONALIZERS)
+    check_choice("factor_precision", method.factor_precision, PRODUCT_PRECISIONS)
+    check_choice("rotation_precision", method.rotation_precision, PRODUCT_PRECISIONS)
+    check_choice("replicated_work", method.replicated_work, ("repeat", "share"))
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

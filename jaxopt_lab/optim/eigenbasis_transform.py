@@ -11,7 +11,8 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.stacks import LeafLayout
 from jaxopt_lab.core.whole_matrices import known_sharding
-from jaxopt_lab.optim.eigenbasis_adam import APPLIED, BASES, FACTORS, REFUSED, EigenbasisAdam
+from jaxopt_lab.optim.eigenbasis_adam import BASES, FACTORS, REFUSED, EigenbasisAdam
+from jaxopt_lab.optim.eigenbasis_checks import check_method
 from jaxopt_lab.optim.factor_leaves import FactorLeaf, slot_of
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves
 from jaxopt_lab.optim.rates import check_rates
@@ -72,6 +73,7 @@ def eigenbasis_transform(
     param_shardings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation of a method; its arguments are explained by `scale_by_soap`."""
+    check_method(method, max_precond_dim)
     check_rates(weight_decay=weight_decay, decay_rate=decay_rate)
     # A traced number (from inject_hyperparams) may be anything; only a plain zero skips the decay.
     decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
@@ -113,10 +115,16 @@ def eigenbasis_transform(
             state.count, leaves, [g.astype(_wide_dtype(g)) for g in grads]
         )
         if decays:
-            directions = _decayed(
-                directions, statuses, known, state.count, method, params,
-                weight_decay, mask, decay_rate, updates,
-            )  # fmt: skip
+            decaying = broadcast_prefix("mask", True if mask is None else mask, updates)
+            rate: Any = decay_rate(state.count) if callable(decay_rate) else decay_rate
+            directions = [
+                _decayed(d, w, known.per_matrix(i, method.applied(s), d), weight_decay, rate)
+                if decaying[i]
+                else d
+                for i, (d, w, s) in enumerate(
+                    zip(directions, jax.tree.leaves(params), statuses, strict=True)
+                )
+            ]
         unflatten = known.treedef.unflatten
         out = unflatten([d.astype(g.dtype) for d, g in zip(directions, grads, strict=True)])
         refused = [
@@ -200,22 +208,12 @@ def _stored(state: EigenbasisAdamState, leaves: Sequence[FactorLeaf], unflatten)
 
 
 def _decayed(
-    directions, statuses, known, count, method, params, weight_decay, mask, decay_rate, updates
-) -> list[Array]:
-    """Add the decay to the matrices that take a step."""
-    decaying = broadcast_prefix("mask", True if mask is None else mask, updates)
-    rate = decay_rate(count) if callable(decay_rate) else decay_rate
+    direction: Array, w: Array, applied: Array, weight_decay: Scalar, rate: Scalar | None
+) -> Array:
+    """The direction with the decay of the matrices that take a step."""
     # After the step: W' = (1 - rate decay)(W - rate D), as one update.
     shrunk = 1.0 if rate is None else 1 - rate * weight_decay
-    out = []
-    for i, (d, status, w) in enumerate(
-        zip(directions, statuses, jax.tree.leaves(params), strict=True)
-    ):
-        applied = (status == APPLIED) | ((status > 0) & (not method.skip_first_step))
-        applied = known.per_matrix(i, applied, d)
-        term = jnp.where(applied, weight_decay * w.astype(d.dtype), 0)
-        out.append(shrunk * d + term if decaying[i] else d)
-    return out
+    return shrunk * direction + jnp.where(applied, weight_decay * w.astype(direction.dtype), 0)
 
 
 def _wide_dtype(x: Any) -> Any:

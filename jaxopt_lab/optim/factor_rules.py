@@ -27,6 +27,11 @@ class FactorRule(Protocol):
     """What `EigenbasisAdam` asks of a method."""
 
     @property
+    def decay(self) -> Scalar:
+        """Of the factors."""
+        ...
+
+    @property
     def waits_for_gradient(self) -> bool:
         """Whether a matrix whose gradient is zero has not started."""
         ...

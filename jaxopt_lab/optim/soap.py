@@ -8,7 +8,7 @@ from jaxopt_lab.core.orthogonalization import Orthogonalizer
 from jaxopt_lab.core.precision import ProductPrecision
 from jaxopt_lab.core.stacks import ReplicatedWork
 from jaxopt_lab.optim.eigenbasis_adam import EigenbasisAdam
-from jaxopt_lab.optim.eigenbasis_checks import check_options, gradient_weight
+from jaxopt_lab.optim.eigenbasis_checks import gradient_weight
 from jaxopt_lab.optim.eigenbasis_groups import on_whole_model
 from jaxopt_lab.optim.eigenbasis_transform import eigenbasis_transform
 from jaxopt_lab.optim.factor_rules import GramFactors
@@ -104,19 +104,6 @@ def scale_by_soap(
     keep their basis vectors (released: arbitrary ones); leading axes are batch by layout; products
     of factors have about 16 bits of mantissa on accelerators by default.
     """
-    check_options(
-        b1=b1,
-        b2=b2,
-        factor_decay=factor_decay,
-        eps=eps,
-        precondition_frequency=precondition_frequency,
-        max_precond_dim=max_precond_dim,
-        stagger=stagger,
-        orthogonalizer=orthogonalizer,
-        factor_precision=factor_precision,
-        rotation_precision=rotation_precision,
-        replicated_work=replicated_work,
-    )
     decay = b2 if factor_decay is None else factor_decay
     method = EigenbasisAdam(
         rule=GramFactors(decay, gradient_weight(decay), factor_precision),
@@ -237,26 +224,29 @@ def soap(
     `matrix_axes` names them; decay is decoupled unless `decay_after_step`.
     """
     check_rates(learning_rate=learning_rate, weight_decay=weight_decay)
+    shared: dict[str, Any] = {
+        "b1": b1,
+        "b2": b2,
+        "factor_decay": factor_decay,
+        "eps": eps,
+        "precondition_frequency": precondition_frequency,
+        "max_precond_dim": max_precond_dim,
+        "correct_bias": correct_bias,
+        "normalize_grads": normalize_grads,
+        "skip_first_step": skip_first_step,
+        "weight_decay": weight_decay,
+        "mask": mask,
+        "matrix_axes": matrix_axes,
+    }
     direction = scale_by_soap(
-        b1=b1,
-        b2=b2,
-        factor_decay=factor_decay,
-        eps=eps,
-        precondition_frequency=precondition_frequency,
-        max_precond_dim=max_precond_dim,
+        **shared,
         one_sided=one_sided,
         factored_second_moment=factored_second_moment,
-        correct_bias=correct_bias,
-        normalize_grads=normalize_grads,
-        skip_first_step=skip_first_step,
         stagger=stagger,
         orthogonalizer=orthogonalizer,
         factor_precision=factor_precision,
         rotation_precision=rotation_precision,
-        weight_decay=weight_decay,
-        mask=mask,
         decay_rate=learning_rate if decay_after_step else None,
-        matrix_axes=matrix_axes,
         param_shardings=param_shardings,
         replicated_work=replicated_work,
     )
@@ -264,21 +254,10 @@ def soap(
         "soap",
         direction,
         learning_rate,
-        b1=b1,
-        b2=b2,
-        factor_decay=factor_decay,
-        eps=eps,
-        precondition_frequency=precondition_frequency,
-        max_precond_dim=max_precond_dim,
+        **shared,
         merge_dims=merge_dims,
         precondition_1d=precondition_1d,
-        correct_bias=correct_bias,
-        normalize_grads=normalize_grads,
-        skip_first_step=skip_first_step,
-        weight_decay=weight_decay,
-        mask=mask,
         decay_after_step=decay_after_step,
-        matrix_axes=matrix_axes,
         on_uncovered=on_uncovered,
         vocabulary_size=vocabulary_size,
     )
