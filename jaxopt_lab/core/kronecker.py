@@ -34,7 +34,7 @@ from typing import Literal, Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxopt_lab.core.precision import ProductPrecision, matmul
+from jaxopt_lab.core.precision import ProductPrecision, congruence
 from jaxopt_lab.core.spectral import leading_singular_triple
 
 Scalar = float | Array
@@ -81,7 +81,7 @@ def row_product(
     precision: ProductPrecision = "highest",
 ) -> Float[Array, "*batch m m"]:
     r"""$G X G^\top$: the rearranged $\operatorname{vec} G \operatorname{vec} G^\top$ times $X$."""
-    return matmul(matmul(grad, x, precision), grad, precision, transpose_b=True)
+    return congruence(grad, x, precision)
 
 
 def column_product(
@@ -90,7 +90,7 @@ def column_product(
     precision: ProductPrecision = "highest",
 ) -> Float[Array, "*batch n n"]:
     r"""$G^\top Y G$: the transposed rearrangement times $Y$."""
-    return matmul(grad, matmul(y, grad, precision), precision, transpose_a=True)
+    return congruence(grad, y, precision, transpose=True)
 
 
 def ksl_step(
@@ -124,12 +124,16 @@ def ksl_step(
         one does for both.
 
     Returns:
-      The balanced pair $(L', R')$, symmetric up to the rounding of the products.
+      The balanced pair $(L', R')$, symmetric up to rounding (of bfloat16 where split products
+      are formed, see `precision.gram`; their symmetric parts have the accuracy of the name).
     """
     step = _Increment(left, right, grad, decay, weight, balanced)
-    u = _unit(step.rows(precision))
+    x = step.rows(precision)
+    u_size = frobenius_norm(x)
+    # Of x, so that norm and overlap are found in one reading of these matrices.
+    overlap = _divide(_divide(_inner(x, left), u_size), step.left_size)
+    u = _divide(x, u_size)
     seen = column_product(step.grad_unit, u, precision)
-    overlap = _divide(_inner(u, left), step.left_size)
     n = _divide(step.old * overlap * right, step.right_size) + step.new * seen
     size = frobenius_norm(n)
     root = step.root_scale * jnp.sqrt(size)

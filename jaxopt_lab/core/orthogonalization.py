@@ -30,7 +30,7 @@ _BLOCK_PANELS, _MOST_BLOCKS = 6, 4
 _LOST, _MOST_PASSES = 1e-3, 8
 # Columns whose overlaps with the others of their block have a smaller sum of squares are corrected,
 # others decomposed again.
-_NEAR = 1e-3
+_NEAR = 1e-2
 
 
 def orthonormal(
@@ -79,14 +79,12 @@ def _panelled(x: Array, precision: ProductPrecision, panel: int) -> Array:
         earlier = tuple(done)
         # The first pass removes almost everything and needs few digits. The second one is the last,
         # unless it found that columns were nearly dependent on earlier ones.
-        block, _ = _unit_columns(block)
-        block, _ = _cleaned(block, earlier, coarse, coarse)
-        block = _gram_schmidt(block, panel, coarse)
+        block = _gram_schmidt(_without(block, earlier, coarse, coarse), panel, coarse)
 
         def refine(carry, earlier=earlier):
-            block, lost = _cleaned(carry[0], earlier, precision, coarse)
-            block, is_done = _corrected(block, panel, precision)
-            return block, (lost > _LOST) | ~is_done, carry[2] + 1
+            block = _without(carry[0], earlier, precision, coarse)
+            block, again = _corrected(block, panel, precision, coarse)
+            return block, again, carry[2] + 1
 
         block, _, _ = lax.while_loop(
             lambda carry: carry[1] & (carry[2] < _MOST_PASSES), refine, (block, jnp.array(True), 1)
@@ -100,17 +98,18 @@ def _coarse(precision: ProductPrecision) -> ProductPrecision:
     return "default" if jax.default_backend() in ("gpu", "cuda", "rocm") else precision
 
 
-def _cleaned(
+def _without(
     columns: Array, earlier: Sequence[Array], precision: ProductPrecision, removal: ProductPrecision
-) -> tuple[Array, Array]:
-    """Unit columns without their overlap with earlier ones, and the largest part that went.
+) -> Array:
+    """Columns without their overlap with earlier ones.
 
     In a last pass the overlap is small: it must be known well, but removed with few digits.
     """
     for basis in earlier:
         overlap = matmul(basis, columns, precision, transpose_a=True)
-        columns = columns - matmul(basis, overlap, removal)
-    return _unit_columns(columns)
+        # As a sum it is one operation with the product, in place.
+        columns = columns + matmul(basis, -overlap, removal)
+    return columns
 
 
 def _gram_schmidt(block: Array, panel: int, precision: ProductPrecision) -> Array:
@@ -123,32 +122,54 @@ def _gram_schmidt(block: Array, panel: int, precision: ProductPrecision) -> Arra
 
     def add(index, basis):
         columns = lax.dynamic_slice_in_dim(block, index * panel, panel, axis=-1)
-        # What is not filled yet is zero and takes nothing away.
-        columns, _ = _cleaned(columns, (basis,) if count > 1 else (), precision, precision)
-        columns = _cholesky_qr(columns)
+        if count > 1:
+            # What is not filled yet is zero and takes nothing away. The first panel holds what
+            # dominates an image under power iteration; of that one removal leaves too much.
+            columns = _without(columns, (basis, basis[..., :panel]), precision, precision)
+        columns = _cholesky_qr(_unit_columns(columns))
         return lax.dynamic_update_slice_in_dim(basis, columns, index * panel, axis=-1)
 
     return lax.fori_loop(0, count, add, jnp.zeros_like(block))[..., :width]
 
 
-def _corrected(block: Array, panel: int, precision: ProductPrecision) -> tuple[Array, Array]:
-    """Orthonormalise unit columns that nearly are; others go through Gram-Schmidt once more.
+def _corrected(
+    block: Array, panel: int, precision: ProductPrecision, coarse: ProductPrecision
+) -> tuple[Array, Array]:
+    r"""Orthonormalise columns that nearly are; others go through Gram-Schmidt once more.
 
-    For a small E with zero diagonal I + E = R^T R with R = I + upper(E), up to the square of E.
+    With the columns scaled to length 1 their Gram matrix is $I + E = R^\top R$. Up to the third
+    power of $E$, and with $U$ its upper triangle,
 
-    Returns the block, and whether it was so near that nothing is left to do.
+    .. math::
+      R^{-1} = I - U + U^2 + \mathrm{upper}(U^\top U) + \tfrac12 \mathrm{diag}(U^\top U)
+
+    Returns the block, and whether another pass is needed.
     """
-    error = matmul(block, block, precision, transpose_a=True)
-    error = error * (1 - jnp.eye(error.shape[-1], dtype=error.dtype))
-    left = jnp.max(jnp.sum(jnp.square(error), axis=-1))
-    upper = jnp.triu(error, 1)
+    gram = matmul(block, block, precision, transpose_a=True)
+    squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    lost = jnp.max(jnp.where(squares > 0, 1 - squares, 0))
+    scale = _reciprocal(jnp.sqrt(jnp.maximum(squares, 0)))
+    upper = jnp.triu(scale[..., :, None] * gram * scale[..., None, :], 1)
+    overlaps = jnp.sum(jnp.square(upper), axis=-1) + jnp.sum(jnp.square(upper), axis=-2)
+    left = jnp.max(overlaps)
+
+    def correct(block: Array) -> Array:
+        # Of the small second order few digits are enough.
+        second = matmul(upper, upper, "bfloat16", transpose_a=True)
+        second = jnp.triu(second) - 0.5 * second * jnp.eye(second.shape[-1], dtype=second.dtype)
+        second = second + matmul(upper, upper, "bfloat16")
+        change = scale[..., :, None] * (upper - second)
+        diagonal = jnp.eye(change.shape[-1], dtype=change.dtype) * (1 - scale[..., None, :])
+        return block - matmul(block, change + diagonal, coarse)
+
     block = lax.cond(
         left < _NEAR,
-        lambda block: block - matmul(block, upper, _coarse(precision)),
-        lambda block: _gram_schmidt(block, panel, precision),
+        correct,
+        lambda block: _gram_schmidt(block, panel, coarse),
         block,
     )
-    return block, left < jnp.finfo(error.dtype).eps
+    third_order = jnp.finfo(gram.dtype).eps ** (2 / 3) / 2
+    return block, (lost > _LOST) | (left > third_order)
 
 
 def _cholesky_qr(columns: Array) -> Array:
@@ -162,9 +183,10 @@ def _cholesky_qr(columns: Array) -> Array:
     return matmul(columns, inverse, "bf16_x3", transpose_b=True)
 
 
-def _unit_columns(x: Array) -> tuple[Array, Array]:
-    """Columns of length 1, and the largest part of a unit column that is missing in them."""
-    squares = jnp.sum(jnp.square(x), axis=-2, keepdims=True)
-    size = jnp.sqrt(squares)
-    missing = jnp.max(jnp.where(squares > 0, 1 - squares, 0))
-    return x * jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0), missing
+def _unit_columns(x: Array) -> Array:
+    """Columns of length 1."""
+    return x * _reciprocal(jnp.sqrt(jnp.sum(jnp.square(x), axis=-2, keepdims=True)))
+
+
+def _reciprocal(x: Array) -> Array:
+    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)

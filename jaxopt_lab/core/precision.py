@@ -61,10 +61,7 @@ def matmul(
     """
     dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
     rows, columns = a.shape[-1 if transpose_a else -2], b.shape[-2 if transpose_b else -1]
-    # A narrow product would spend its time on forming split operands; the preset's kernel splits
-    # on the way.
-    deep = min(rows, columns) >= _SPLIT_FROM and jax.default_backend() != "cpu"
-    if precision == "bf16_x3" and dtype == jnp.float32 and deep:
+    if _splits(precision, dtype, rows, columns):
         return _split_product(a, b, transpose_a, transpose_b)
     if precision == "bfloat16" and dtype == jnp.float32:
         a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
@@ -74,6 +71,74 @@ def matmul(
         name = "highest" if dtype == jnp.float64 or precision == "bfloat16" else precision
         algorithm = dot_precision(name)
     return _dot(a, b, transpose_a, transpose_b, algorithm, dtype)
+
+
+def gram(
+    g: Float[Array, "*batch m n"],
+    precision: ProductPrecision = "highest",
+    *,
+    transpose: bool = False,
+) -> Float[Array, "*batch _ _"]:
+    r"""$G G^\top$, or $G^\top G$ if `transpose`, up to a small skew-symmetric part.
+
+    A split product is $H H^\top + H L^\top + L H^\top$ with the high and low halves of $G$. Its
+    symmetric part is also that of $H (H + 2 L)^\top$, which takes two products instead of three.
+    The skew part is a rounding of bfloat16; whoever decomposes the result symmetrises it anyway.
+    """
+    side = g.shape[-1 if transpose else -2]
+    if not _splits(precision, jnp.promote_types(g.dtype, jnp.float32), side):
+        return matmul(g, g, precision, transpose_a=transpose, transpose_b=not transpose)
+    high, low = _halves(g)
+    axis = -2 if transpose else -1
+    once, twice = (jnp.concatenate(x, axis) for x in ((high, high), (high, 2 * low)))
+    return _dot(once, twice, transpose, not transpose, None, jnp.float32)
+
+
+def congruence(
+    g: Float[Array, "*batch m n"],
+    x: Float[Array, "*batch _ _"],
+    precision: ProductPrecision = "highest",
+    *,
+    transpose: bool = False,
+) -> Float[Array, "*batch _ _"]:
+    r"""$G X G^\top$, or $G^\top X G$ if `transpose`, up to what `gram` is up to.
+
+    The symmetric part of $H X (H + 2 L)^\top$ is that of $G X G^\top$, so in one of the two
+    products, the larger one, an operand is exact with its high half.
+    """
+    m, n = g.shape[-2:]
+    dtype = jnp.promote_types(jnp.promote_types(g.dtype, x.dtype), jnp.float32)
+    if not _splits(precision, dtype, m, n):
+        if transpose:
+            return matmul(g, matmul(x, g, precision), precision, transpose_a=True)
+        return matmul(matmul(g, x, precision), g, precision, transpose_b=True)
+    high, low = _halves(g)
+    axis = -2 if transpose else -1
+    exact = jnp.concatenate((high, high), axis)
+    full = jnp.concatenate((high, high, 2 * low), axis)
+    first_is_larger = (m >= n) if transpose else (n >= m)
+    first, second = (exact, full) if first_is_larger else (full, exact)
+
+    def deep(y: Array, axis: int, other: Array) -> Array:
+        """The halves of `y` that meet those of an operand in a product over `axis`."""
+        y_high, y_low = _halves(y)
+        return jnp.concatenate((y_high, y_low) if other is exact else (y_high, y_low, y_high), axis)
+
+    if transpose:
+        inner = _dot(deep(x, -1, first), first, False, False, None, jnp.float32)
+        return _dot(second, deep(inner, -2, second), True, False, None, jnp.float32)
+    inner = _dot(first, deep(x, -2, first), False, False, None, jnp.float32)
+    return _dot(deep(inner, -1, second), second, False, True, None, jnp.float32)
+
+
+def _splits(precision: ProductPrecision, dtype, *sides: int) -> bool:
+    """Whether a product is formed from bfloat16 halves, as one of a greater depth.
+
+    A narrow one would spend its time on forming split operands; the preset's kernel splits on the
+    way.
+    """
+    wide = min(sides) >= _SPLIT_FROM and jax.default_backend() != "cpu"
+    return precision == "bf16_x3" and dtype == jnp.float32 and wide
 
 
 def _dot(a: Array, b: Array, transpose_a: bool, transpose_b: bool, precision, dtype) -> Array:
@@ -94,19 +159,23 @@ def _split_product(a: Array, b: Array, transpose_a: bool, transpose_b: bool) -> 
 
     The same mathematics as the preset BF16_BF16_F32_X3. As one plain product it runs at the full
     rate of the matrix units (1.3 to 1.8 times the preset's on an H200), and TPUs have it as well.
+    An operand in bfloat16 has no low half, and two products do.
     """
-
-    def halves(x: Array) -> tuple[Array, Array]:
-        # Not a pair of casts: compilers may drop those as excess precision, and the low half dies.
-        x = x.astype(jnp.float32)
-        high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
-
-    (a_high, a_low), (b_high, b_low) = halves(a), halves(b)
-    once, twice = (a_high, a_low, a_high), (b_high, b_high, b_low)
-    if not (transpose_a or transpose_b):
-        # So that G has one deep form in G X and (G X) G^T, and one in X G and G^T (X G).
-        once, twice = (a_high, a_high, a_low), (b_high, b_low, b_high)
+    if a.dtype == jnp.bfloat16:
+        once, twice = (a, a), _halves(b)
+    elif b.dtype == jnp.bfloat16:
+        once, twice = _halves(a), (b, b)
+    else:
+        (a_high, a_low), (b_high, b_low) = _halves(a), _halves(b)
+        once, twice = (a_high, a_low, a_high), (b_high, b_high, b_low)
     left = jnp.concatenate(once, axis=-2 if transpose_a else -1)
     right = jnp.concatenate(twice, axis=-1 if transpose_b else -2)
     return _dot(left, right, transpose_a, transpose_b, None, jnp.float32)
+
+
+def _halves(x: Array) -> tuple[Array, Array]:
+    """The leading bits of an array and what they leave, in bfloat16."""
+    # Not a pair of casts: compilers may drop those as excess precision, and the low half dies.
+    x = x.astype(jnp.float32)
+    high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)

@@ -134,7 +134,7 @@ def refresh_eigenbasis(
 
     Args:
       factor: $X$, symmetric and positive semidefinite.
-      basis: $Q$, orthogonal.
+      basis: $Q$, orthogonal; may be rounded to bfloat16, which saves a third of the product.
       orthogonalizer: "panels" or "householder".
       precision: Of the products.
 
@@ -142,14 +142,17 @@ def refresh_eigenbasis(
       The new basis, and the permutation that sorted the old one: entry j of the new order was
       entry `order[j]`. Whatever is stored in the eigenbasis follows it.
     """
-    # By the largest entry first, so that the squares of no factor vanish or overflow.
-    largest = jnp.max(jnp.abs(factor), axis=(-2, -1), keepdims=True)
+    # By the largest entry first, so that the squares of no factor vanish or overflow. It stands on
+    # the diagonal.
+    largest = jnp.max(jnp.diagonal(factor, axis1=-2, axis2=-1), axis=-1)[..., None, None]
     size = largest * _lengths(factor * _reciprocal(largest))
-    image = matmul(factor, basis, precision) * _reciprocal(size)
-    order = jnp.argsort(jnp.sum(basis * image, axis=-2), axis=-1, descending=True)
-    image = image + _RIDGES[image.dtype.name] * basis
-    image = jnp.take_along_axis(image, order[..., None, :], axis=-1)
-    return orthonormal(image, orthogonalizer, precision=precision), order
+    # In rows: those lie together in memory, and are sorted several times faster than columns.
+    rows = matmul(basis, factor, precision, transpose_a=True) * _reciprocal(size)
+    basis = basis.astype(rows.dtype)
+    order = jnp.argsort(jnp.sum(basis.mT * rows, axis=-1), axis=-1, descending=True)
+    rows = rows + _RIDGES[rows.dtype.name] * basis.mT
+    rows = jnp.take_along_axis(rows, order[..., :, None], axis=-2)
+    return orthonormal(rows.mT, orthogonalizer, precision=precision), order
 
 
 def _lengths(x: Array) -> Array:

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxopt_lab.core.kronecker import rank_one_step, symmetric
-from jaxopt_lab.core.ordering import after, run_if
+from jaxopt_lab.core.ordering import after, run_if, run_if_before
 from jaxopt_lab.core.orthogonalization import Orthogonalizer
 from jaxopt_lab.core.precision import ProductPrecision, matmul
 from jaxopt_lab.core.spectral import refresh_eigenbasis
@@ -88,7 +88,7 @@ class EigenbasisAdam:
         leaves = [leaf.having(age=self._grown(leaf)) for leaf in leaves]
         names = ("grad", *MOMENTS, *BASES, "age", "status")
         leaves = self._map(EigenbasisAdam._adam_step, leaves, names, ("direction", *MOMENTS))
-        leaves = self._refresh(count, leaves)
+        leaves = self._refresh_if_due(count, leaves)
         directions = [leaf.layout.undo_view(leaf["direction"]) for leaf in leaves]
         return directions, [leaf["status"] for leaf in leaves], leaves
 
@@ -119,17 +119,25 @@ class EigenbasisAdam:
             **{"transposable": False, "enough": _ENOUGH, **options},
         )
 
-    def _if_due(self, due: Array, step, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
-        """`step(leaves)` if `due`."""
-        names = (*MOMENTS, *FACTORS, *BASES)
+    def _if_due(
+        self, due: Array, step, leaves: list[FactorLeaf], later: Sequence[str] = ()
+    ) -> list[FactorLeaf]:
+        """`step(leaves)` if `due`, and after it the arrays named by `later`."""
 
-        def chosen(leaves: list[FactorLeaf]) -> list[dict[str, Side]]:
+        def chosen(leaves: list[FactorLeaf], names: Sequence[str]) -> list[dict[str, Side]]:
             return [{name: leaf.arrays[name] for name in names} for leaf in leaves]
 
         def having(arrays: list[dict[str, Side]]) -> list[FactorLeaf]:
             return [leaf.having(**x) for leaf, x in zip(leaves, arrays, strict=True)]
 
-        return having(run_if(due, lambda arrays: chosen(step(having(arrays))), chosen(leaves)))
+        names = (*MOMENTS, *FACTORS, *BASES)
+        last, arrays = run_if_before(
+            chosen(leaves, later),
+            due,
+            lambda arrays: chosen(step(having(arrays)), names),
+            chosen(leaves, names),
+        )
+        return [leaf.having(**x) for leaf, x in zip(having(arrays), last, strict=True)]
 
     def _status(self, leaf: FactorLeaf) -> Array:
         """What to do with each matrix."""
@@ -213,24 +221,25 @@ class EigenbasisAdam:
         floor = self.eps if self.eps_in_denominator else 0.0
         return (None, row_nu, column_nu), root + floor
 
-    def _refresh(self, count: Array, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
-        """Every `frequency` steps: new bases, the first moment re-expressed, the second sorted."""
-        applied = count if self.skip_first_step else count + 1
-        turn = applied % self.frequency
+    def _refresh_if_due(self, count: Array, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
+        """Every `frequency` steps, or a share of every stack at each step."""
+        turn = (count if self.skip_first_step else count + 1) % self.frequency
+        later = ("direction",)
         if not self.stagger:
-            return self._if_due((count > 0) & (turn == 0), self._refresh_all, leaves)
+            return self._if_due((count > 0) & (turn == 0), self._refresh, leaves, later)
         names = (*MOMENTS, *FACTORS, *BASES)
 
         def share(leaves: list[FactorLeaf]) -> list[FactorLeaf]:
-            # A share of every stack at each step, so that no step pays for all.
+            # So that no step pays for all.
             return self._map(
                 _in_turn(self.frequency), leaves, names, names,
                 scalars=(turn,), transposable=True, enough=None, decomposes=True,
             )  # fmt: skip
 
-        return self._if_due(count > 0, share, leaves)
+        return self._if_due(count > 0, share, leaves, later)
 
-    def _refresh_all(self, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
+    def _refresh(self, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
+        """New bases, the first moment re-expressed in them, the second sorted."""
         old = [{f"old_{name}": leaf.arrays[name] for name in BASES} for leaf in leaves]
         leaves = map_sides(self._refresh_side, leaves, replicated_work=self.replicated_work)
         leaves = [leaf.having(**bases) for leaf, bases in zip(leaves, old, strict=True)]
@@ -239,6 +248,9 @@ class EigenbasisAdam:
 
     def _refresh_side(self, factor: Array, basis: Array) -> tuple[Array, Array, Array]:
         factor = symmetric(factor)
+        if self.rotation_precision == "bfloat16" and basis.dtype == jnp.float32:
+            # What the rotations have used.
+            basis = basis.astype(jnp.bfloat16)
         basis, order = refresh_eigenbasis(
             factor, basis, orthogonalizer=self.orthogonalizer, precision=self.factor_precision
         )

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.kronecker import INTEGRATORS, StartScale, kronecker_start
 from jaxopt_lab.core.ordering import after
-from jaxopt_lab.core.precision import ProductPrecision, matmul
+from jaxopt_lab.core.precision import ProductPrecision, gram
 from jaxopt_lab.core.spectral import eigenbasis, orthogonal_complement
 from jaxopt_lab.optim.routing import Scalar
 
@@ -77,22 +77,22 @@ class GramFactors:
     def step(self, factors: Pair, grad: Array) -> Pair:
         """See `FactorRule`."""
 
-        def follow(factor: Side, **transposed: bool) -> Side:
+        def follow(factor: Side, transpose: bool) -> Side:
             if factor is None:
                 return None
-            gram = matmul(grad, grad, self.precision, **transposed)
-            return self.decay * factor + self.weight * gram
+            seen = gram(grad, self.precision, transpose=transpose)
+            return self.decay * factor + self.weight * seen
 
-        return follow(factors[0], transpose_b=True), follow(factors[1], transpose_a=True)
+        return follow(factors[0], False), follow(factors[1], True)
 
     def bases(self, factors: Pair, grad: Array) -> Pair:
         """See `FactorRule`."""
         # The start is a multiple of the identity: one gradient decides about all eigenvectors.
         rows, columns = factors
         if rows is not None:
-            rows = eigenbasis(matmul(grad, grad, transpose_b=True))
+            rows = eigenbasis(gram(grad))
         if columns is not None:
-            columns = eigenbasis(after(matmul(grad, grad, transpose_a=True), rows))
+            columns = eigenbasis(after(gram(grad, transpose=True), rows))
         return rows, columns
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxopt_lab.core.precision import ProductPrecision, matmul
+from jaxopt_lab.core.precision import ProductPrecision, gram, matmul
 
 DEFAULT_MAX_DIM = 1024
 MERGE_RULES = ("tensors", "always", "never")
@@ -87,7 +87,7 @@ def _merged(dims: Sequence[int], limit: int) -> tuple[int, ...]:
 def block_gram(x: Array, mode: int, precision: ProductPrecision = "highest") -> Array:
     """Gram matrices (b, d, d) of (b, *edges) along a mode: all other modes are contracted."""
     unfolded = _unfold(jnp.moveaxis(x, mode + 1, 1))
-    return matmul(unfolded, unfolded.mT, precision)
+    return gram(unfolded, precision)
 
 
 def block_product(

@@ -222,12 +222,14 @@ def matrices(tree):
 
 def test_leaves_and_stacks_equal_matrices_alone():
     """Also one that starts late, and attention heads as the matrix that they form."""
-    together = mixed_run()
+    # The first refresh finds factors of full rank: elsewhere rounding decides about their bases.
+    options = {"weight_decay": 0.1, "precondition_frequency": 6}
+    together = mixed_run(**options)
     grads = matrices(mixed_gradients())
     params = matrices(draw(1, MIXED))
     found = matrices(together.params)
     for name in grads:
-        alone = run("dykaf", {"w": grads[name]}, params={"w": params[name]}, weight_decay=0.1)
+        alone = run("dykaf", {"w": grads[name]}, params={"w": params[name]}, **options)
         close(found[name], alone.params["w"], atol=1e-9)
     assert together.states.age["stack"].T.tolist() == [
         list(range(1, STEPS + 1)),
