@@ -27,7 +27,7 @@ class ModeSoapState(NamedTuple):
 
     count: Array  # shape=(), dtype=int32: gradients seen
     age: Any  # a leaf (), int32: 0 before its first gradient, then 1 + updates applied
-    rejected: Any  # a leaf (), int32: gradients refused because they were not finite
+    rejected: Any  # a leaf (), int32: gradients refused: not finite, or too large
     mu: Any  # shapes of the parameters: first moment in the current eigenbases
     nu: Any  # shapes of the parameters: second moment in the eigenbases
     factors: Any  # a leaf: a tuple, (d, d) for each (merged) axis, or MaskedNode()
@@ -68,9 +68,10 @@ def scale_by_mode_soap(
     power iteration every `precondition_frequency` steps; a gradient never enters its own basis. The
     first moment follows a refresh exactly, the second one by the order of the columns.
 
-    A leaf without a factor gets Adam. A gradient that is not finite, or too large to be squared,
-    leaves the state of its leaf as it was and moves nothing. A leaf whose first gradient was like
-    that starts at a later one, in the identity: only the very first step decomposes anything.
+    A leaf without a factor gets Adam. A gradient that is not finite, or too large to be squared or
+    added to sums of squares, leaves the state of its leaf as it was and moves nothing. A leaf whose
+    first gradient was like that starts at a later one, in the identity: only the very first step
+    decomposes anything.
 
     Args:
       b1: $\beta_1$.

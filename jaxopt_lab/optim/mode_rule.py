@@ -13,7 +13,7 @@ from jaxtyping import Array
 from jaxopt_lab.core.modes import merged_shape, mode_gram, mode_product
 from jaxopt_lab.core.ordering import after
 from jaxopt_lab.core.orthogonalization import ORTHOGONALIZERS, Orthogonalizer
-from jaxopt_lab.core.spectral import eigenbasis, refresh_eigenbasis
+from jaxopt_lab.core.spectral import eigenbasis, refresh_eigenbasis, trace_in_range
 from jaxopt_lab.optim.adamw_fallback import one_minus_power
 from jaxopt_lab.optim.eigenbasis_checks import check_choice, gradient_weight
 from jaxopt_lab.optim.routing import Scalar
@@ -30,7 +30,7 @@ class ModeLeaf(NamedTuple):
     nu: Array
     factors: Modes
     bases: Modes
-    finite: Array  # of the gradient
+    finite: Array  # the gradient, its square and the factors with it
     runs: Array  # takes up a gradient that is not its first
     starts: Array  # takes up its first
     moves: Array  # applies an update
@@ -106,7 +106,7 @@ class ModeRule(NamedTuple):
             lambda k, x: self.factor_decay * x + weight * mode_gram(clean, k), leaf.factors
         )
         for x in jax.tree.leaves(factors):  # sums may overflow where the gradient does not
-            finite &= jnp.isfinite(jnp.sum(x))
+            finite &= trace_in_range(x)
         starts, runs = finite & (leaf.age == 0), finite & (leaf.age > 0)
         return jnp.where(finite, clean, 0), leaf._replace(
             finite=finite,

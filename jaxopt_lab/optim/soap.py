@@ -91,8 +91,8 @@ def scale_by_soap(
 
     Returns:
       A transformation with state `EigenbasisAdamState`. A gradient that is not finite, or too large
-      to be squared, leaves its matrix, factors and moments as they are and counts in `rejected`; a
-      refresh of the bases that is due is made all the same.
+      to be squared or added to sums of squares, leaves its matrix, factors and moments as they are
+      and counts in `rejected`; a refresh of the bases that is due is made all the same.
 
     Raises:
       ValueError: An option is unknown or out of range, or a leaf is not a matrix.
