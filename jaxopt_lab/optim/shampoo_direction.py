@@ -91,7 +91,7 @@ def scale_by_shampoo(
 
     Args:
       b1: $\beta_1$, decay of the first moment.
-      b2: $\beta_2$, decay of the factors, in (0, 1]; 1: plain sums, which need no bias correction.
+      b2: $\beta_2$, decay of the factors, in [0, 1]; 1: plain sums, which need no bias correction.
       epsilon: $\epsilon$, the ridge.
       relative_epsilon: Take $\epsilon \lambda_{\max}(X_k)$ as the ridge.
       precondition_frequency: Steps from one refresh of the roots to the next, f.
