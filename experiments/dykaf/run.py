@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
-import tokens as text
 from methods import CLIP, METHODS, Method
 
-from jaxopt_lab import models
+from jaxopt_lab import data, models
 from jaxopt_lab.schedules import warmup_cosine
 from jaxopt_lab.sweep import StepCost, Task, Tuned, measure_step, tune
 
@@ -72,9 +71,9 @@ def main() -> None:
         scale = replace(scale, steps=steps, warmup=max(1, steps // 10))
         scale = replace(scale, evaluate_every=min(scale.evaluate_every, steps))
     seeds = (SWEEP_SEED, *FINAL_SEEDS)
-    tokens = text.read(args.tokens) if args.tokens else _draw(scale, seeds)
+    tokens = data.Windows.read(args.tokens) if args.tokens else _draw(scale, seeds)
     if args.save_tokens:
-        text.save(tokens, args.save_tokens)
+        tokens.save(args.save_tokens)
         return
     args.out.mkdir(parents=True, exist_ok=True)
     task = make_task(scale, tokens)
@@ -119,7 +118,7 @@ def main() -> None:
         )
 
 
-def make_task(scale: Scale, tokens: text.Tokens) -> Task:
+def make_task(scale: Scale, tokens: data.Windows) -> Task:
     """What all runs share."""
     config = scale.model()
     return Task(
@@ -182,10 +181,12 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _draw(scale: Scale, seeds: tuple[int, ...]) -> text.Tokens:
-    return text.draw(
-        scale.roots, scale.vocab_size, seeds=seeds, steps=scale.steps, batch_size=scale.batch_size,
-        context=scale.context, validation_batches=scale.validation_batches,
+def _draw(scale: Scale, seeds: tuple[int, ...]) -> data.Windows:
+    tokenizer = data.TokenizerConfig("bpe", scale.vocab_size)
+    corpus = data.prepare(data.PythonSource(scale.roots), tokenizer, on_progress=print)
+    return data.draw_windows(
+        corpus, seeds=seeds, steps=scale.steps, batch_size=scale.batch_size,
+        context=scale.context, max_batches=scale.validation_batches,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import argparse
 import json
 import pathlib
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -60,56 +60,14 @@ SCALES = {
 }
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Training windows of every seed, and the held-out ones."""
-
-    train: dict[int, np.ndarray]  # seed -> (steps, batch, context + 1)
-    validation: np.ndarray  # (batches, batch, context + 1)
-    bytes_per_token: float  # of the held-out targets
-    corpus_hash: str
-
-
-def load_tokens(scale: Scale, seeds: tuple[int, ...]) -> Tokens:
+def draw_windows(scale: Scale, seeds: tuple[int, ...]) -> data.Windows:
     """Prepares the corpus and draws the windows."""
     tokenizer = data.TokenizerConfig("bpe", scale.vocab_size)
     corpus = data.prepare(data.PythonSource(scale.roots), tokenizer, on_progress=print)
-    train = {}
-    for seed in seeds:
-        with data.train_batches(
-            corpus, batch_size=scale.batch_size, context=scale.context, seed=seed
-        ) as batches:
-            drawn = [batches.batch_at(step)["tokens"] for step in range(scale.steps)]
-        train[seed] = np.stack(drawn).astype(np.uint16)
-    held_out = data.validation_batches(
-        corpus,
-        batch_size=scale.batch_size,
-        context=scale.context,
-        max_batches=scale.validation_batches,
-    )
-    count, size = data.count_targets(held_out, corpus.tokenizer)
-    windows = np.stack([batch["tokens"] for batch in held_out]).astype(np.uint16)
-    return Tokens(train, windows, size / count, corpus.hash)
-
-
-def save_tokens(tokens: Tokens, path: pathlib.Path) -> None:
-    """Writes the windows, for a machine that does not have the corpus."""
-    train = {f"train{seed}": windows for seed, windows in tokens.train.items()}
-    np.savez_compressed(
-        path,
-        validation=tokens.validation,
-        bytes_per_token=tokens.bytes_per_token,
-        corpus_hash=tokens.corpus_hash,
-        **train,
-    )
-
-
-def read_tokens(path: pathlib.Path) -> Tokens:
-    """Reads what `save_tokens` wrote."""
-    with np.load(path) as saved:
-        train = {int(k[5:]): saved[k] for k in saved if k.startswith("train")}
-        size, digest = float(saved["bytes_per_token"]), str(saved["corpus_hash"])
-        return Tokens(train, saved["validation"], size, digest)
+    return data.draw_windows(
+        corpus, seeds=seeds, steps=scale.steps, batch_size=scale.batch_size,
+        context=scale.context, max_batches=scale.validation_batches,
+    )  # fmt: skip
 
 
 def make_run(scale: Scale, method: Method, validation: jax.Array):
@@ -152,7 +110,9 @@ def make_run(scale: Scale, method: Method, validation: jax.Array):
     return run
 
 
-def sweep(scale: Scale, method: Method, adam_rates: list[float], tokens: Tokens) -> dict[str, Any]:
+def sweep(
+    scale: Scale, method: Method, adam_rates: list[float], tokens: data.Windows
+) -> dict[str, Any]:
     """All cells on the sweep's seed as one program, then the best cell on the final seeds."""
     run = make_run(scale, method, jnp.asarray(tokens.validation))
     cells = jnp.asarray(method.cells, jnp.float32)
@@ -193,14 +153,14 @@ def main() -> None:
     args = parser.parse_args()
     scale = SCALES[args.scale]
     if args.steps:
-        scale = Scale(**{**asdict(scale), "steps": args.steps, "warmup": args.steps // 10})
+        scale = replace(scale, steps=args.steps, warmup=args.steps // 10)
     seeds = (SWEEP_SEED, *FINAL_SEEDS)
-    tokens = read_tokens(args.tokens) if args.tokens else load_tokens(scale, seeds)
+    tokens = data.Windows.read(args.tokens) if args.tokens else draw_windows(scale, seeds)
     if args.save_tokens:
-        save_tokens(tokens, args.save_tokens)
+        tokens.save(args.save_tokens)
         return
     trimmed = {seed: windows[: scale.steps] for seed, windows in tokens.train.items()}
-    tokens = Tokens(trimmed, tokens.validation, tokens.bytes_per_token, tokens.corpus_hash)
+    tokens = replace(tokens, train=trimmed)
 
     config = scale.model()
     routes = optim.route(models.abstract_params(config), models.matrix_axes(config))

@@ -1,9 +1,9 @@
 """Orthonormal bases of the columns of square matrices, in order, from matrix products.
 
-Both methods return the Q of a QR decomposition, up to the signs of its columns. Householder's is
-the reference; on an accelerator, where it is a long chain of small reflections, the other one is
-tens of times faster: block Gram-Schmidt over panels of columns, applied twice, with a shifted
-Cholesky decomposition inside each panel.
+Of independent columns both methods return the Q of a QR decomposition, up to the signs of its
+columns. Householder's is the reference; on an accelerator, where it is a long chain of small
+reflections, the other one is tens of times faster: block Gram-Schmidt over panels of columns,
+applied twice, with a shifted Cholesky decomposition inside each panel.
 """
 
 from collections.abc import Sequence
@@ -52,6 +52,11 @@ def orthonormal(
       Orthogonal matrices whose leading k columns span those of `x`, wherever these are numerically
       independent; columns that depend on earlier ones are replaced by arbitrary orthonormal ones
       ("householder") or by rounding noise made orthonormal ("panels"). Finite for finite input.
+
+      "panels" needs that noise. A column of zeros stays zero, and the others are orthonormal all
+      the same. Where dependent columns cancel exactly, as equal columns of the identity do, or more
+      columns than the coordinates they have entries in, the surplus ones keep no certain length or
+      direction, and those before them may be orthonormal to 1e-4 only.
 
     Raises:
       ValueError: The method is unknown.

@@ -1,8 +1,10 @@
 """Spectral tools: estimates from matrix-vector products, eigenbases and their refresh."""
 
+import math
+
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxopt_lab.core.orthogonalization import Orthogonalizer, orthonormal
 from jaxopt_lab.core.precision import ProductPrecision, matmul
@@ -153,6 +155,20 @@ def refresh_eigenbasis(
     rows = rows + _RIDGES[rows.dtype.name] * basis.mT
     rows = jnp.take_along_axis(rows, order[..., :, None], axis=-2)
     return orthonormal(rows.mT, orthogonalizer, precision=precision), order
+
+
+def trace_in_range(*factors: Float[Array, "*batch _ _"]) -> Bool[Array, "*batch"]:
+    r"""Whether a positive semidefinite matrix is finite, and so is what optimizers form of it.
+
+    The trace bounds all entries and those of a product with an orthogonal matrix; there is room for
+    the sum of two and for rounding. Of several matrices, the same of their Kronecker product, whose
+    trace $\prod_k \operatorname{tr} X_k$ bounds the squares of factors of equal norm.
+
+    Args:
+      *factors: $X_k$.
+    """
+    traces = [jnp.trace(x, axis1=-2, axis2=-1) for x in factors]
+    return jnp.isfinite(4 * math.prod(traces))
 
 
 def _lengths(x: Array) -> Array:

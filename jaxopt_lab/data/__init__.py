@@ -10,6 +10,7 @@ from jaxopt_lab.data.evaluation import (
 )
 from jaxopt_lab.data.sources import Mixture, PreparedTfds, PythonSource, Source, TextFiles
 from jaxopt_lab.data.tokenizer import Tokenizer, TokenizerConfig
+from jaxopt_lab.data.windows import Windows, draw_windows
 
 __all__ = [
     "Batch",
@@ -24,8 +25,10 @@ __all__ = [
     "Tokenizer",
     "TokenizerConfig",
     "TrainBatches",
+    "Windows",
     "bits_per_byte",
     "count_targets",
+    "draw_windows",
     "list_corpora",
     "prepare",
     "train_batches",

@@ -46,7 +46,8 @@ class FisherErrors:
 
     Args:
       interval: Steps from one record to the next.
-      layers: Names of leaves, path entries joined by a slash; None takes all matrices.
+      layers: Names of leaves, path entries joined by a slash; None takes all matrices that have a
+        factor.
       window: Gradients before a record, fewer than `interval`; None averages over all of them,
         which looks at every step.
       decay: Of the average; 1 weighs all gradients equally. Pass the decay of the factors.
@@ -54,7 +55,7 @@ class FisherErrors:
 
     Raises:
       ValueError: For a window that does not fit the interval; at the first step for a layer that is
-        no matrix, or too large to be formed.
+        no matrix, has no factor, or is too large to be formed, and if no matrix has a factor.
     """
 
     name = "fisher"
@@ -84,12 +85,12 @@ class FisherErrors:
 
     def record(self, snapshot: Snapshot) -> dict[str, float]:
         """The metrics at every `interval`-th step; nothing at the steps in between."""
-        layouts = self._chosen(snapshot.params)
+        state = find_state(snapshot.opt_state, EigenbasisAdamState)
+        layouts = self._chosen(snapshot.params, state)
         values: dict[str, float] = {}
         # The state is from before this step: it has not seen this gradient, nor may the matrix.
         reported = snapshot.step % self._interval == 0
         if reported:
-            state = find_state(snapshot.opt_state, EigenbasisAdamState)
             for name, axes in layouts.items():
                 measured = self._measure(name, _side_arrays(state, name, axes))
                 values |= {f"{name}/{metric}": value for metric, value in measured.items()}
@@ -101,14 +102,21 @@ class FisherErrors:
             self._known.clear()
         return values
 
-    def _chosen(self, params: optax.Params) -> dict[str, MatrixAxes]:
-        routes = route(params, self._matrix_axes)
-        matrices = {_name(r.path): r.axes for r in routes if r.axes is not None}
+    def _chosen(self, params: optax.Params, state: EigenbasisAdamState) -> dict[str, MatrixAxes]:
+        # The method may leave a matrix to AdamW, for its size; then it has no factors to compare.
+        having = {*_by_name(state.row_factor), *_by_name(state.column_factor)}
+        routes = [(_name(r.path), r.axes) for r in route(params, self._matrix_axes)]
+        matrices = {name: axes for name, axes in routes if axes is not None and name in having}
+        if not matrices:
+            raise ValueError("layers: the optimizer keeps factors of none of the matrices")
         chosen = list(matrices) if self._layers is None else self._layers
         shapes = {name: x.shape for name, x in _by_name(params).items()}
         for name in chosen:
             if name not in matrices:
-                raise ValueError(f"layers: {name!r} is not one of {', '.join(matrices)}")
+                known = ", ".join(matrices)
+                raise ValueError(
+                    f"layers: {name!r} is not one of the matrices with factors: {known}"
+                )
             _, m, n = matrices[name].matrix_shape(shapes[name])
             if self._window is None and m * n > LARGEST_FULL:
                 raise ValueError(

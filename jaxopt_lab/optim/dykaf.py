@@ -110,8 +110,8 @@ def scale_by_dykaf(
 
     Returns:
       A transformation with state `EigenbasisAdamState`. A gradient that is not finite, or too large
-      to be squared, leaves its matrix, factors and moments as they are and counts in `rejected`; a
-      refresh of the bases that is due is made all the same.
+      to be squared or added to sums of squares, leaves its matrix, factors and moments as they are
+      and counts in `rejected`; a refresh of the bases that is due is made all the same.
 
     Raises:
       ValueError: An option is unknown or out of range, or a leaf is not a matrix.
@@ -231,7 +231,7 @@ def dykaf(
       on_uncovered: A leaf of more than two axes without a layout: "adamw", "error", or "modes" for
         one averaged Gram factor an axis, as in the released code.
       vocabulary_size: Without `matrix_axes`, an axis this long marks an embedding. None: 10 000.
-      orthogonalizer: As for `scale_by_dykaf`.
+      orthogonalizer: As for `scale_by_dykaf`, for all leaves with factors.
       factor_precision: As for `scale_by_dykaf`.
       rotation_precision: As for `scale_by_dykaf`.
       param_shardings: Tree of `NamedSharding`, for meshes with Auto axes.
@@ -270,6 +270,7 @@ def dykaf(
         "correct_bias": correct_bias,
         "normalize_grads": normalize_grads,
         "skip_first_step": skip_first_step,
+        "orthogonalizer": orthogonalizer,
         "weight_decay": weight_decay,
         "mask": mask,
         "matrix_axes": matrix_axes,
@@ -283,7 +284,6 @@ def dykaf(
         rank1_second_moment=rank1_second_moment,
         rank1_eps_in_denominator=rank1_eps_in_denominator,
         stagger=stagger,
-        orthogonalizer=orthogonalizer,
         factor_precision=factor_precision,
         rotation_precision=rotation_precision,
         decay_rate=learning_rate if decay_after_step else None,

@@ -82,9 +82,10 @@ class EigenbasisAdam:
         for leaf in leaves:
             starting = starting | jnp.any(leaf["status"] == STARTED)
         leaves = self._if_due(starting, self._start, leaves)
-        leaves = self._map(
+        advanced = self._map(
             EigenbasisAdam._factor_step, leaves, ("grad", *FACTORS, "status"), FACTORS
         )
+        leaves = list(map(self._unless_overflowing, advanced, leaves))
         leaves = [leaf.having(age=self._grown(leaf)) for leaf in leaves]
         names = ("grad", *MOMENTS, *BASES, "age", "status")
         leaves = self._map(EigenbasisAdam._adam_step, leaves, names, ("direction", *MOMENTS))
@@ -170,6 +171,15 @@ class EigenbasisAdam:
         old = (rows, columns)
         grad = jnp.where(_wide(status > 0), grad, 0)
         return _select(status > 0, self.rule.step(old, grad), old)
+
+    def _unless_overflowing(self, leaf: FactorLeaf, old: FactorLeaf) -> FactorLeaf:
+        """Refuse gradients that are fine by themselves, but too much for a sum of them."""
+        new, last = ((x.arrays["row_factor"], x.arrays["column_factor"]) for x in (leaf, old))
+        fits = self.rule.in_range(new)
+        if fits is None:
+            return leaf
+        kept = dict(zip(FACTORS, _select(fits, new, last), strict=True))
+        return leaf.having(status=jnp.where(fits, leaf["status"], REFUSED), **kept)
 
     def _grown(self, leaf: FactorLeaf) -> Array:
         first = 1 if self.skip_first_step else 2

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from jaxopt_lab.core.modes import merged_shape
+from jaxopt_lab.core.orthogonalization import Orthogonalizer
 from jaxopt_lab.optim.eigenbasis_transform import MAX_PRECOND_DIM, preconditioned_sides
 from jaxopt_lab.optim.mode_factors import scale_by_mode_soap
 from jaxopt_lab.optim.routing import (
@@ -40,6 +41,7 @@ def on_whole_model(
     correct_bias: bool,
     normalize_grads: bool,
     skip_first_step: bool,
+    orthogonalizer: Orthogonalizer,
     weight_decay: Scalar,
     mask: Any,
     decay_after_step: bool,
@@ -70,6 +72,7 @@ def on_whole_model(
             correct_bias=correct_bias,
             normalize_grads=normalize_grads,
             skip_first_step=skip_first_step,
+            orthogonalizer=orthogonalizer,
             weight_decay=weight_decay,
             mask=mask,
             decay_rate=learning_rate if decay_after_step else None,

@@ -118,7 +118,7 @@ def eigenbasis_transform(
             decaying = broadcast_prefix("mask", True if mask is None else mask, updates)
             rate: Any = decay_rate(state.count) if callable(decay_rate) else decay_rate
             directions = [
-                _decayed(d, w, known.per_matrix(i, method.applied(s), d), weight_decay, rate)
+                decayed(d, w, known.per_matrix(i, method.applied(s), d), weight_decay, rate)
                 if decaying[i]
                 else d
                 for i, (d, w, s) in enumerate(
@@ -207,7 +207,7 @@ def _stored(state: EigenbasisAdamState, leaves: Sequence[FactorLeaf], unflatten)
     return {name: unflatten([stored(name, leaf) for leaf in leaves]) for name in used}
 
 
-def _decayed(
+def decayed(
     direction: Array, w: Array, applied: Array, weight_decay: Scalar, rate: Scalar | None
 ) -> Array:
     """The direction with the decay of the matrices that take a step."""

@@ -10,7 +10,7 @@ from jaxtyping import Array
 from jaxopt_lab.core.kronecker import INTEGRATORS, StartScale, kronecker_start
 from jaxopt_lab.core.ordering import after
 from jaxopt_lab.core.precision import ProductPrecision, gram
-from jaxopt_lab.core.spectral import eigenbasis, orthogonal_complement
+from jaxopt_lab.core.spectral import eigenbasis, orthogonal_complement, trace_in_range
 from jaxopt_lab.optim.routing import Scalar
 
 # Frobenius norm of the start "eps" of the released code.
@@ -38,6 +38,10 @@ class FactorRule(Protocol):
 
     def initial(self, size: int, two_sided: bool) -> float:
         """Multiple of the identity that a factor is before the first gradient."""
+        ...
+
+    def in_range(self, factors: Pair) -> Array | None:
+        """Whether nothing overflows that is formed of the factors, a matrix; None: it cannot."""
         ...
 
     def start(self, factors: Pair, grad: Array) -> Pair:
@@ -69,6 +73,16 @@ class GramFactors:
     def initial(self, size: int, two_sided: bool) -> float:
         """See `FactorRule`."""
         return self.identity / size**0.5
+
+    def in_range(self, factors: Pair) -> Array | None:
+        """See `FactorRule`."""
+        if _averages(self.decay):
+            return None
+        fits = jnp.array(True)
+        for factor in factors:
+            if factor is not None:
+                fits = fits & trace_in_range(factor)
+        return fits
 
     def start(self, factors: Pair, grad: Array) -> Pair:
         """See `FactorRule`."""
@@ -120,6 +134,13 @@ class KroneckerFactors:
             return self.single.initial(size, two_sided)
         return _EPS_START / size**0.5 if self.init == "eps" else 0.0
 
+    def in_range(self, factors: Pair) -> Array | None:
+        """See `FactorRule`."""
+        rows, columns = factors
+        if rows is None or columns is None:
+            return self.single.in_range(factors)
+        return None if _averages(self.decay) else trace_in_range(rows, columns)
+
     def start(self, factors: Pair, grad: Array) -> Pair:
         """See `FactorRule`."""
         if self.init == "eps" or _is_single(factors):
@@ -150,6 +171,11 @@ class KroneckerFactors:
         # bases of the rest the one nearest to the identity is taken.
         rows, columns = (orthogonal_complement(_leading_column(x)) for x in factors)
         return rows, columns
+
+
+def _averages(decay: Scalar) -> bool:
+    """Whether squares of gradients are averaged, which cannot outgrow them; traced: unknown."""
+    return isinstance(decay, int | float) and decay < 1
 
 
 def _is_single(factors: Pair) -> bool:

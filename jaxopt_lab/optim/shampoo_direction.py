@@ -27,7 +27,7 @@ class ShampooState(NamedTuple):
     """
 
     count: Array  # shape=(), dtype=int32: gradients seen
-    rejected: optax.Updates  # (*batch,) int32: gradients refused because they were not finite
+    rejected: optax.Updates  # (*batch,) int32: gradients refused: not finite, or too large
     mu: optax.Updates  # shapes of the parameters: first moment
     squares: Any  # shapes of the parameters: second moment of the graft; MaskedNode() without one
     velocity: Any  # shapes of the parameters: momentum of the direction; MaskedNode() without it
@@ -85,12 +85,13 @@ def scale_by_shampoo(
     method, which alone steers before the first roots. $\beta_2 = 1$ accumulates sums. The roots
     $P_k$ are refreshed every `precondition_frequency` steps, inside a conditional.
 
-    A gradient that is not finite (or whose square overflows) leaves the problem it belongs to as it
-    was: its update is zero, `rejected` counts it, the other problems go on.
+    A gradient that is not finite (or whose square overflows, or makes the factors overflow) leaves
+    the problem it belongs to as it was: its update is zero, `rejected` counts it, the other
+    problems go on.
 
     Args:
       b1: $\beta_1$, decay of the first moment.
-      b2: $\beta_2$, decay of the factors, in (0, 1]; 1: plain sums, which need no bias correction.
+      b2: $\beta_2$, decay of the factors, in [0, 1]; 1: plain sums, which need no bias correction.
       epsilon: $\epsilon$, the ridge.
       relative_epsilon: Take $\epsilon \lambda_{\max}(X_k)$ as the ridge.
       precondition_frequency: Steps from one refresh of the roots to the next, f.
@@ -223,7 +224,7 @@ def scale_by_shampoo(
         guard = Guard.of(problems, g, t, treedef.flatten_up_to(state.rejected))
         g = guard.or_zero(g)
         factors, roots = (_by_leaf(treedef, problems, x) for x in (state.factors, state.roots))
-        factors = rule.accumulate(problems, guard, g, factors, roots)
+        guard, factors = rule.accumulate(problems, guard, g, factors, roots)
         roots = rule.refresh(t, problems, guard, factors, roots)
         mu, squares, velocity = map(jax.tree.leaves, (state.mu, state.squares, state.velocity))
         direction, mu, squares = rule.directions(t, problems, guard, g, mu, squares, roots)

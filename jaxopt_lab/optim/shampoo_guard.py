@@ -48,6 +48,16 @@ class Guard(NamedTuple):
             ages.append(jnp.maximum(age, 1).astype(g.dtype))
         return cls(accepted, ages, refused)
 
+    def refusing(self, problems: Sequence[Problem], fits: Sequence[Array]) -> "Guard":
+        """Refuse also where `fits`, (*batch) a leaf, does not hold."""
+        accepted, ages, refused = [], [], []
+        for p, fit, a, age, r in zip_strict(problems, fits, *self):
+            late = a & ~jnp.expand_dims(fit, p.inner_axes)
+            accepted.append(a & ~late)
+            ages.append(jnp.maximum(age - late, 1))
+            refused.append(r + jnp.squeeze(late, p.inner_axes))
+        return Guard(accepted, ages, refused)
+
     def choose(self, new: Sequence[Array], old: Sequence[Array]) -> Leaves:
         """`new` where the gradient was accepted, else `old`; arrays of the shapes of the leaves."""
         return [jnp.where(a, x, y) for a, x, y in zip_strict(self.accepted, new, old)]

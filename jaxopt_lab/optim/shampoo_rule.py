@@ -10,6 +10,7 @@ from jaxtyping import Array
 from jaxopt_lab.core.inverse_roots import check_root
 from jaxopt_lab.core.ordering import run_if
 from jaxopt_lab.core.precision import PRODUCT_PRECISIONS, PrecisionName, ProductPrecision
+from jaxopt_lab.core.spectral import trace_in_range
 from jaxopt_lab.core.stacks import ReplicatedWork
 from jaxopt_lab.optim.routing import Scalar
 from jaxopt_lab.optim.shampoo_averages import (
@@ -152,17 +153,22 @@ class ShampooRule(NamedTuple):
 
     def accumulate(
         self, problems: Sequence[Problem], guard: Guard, g: Leaves, factors: Factors, roots: Factors
-    ) -> list[Leaves]:
-        """The factors with this step's Gram matrices."""
+    ) -> tuple[Guard, list[Leaves]]:
+        """The factors with this step's Gram matrices; gradients that make them overflow refused."""
         grams = gram_matrices(
             problems, g, roots if self.kl_factors else None, self.factor_precision
         )
         weight = jnp.where(self.b2 == 1, 1, 1 - self.b2)
-        out = []
-        for i, (old, new) in enumerate(zip_strict(factors, grams)):
-            mixed = [self.b2 * x + weight.astype(x.dtype) * y for x, y in zip_strict(old, new)]
-            out.append(guard.choose_factors(problems[i], i, mixed, old))
-        return out
+        mixed = [
+            [self.b2 * x + weight.astype(x.dtype) * y for x, y in zip_strict(old, new)]
+            for old, new in zip_strict(factors, grams)
+        ]
+        # Averages of squares stay as small as these; plain sums and multiplied gradients may not.
+        if self.kl_factors or not isinstance(self.b2, int | float) or self.b2 == 1:
+            fits = [_in_range(p, modes) for p, modes in zip_strict(problems, mixed)]
+            guard = guard.refusing(problems, fits)
+        pairs = enumerate(zip_strict(problems, mixed, factors))
+        return guard, [guard.choose_factors(p, i, new, old) for i, (p, new, old) in pairs]
 
     def refresh(
         self,
@@ -238,3 +244,11 @@ class ShampooRule(NamedTuple):
         else:
             direction = new
         return direction, guard.choose(new, velocity)
+
+
+def _in_range(problem: Problem, factors: Leaves) -> Array:
+    """(*batch) whether the factors of all modes and blocks are far enough from overflowing."""
+    fits = jnp.ones(problem.batch_shape, bool)
+    for x in factors:
+        fits = fits & jnp.all(trace_in_range(x), axis=-1)
+    return fits

@@ -91,8 +91,8 @@ def scale_by_soap(
 
     Returns:
       A transformation with state `EigenbasisAdamState`. A gradient that is not finite, or too large
-      to be squared, leaves its matrix, factors and moments as they are and counts in `rejected`; a
-      refresh of the bases that is due is made all the same.
+      to be squared or added to sums of squares, leaves its matrix, factors and moments as they are
+      and counts in `rejected`; a refresh of the bases that is due is made all the same.
 
     Raises:
       ValueError: An option is unknown or out of range, or a leaf is not a matrix.
@@ -196,7 +196,7 @@ def soap(
       on_uncovered: A leaf of more than two axes without a layout: "adamw", "error", or "modes" for
         one factor an axis, as in the released code.
       vocabulary_size: Without `matrix_axes`, an axis this long marks an embedding. None: 10 000.
-      orthogonalizer: As for `scale_by_soap`.
+      orthogonalizer: As for `scale_by_soap`, for all leaves with factors.
       factor_precision: As for `scale_by_soap`.
       rotation_precision: As for `scale_by_soap`.
       param_shardings: Tree of `NamedSharding`, for meshes with Auto axes.
@@ -234,6 +234,7 @@ def soap(
         "correct_bias": correct_bias,
         "normalize_grads": normalize_grads,
         "skip_first_step": skip_first_step,
+        "orthogonalizer": orthogonalizer,
         "weight_decay": weight_decay,
         "mask": mask,
         "matrix_axes": matrix_axes,
@@ -243,7 +244,6 @@ def soap(
         one_sided=one_sided,
         factored_second_moment=factored_second_moment,
         stagger=stagger,
-        orthogonalizer=orthogonalizer,
         factor_precision=factor_precision,
         rotation_precision=rotation_precision,
         decay_rate=learning_rate if decay_after_step else None,

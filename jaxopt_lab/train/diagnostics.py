@@ -43,7 +43,8 @@ class DiagnosticsConfig:
     """`fisher`: gradients before each record that it compares with; they are kept meanwhile."""
 
     layers: tuple[str, ...] | None = None
-    """`fisher`: leaves to look at, such as `layers/mlp/down/kernel`; None takes all matrices."""
+    """`fisher`: leaves to look at, such as `layers/mlp/down/kernel`; None takes all matrices that
+    have a factor."""
 
     def validate(self, optimizer: OptimizerConfig) -> None:
         """Checks the values.

@@ -88,6 +88,18 @@ def test_panels_are_orthogonal_for_any_input(x, panel):
         assert distance_from_orthogonal(q) <= ORTHOGONALITY
 
 
+@given(seeds, panels, st.integers(1, SIZE), st.floats(0.1, 0.9))
+def test_columns_of_zeros_stay_zero_and_the_others_are_orthonormal(seed, panel, rank, share):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((SIZE, rank)) @ rng.standard_normal((rank, SIZE))
+    zeros = rng.random(SIZE) < share
+    x[:, zeros] = 0
+    q = np.asarray(COMPILED[panel](np.float32(x)), np.float64)
+    np.testing.assert_array_equal(np.any(q, axis=0), ~zeros)
+    if panel > 1:
+        np.testing.assert_allclose(q.T @ q, np.diag(~zeros), atol=ORTHOGONALITY)
+
+
 @settings(max_examples=200)
 @given(seeds, panels, st.floats(0, 5), st.booleans())
 def test_independent_columns_become_orthogonal_and_keep_their_spans(seed, panel, decades, scaled):

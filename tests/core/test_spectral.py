@@ -13,6 +13,7 @@ from jaxopt_lab.core.spectral import (
     leading_singular_triple,
     orthogonal_complement,
     refresh_eigenbasis,
+    trace_in_range,
 )
 
 SIZE = 8
@@ -205,3 +206,19 @@ def test_only_bfloat16_rounds_its_operands():
     x = jnp.full((1, 1), 1 + 2.0**-12)
     assert matmul(x, jnp.ones((1, 1)), "bfloat16") == 1
     assert matmul(x, jnp.ones((1, 1)), "bf16_x3") == x[0, 0]
+
+
+def test_the_trace_leaves_room_for_what_is_formed():
+    factor = np.float32(np.random.default_rng(0).normal(size=(8, 8)))
+    factor = factor @ factor.T / np.trace(factor @ factor.T)
+    largest = np.finfo(np.float32).max
+    sizes = np.float32([0, largest / 4.1, largest / 3.9, np.inf])[:, None, None]
+    with np.errstate(invalid="ignore"):
+        stack = jnp.asarray(np.float32(sizes * factor))
+    fits = np.asarray(trace_in_range(stack))
+    assert fits.tolist() == [True, True, False, False]
+    basis = orthogonal_complement(jnp.full(8, 8**-0.5))
+    assert np.isfinite(stack + stack.mT)[fits].all() and np.isfinite(stack @ basis)[fits].all()
+    # Of a Kronecker product neither factor alone decides.
+    rows, columns = (factor * np.float32(x)[:, None, None] for x in ([1e20] * 2, [1e17, 1e19]))
+    assert trace_in_range(jnp.asarray(rows), jnp.asarray(columns)).tolist() == [True, False]

@@ -141,14 +141,32 @@ def test_without_gradients_there_is_nothing_to_say():
     assert np.isnan(list(records[1].values())).all()
 
 
+@pytest.mark.parametrize("factory", [jol.dykaf, jol.scale_by_dykaf])
+def test_matrices_without_a_factor_are_left_out(factory):
+    """Longer than the limit on both sides: AdamW's in a model, and without a basis alone."""
+    grads = {"large": gradients(2, (6, 7)), "one": gradients(2, (6, 4)), "w": gradients(2, (M, N))}
+    params = jax.tree.map(lambda g: jnp.zeros(g.shape[1:]), grads)
+
+    def record(layers, limit=5):
+        rate = () if factory is jol.scale_by_dykaf else (0.0,)
+        state = factory(*rate, max_precond_dim=limit).init(params)
+        return run(FisherErrors(2, layers, window=1, decay=DECAY), grads, state)[0][2]
+
+    assert {name.split("/")[0] for name in record(None)} == {"one", "w"}
+    with pytest.raises(ValueError, match="layers: 'large' is not one of .* with factors: one, w$"):
+        record(["w", "large"])
+    with pytest.raises(ValueError, match="factors of none of the matrices"):
+        record(None, limit=2)
+
+
 def test_bad_choices_are_named():
     with pytest.raises(ValueError, match="window: got 4, expected 1 to 3"):
         FisherErrors(4, window=4, decay=DECAY)
     with pytest.raises(ValueError, match="interval: got 0"):
         FisherErrors(0, window=None, decay=DECAY)
     grads = {"w": gradients(1, (M, N)), "b": gradients(1, (N,))}
-    with pytest.raises(ValueError, match="'b' is not one of w"):
-        run(FisherErrors(2, ["b"], window=None, decay=DECAY), grads, None)
+    with pytest.raises(ValueError, match="layers: 'b' is not one of .* with factors: w$"):
+        run(FisherErrors(2, ["b"], window=None, decay=DECAY), grads, any_state((M, N)))
     wide = {"w": np.zeros((1, 64, 65), np.float32)}
     with pytest.raises(ValueError, match="64 x 65, too large"):
-        run(FisherErrors(2, window=None, decay=DECAY), wide, None)
+        run(FisherErrors(2, window=None, decay=DECAY), wide, any_state((64, 65)))

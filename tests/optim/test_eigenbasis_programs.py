@@ -123,6 +123,17 @@ def test_the_released_configuration_spelled_out():
         assert official != text(jol.dykaf(1e-3, **spelled | {name: value}), params)
 
 
+@pytest.mark.parametrize("factory", [jol.dykaf, jol.soap])
+@pytest.mark.parametrize("orthogonalizer", ["panels", "householder"])
+def test_tensors_and_vectors_follow_the_choice_of_orthogonalizer(factory, orthogonalizer):
+    """Only Householder's method has a QR decomposition."""
+    params = {"scale": jnp.zeros(4), "tensor": jnp.zeros((2, 3, 4))}
+    options = {"on_uncovered": "modes", "precondition_1d": True}
+    tx = factory(1e-3, orthogonalizer=orthogonalizer, **options)
+    jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params).jaxpr
+    assert ("qr" in primitives(jaxpr)) == (orthogonalizer == "householder")
+
+
 def test_describe_counts_factors_and_bases_with_their_leaf():
     shapes = {"bias": (6,), "kernel": (4, 6), "stack": (2, 4, 6), "vocabulary": (12, 4)}
     params = {k: jax.ShapeDtypeStruct(s, "bfloat16") for k, s in shapes.items()}

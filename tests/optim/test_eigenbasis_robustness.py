@@ -1,6 +1,7 @@
 """SOAP and DyKAF in working precision on gradients that nobody wants to see."""
 
 import functools
+import math
 
 import chex
 import hypothesis
@@ -8,10 +9,12 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
 import jaxopt_lab as jol
+from jaxopt_lab.optim.mode_factors import scale_by_mode_soap
 from tests.optim.eigenbasis_runs import QUICKLY
 
 VARIANTS = {
@@ -180,6 +183,47 @@ def test_after_a_refusal_all_is_as_if_that_gradient_had_never_come(variant):
     late, early = fields(disturbed, 1), fields(states, 1)
     chex.assert_trees_all_equal(at(2, late), at(1, early))
     assert late.age["float32"].tolist() == [1, 1, 2, 3, 4, 5, 6, 7]
+
+
+SUMS = {
+    "soap": jol.scale_by_soap(factor_decay=1.0, precondition_frequency=FREQUENCY),
+    "soap, traced": optax.inject_hyperparams(jol.scale_by_soap)(factor_decay=1.0),
+    "ksl": jol.scale_by_dykaf(factor_decay=1.0, precondition_frequency=FREQUENCY),
+    "parallel": jol.scale_by_dykaf(factor_decay=1.0, integrator="parallel"),
+    "one side": jol.scale_by_dykaf(one_sided="code", max_precond_dim=5),
+    "modes": scale_by_mode_soap(factor_decay=1.0, precondition_frequency=FREQUENCY),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_gradient_that_would_make_a_sum_overflow_is_refused(name):
+    """Each could be squared, all of them together not; small ones still can."""
+    shape, steps = (4, 6), 100
+    # Squared and summed over the matrix, with the room that the refusal leaves: half the range.
+    size = np.sqrt(np.finfo(np.float32).max / 2 / 4 / math.prod(shape))
+    grads = size * np.sign(np.random.default_rng(0).normal(size=(steps, *shape)))
+    grads[-1] /= 1e10
+    tx = SUMS[name]
+
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    def go(grads):
+        def step(state, grad):
+            updates, state = tx.update(grad, state, jnp.zeros(shape))
+            return state, (updates, state)
+
+        return jax.lax.scan(step, tx.init(grads[0]), grads)[1]
+
+    updates, states = jax.device_get(go(np.float32(grads)))
+    assert_finite(updates)
+    assert_finite(states)
+    if name == "soap, traced":
+        states = states.inner_state
+    rejected, age = states.rejected, states.age
+    assert rejected[0] == 0 and rejected[-1] > 5
+    refused = np.diff(rejected) == 1
+    np.testing.assert_array_equal(np.any(updates[1:], axis=(1, 2)), ~refused)
+    np.testing.assert_array_equal(np.diff(age), ~refused)
+    assert not refused[-1]
 
 
 @pytest.mark.parametrize("variant", ["soap", "ksl"])

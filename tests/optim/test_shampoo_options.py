@@ -54,6 +54,25 @@ def test_refused_gradients_leave_no_trace(bad):
     np.testing.assert_allclose(update["w"][0], expected["w"][0], rtol=1e-4)
 
 
+@pytest.mark.parametrize("option", ["b2", "kl_factors"])
+def test_gradients_are_refused_that_would_make_factors_overflow(option):
+    """Finite squares, but their sum is not; nor are they times the roots of small factors."""
+    tx, step = stacked_step(**{option: True})  # a b2 of 1
+    grads = normal(0, STACKED, 64)["w"]
+    sizes = np.array([1e-8] * 3 + [1.5e18] * 60 + [1.0])  # of the first matrix
+    grads = grads.at[:, 0].multiply(sizes[:, None, None])
+    state = tx.init({"w": grads[0]})
+    refused = []
+    for grad in grads:
+        before = state
+        update, state = step({"w": grad}, state)
+        refused.append(int(state.rejected["w"][0] - before.rejected["w"][0]))
+        assert (update["w"][1] != 0).all() and state.rejected["w"][1] == 0
+        assert finite(state) and finite(update)
+        assert (update["w"][0] == 0).all() == bool(refused[-1])
+    assert not refused[0] and 0 < sum(refused) and not refused[-1]
+
+
 @functools.cache
 def robust_run():
     shapes = {"matrix": (4, 6), "vector": (5,)}
