@@ -58,6 +58,11 @@ class CompiledStep:
         return None if not costs else float(costs.get("flops", 0.0))
 
 
+# Averages over the gradients have full rank by then. Before, a decomposition of them takes longer,
+# and in a run of thousands of steps that does not count.
+_WARM_UP_STEPS = 32
+
+
 class OptimizerTimer:
     """Times whole periods of one optimizer.
 
@@ -83,8 +88,9 @@ class OptimizerTimer:
         self.single: list[list[float]] = []  # seconds of each step of a period, waited for
 
     def warm_up(self, params: Any, grads: Sequence[Any], seconds_per_round: float) -> Any:
-        """Runs two periods and decides how many steps make a round."""
-        params, _ = self._run(params, grads, self._period)
+        """Runs the first steps, then a period that decides how many of them make a round."""
+        first = -(-_WARM_UP_STEPS // self._period) * self._period
+        params, _ = self._run(params, grads, first)
         params, (seconds, _) = self._run(params, grads, self._period)
         self._steps = self._period * max(1, round(seconds_per_round / max(seconds, 1e-9)))
         return params

@@ -1,4 +1,4 @@
-"""`python -m tests.golden DIRECTORY [--only SUBSTRING]`: replay reference trajectories."""
+"""`python -m tests.golden DIRECTORY [--only NAME]`: replay reference trajectories."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ from tests.golden.harness import replay_directory
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.golden", description=__doc__)
     parser.add_argument("directory", type=Path, help="golden root or a family's folder")
-    parser.add_argument("--only", default="", help="replay cases whose family/name contains this")
+    parser.add_argument("--only", default="", help="a family, or a part of family/name")
     args = parser.parse_args(argv)
     if not args.directory.is_dir():
         parser.error(f"{args.directory} is not a directory")

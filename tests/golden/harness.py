@@ -81,11 +81,12 @@ class Result:
 def replay_directory(
     directory: Path, only: str = "", report: Callable[[str], None] = print
 ) -> bool:
-    """Replay every case below `directory` whose `family/name` contains `only`; True if all pass."""
+    """Replay the family `only`, or every case whose `family/name` contains it; True if all pass."""
+    found = list(find_cases(directory))
+    is_family = any(family == only for family, _ in found)
     lines = failed = cases = 0
-    for family, stem in find_cases(directory):
-        label = f"{family}/{stem.name}"
-        if only not in label:
+    for family, stem in found:
+        if family != only if is_family else only not in f"{family}/{stem.name}":
             continue
         cases += 1
         for result in replay_case(family, stem):
