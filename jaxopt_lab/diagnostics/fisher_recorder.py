@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from jaxopt_lab.core.kronecker import symmetric
 from jaxopt_lab.core.matrices import MatrixAxes, batch_first
 from jaxopt_lab.core.spectral import eigenbasis
 from jaxopt_lab.diagnostics.fisher import FullFisher, kronecker_distance
@@ -176,7 +177,7 @@ def _errors_of_sample(grads, weights, sides) -> dict[str, Array]:
 
 
 def _errors(fisher: FullFisher | SampledFisher, sides: dict[str, Array]) -> dict[str, Array]:
-    pair = sides["row_factor"], sides["column_factor"]
+    pair = symmetric(sides["row_factor"]), symmetric(sides["column_factor"])
     bases = sides["row_basis"], sides["column_basis"]
     best = fisher.best_kronecker()
     ours, distance = fisher.kronecker_errors(*pair), kronecker_distance(*pair, best)

@@ -44,7 +44,7 @@ class EigenbasisAdamState(NamedTuple):
     nu: Any  # (*batch, m, n): second moment in the eigenbases
     row_nu: Any  # (*batch, m): factored second moment, rows
     column_nu: Any  # (*batch, n): and columns
-    row_factor: optax.Updates  # (*batch, m, m)
+    row_factor: optax.Updates  # (*batch, m, m): its symmetric part; see `core.precision.gram`
     column_factor: optax.Updates  # (*batch, n, n)
     row_basis: optax.Updates  # (*batch, m, m): eigenvectors in columns, by decreasing eigenvalue
     column_basis: optax.Updates  # (*batch, n, n)
