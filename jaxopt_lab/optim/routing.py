@@ -156,6 +156,34 @@ def route(
     return routes
 
 
+def route_with_embeddings(params: optax.Params, matrix_axes: MatrixAxesSpec = None) -> list[Route]:
+    """All matrices of a model: those of `route`, and the tables of embeddings and output heads.
+
+    What norms over a whole model count. A leaf without a layout is a table if it has two axes and
+    its name or size says so; stacked vectors have two axes as well and are none.
+
+    Args:
+      params: The parameter tree (arrays or `jax.ShapeDtypeStruct`).
+      matrix_axes: As in `route`.
+
+    Returns:
+      One route for each leaf that holds matrices.
+
+    Raises:
+      ValueError: A layout does not fit its leaf.
+    """
+    leaves = jax.tree.leaves(params)
+    routes = []
+    for r, x in zip(route(params, matrix_axes), leaves, strict=True):
+        role = _by_shape(r.path, x.shape, DEFAULT_VOCABULARY_SIZE).role
+        if r.axes is not None:
+            routes.append(r)
+        elif role == "embedding" and len(x.shape) == 2:
+            axes = resolve_layout(x.shape, MuonDimensionNumbers())
+            routes.append(Route(r.path, axes, role))
+    return routes
+
+
 def require_matrices(params: optax.Params, matrix_axes: MatrixAxesSpec) -> list[Route]:
     """Routes of a tree whose every leaf must be a matrix (what a bare `scale_by_x` works on).
 

@@ -12,7 +12,7 @@ from jax.tree_util import keystr
 from optax.contrib import MuonDimensionNumbers as Axes
 
 import jaxopt_lab as jol
-from jaxopt_lab.optim.routing import route
+from jaxopt_lab.optim.routing import route, route_with_embeddings
 from tests.contract.trees import TREES
 from tests.optim.runs import normal, run
 
@@ -194,3 +194,15 @@ def test_fused_and_split_projections_are_different_matrices():
     single, _, _ = run(spectral(None), {"w": flat["w"][:, :5]}, {"w": grads["w"][:, :, 0]})
     np.testing.assert_allclose(split["w"][:, :, 0], single["w"], atol=1e-5)
     assert np.abs(split["w"] - fused["w"]).max() > 0.1
+
+
+def test_norms_of_a_model_count_tables_but_not_stacked_vectors():
+    params = shaped(
+        {"embedding": (60, 8), "head": (8, 20_000), "scale": (3, 8), "stack": (3, 8, 16)}
+    )
+    layouts = {"embedding": None, "head": None, "scale": None, "stack": Axes(1, 2)}
+    found = {
+        r.path[0].key: r.axes.matrix_shape(params[r.path[0].key].shape)
+        for r in route_with_embeddings(params, layouts)
+    }
+    assert found == {"embedding": (1, 60, 8), "head": (1, 8, 20_000), "stack": (3, 8, 16)}
