@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxopt_lab.core.norm_pairs import NORM_PAIRS, dual_norm, largest_dual, matrix_norm
+from jaxopt_lab.core.norm_pairs import NORM_PAIRS, check_pair, dual_norm, largest_dual, matrix_norm
 
 SHAPES = [(64, 32), (32, 32), (100, 16), (16, 100)]
 TOTALS = {"spectral": 96, "sign": 6272, "frobenius": 4}
@@ -39,4 +39,4 @@ def test_equality_where_all_directions_are_equally_long():
 
 def test_unknown_pairs_are_named():
     with pytest.raises(ValueError, match="'nuclear'; choose one of spectral, sign, frobenius"):
-        matrix_norm(jnp.eye(2), "nuclear")
+        check_pair("nuclear")
