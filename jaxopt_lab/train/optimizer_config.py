@@ -1,7 +1,7 @@
 """What every optimizer of the trainer has: rates, checks, a `build` method, a count of its work."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jaxopt_lab.core.flops import matrix_shapes
+from jaxopt_lab.core.norm_pairs import NormPair
 from jaxopt_lab.train.errors import ConfigError
 
 # Operations per element.
@@ -67,6 +68,14 @@ class OptimizerConfig:
     def rates(self, rate: Array) -> dict[str, Array]:
         """Learning rates to report while the scheduled one is `rate`."""
         return {"rate": rate}
+
+    def step_norm(self) -> Mapping[NormPair, float]:
+        """The norm in which its steps on matrices have one length, or shares of several.
+
+        Adaptive warm-up asks for it. Whoever divides by second moments moves every coordinate by
+        about the rate, as a sign does.
+        """
+        return {"sign": 1.0}
 
     def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
         """FLOPs of one optimizer step, averaged over the kinds of steps it takes.

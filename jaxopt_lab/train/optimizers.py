@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 
 from jaxopt_lab import optim
 from jaxopt_lab.core.newton_schulz import newton_schulz_flops
+from jaxopt_lab.core.norm_pairs import NormPair
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.optimizer_config import (
     SIGN_FLOPS,
@@ -84,10 +85,16 @@ class LionMuonConfig(OptimizerConfig):
         sign, adam = rate * self.sign_lr_ratio, rate * self.adam_lr_ratio
         return {"rate": rate, "sign_rate": sign, "adam_rate": adam}
 
+    def step_norm(self) -> dict[NormPair, float]:
+        """By the shares of spectral and of sign steps."""
+        return {"spectral": self._spectral_share(), "sign": 1 - self._spectral_share()}
+
     def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
         """See the base class."""
-        share = 0.0 if self.period == "inf" else 1 / self.period
-        return _spectral_flops(params, matrix_axes, self.ns_steps, share)
+        return _spectral_flops(params, matrix_axes, self.ns_steps, self._spectral_share())
+
+    def _spectral_share(self) -> float:
+        return 0.0 if self.period == "inf" else 1 / self.period
 
     def _arguments(self, model: ModelInfo) -> dict[str, Any]:
         return {
@@ -211,6 +218,10 @@ class OptaxMuonConfig(OptimizerConfig):
             # The scale of the other spectral optimizers here, so that rates can be compared.
             consistent_rms=0.2,
         )
+
+    def step_norm(self) -> dict[NormPair, float]:
+        """See the base class."""
+        return {"spectral": 1.0}
 
     def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
         """See the base class."""

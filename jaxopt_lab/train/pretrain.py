@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from jaxopt_lab import data, models
 from jaxopt_lab.report.figures import loss_figure
+from jaxopt_lab.report.schedule_figure import schedule_figure
 from jaxopt_lab.train.checkpoint import Checkpoints
 from jaxopt_lab.train.config import PretrainConfig, validate
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
@@ -49,6 +50,7 @@ Message = Callable[[str], None]
 _PROMPT_TOKENS = 32
 _TEMPERATURE = 0.8
 FIGURE = Path("figures") / "loss.png"
+SCHEDULE_FIGURE = Path("figures") / "schedule.png"
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def _train(run: Run, callbacks: Sequence[Callback], say: Message) -> RunResult:
         "seconds": round(time.monotonic() - before, 1),
         "optimizer_share_of_flops": _optimizer_share(run.config),
         "training_loss": loop.last_metrics.get("loss"),
+        **_schedule_outcome(run, state, say),
         **loop.last_evaluation,
         "unigram_nats": held_out.unigram_nats,
         "unigram_bits_per_byte": held_out.unigram_bits_per_byte,
@@ -174,6 +177,15 @@ def _train(run: Run, callbacks: Sequence[Callback], say: Message) -> RunResult:
     if leader:
         _report(run, summary, say)
     return RunResult(status, run.directory, summary)
+
+
+def _schedule_outcome(run: Run, state: TrainState, say: Message) -> dict[str, Any]:
+    """How a schedule went that followed the run; nothing for the others."""
+    if run.program.outcome is None:
+        return {}
+    numbers, sentence = run.program.outcome(state.opt_state)
+    say(sentence)
+    return {"schedule": numbers}
 
 
 def _prepare(config: PretrainConfig, say: Message) -> tuple[data.Corpus, list[data.Batch]]:
@@ -251,6 +263,8 @@ def _report(run: Run, summary: Mapping[str, Any], say: Message) -> None:
     levels = {"unigram": run.held_out.unigram_nats}
     (run.directory / FIGURE).parent.mkdir(exist_ok=True)
     loss_figure(run.directory, run.directory / FIGURE, levels=levels)
+    if run.program.outcome is not None:
+        schedule_figure(run.directory, run.directory / SCHEDULE_FIGURE)
     if summary["sample"]:
         sample = summary["sample"]
         say(f"sample\n{sample['prompt']}\N{BLACK RIGHT-POINTING TRIANGLE}{sample['continuation']}")
@@ -259,7 +273,8 @@ def _report(run: Run, summary: Mapping[str, Any], say: Message) -> None:
         f"{summary['bits_per_byte']:.4f} bits/byte "
         f"(unigram: {summary['unigram_bits_per_byte']:.4f}) after {summary['steps']} steps"
     )
-    say(f"figure: {run.directory / FIGURE}")
+    drawn = [FIGURE] if run.program.outcome is None else [FIGURE, SCHEDULE_FIGURE]
+    say("\n".join(f"figure: {run.directory / figure}" for figure in drawn))
 
 
 def _to_stderr(text: str) -> None:

@@ -35,6 +35,8 @@ class Program:
     evaluate: Callable[..., Any]
     recorders: Recorders | None
     compiler_options: Mapping[str, Any]
+    # (optimizer state at the end) -> how the schedule went, as numbers and in a sentence
+    outcome: Callable[[PyTree], tuple[dict[str, Any], str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def build_program(
     )
     evaluate = make_eval(loss, mesh=mesh, param_shardings=shardings, compiler_options=options)
     recorders = make_recorders(config.diagnostics, config.optimizer, info, ema)
-    return Program(mesh, step, evaluate, recorders, options)
+    return Program(mesh, step, evaluate, recorders, options, rule.outcome)
 
 
 def compile_step(config: PretrainConfig, program: Program) -> jax.stages.Compiled:

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jaxopt_lab import schedules
+from jaxopt_lab.diagnostics import find_state
 from jaxopt_lab.schedules import DecayShape
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.optimizers import ModelInfo, OptimizerConfig
@@ -18,7 +20,10 @@ class Rule(NamedTuple):
     """An optimizer ready for the step."""
 
     tx: optax.GradientTransformation
-    rates: Callable[[Array], dict[str, Array]]  # (step) -> learning rates to report
+    # (steps taken, optimizer state) -> learning rates of the next step, and what explains them
+    rates: Callable[[Array, PyTree], dict[str, Array]]
+    # (optimizer state at the end) -> how the schedule went, as numbers and in a sentence
+    outcome: Callable[[PyTree], tuple[dict[str, Any], str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class ScheduleConfig:
         """
         rate = self.rate(optimizer.learning_rate, steps)
         tx = optimizer.build(rate, model)
-        return Rule(tx, lambda step: optimizer.rates(jnp.asarray(rate(step))))
+        return Rule(tx, lambda step, _: optimizer.rates(jnp.asarray(rate(step))))
 
 
 @dataclass(frozen=True)
@@ -117,8 +122,100 @@ class WsdConfig(_WarmupConfig):
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class AdaptiveWarmupConfig(ScheduleConfig):
+    """The rate follows the training loss up to its peak, then decays."""
+
+    target_loss: float | None = None
+    """Training loss in nats per token that the run is expected to end at; a guess that is too high
+    by a nat or two costs little, one that is too low much."""
+
+    div_factor: float = 100.0
+    """Peak rate over the first rate."""
+
+    delta_star_rule: Literal["exact", "official"] | float = "exact"
+    """Gap to the target at which the peak is reached: by the paper's objective, integrated
+    accurately or as released, or a share of the first gap."""
+
+    smoothing: float = 0.0
+    """Decay of an exponential average of the loss; 0 takes every loss as it is."""
+
+    fallback_after: float | None = 0.5
+    """Share of the steps after which the rate decays from where it is, should the peak not have
+    been reached; None never does."""
+
+    final_div_factor: float = 1e4
+    """Peak rate over the last rate."""
+
+    def validate(self, steps: int) -> None:
+        """Checks the values."""
+        if self.target_loss is None:
+            raise ConfigError(
+                "schedule.target_loss", None, "expected the loss that the run should end at"
+            )
+        try:
+            self._transform(1.0, steps, "spectral", None)
+        except ValueError as error:
+            raise ConfigError.inside("schedule", error) from error
+
+    def apply(self, optimizer: OptimizerConfig, model: ModelInfo, steps: int) -> Rule:
+        """See the base class."""
+        peak = optimizer.learning_rate
+        schedule = self._transform(peak, steps, optimizer.step_norm(), model.matrix_axes)
+        tx = optax.chain(optimizer.build(optax.constant_schedule(peak), model), schedule)
+
+        def rates(step: Array, opt_state: PyTree) -> dict[str, Array]:
+            state = find_state(opt_state, schedules.AdaptiveWarmupState)
+            followed = {"gap": state.gap, "peak_gap": state.peak_gap}
+            return optimizer.rates(state.rate) | followed | {"switch_step": state.switch_step}
+
+        return Rule(tx, rates, lambda opt_state: self._outcome(opt_state, peak, steps))
+
+    def _transform(
+        self, peak: float, steps: int, norm: Any, matrix_axes: PyTree
+    ) -> optax.GradientTransformationExtraArgs:
+        assert self.target_loss is not None
+        return schedules.adaptive_warmup(
+            peak, steps, self.target_loss, self.div_factor,
+            norm=norm, matrix_axes=matrix_axes, delta_star_rule=self.delta_star_rule,
+            smoothing=self.smoothing, fallback_after=self.fallback_after,
+            final_div_factor=self.final_div_factor, relative=True,
+        )  # fmt: skip
+
+    def _outcome(self, opt_state: PyTree, peak: float, steps: int) -> tuple[dict[str, Any], str]:
+        assert self.target_loss is not None
+        state = jax.device_get(find_state(opt_state, schedules.AdaptiveWarmupState))
+        switch, decay_from = int(state.switch_step), float(state.decay_from)
+        numbers = {
+            "warmup_steps": switch if switch >= 0 else None,
+            "initial_gap": float(state.initial_gap),
+            "peak_gap": float(state.peak_gap),
+            "losses_ignored": int(state.ignored),
+        }
+        wanted = f"a training loss of {self.target_loss + float(state.peak_gap):.3f}"
+        if state.initial_gap < schedules.SMALLEST_INITIAL_GAP:
+            sentence = (
+                f"the first loss was at or below the target {self.target_loss}; there was no "
+                "warm-up, the rate decayed from its peak over the whole run"
+            )
+        elif switch < 0:
+            sentence = (
+                f"{wanted} was not reached, the rate never came to its peak; choose a higher "
+                "schedule.target_loss"
+            )
+        elif decay_from < (1 - 1e-6) * peak:
+            sentence = (
+                f"{wanted} was not reached within {switch} of {steps} steps; the rate decayed from "
+                f"{decay_from:.3g}, where it was; choose a higher schedule.target_loss"
+            )
+        else:
+            sentence = f"peak reached after {switch} of {steps} steps, at {wanted}"
+        return numbers, f"adaptive warm-up: {sentence}"
+
+
 SCHEDULES: dict[str, type[ScheduleConfig]] = {
     "cosine": CosineConfig,
     "wsd": WsdConfig,
     "constant": ConstantConfig,
+    "adaptive-warmup": AdaptiveWarmupConfig,
 }

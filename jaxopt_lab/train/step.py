@@ -57,7 +57,7 @@ def make_step(
     param_specs: PyTree,
     accumulation: int = 1,
     clip: float | None = None,
-    rates: Callable[[Array], Mapping[str, Array]] = lambda step: {},
+    rates: Callable[[Array, PyTree], Mapping[str, Array]] = lambda step, opt_state: {},
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Step:
     r"""Builds the initialisation and the step with explicit shardings.
@@ -81,7 +81,7 @@ def make_step(
       param_specs: Tree of PartitionSpec, like the parameters.
       accumulation: Number of microbatches; divides the batch.
       clip: Largest global gradient norm; None does not clip.
-      rates: (step) -> learning rates to report.
+      rates: (steps taken, optimizer state) -> learning rates of the step, to report.
       compiler_options: Passed to the compiler for every program built here.
 
     Returns:
@@ -125,7 +125,7 @@ def make_step(
         loss, tokens, norm, grads = received(state.params, batch)
         new, finite = _guarded_update(tx, state, grads, loss, norm)
         metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens, "finite": finite}
-        metrics |= {"skipped": new.skipped, **rates(state.step)}
+        metrics |= {"skipped": new.skipped, **rates(state.step, state.opt_state)}
         if signals is not None:
             metrics[SIGNALS] = jnp.max(signals, axis=0)
         return new, metrics
