@@ -28,8 +28,10 @@ from jaxopt_lab.optim import (
     state_shardings,
     track_params_ema,
 )
+from jaxopt_lab.schedules import adaptive_warmup
 
 __all__ = [
+    "adaptive_warmup",
     "d_muon",
     "describe",
     "diagnostics",
