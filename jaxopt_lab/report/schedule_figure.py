@@ -62,8 +62,8 @@ def schedule_figure(
 
 def _draw_gap(axes: Any, columns: dict[str, np.ndarray]) -> None:
     step, gap, peak_gap = columns["step"], columns["gap"], columns["peak_gap"][-1]
-    # The gap is a floor of the logarithm's; where the target was passed it has none.
-    gap = np.where(gap > 1e-6, gap, np.nan)
+    # Unknown before the first loss; at its floor where the target was passed.
+    gap = np.where(np.isfinite(gap) & (gap > 1e-6), gap, np.nan)
     smooth = moving_average(gap, max(1, len(gap) // 50))
     axes.plot(step, gap, color=PALETTE[0], linewidth=0.6, alpha=0.3)
     axes.plot(step, smooth, color=PALETTE[0], linewidth=1.4, label="gap to the target")

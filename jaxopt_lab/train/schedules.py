@@ -193,7 +193,7 @@ class AdaptiveWarmupConfig(ScheduleConfig):
             "losses_ignored": int(state.ignored),
         }
         wanted = f"a training loss of {self.target_loss + float(state.peak_gap):.3f}"
-        if state.initial_gap < schedules.SMALLEST_INITIAL_GAP:
+        if state.peak_gap <= 0:
             sentence = (
                 f"the first loss was at or below the target {self.target_loss}; there was no "
                 "warm-up, the rate decayed from its peak over the whole run"
