@@ -124,9 +124,6 @@ def _differences(
     return stacks
 
 
-_apply_updates = jax.jit(optax.apply_updates)
-
-
 class Smoothness:
     """Records the local smoothness of some steps of a training run.
 
@@ -161,7 +158,7 @@ class Smoothness:
                 "value_and_grad: the snapshot has none, and the smoothness of a step needs the "
                 "gradients of its minibatch before and after it"
             )
-        params_after = _apply_updates(snapshot.params, snapshot.updates)
+        params_after = optax.apply_updates(snapshot.params, snapshot.updates)
         _, before = snapshot.value_and_grad(snapshot.params)
         loss_after, after = snapshot.value_and_grad(params_after)
         measured = local_smoothness(
