@@ -23,6 +23,13 @@ from jaxopt_lab.diagnostics.norms import (
     norm_ratios,
 )
 from jaxopt_lab.diagnostics.recording import Every, Recorder, Recorders, Snapshot, find_state
+from jaxopt_lab.diagnostics.smoothness import LocalSmoothness, Smoothness, local_smoothness
+from jaxopt_lab.diagnostics.smoothness_fit import (
+    SmoothnessFit,
+    SmoothnessPoints,
+    fit_smoothness,
+    smoothness_points,
+)
 
 __all__ = [
     "ApproximationErrors",
@@ -30,20 +37,27 @@ __all__ = [
     "Fisher",
     "FisherErrors",
     "FullFisher",
+    "LocalSmoothness",
     "NormRatios",
     "NormRecord",
     "ProbedFisher",
     "Recorder",
     "Recorders",
     "SampledFisher",
+    "Smoothness",
+    "SmoothnessFit",
+    "SmoothnessPoints",
     "Snapshot",
     "approximation_errors",
     "basis_distance",
     "direction_of",
     "find_state",
+    "fit_smoothness",
     "kronecker_distance",
     "lion_muon_momentum",
+    "local_smoothness",
     "moving_average_weights",
     "norm_ratios",
+    "smoothness_points",
     "softmax_hessian",
 ]

@@ -22,7 +22,7 @@ class Snapshot(NamedTuple):
     opt_state: optax.OptState
     updates: optax.Updates  # what is added to the parameters
     loss: ArrayLike | None = None  # of this step's minibatch
-    # (loss, gradients) of this step's minibatch at other parameters.
+    # (loss, gradients) of this step's minibatch at other parameters, before any clipping.
     value_and_grad: Callable[[optax.Params], tuple[ArrayLike, optax.Updates]] | None = None
 
 

@@ -6,6 +6,7 @@ from jaxopt_lab.train.config import PretrainConfig, from_preset
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
 from jaxopt_lab.train.pretrain import RunResult, pretrain
 from jaxopt_lab.train.serialize import from_json, to_json
+from jaxopt_lab.train.smoothness import fit_run
 from jaxopt_lab.train.trained import continue_text, export_run, load_params
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "compare",
     "continue_text",
     "export_run",
+    "fit_run",
     "from_json",
     "from_preset",
     "load_params",

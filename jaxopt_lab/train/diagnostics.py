@@ -1,5 +1,6 @@
 """Diagnostics of a run: which to record, when, and on what."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,6 +16,7 @@ from jaxopt_lab.diagnostics import (
     NormRatios,
     Recorder,
     Recorders,
+    Smoothness,
     Snapshot,
     direction_of,
 )
@@ -28,16 +30,17 @@ from jaxopt_lab.train.step import Step, TrainState
 class DiagnosticsConfig:
     """What to measure along the run, besides losses. Off, it costs nothing."""
 
-    record: tuple[Literal["norms", "fisher"], ...] = ()
+    record: tuple[Literal["norms", "fisher", "smoothness"], ...] = ()
     """`norms`: norm ratios of gradients, weights and updates, for the LionMuon family. `fisher`:
-    errors of the Kronecker factors, for SOAP and DyKAF."""
+    errors of the Kronecker factors, for SOAP and DyKAF. `smoothness`: change of the gradient over
+    the length of the step in three pairs of norms, for every optimizer."""
 
     every: int = 50
     """Steps between two records of one residue."""
 
     residues: tuple[int, ...] = (0, 1)
-    """`norms`: steps that are congruent to one of these modulo `every` are recorded. Two neighbours
-    see both kinds of steps of an optimizer that alternates."""
+    """`norms`, `smoothness`: steps that are congruent to one of these modulo `every` are recorded.
+    Two neighbours see both kinds of steps of an optimizer that alternates."""
 
     window: int = 20
     """`fisher`: gradients before each record that it compares with; they are kept meanwhile."""
@@ -46,12 +49,16 @@ class DiagnosticsConfig:
     """`fisher`: leaves to look at, such as `layers/mlp/down/kernel`; None takes all matrices that
     have a factor."""
 
+    target_loss: float | None = None
+    """`smoothness`: loss in nats per token from which the gap is measured; None takes the lowest
+    held-out loss of the run."""
+
     def validate(self, optimizer: OptimizerConfig) -> None:
         """Checks the values.
 
         Raises:
           ConfigError: For an interval below 1, no or a negative residue, a window that does not
-            fit, or an optimizer that the diagnostics cannot look into.
+            fit, a target that is not finite, or an optimizer that the diagnostics cannot look into.
         """
         if self.every < 1:
             raise ConfigError("diagnostics.every", self.every, "expected at least 1")
@@ -59,6 +66,8 @@ class DiagnosticsConfig:
             raise ConfigError(
                 "diagnostics.residues", self.residues, "expected numbers of at least 0"
             )
+        if self.target_loss is not None and not math.isfinite(self.target_loss):
+            raise ConfigError("diagnostics.target_loss", self.target_loss, "expected a number")
         if "norms" in self.record and not isinstance(optimizer, LionMuonConfig):
             raise ConfigError(
                 "diagnostics.record", self.record,
@@ -103,6 +112,8 @@ def make_recorders(
         recorders.append(_norm_ratios(config, optimizer, model, ema))
     if "fisher" in config.record:
         recorders.append(_fisher_errors(config, optimizer, model))
+    if "smoothness" in config.record:
+        recorders.append(Smoothness(_every(config), matrix_axes=model.matrix_axes))
     return Recorders(recorders)
 
 
@@ -137,8 +148,11 @@ def _norm_ratios(
     # The rate cancels in the ratios, but must not be zero where a schedule is.
     plain = replace(optimizer, weight_decay=0.0).build(optax.constant_schedule(1.0), model)
     plain = plain if ema is None else optax.chain(plain, ema)
-    every = Every(config.every, tuple(residue % config.every for residue in config.residues))
-    return NormRatios(every, direction_of(plain), matrix_axes=model.matrix_axes)
+    return NormRatios(_every(config), direction_of(plain), matrix_axes=model.matrix_axes)
+
+
+def _every(config: DiagnosticsConfig) -> Every:
+    return Every(config.every, tuple(residue % config.every for residue in config.residues))
 
 
 def take_record(
@@ -154,5 +168,8 @@ def take_record(
       batch: Its batch.
     """
     loss, grads, updates = step.preview(state, batch)
-    snapshot = Snapshot(number, state.params, grads, state.opt_state, updates, loss)
+    snapshot = Snapshot(
+        number, state.params, grads, state.opt_state, updates, loss,
+        value_and_grad=lambda params: step.value_and_grad(params, batch),
+    )  # fmt: skip
     return recorders.record(snapshot)

@@ -42,6 +42,7 @@ from jaxopt_lab.train.run_directory import (
     write_json,
 )
 from jaxopt_lab.train.run_log import RunLog
+from jaxopt_lab.train.smoothness import fit_run
 from jaxopt_lab.train.step import TrainState
 from jaxopt_lab.train.text import open_text
 
@@ -51,6 +52,7 @@ _PROMPT_TOKENS = 32
 _TEMPERATURE = 0.8
 FIGURE = Path("figures") / "loss.png"
 SCHEDULE_FIGURE = Path("figures") / "schedule.png"
+SMOOTHNESS_FIGURE = Path("figures") / "smoothness.png"
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ def _train(run: Run, callbacks: Sequence[Callback], say: Message) -> RunResult:
         "sample": _sample(run, state),
     }
     if leader:
+        summary |= _smoothness(run, say)
         _report(run, summary, say)
     return RunResult(status, run.directory, summary)
 
@@ -252,6 +255,19 @@ def _sample(run: Run, state: TrainState) -> dict[str, str] | None:
     decode, start = run.corpus.tokenizer.decode, len(prompt)
     tokens = np.asarray(drawn)
     return {"prompt": decode(tokens[:start]), "continuation": decode(tokens[start:])}
+
+
+def _smoothness(run: Run, say: Message) -> dict[str, Any]:
+    diagnostics, figure = run.config.diagnostics, run.directory / SMOOTHNESS_FIGURE
+    if "smoothness" not in diagnostics.record:
+        return {}
+    try:
+        fitted = fit_run(run.directory, target_loss=diagnostics.target_loss, figure=figure)
+    except ValueError as error:  # a short run, or a target above its losses; no reason to fail
+        say(f"smoothness was not fitted: {error}")
+        return {"smoothness": None}
+    say(f"smoothness against the gap to {fitted['target_loss']:.4f} nats/token: {figure}")
+    return {"smoothness": fitted}
 
 
 def _report(run: Run, summary: Mapping[str, Any], say: Message) -> None:

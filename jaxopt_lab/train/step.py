@@ -35,6 +35,7 @@ class Step(NamedTuple):
     init: Callable[[Array], TrainState]  # (key) -> state, jitted
     update: Any  # (state, batch) -> (state, metrics), jitted, donates the state
     preview: Any  # (state, batch) -> (loss, gradients, updates) of that step, jitted
+    value_and_grad: Any  # (params, batch) -> (loss, gradients, neither clipped nor cast), jitted
     shardings: Any  # TrainState of NamedSharding
     abstract_state: Any  # TrainState of ShapeDtypeStruct with shardings; the target of a restore
 
@@ -106,10 +107,17 @@ def make_step(
         zero = jnp.zeros((), jnp.int32)
         return TrainState(step=zero, skipped=zero, params=params, opt_state=tx.init(params))
 
+    def raw(params: PyTree, batch: Batch) -> tuple[Array, Array, PyTree]:
+        batch = {name: value for name, value in batch.items() if name != SIGNALS}
+        return accumulated_gradients(loss_fn, params, batch, accumulation)
+
+    def value_and_grad(params: PyTree, batch: Batch) -> tuple[Array, PyTree]:
+        loss, _, grads = raw(params, batch)
+        return loss, grads
+
     def received(params: PyTree, batch: Batch) -> tuple[Array, Array, Array, PyTree]:
         """Loss, tokens, gradient norm, and the gradients as the optimizer gets them."""
-        batch = {name: value for name, value in batch.items() if name != SIGNALS}
-        loss, tokens, grads = accumulated_gradients(loss_fn, params, batch, accumulation)
+        loss, tokens, grads = raw(params, batch)
         norm = optax.tree.norm(grads)
         # Optimizers keep the dtype of what they are given: parameters decide it.
         clipped = _clipped(grads, norm, clip)
@@ -146,6 +154,12 @@ def make_step(
             preview,
             in_shardings=inputs,
             out_shardings=(replicated, params_at, params_at),
+            compiler_options=options,
+        ),
+        value_and_grad=jax.jit(
+            value_and_grad,
+            in_shardings=(params_at, inputs[1]),
+            out_shardings=(replicated, params_at),
             compiler_options=options,
         ),
         shardings=shardings,
