@@ -40,7 +40,7 @@ def matrix_norm(x: Float[Array, "*batch m n"], pair: NormPair) -> Float[Array, "
     if pair == "sign":
         return jnp.max(jnp.abs(x), axis=(-2, -1), initial=0)
     if pair == "spectral":
-        return jnp.max(jnp.linalg.svd(x, compute_uv=False), axis=-1, initial=0)
+        return jnp.max(singular_values(x), axis=-1, initial=0)
     return _frobenius(x)
 
 
@@ -62,8 +62,21 @@ def dual_norm(x: Float[Array, "*batch m n"], pair: NormPair) -> Float[Array, "*b
     if pair == "sign":
         return jnp.sum(jnp.abs(x), axis=(-2, -1))
     if pair == "spectral":
-        return jnp.sum(jnp.linalg.svd(x, compute_uv=False), axis=-1)
+        return jnp.sum(singular_values(x), axis=-1)
     return _frobenius(x)
+
+
+def singular_values(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch k"]:
+    """Singular values, the largest first.
+
+    Of the triangle of a QR decomposition where a matrix is not square: several times faster than
+    the decomposition of the matrix itself, and as accurate.
+    """
+    if x.shape[-2] < x.shape[-1]:
+        x = x.mT
+    if x.shape[-2] > x.shape[-1]:
+        x = jnp.linalg.qr(x, mode="r")
+    return jnp.linalg.svd(x, compute_uv=False)
 
 
 def largest_dual(rows: int, columns: int, pair: NormPair) -> int:

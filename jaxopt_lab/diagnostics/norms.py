@@ -30,6 +30,7 @@ from jax.tree_util import KeyPath
 from jaxtyping import Array, Float
 
 from jaxopt_lab.core.matrices import MatrixAxes, batch_first
+from jaxopt_lab.core.norm_pairs import singular_values
 from jaxopt_lab.diagnostics.recording import Every, Snapshot, find_state
 from jaxopt_lab.optim.lion_muon import LionMuonState
 from jaxopt_lab.optim.routing import MatrixAxesSpec, route
@@ -143,7 +144,7 @@ class _Norms(NamedTuple):
 
 
 def _norms(x: Float[Array, "*batch m n"]) -> _Norms:
-    singular = jnp.linalg.svd(x, compute_uv=False)
+    singular = singular_values(x)
     size = jnp.abs(x)
     axes = (-2, -1)
     return _Norms(
