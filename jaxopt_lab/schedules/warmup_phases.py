@@ -189,13 +189,15 @@ def _searched_where(
 ) -> Array:
     """The peak gap of a search where one is wanted, else the one that is known."""
     # Piecewise constant in everything, so there is no derivative to take.
-    numbers = jax.lax.stop_gradient((initial_gap, kappa_sigma, div_factor))
+    given = jax.lax.stop_gradient((initial_gap, kappa_sigma, div_factor, peak_lr))
 
     def search(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        # Tied to the carry, or the compiler moves the search out of the loop and always runs it.
+        numbers, _ = jax.lax.optimization_barrier((given, carry))
         if rule == "exact":
-            found = exact_peak_gap(*numbers, objective, target)
+            found = exact_peak_gap(*numbers[:3], objective, target)
         else:
-            found = _on_host((*numbers, jax.lax.stop_gradient(peak_lr)), objective, target)
+            found = _on_host(numbers, objective, target)
         return jnp.zeros_like(carry[0]), found.astype(known.dtype)
 
     # A loop of one pass rather than a cond: when runs are vmapped a cond becomes a select and
