@@ -195,7 +195,8 @@ def _searched_where(
         # Tied to the carry, or the compiler moves the search out of the loop and always runs it.
         numbers, _ = jax.lax.optimization_barrier((given, carry))
         if rule == "exact":
-            found = exact_peak_gap(*numbers[:3], objective, target)
+            gap, sharpness, div, _ = numbers
+            found = exact_peak_gap(gap, sharpness, div, objective, target)
         else:
             found = _on_host(numbers, objective, target)
         return jnp.zeros_like(carry[0]), found.astype(known.dtype)
