@@ -5,6 +5,7 @@ Scalars alone: what a transform does with the rate is its own matter (`adaptive_
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -189,13 +190,16 @@ def _searched_where(
 ) -> Array:
     """The peak gap of a search where one is wanted, else the one that is known."""
     # Piecewise constant in everything, so there is no derivative to take.
-    numbers = jax.lax.stop_gradient((initial_gap, kappa_sigma, div_factor))
+    given = jax.lax.stop_gradient((initial_gap, kappa_sigma, div_factor, peak_lr))
 
     def search(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        # Tied to the carry, or the compiler moves the search out of the loop and always runs it.
+        numbers, _ = jax.lax.optimization_barrier((given, carry))
         if rule == "exact":
-            found = exact_peak_gap(*numbers, objective, target)
+            gap, sharpness, div, _ = numbers
+            found = exact_peak_gap(gap, sharpness, div, objective, target)
         else:
-            found = _on_host((*numbers, jax.lax.stop_gradient(peak_lr)), objective, target)
+            found = _on_host(numbers, objective, target)
         return jnp.zeros_like(carry[0]), found.astype(known.dtype)
 
     # A loop of one pass rather than a cond: when runs are vmapped a cond becomes a select and
@@ -204,13 +208,25 @@ def _searched_where(
 
 
 def _on_host(numbers: tuple[Array, ...], objective: Objective, target: TargetShape) -> Array:
-    dtype = numbers[0].dtype
+    dtype, thread = numbers[0].dtype, _ieee_thread()
 
-    def search(gap: Array, kappa_sigma: Array, div_factor: Array, peak_lr: Array) -> np.ndarray:
-        found = quadrature_peak_gap(
-            float(gap), float(kappa_sigma), float(div_factor), float(peak_lr), objective, target
-        )
-        return np.asarray(found, dtype)
+    def search(*numbers: Array) -> np.ndarray:
+        gap, sharpness, div, peak = map(float, numbers)
+        task = thread.submit(quadrature_peak_gap, gap, sharpness, div, peak, objective, target)
+        return np.asarray(task.result(), dtype)
 
     result = jax.ShapeDtypeStruct((), dtype)
     return jax.pure_callback(search, result, *numbers, vmap_method="sequential")
+
+
+@functools.cache
+def _ieee_thread() -> ThreadPoolExecutor:
+    """A thread with denormal numbers.
+
+    XLA flushes them to zero wherever it computes, callbacks included, but the released integrals of
+    narrow weights hang on them. A thread inherits this from the one that starts it: start it here,
+    while a program is being traced.
+    """
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="peak-gap")
+    thread.submit(lambda: None).result()
+    return thread

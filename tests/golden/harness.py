@@ -12,6 +12,7 @@ import numpy as np
 
 # Family (name of the folder that holds the case) -> module with `replay(case) -> list[Result]`.
 FAMILIES = {
+    "adaptive_warmup": "tests.golden.adaptive_warmup",
     "dykaf": "tests.golden.dykaf",
     "lion_muon": "tests.golden.lion_muon",
     "shampoo": "tests.golden.shampoo",
