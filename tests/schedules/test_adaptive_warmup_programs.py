@@ -1,4 +1,8 @@
-"""The warm-up as a transform: chains, programs, resumption, members, meshes."""
+"""The warm-up as a transform: chains, programs, resumption, members, meshes.
+
+What the contract suite asks of optimizers; that suite calls `update` without a loss, so a transform
+that must have one cannot be a row of its table.
+"""
 
 import chex
 import jax
