@@ -36,8 +36,6 @@ CASES = [
     ("dykaf", "rows", AxisType.Auto),
     ("dykaf", "both", AxisType.Explicit),
 ]
-# Compiled for a few milliseconds of work.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 FREQUENCY = 2
 
 
@@ -68,7 +66,7 @@ def step(tx):
 @functools.cache
 def single_device(method):
     tx = make(method, None)
-    return tx, jax.jit(step(tx), compiler_options=QUICKLY)
+    return tx, jax.jit(step(tx))
 
 
 @functools.cache
@@ -93,7 +91,7 @@ def test_equals_one_device_within_its_budget(method, layout, kind):
         placed = jol.state_shardings(tx, params, shardings)
         state = jax.jit(tx.init, out_shardings=placed)(params)
         compiled = jax.jit(step(tx), out_shardings=(shardings, placed))
-        compiled = compiled.lower(params, state, params).compile(QUICKLY)
+        compiled = compiled.lower(params, state, params).compile()
 
     # The start, a step with a refresh and one without, each from the state of one device.
     for t in (0, 2, 3, 4):
@@ -142,7 +140,7 @@ def test_traced_numbers_on_an_explicit_mesh(stagger):
         matrix_axes=AXES,
         rotation_precision="highest",
     )
-    update = jax.jit(step(tx), compiler_options=QUICKLY)
+    update = jax.jit(step(tx))
 
     def run(placed):
         params = jax.device_put(random_tree(0), placed)
