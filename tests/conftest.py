@@ -5,6 +5,11 @@ import os
 # Before jax starts: sharding tests need eight devices; everything else uses the first.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Nearly all the time of the suite goes to compiling tiny programs that run for milliseconds. This
+# turns off the expensive passes of LLVM alone: the program XLA hands to it, collectives, fusions
+# and memory included, is the one users get. Processes that tests start inherit it; "0" compiles as
+# users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jaxtyping

@@ -1,5 +1,6 @@
 """Compiling an optimizer step and timing it honestly."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -173,15 +174,16 @@ def program_bytes(compiled: Any) -> dict[str, int | None]:
 def random_like(abstract: Any, seed: int, scale: float) -> Any:
     """Normal random arrays in the shapes of a tree of float32 leaves."""
     leaves, structure = jax.tree.flatten(abstract)
-    ends = np.cumsum([math.prod(x.shape) for x in leaves])
+    drawn = _draw(jax.random.key(seed), scale, tuple(x.shape for x in leaves))
+    return jax.block_until_ready(structure.unflatten(drawn))
 
-    @jax.jit
-    def draw(key: jax.Array) -> list[jax.Array]:
-        # One draw cut into pieces compiles in a fraction of the time of one draw per leaf.
-        pieces = jnp.split(scale * jax.random.normal(key, (int(ends[-1]),)), ends[:-1].tolist())
-        return [x.reshape(leaf.shape) for x, leaf in zip(pieces, leaves, strict=True)]
 
-    return jax.block_until_ready(structure.unflatten(draw(jax.random.key(seed))))
+@functools.partial(jax.jit, static_argnums=2)
+def _draw(key: jax.Array, scale: float, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+    # One draw cut into pieces compiles in a fraction of the time of one draw per leaf.
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    pieces = jnp.split(scale * jax.random.normal(key, (int(ends[-1]),)), ends[:-1].tolist())
+    return [x.reshape(shape) for x, shape in zip(pieces, shapes, strict=True)]
 
 
 _LONG_AXIS = 64

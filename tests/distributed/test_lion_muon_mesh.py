@@ -1,5 +1,6 @@
 """LionMuon on eight devices: same values, stable layouts, and a budget of collectives."""
 
+import functools
 import math
 
 import chex
@@ -88,6 +89,13 @@ def make(shardings, **options):
     )
 
 
+@functools.cache
+def single_device_updates(**options):
+    """The first updates on one device, which do not depend on the layout."""
+    params, single = random_tree(0), make(None, **options)
+    return jax.jit(single.update)(random_tree(1), single.init(params), params)[0]
+
+
 def compile_step(tx, params, shardings):
     placed = jol.state_shardings(tx, params, shardings)
     state = jax.jit(tx.init, out_shardings=placed)(params)
@@ -113,11 +121,8 @@ def test_spectral_step_equals_one_device_within_its_budget(layout, kind):
         on_mesh = jax.device_put(params, shardings)
         compiled, state = compile_step(make(shardings, period=1), on_mesh, shardings)
         new, new_state = compiled(on_mesh, state, jax.device_put(grads, shardings))
-    single = make(None, period=1)
-    updates, _ = jax.jit(single.update)(grads, single.init(params), params)
-    chex.assert_trees_all_close(
-        jax.device_get(new), jax.device_get(optax.apply_updates(params, updates)), atol=1e-6
-    )
+    expected = optax.apply_updates(params, single_device_updates(period=1))
+    chex.assert_trees_all_close(*jax.device_get((new, expected)), atol=1e-6)
     before, after = (jax.tree.map(lambda x: x.sharding, s) for s in (state, new_state))
     chex.assert_trees_all_equal(before, after)
     found = counts(compiled)

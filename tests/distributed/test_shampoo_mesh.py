@@ -35,8 +35,6 @@ LAYOUTS = {
     ),
 }
 CASES = [("rows", AxisType.Auto), ("both", AxisType.Explicit)]
-# Compiled for a few milliseconds of work.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def setup(layout, kind):
@@ -65,7 +63,7 @@ def step(tx):
 @functools.cache
 def single_device(frequency):
     tx = make(None, precondition_frequency=frequency)
-    return tx, jax.jit(step(tx), compiler_options=QUICKLY)
+    return tx, jax.jit(step(tx))
 
 
 @functools.cache
@@ -77,7 +75,7 @@ def compile_on(layout, kind):
         placed = jol.state_shardings(tx, params, shardings)
         state = jax.jit(tx.init, out_shardings=placed)(params)
         compiled = jax.jit(step(tx), out_shardings=(shardings, placed))
-        compiled = compiled.lower(params, state, params).compile(QUICKLY)
+        compiled = compiled.lower(params, state, params).compile()
     return compiled, params, state, shardings, placed
 
 
@@ -126,7 +124,7 @@ def test_replicated_roots_are_repeated_or_shared():
         with jax.set_mesh(mesh):
             params = jax.device_put(params, shardings)
             state = tx.init(params)
-            compiled = jax.jit(step(tx)).lower(params, state, params).compile(QUICKLY)
+            compiled = jax.jit(step(tx)).lower(params, state, params).compile()
             results[choice] = jax.device_get(
                 compiled(params, state, jax.device_put(grads, shardings))[0]
             )

@@ -16,8 +16,6 @@ import jaxopt_lab as jol
 from jaxopt_lab.sweep import Program, Run, StepCost, Tuned, cost, lanes_that_fit, measure_step, tune
 from tests.sweep.tasks import STEPS, TASK, batches
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 RATES = (3e-2, 3e-1, 3.0)
 SETTINGS = {"sweep_seed": 0, "seeds": (1, 2)}
 

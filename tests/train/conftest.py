@@ -11,11 +11,3 @@ def _compile_once(tmp_path_factory):
     yield
     jax.config.update("jax_compilation_cache_dir", before)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
-@pytest.fixture(scope="module")
-def compile_quickly():
-    """For runs of a few steps of a tiny model, which take less time than optimizing them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

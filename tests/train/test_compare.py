@@ -23,8 +23,6 @@ from jaxopt_lab.train.schedules import WsdConfig
 from jaxopt_lab.train.serialize import from_json, to_json
 from tests.train.tiny_run import MODEL, tiny_config, write_text
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 ADAMW, SIGNUM = "adamw", "signum:momentum=0.8"
 
 

@@ -20,8 +20,6 @@ from jaxopt_lab.train.step import make_step
 from tests.train import stand_in
 from tests.train.tiny_run import MODEL, losses_of, restored, tiny_config, write_text
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 NAMES = ("soap", "dykaf", "shampoo")
 
 

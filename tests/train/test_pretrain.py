@@ -27,8 +27,6 @@ from jaxopt_lab.train.serialize import from_json, to_json
 from jaxopt_lab.train.trained import load_params
 from tests.train.tiny_run import losses_of, restored, tiny_config, write_text
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):

@@ -22,8 +22,6 @@ from jaxopt_lab.train.pretrain import pretrain
 from jaxopt_lab.train.serialize import to_json
 from tests.train.tiny_run import losses_of, tiny_config, write_text
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 def free_port():
     with socket.socket() as probe:
@@ -37,10 +35,7 @@ def start_two(settings, run, *flags):
         "--run-directory", str(run), "--distributed.num-processes", "2",
         "--distributed.coordinator-address", f"127.0.0.1:{free_port()}", *flags,
     ]  # fmt: skip
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "NO_PROXY": "*",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }  # fmt: skip
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "NO_PROXY": "*"}
     return [
         subprocess.Popen(
             [*command, "--distributed.process-id", str(number)],
