@@ -149,8 +149,10 @@ def adaptive_warmup(
     searches = curvature is None and isinstance(delta_star_rule, str)
 
     def kappa_of(tree: Any) -> Scalar:
-        if kappa is not None or not searches:
-            return kappa or 0.0
+        if kappa is not None:
+            return kappa
+        if not searches:
+            return 0.0
         return warmup_checks.positive_kappa(warmup_kappa(tree, norm, matrix_axes))
 
     def init(params: optax.Params) -> AdaptiveWarmupState:

@@ -83,17 +83,17 @@ def test_resumed_at_any_step_the_rates_are_the_same_bit_for_bit(at):
     np.testing.assert_array_equal(np.concatenate([first, rest]), whole)
 
 
-def test_members_with_their_own_peaks_and_losses():
-    peaks = jnp.array([0.02, 0.1, 0.5])
+def test_members_with_their_own_peaks_kappas_and_losses():
+    peaks, kappas = jnp.array([0.02, 0.1, 0.5]), jnp.array([1e3, 1e4, 1e5])
     losses = jnp.stack([jnp.asarray(NOISY[:8] + d, jnp.float32) for d in (0.0, 1.0, 2.0)])
 
-    def member(peak, losses):
-        tx = adaptive_warmup(peak, STEPS, TARGET, kappa=1000.0)
+    def member(peak, kappa, losses):
+        tx = adaptive_warmup(peak, STEPS, TARGET, kappa=kappa)
         return scan(tx, tx.init(PARAMS), losses)[1]
 
-    updates, states = jax.jit(jax.vmap(member))(peaks, losses)
+    updates, states = jax.jit(jax.vmap(member))(peaks, kappas, losses)
     for i in range(3):
-        alone, state = jax.jit(member)(peaks[i], losses[i])
+        alone, state = jax.jit(member)(peaks[i], kappas[i], losses[i])
         np.testing.assert_allclose(updates[i], alone, rtol=1e-5)
         np.testing.assert_allclose(states.peak_gap[i], state.peak_gap, rtol=1e-6)
     assert len(set(np.asarray(states.peak_gap[:, -1]))) == 3
