@@ -14,6 +14,7 @@ import jaxopt_lab as jol
 from jaxopt_lab.core.norm_pairs import NormPair
 from jaxopt_lab.schedules import adaptive_warmup
 
+SWEEP_SEED, FINAL_SEEDS = 0, (1, 2, 3)
 CLIP, WEIGHT_DECAY = 0.5, 0.1
 ADAM_B1, ADAM_B2 = 0.8, 0.999
 # AdamW's best rate in experiments/dykaf, the same model and text; it drives all other leaves.

@@ -20,15 +20,18 @@ import jax
 import numpy as np
 from methods import (
     CLIP,
+    FINAL_SEEDS,
     OPTIMIZERS,
     REFERENCE,
     SCHEDULES,
+    SWEEP_SEED,
     Cells,
     Optimizer,
     Schedule,
     scheduled,
     schedules_of,
 )
+from smoothness import record_run
 
 from jaxopt_lab import data, models
 from jaxopt_lab.schedules import warmup_kappa
@@ -36,7 +39,6 @@ from jaxopt_lab.sweep import Curves, Program, Run, Task, Tuned
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
-SWEEP_SEED, FINAL_SEEDS = 0, (1, 2, 3)
 LARGEST_LANES = 6
 
 
@@ -94,10 +96,9 @@ def main() -> None:
     for optimizer in (o for o in OPTIMIZERS if o.name in args.methods):
         study = Study(args.scale, scale, task, optimizer, tokens, args.out)
         if args.smoothness:
-            # Here because it needs the trained rows, not the other way round.
-            from smoothness import record_run
-
-            record_run(study)
+            # Steps of LionMuon have no one norm.
+            if isinstance(optimizer.norm, str):
+                record_run(study)
             print(f"{time.perf_counter() - started:.0f} s in all", flush=True)
             continue
         rows = [s for s in schedules_of(optimizer) if s.name in args.schedules]

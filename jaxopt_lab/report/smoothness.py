@@ -40,7 +40,7 @@ def smoothness_figure(
     panels: Mapping[str, Sequence[SmoothnessSeries]],
     out_path: str | os.PathLike[str],
     *,
-    target_loss: float,
+    target_loss: float | Mapping[str, float],
     title: str | None = None,
 ) -> Path:
     """Draws ratios against gaps, one panel a pair of norms, and saves the figure.
@@ -52,7 +52,7 @@ def smoothness_figure(
     Args:
       panels: Title and series of every panel, at most two series in each.
       out_path: File to write; the suffix (png, svg, pdf) decides the format.
-      target_loss: What gaps are measured from, nats per token.
+      target_loss: What gaps are measured from, nats per token; one, or one for each panel.
       title: Text above the panels.
 
     Returns:
@@ -75,7 +75,8 @@ def smoothness_figure(
     for axes, (name, series) in zip(all_axes, panels.items(), strict=True):
         _draw(axes, series, colors)
         axes.set_title(name, fontsize=10)
-        axes.set_xlabel(f"loss after the step \N{MINUS SIGN} {target_loss:.3g} [nats/token]")
+        target = target_loss[name] if isinstance(target_loss, Mapping) else target_loss
+        axes.set_xlabel(f"loss after the step \N{MINUS SIGN} {target:.3g} [nats/token]")
     all_axes[0].set_ylabel("gradient difference / step norm")
     figure.colorbar(colors, ax=all_axes, label="optimizer step", pad=0.01, aspect=30)
     if title is not None:

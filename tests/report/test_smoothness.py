@@ -25,3 +25,13 @@ def test_panels_have_titles_labels_and_readable_axes(tmp_path):
 def test_a_figure_of_no_points_is_refused(tmp_path):
     with pytest.raises(ValueError, match="none of them has a point"):
         smoothness_figure({"empty": []}, tmp_path / "f.png", target_loss=1.0)
+
+
+def test_panels_may_have_their_own_targets(tmp_path):
+    series = SmoothnessSeries("", STEP, GAP, 1 + GAP)
+    targets = {"one": 2.5, "other": 3.5}
+    path = smoothness_figure(
+        {name: [series] for name in targets}, tmp_path / "f.svg", target_loss=targets
+    )
+    text = path.read_text()
+    assert all(f"\N{MINUS SIGN} {target} [nats/token]" in text for target in targets.values())
