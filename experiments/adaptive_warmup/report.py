@@ -87,19 +87,15 @@ class Row:
         return np.stack([shares for _, shares in replayed]), np.asarray(ends)
 
 
-def load(scale: str, directory: pathlib.Path) -> dict[Optimizer, dict[str, Row]]:
-    """Results of one scale."""
-    results = {}
-    for optimizer in OPTIMIZERS:
-        rows = {}
-        for schedule in schedules_of(optimizer):
-            path = directory / f"{scale}-{optimizer.slug}-{schedule.name}.json"
-            if path.exists():
-                file = json.loads(path.read_text())
-                rows[schedule.name] = Row(schedule.name, Tuned.from_json(file), file)
-        if rows:
-            results[optimizer] = rows
-    return results
+def load(scale: str, directory: pathlib.Path, optimizer: Optimizer) -> dict[str, Row]:
+    """Results of one scale and optimizer, by schedule."""
+    rows = {}
+    for schedule in schedules_of(optimizer):
+        path = directory / f"{scale}-{optimizer.slug}-{schedule.name}.json"
+        if path.exists():
+            file = json.loads(path.read_text())
+            rows[schedule.name] = Row(schedule.name, Tuned.from_json(file), file)
+    return rows
 
 
 def tuned_by_hand(rows: dict[str, Row]) -> Row | None:
@@ -108,32 +104,31 @@ def tuned_by_hand(rows: dict[str, Row]) -> Row | None:
     return min(linear, key=lambda r: r.tuned.sweep_losses[r.tuned.best or 0], default=None)
 
 
-def table(results: dict[Optimizer, dict[str, Row]], noise: float) -> str:
-    """Every row as Markdown."""
+def table(rows: dict[str, Row], noise: float) -> str:
+    """Every row of an optimizer as Markdown."""
+    reference = tuned_by_hand(rows)
     lines = []
-    for optimizer, rows in results.items():
-        reference = tuned_by_hand(rows)
-        for row in rows.values():
-            tuned = row.tuned
-            rim = f" ({tuned.rim})" if tuned.rim else ""
-            against = "chosen by hand" if row is reference else ""
-            if row is not reference and reference is not None and row.finite:
-                found = difference(row.finals, reference.finals, noise)
-                against = f"{found.value:+.3f} ({found.standard_errors:+.1f})"
-            lines.append(
-                [
-                    optimizer.name,
-                    row.schedule,
-                    _length(row),
-                    "diverged" if tuned.best_rate is None else f"{tuned.best_rate:.2g}{rim}",
-                    f"{np.mean(row.finals):.3f}" if row.finite else "diverged",
-                    f"{np.std(row.finals, ddof=1):.3f}" if row.finite else "-",
-                    against,
-                ]
-            )
+    for row in rows.values():
+        tuned = row.tuned
+        rim = f" ({tuned.rim})" if tuned.rim else ""
+        against = "chosen by hand" if row is reference else ""
+        if row is not reference and reference is not None and row.finite:
+            found = difference(row.finals, reference.finals, noise)
+            against = f"{found.value:+.3f} ({found.standard_errors:+.1f})"
+        lines.append(
+            [
+                row.schedule,
+                "" if row.file["target"] is None else f"{row.file['target']:.1f}",
+                _length(row),
+                "diverged" if tuned.best_rate is None else f"{tuned.best_rate:.2g}{rim}",
+                f"{np.mean(row.finals):.3f}" if row.finite else "diverged",
+                f"{np.std(row.finals, ddof=1):.3f}" if row.finite else "-",
+                against,
+            ]
+        )
     headers = [
-        "optimizer", "schedule", "warm-up steps", "best rate", "held-out nats/token",
-        "std of seeds", "minus best by hand (in standard errors)",
+        "schedule", "target", "warm-up steps", "best rate", "held-out nats/token", "std of seeds",
+        "minus best by hand (in standard errors)",
     ]  # fmt: skip
     return format_table(headers, lines, markdown=True)
 
@@ -145,34 +140,32 @@ def _length(row: Row) -> str:
     if (ends < 0).any():
         return f"not ended in {int((ends < 0).sum())} of {len(ends)} runs"
     low, high = ends.min() + 1, ends.max() + 1
-    return f"{low}" if low == high else f"{low} to {high}"
+    limit = " (half the run)" if high == math.ceil(row.file["scale"]["steps"] / 2) else ""
+    return (f"{low}" if low == high else f"{low} to {high}") + limit
 
 
-def answers(results: dict[Optimizer, dict[str, Row]], noise: float) -> str:
+def answers(rows: dict[str, Row], noise: float) -> str:
     """The differences that the experiment was made for."""
+    by_hand = tuned_by_hand(rows)
+    named = {**rows, **({"tuned": by_hand} if by_hand else {})}
     lines = []
-    for optimizer, rows in results.items():
-        by_hand = tuned_by_hand(rows)
-        named = {**rows, **({"tuned": by_hand} if by_hand else {})}
-        for first, second in QUESTIONS:
-            a, b = named.get(first), named.get(second)
-            if a is None or b is None or a is b or not (a.finite and b.finite):
-                continue
-            found = difference(a.finals, b.finals, noise)
-            # The same seeds on both sides: what their initialisation and text do cancels.
-            paired = np.subtract(a.finals, b.finals)
-            error = paired.std(ddof=1) / math.sqrt(len(paired))
-            verdict = "no difference"
-            if found.counts:
-                verdict = f"{first} is {'better' if found.value < 0 else 'worse'}"
-            shown = f"{second} ({b.schedule})" if second == "tuned" else second
-            lines.append(
-                [
-                    optimizer.name, f"{first} - {shown}", f"{found.value:+.4f}",
-                    f"{found.standard_errors:+.1f}", verdict, f"{error:.4f}",
-                ]
-            )  # fmt: skip
-    headers = ["optimizer", "", "nats/token", "standard errors", "verdict", "paired error"]
+    for first, second in QUESTIONS:
+        a, b = named.get(first), named.get(second)
+        if a is None or b is None or a is b or not (a.finite and b.finite):
+            continue
+        found = difference(a.finals, b.finals, noise)
+        # The same seeds on both sides: what their initialisation and text do cancels.
+        paired = np.subtract(a.finals, b.finals)
+        verdict = "no difference"
+        if found.counts:
+            verdict = f"{first} is {'better' if found.value < 0 else 'worse'}"
+        lines.append(
+            [
+                f"{first} - {b.schedule}", f"{found.value:+.4f}", f"{found.standard_errors:+.1f}",
+                verdict, f"{paired.std(ddof=1) / math.sqrt(len(paired)):.4f}",
+            ]
+        )  # fmt: skip
+    headers = ["", "nats/token", "standard errors", "verdict", "standard error of pairs"]
     return format_table(headers, lines, markdown=True)
 
 
@@ -274,18 +267,19 @@ def main() -> None:
     parser.add_argument("--results", type=pathlib.Path, default=HERE / "results")
     parser.add_argument("--figures", type=pathlib.Path, default=HERE / "figures")
     args = parser.parse_args()
-    results = load(args.scale, args.results)
-    if not results:
-        raise SystemExit(f"no result of scale {args.scale} in {args.results}")
     texts = []
-    for optimizer, rows in results.items():
+    for optimizer in OPTIMIZERS:
+        rows = load(args.scale, args.results, optimizer)
+        if not rows:
+            continue
         noise = seed_noise([row.finals for row in rows.values()])
-        one = {optimizer: rows}
         texts.append(
-            f"## {optimizer.name}\n\n{table(one, noise)}\n\n{answers(one, noise)}\n\n"
+            f"## {optimizer.name}\n\n{table(rows, noise)}\n\n{answers(rows, noise)}\n\n"
             f"s = {noise:.4f} nats/token.\n"
         )
         draw(args.scale, optimizer, rows, args.figures)
+    if not texts:
+        raise SystemExit(f"no result of scale {args.scale} in {args.results}")
     fits = smoothness(args.scale, args.results, args.figures / f"{args.scale}-smoothness.png")
     if fits:
         texts.append(f"## Local smoothness\n\n{fit_table(fits)}\n")

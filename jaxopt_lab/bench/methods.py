@@ -13,11 +13,14 @@ from jaxopt_lab.optim.dykaf import dykaf
 from jaxopt_lab.optim.lion_muon import lion_muon
 from jaxopt_lab.optim.shampoo import shampoo
 from jaxopt_lab.optim.soap import soap
+from jaxopt_lab.schedules.adaptive_warmup import adaptive_warmup
 
 # The rate changes nothing about the time of a step; a small one keeps the numbers ordinary.
 _RATE = 1e-6
 _DECAY = 0.1
 _NS_STEPS = 5
+# More than any benchmark takes.
+_RUN_STEPS = 10**6
 
 DEFAULT_METHODS = (
     "adamw",
@@ -27,11 +30,12 @@ DEFAULT_METHODS = (
     "lion_muon_p2",
     "lion_muon_p5",
     "lion_muon_pinf",
+    "lion_muon_p2_adaptive",
     "soap_f10",
     "dykaf_f10",
     "shampoo_f10",
 )
-_LION_MUON = re.compile(r"lion_muon_p(\d+|inf)")
+_LION_MUON = re.compile(r"lion_muon_p(\d+|inf)(_adaptive)?")
 _KRONECKER = re.compile(r"(soap|dykaf|shampoo)_f([1-9]\d*)(_stagger)?")
 
 
@@ -52,9 +56,10 @@ def method(name: str) -> Method:
     """Looks up an optimizer.
 
     Args:
-      name: "adamw", "lion", "muon" (all Optax), "lion_muon_pN" with a period N, "inf" included, or
-        "soap_fN", "dykaf_fN", "shampoo_fN" with N steps from one refresh to the next, "_stagger"
-        appended for a share of them at every step.
+      name: "adamw", "lion", "muon" (all Optax), "lion_muon_pN" with a period N, "inf" included and
+        "_adaptive" appended for a warm-up that follows the loss, or "soap_fN", "dykaf_fN",
+        "shampoo_fN" with N steps from one refresh to the next, "_stagger" appended for a share of
+        them at every step.
 
     Raises:
       ValueError: If there is none of that name.
@@ -74,18 +79,18 @@ def method(name: str) -> Method:
     match = _LION_MUON.fullmatch(name)
     if match is None or match[1] == "0":
         raise ValueError(
-            f"optimizer: {name!r} is not one of adamw, lion, muon, lion_muon_pN (N >= 1 or inf), "
-            "soap_fN, dykaf_fN, shampoo_fN (N >= 1; _stagger)"
+            f"optimizer: {name!r} is not one of adamw, lion, muon, lion_muon_pN (N >= 1 or inf; "
+            "_adaptive), soap_fN, dykaf_fN, shampoo_fN (N >= 1; _stagger)"
         )
-    return _lion_muon(name, match[1])
+    return _lion_muon(name, match[1], match[2] is not None)
 
 
-def _lion_muon(name: str, given: str) -> Method:
+def _lion_muon(name: str, given: str, adaptive: bool) -> Method:
     never = given == "inf"
     period = math.inf if never else int(given)
 
     def build(axes: Any, param_shardings: Any = None) -> optax.GradientTransformation:
-        return lion_muon(
+        tx = lion_muon(
             _RATE,
             period=period,
             ns_steps=_NS_STEPS,
@@ -93,10 +98,32 @@ def _lion_muon(name: str, given: str) -> Method:
             matrix_axes=axes,
             param_shardings=param_shardings,
         )
+        return _with_warmup(tx, axes) if adaptive else tx
 
     return Method(
         name, build, 1 if never else int(period), _no_products if never else _newton_schulz
     )
+
+
+def _with_warmup(
+    tx: optax.GradientTransformationExtraArgs, axes: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer and an adaptive warm-up, with a loss made up from the step."""
+    warmup = adaptive_warmup(_RATE, _RUN_STEPS, 1.0, matrix_axes=axes, relative=True)
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        inner, outer = state
+        updates, inner = tx.update(updates, inner, params)
+        # It does not fall far enough to end the warm-up.
+        loss = 4.0 - outer.count / _RUN_STEPS
+        updates, outer = warmup.update(updates, outer, params, value=loss)
+        return updates, (inner, outer)
+
+    def init(params):
+        return tx.init(params), warmup.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 # Two-sided products that a step cannot do without: gradient into the eigenbases and direction back,

@@ -27,6 +27,10 @@ def test_every_optimizer(toy):
     spectral = rows["lion_muon_p1"].flop_floor_ms
     assert spectral == pytest.approx(5 * rows["lion_muon_p5"].flop_floor_ms) and spectral > 0
     assert rows["lion_muon_pinf"].flop_floor_ms == 0.0
+    # The warm-up has nine scalars and no products.
+    plain, adaptive = rows["lion_muon_p2"], rows["lion_muon_p2_adaptive"]
+    assert adaptive.state_bytes == plain.state_bytes + 9 * 4
+    assert adaptive.flop_floor_ms == plain.flop_floor_ms
     text = str(report)
     assert all(name in text for name in DEFAULT_METHODS) and "GB/s" in text
 
