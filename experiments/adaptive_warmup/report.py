@@ -212,14 +212,17 @@ def length_curves(rows: dict[str, Row]) -> list[Curve]:
         level = np.full(2, np.mean(row.finals))
         low, high = np.full(2, min(row.finals)), np.full(2, max(row.finals))
         ends = [lengths[0], lengths[-1]]
-        curves.append(Curve(f"{name}: {_length(row)} steps", ends, level, low, high, color=color))
+        curves.append(Curve(f"{name}: {_length(row)}", ends, level, low, high, color=color))
     return curves
 
 
 def smoothness(
     scale: str, directory: pathlib.Path, figure: pathlib.Path
-) -> dict[str, SmoothnessFit]:
-    """Fits the records of every optimizer in its own norm and draws them."""
+) -> dict[str, tuple[SmoothnessFit, float]]:
+    """Fits the records of every optimizer in its own norm and draws them.
+
+    Beside each fit stands the rank correlation of ratio and gap: +1 where curvature falls with it.
+    """
     panels, targets, fits = {}, {}, {}
     for optimizer in OPTIMIZERS:
         path = directory / f"{scale}-{optimizer.slug}-smoothness.json"
@@ -235,7 +238,9 @@ def smoothness(
         title = f"{optimizer.name} ({_DUALS[pair]} / {pair})"
         fit, label = None, "too few points for a fit"
         if len(points.gap) >= 10:
-            fit = fits[optimizer.name] = fit_smoothness(points.gap, points.ratio)
+            fit = fit_smoothness(points.gap, points.ratio)
+            ranks = [np.argsort(np.argsort(x)) for x in (points.gap, points.ratio)]
+            fits[optimizer.name] = fit, float(np.corrcoef(ranks)[0, 1])
             label = f"$R^2$ = {fit.r2:.3f}, {100 * fit.share_above:.0f} % above"
         panels[title] = [SmoothnessSeries(label, *points, curve=fit.curve if fit else None)]
         targets[title] = file["target"]
@@ -249,15 +254,18 @@ _DUALS: dict[NormPair, str] = {
 }  # fmt: skip
 
 
-def fit_table(fits: dict[str, SmoothnessFit]) -> str:
-    """Coefficients, and whether the fitted curvature falls with the gap."""
+def fit_table(fits: dict[str, tuple[SmoothnessFit, float]]) -> str:
+    """Coefficients, and whether the curvature falls with the gap."""
     lines = []
-    for name, fit in fits.items():
+    for name, (fit, correlation) in fits.items():
         numbers = (fit.k0, fit.k1, fit.k_rho)
         lines.append(
-            [name, *(f"{k:.3g}" for k in numbers), f"{fit.r2:.3f}", f"{fit.share_above:.0%}"]
-        )
-    headers = ["optimizer", "K0", "K1", "K2", "R^2", "points above"]
+            [
+                name, *(f"{k:.3g}" for k in numbers), f"{fit.r2:.3f}", f"{fit.share_above:.0%}",
+                f"{correlation:+.2f}",
+            ]
+        )  # fmt: skip
+    headers = ["optimizer", "K0", "K1", "K2", "R^2", "points above", "rank correlation with gap"]
     return format_table(headers, lines, markdown=True)
 
 
