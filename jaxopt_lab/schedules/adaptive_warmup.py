@@ -24,7 +24,7 @@ from jaxopt_lab.schedules.warmup_phases import (
 def adaptive_warmup(
     peak_lr: Scalar,
     total_steps: Scalar,
-    target_loss: Scalar,
+    target_loss: Scalar | Literal["auto"],
     div_factor: Scalar = 100.0,
     *,
     norm: NormPair | Mapping[NormPair, float] = "spectral",
@@ -68,7 +68,8 @@ def adaptive_warmup(
       peak_lr: $\eta_{\max}$.
       total_steps: $T$, optimizer steps of the whole run.
       target_loss: $f^*$, a guess of the final training loss. Too low a guess prolongs the warm-up;
-        guesses a little too high cost nothing.
+        guesses a little too high cost nothing. "auto" extrapolates it from the losses, all gaps
+        following it in proportion (`target_estimate`): our own addition.
       div_factor: $r$, the peak rate over the rate at the start.
       norm: Of the optimizer: "spectral" (Muon), "sign" (Lion, Signum), "frobenius" (normalized
         SGD), or a weight for each, such as `{"spectral": 1 / P, "sign": 1 - 1 / P}` for LionMuon.

@@ -25,7 +25,8 @@ def check_phases(p: WarmupPhases) -> None:
     """
     _check("peak_lr", p.peak_lr, "a finite number above 0", lambda x: 0 < x < math.inf)
     _check("total_steps", p.total_steps, "a whole number of at least 1", _is_count)
-    _check("target_loss", p.target_loss, "a finite number", math.isfinite)
+    if not (isinstance(p.target_loss, str) and p.target_loss == "auto"):
+        _check("target_loss", p.target_loss, "a finite number, or 'auto'", math.isfinite)
     _check("div_factor", p.div_factor, "a finite number of at least 1", lambda x: 1 <= x < math.inf)
     _check("sigma", p.sigma, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
     _check("final_div_factor", p.final_div_factor, "a number of at least 1", lambda x: x >= 1)
@@ -38,6 +39,11 @@ def check_phases(p: WarmupPhases) -> None:
     check_objective(p.objective, p.target)
     if p.curvature is not None:
         _check_curvature(p.curvature)
+    if p.curvature is not None and isinstance(p.target_loss, str):
+        raise ValueError(
+            "target_loss is 'auto' and curvature is given; coefficients by hand are those of gaps "
+            "to a fixed target"
+        )
     if p.use_current_loss and p.official_first_step:
         raise ValueError(
             "official_first_step and use_current_loss are both True; with use_current_loss the "

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,12 @@ from jaxopt_lab.optim.routing import Scalar
 from jaxopt_lab.schedules.gap_rate import Curvature, gap_rate, peak_gap_of, relative_rate
 from jaxopt_lab.schedules.peak_gap import Objective, TargetShape, exact_peak_gap
 from jaxopt_lab.schedules.quadrature_peak_gap import quadrature_peak_gap
+from jaxopt_lab.schedules.target_estimate import (
+    TargetEstimate,
+    estimated_target,
+    expected_target,
+    with_loss,
+)
 
 # "exact", "official", or the peak gap as a share of the initial one.
 DeltaStarRule: TypeAlias = Literal["exact", "official"] | Scalar
@@ -42,6 +48,7 @@ class AdaptiveWarmupState(NamedTuple):
     switch_step: Array  # shape=(), dtype=int32: step whose loss started the decay; -1: none yet
     decay_from: Array  # shape=(), float: the rate the decay starts from
     ignored: Array  # shape=(), dtype=int32: losses that were not finite
+    estimate: Any  # TargetEstimate of scalars for target_loss="auto", else MaskedNode
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class WarmupPhases:
 
     peak_lr: Scalar
     total_steps: Scalar
-    target_loss: Scalar
+    target_loss: Scalar | Literal["auto"]
     div_factor: Scalar
     delta_star_rule: DeltaStarRule
     objective: Objective
@@ -79,6 +86,7 @@ class WarmupPhases:
             switch_step=jnp.full([], -1, jnp.int32),
             decay_from=jnp.asarray(self.peak_lr, dtype),
             ignored=jnp.zeros([], jnp.int32),
+            estimate=self._start_estimate(dtype),
         )
 
     def absorb(self, state: AdaptiveWarmupState, loss: Array, kappa: Scalar) -> AdaptiveWarmupState:
@@ -88,14 +96,15 @@ class WarmupPhases:
         first = finite & ~jnp.isfinite(state.initial_gap)
         averaged = self.smoothing * state.loss + (1 - self.smoothing) * loss
         smoothed = jnp.where(first, loss, jnp.where(finite, averaged, state.loss))
-        seen = state._replace(
-            loss=smoothed,
-            gap=jnp.where(
-                finite, jnp.maximum(self._above_target(smoothed), SMALLEST_GAP), state.gap
-            ),
-            initial_gap=jnp.where(first, self._above_target(loss), state.initial_gap),
-            ignored=state.ignored + ~finite,
-        )
+        seen = state._replace(loss=smoothed, ignored=state.ignored + ~finite)
+        if isinstance(self.target_loss, str):
+            seen = self._estimated(first, finite, loss, seen)
+            target = estimated_target(seen.estimate)
+        else:
+            target = self.target_loss
+            seen = seen._replace(initial_gap=jnp.where(first, loss - target, state.initial_gap))
+        gap = jnp.maximum(smoothed - target, SMALLEST_GAP)
+        seen = seen._replace(gap=jnp.where(finite, gap, state.gap))
         seen = seen._replace(peak_gap=self._peak_gap(first, seen, kappa))
         seen = self._switched(finite, seen)
         follows = jnp.where(finite, self._warmup_rate(seen), state.rate)
@@ -103,8 +112,26 @@ class WarmupPhases:
         count = jnp.asarray(optax.safe_increment(state.count))
         return seen._replace(count=count, rate=rate.astype(state.rate.dtype))
 
-    def _above_target(self, loss: Array) -> Array:
-        return loss - self.target_loss
+    def _start_estimate(self, dtype: Any) -> Any:
+        if not isinstance(self.target_loss, str):
+            return optax.MaskedNode()
+        return TargetEstimate(*(jnp.zeros([], dtype) for _ in TargetEstimate._fields))
+
+    def _estimated(
+        self, first: Array, finite: Array, loss: Array, state: AdaptiveWarmupState
+    ) -> AdaptiveWarmupState:
+        """The state with a target that knows one more loss; the gaps keep their proportion."""
+        expected = expected_target(loss, self.total_steps)
+        before = jax.tree.map(lambda a, b: jnp.where(first, a, b), expected, state.estimate)
+        after = with_loss(before, loss, state.count, self.total_steps)
+        estimate = jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, state.estimate)
+        initial = estimate.first_loss - estimated_target(estimate)
+        initial = jnp.where(finite, initial, state.initial_gap)
+        known = finite & ~first
+        growth = jnp.where(known, initial / jnp.where(known, state.initial_gap, 1), 1)
+        return state._replace(
+            estimate=estimate, initial_gap=initial, peak_gap=growth * state.peak_gap
+        )
 
     def _too_close(self, initial_gap: Array) -> Array:
         """Whether the first loss leaves nothing to warm up for."""

@@ -126,9 +126,9 @@ class WsdConfig(_WarmupConfig):
 class AdaptiveWarmupConfig(ScheduleConfig):
     """The rate follows the training loss up to its peak, then decays."""
 
-    target_loss: float | None = None
+    target_loss: float | Literal["auto"] | None = None
     """Training loss in nats per token that the run is expected to end at; a guess that is too high
-    by a nat or two costs little, one that is too low much."""
+    by a nat or two costs little, one that is too low much. `auto` extrapolates it as it goes."""
 
     div_factor: float = 100.0
     """Peak rate over the first rate."""
@@ -185,6 +185,9 @@ class AdaptiveWarmupConfig(ScheduleConfig):
     def _outcome(self, opt_state: PyTree, peak: float, steps: int) -> tuple[dict[str, Any], str]:
         assert self.target_loss is not None
         state = jax.device_get(find_state(opt_state, schedules.AdaptiveWarmupState))
+        target = self.target_loss
+        if isinstance(target, str):
+            target = float(state.estimate.first_loss - state.initial_gap)
         switch, decay_from = int(state.switch_step), float(state.decay_from)
         numbers = {
             "warmup_steps": switch if switch >= 0 else None,
@@ -192,10 +195,10 @@ class AdaptiveWarmupConfig(ScheduleConfig):
             "peak_gap": float(state.peak_gap),
             "losses_ignored": int(state.ignored),
         }
-        wanted = f"a training loss of {self.target_loss + float(state.peak_gap):.3f}"
+        wanted = f"a training loss of {target + float(state.peak_gap):.3f}"
         if state.peak_gap <= 0:
             sentence = (
-                f"the first loss was at or below the target {self.target_loss}; there was no "
+                f"the first loss was at or below the target {target}; there was no "
                 "warm-up, the rate decayed from its peak over the whole run"
             )
         elif switch < 0:

@@ -95,7 +95,8 @@ def test_columns_of_zeros_stay_zero_and_the_others_are_orthonormal(seed, panel, 
     zeros = rng.random(SIZE) < share
     x[:, zeros] = 0
     q = np.asarray(COMPILED[panel](np.float32(x)), np.float64)
-    np.testing.assert_array_equal(np.any(q, axis=0), ~zeros)
+    np.testing.assert_array_equal(q[:, zeros], 0)
+    # In panels of one column a dependent column may cancel exactly as well.
     if panel > 1:
         np.testing.assert_allclose(q.T @ q, np.diag(~zeros), atol=ORTHOGONALITY)
 

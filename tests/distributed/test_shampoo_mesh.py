@@ -17,6 +17,7 @@ import jaxopt_lab as jol
 from jaxopt_lab.optim import ShampooState
 from jaxopt_lab.report.hlo import collectives
 from tests.golden.trajectory import find_states
+from tests.quick_compile import NEW_EMITTERS
 
 AXES = {
     "stack": MuonDimensionNumbers(1, 2),  # (layers, m, n)
@@ -124,7 +125,8 @@ def test_replicated_roots_are_repeated_or_shared():
         with jax.set_mesh(mesh):
             params = jax.device_put(params, shardings)
             state = tx.init(params)
-            compiled = jax.jit(step(tx)).lower(params, state, params).compile()
+            lowered = jax.jit(step(tx)).lower(params, state, params)
+            compiled = lowered.compile(compiler_options=NEW_EMITTERS)
             results[choice] = jax.device_get(
                 compiled(params, state, jax.device_put(grads, shardings))[0]
             )

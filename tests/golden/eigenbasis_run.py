@@ -19,6 +19,7 @@ from jaxopt_lab.optim.eigenbasis_transform import EigenbasisAdamState
 from jaxopt_lab.optim.mode_factors import ModeSoapState
 from tests.golden.harness import Case, NotUnderstood
 from tests.golden.trajectory import find_states
+from tests.quick_compile import OPTIONS
 from tests.reference.soap import merged, rotate
 
 Values = dict[str, Any]  # names of the stored arrays -> arrays; one dict a parameter
@@ -163,16 +164,7 @@ def run_case(case: Case, stored: Stored, recipe: Recipe, *, inject: str | None) 
 
 @functools.cache
 def _compiled() -> Callable:
-    # Compiled for a few milliseconds of work.
-    return jax.jit(
-        _scan,
-        static_argnums=(0, 1),
-        compiler_options={
-            "xla_backend_optimization_level": 0,
-            "xla_llvm_disable_expensive_passes": True,
-            "xla_cpu_use_fusion_emitters": False,
-        },
-    )
+    return jax.jit(_scan, static_argnums=(0, 1), compiler_options=OPTIONS)
 
 
 def _scan(factory, options, numbers, rates, params, grads, stored_params, stored, flags):

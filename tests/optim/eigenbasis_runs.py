@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxopt_lab as jol
+from tests.quick_compile import OPTIONS
 
 # Traced, so that runs that differ in numbers alone share a compiled step.
 NUMBERS = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "precondition_frequency": 3, "weight_decay": 0.0}
@@ -15,12 +16,6 @@ RATE = 0.1
 # Refreshes never come.
 NEVER = 10**6
 METHODS = {"soap": jol.scale_by_soap, "dykaf": jol.scale_by_dykaf}
-# Compiled for a few milliseconds of work.
-QUICKLY = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 
 
 class Run(NamedTuple):
@@ -83,7 +78,7 @@ def build(method, static, numbers):
     return METHODS[method](**static, **numbers)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICKLY)
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=OPTIONS)
 def _step(method, static, numbers, params, state, grad):
     directions, state = build(method, static, numbers).update(grad, state, params)
     params = jax.tree.map(lambda w, d: w - RATE * d, params, directions)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from tests.quick_compile import NEW_EMITTERS
+
 
 def normal(seed, shapes, *lead):
     """Float32 arrays of these shapes, `lead` axes before each."""
@@ -34,7 +36,7 @@ def scan(tx, params, grads):
 
 def fast_jit(fn):
     """For tiny programs that run once: compiled fast, not to be fast."""
-    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0, **NEW_EMITTERS})
 
 
 def run(tx, params, grads):

@@ -15,7 +15,7 @@ from optax.contrib import MuonDimensionNumbers
 
 import jaxopt_lab as jol
 from jaxopt_lab.optim.mode_factors import scale_by_mode_soap
-from tests.optim.eigenbasis_runs import QUICKLY
+from tests.quick_compile import OPTIONS
 
 VARIANTS = {
     "soap": (jol.scale_by_soap, {}),
@@ -41,7 +41,7 @@ def compiled(variant):
         **options,
     )
 
-    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @functools.partial(jax.jit, compiler_options=OPTIONS)
     def go(grads):
         grads = {k: g.astype(k) for k, g in grads.items()}
         params = {k: jnp.ones(s, k) for k, s in SHAPES.items()}
@@ -205,7 +205,7 @@ def test_a_gradient_that_would_make_a_sum_overflow_is_refused(name):
     grads[-1] /= 1e10
     tx = SUMS[name]
 
-    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @functools.partial(jax.jit, compiler_options=OPTIONS)
     def go(grads):
         def step(state, grad):
             updates, state = tx.update(grad, state, jnp.zeros(shape))

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxopt_lab.optim import scale_by_lion_muon
+from tests.quick_compile import NEW_EMITTERS
 from tests.reference.spectral import polar
 
 SHAPES = {"wide": (3, 5), "tall": (5, 3), "square": (4, 4)}
@@ -40,7 +41,7 @@ def draw(seed, *lead):
     return {name: rng.normal(size=(*lead, *shape)) for name, shape in SHAPES.items()}
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=NEW_EMITTERS)
 def _scan(options, numbers, params, grads, draws):
     tx = scale_by_lion_muon(**dict(options), ns_dtype="float64", **numbers)
 
@@ -286,7 +287,7 @@ def test_first_step_does_not_depend_on_the_betas(seed, period, b1, b2):
     assert_trees_close(first[1], first[0], atol=1e-6 * 0.02)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=NEW_EMITTERS)
 def _descend(period, hessian, w, rate):
     """Closed loop on <W, H W> / 2 without scale, momentum or decay: W and gradients visited."""
     tx = scale_by_lion_muon(

@@ -11,19 +11,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_lab.optim.mode_factors import scale_by_mode_soap
+from tests.quick_compile import OPTIONS
 from tests.reference.soap import soap
 
 # Of full rank from the second gradient on, so that every refresh is well defined.
 SHAPES = {"tensor": (2, 2, 6), "matrix": (5, 5), "vector": (2,), "scalar": ()}
 STEPS, RATE = 9, 0.02
-fast_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-    },
-)
+fast_jit = functools.partial(jax.jit, compiler_options=OPTIONS)
 # Householder compiles fastest.
 BASE = {
     **{"b1": 0.9, "b2": 0.95, "eps": 1e-6},

@@ -302,3 +302,42 @@ def test_a_model_without_matrices_is_refused_where_its_kappa_is_needed():
         adaptive_warmup(0.1, 10, 2.0).init(vector)
     for options in ({"kappa": 3.0}, {"delta_star_rule": 0.5}, {"curvature": Curvature(1.0, 0, 1)}):
         adaptive_warmup(0.1, 10, 2.0, **options).init(vector)
+
+
+def test_an_estimated_target_needs_no_guess():
+    """Losses that end at a third of the first one; the estimate comes near it in the end."""
+    steps = np.arange(400)
+    losses = 3.0 + 6.0 * (1 + np.maximum(steps - 20, 0) / 10) ** -0.5
+    tx = adaptive_warmup(1.0, 400, "auto", 100.0, norm="frobenius")
+    params = jnp.ones((4, 4))
+
+    def step(state, loss):
+        _, state = tx.update(params, state, params, value=loss)
+        return state, (state.rate, state.loss - state.gap, state.peak_gap / state.initial_gap)
+
+    final, (rates, targets, shares) = jax.jit(lambda x: jax.lax.scan(step, tx.init(params), x))(
+        jnp.asarray(losses, jnp.float32)
+    )
+    np.testing.assert_allclose(rates[0], 0.01, rtol=1e-4)
+    assert 3.1 < targets[0] < 3.8, "the expectation, before there is anything to go by"
+    assert targets[20] > targets[0], "losses that stand still promise less"
+    assert abs(targets[-1] - losses[-1]) < 0.6
+    np.testing.assert_allclose(shares, shares[0], rtol=1e-4)
+    assert 20 < final.switch_step < 200 and float(rates.max()) > 0.9
+    assert int(final.ignored) == 0
+
+
+def test_an_estimated_target_bears_bad_losses_and_hopeless_ones():
+    tx = adaptive_warmup(1.0, 50, "auto", 100.0, norm="frobenius", fallback_after=None)
+    params = jnp.ones((4, 4))
+    state = tx.init(params)
+    for loss in (jnp.nan, 9.0, 9.5, jnp.inf, 12.0, 30.0):
+        _, state = tx.update(params, state, params, value=jnp.asarray(loss))
+        assert np.isfinite(float(state.rate)) and 0 < float(state.rate) <= 1
+    assert int(state.ignored) == 2 and int(state.switch_step) == -1
+    np.testing.assert_allclose(state.initial_gap, 0.9, rtol=1e-5)  # a tenth of the first loss
+
+
+def test_an_estimated_target_and_curvature_by_hand_exclude_each_other():
+    with pytest.raises(ValueError, match="target_loss is 'auto' and curvature"):
+        adaptive_warmup(1.0, 50, "auto", curvature=Curvature(1.0, 0.0, 1.0))
