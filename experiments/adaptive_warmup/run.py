@@ -79,8 +79,8 @@ SCALES = {
 
 def main() -> None:
     args = _arguments()
-    # For the trial on a CPU of few cores; CHANGELOG.md, known limits.
-    os.environ.setdefault("PJRT_NPROC", "16")
+    # Decompositions on a CPU may wait for each other for ever; CHANGELOG.md, known limits.
+    os.environ.setdefault("PJRT_NPROC", "64")
     scale = SCALES[args.scale]
     if args.steps:
         scale = replace(scale, steps=args.steps)
