@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from jaxopt_lab.core.matrices import MatrixAxes, batch_first
 from jaxopt_lab.core.norm_pairs import NORM_PAIRS, NormPair, dual_norm, matrix_norm
+from jaxopt_lab.core.ordering import after
 from jaxopt_lab.diagnostics.norms import SMALLEST_DENOMINATOR
 from jaxopt_lab.diagnostics.recording import Every, Snapshot
 from jaxopt_lab.optim.routing import MatrixAxesSpec, route_with_embeddings
@@ -104,9 +105,13 @@ def _measure(
     moved = _differences(params_before, params_after, layouts)
     results = []
     for pair in NORM_PAIRS:
-        difference = sum((jnp.sum(dual_norm(x, pair)) for x in turned), jnp.zeros(()))
-        norms = [jnp.max(matrix_norm(x, pair), initial=0) for x in moved]
-        step = functools.reduce(jnp.maximum, norms)
+        # One after the other: singular values are decompositions (`core.ordering.after`).
+        difference = step = jnp.zeros(())
+        for x in turned:
+            difference = difference + jnp.sum(dual_norm(after(x, difference), pair))
+        step = after(step, difference)
+        for x in moved:
+            step = jnp.maximum(step, jnp.max(matrix_norm(after(x, step), pair), initial=0))
         ratio = difference / jnp.where(step > SMALLEST_DENOMINATOR, step, jnp.nan)
         results.append(LocalSmoothness(difference, step, ratio))
     return results

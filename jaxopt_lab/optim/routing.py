@@ -25,6 +25,9 @@ OnUncovered = Literal["adamw", "error"]
 # No hidden width of a common model reaches this, every common vocabulary of words exceeds it.
 DEFAULT_VOCABULARY_SIZE = 10_000
 
+# Modules and leaves that hold a table of the vocabulary, whatever its size.
+_TABLE_NAMES = {"embedding", "head", "lm_head"}
+
 # The group of everything that is not a matrix, in states and tables.
 FALLBACK_LABEL = "adamw"
 
@@ -41,14 +44,19 @@ def _is_layout(node: Any) -> bool:
     return node is None or (hasattr(node, "reduction_axis") and hasattr(node, "output_axis"))
 
 
-def _last_name(path: KeyPath) -> str:
-    """The last name in a path; NNX variables end in their `value`, which is not one."""
+def _names(path: KeyPath) -> list[str]:
+    """The names in a path; NNX variables end in their `value`, which is not one."""
     names = []
     for entry in path:
         if isinstance(entry, DictKey | FlattenedIndexKey):
             names.append(str(entry.key))
         elif isinstance(entry, GetAttrKey) and entry.name != "value":
             names.append(entry.name)
+    return names
+
+
+def _last_name(path: KeyPath) -> str:
+    names = _names(path)
     return names[-1] if names else ""
 
 
@@ -175,12 +183,12 @@ def route_with_embeddings(params: optax.Params, matrix_axes: MatrixAxesSpec = No
     leaves = jax.tree.leaves(params)
     routes = []
     for r, x in zip(route(params, matrix_axes), leaves, strict=True):
-        role = _by_shape(r.path, x.shape, DEFAULT_VOCABULARY_SIZE).role
+        large = max(x.shape, default=0) >= DEFAULT_VOCABULARY_SIZE
         if r.axes is not None:
             routes.append(r)
-        elif role == "embedding" and len(x.shape) == 2:
+        elif len(x.shape) == 2 and (large or _TABLE_NAMES & set(_names(r.path))):
             axes = resolve_layout(x.shape, MuonDimensionNumbers())
-            routes.append(Route(r.path, axes, role))
+            routes.append(Route(r.path, axes, "embedding"))
     return routes
 
 

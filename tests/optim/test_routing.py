@@ -12,6 +12,7 @@ from jax.tree_util import keystr
 from optax.contrib import MuonDimensionNumbers as Axes
 
 import jaxopt_lab as jol
+from jaxopt_lab import models
 from jaxopt_lab.optim.routing import route, route_with_embeddings
 from tests.contract.trees import TREES
 from tests.optim.runs import normal, run
@@ -197,12 +198,15 @@ def test_fused_and_split_projections_are_different_matrices():
 
 
 def test_norms_of_a_model_count_tables_but_not_stacked_vectors():
-    params = shaped(
-        {"embedding": (60, 8), "head": (8, 20_000), "scale": (3, 8), "stack": (3, 8, 16)}
-    )
-    layouts = {"embedding": None, "head": None, "scale": None, "stack": Axes(1, 2)}
+    shapes = {"embedding": (60, 8), "head": (8, 60), "wide": (8, 20_000)}
+    params = shaped({**shapes, "scale": (3, 8), "stack": (3, 8, 16)})
+    layouts = {**dict.fromkeys(shapes), "scale": None, "stack": Axes(1, 2)}
     found = {
         r.path[0].key: r.axes.matrix_shape(params[r.path[0].key].shape)
         for r in route_with_embeddings(params, layouts)
     }
-    assert found == {"embedding": (1, 60, 8), "head": (1, 8, 20_000), "stack": (3, 8, 16)}
+    assert found == {k: (1, *v) for k, v in shapes.items()} | {"stack": (3, 8, 16)}
+    decoder = models.PRESETS["tiny"]
+    routes = route_with_embeddings(models.abstract_params(decoder), models.matrix_axes(decoder))
+    paths = [keystr(r.path, simple=True, separator="/") for r in routes]
+    assert "embedding/tokens" in paths and not any("norm" in path for path in paths)
