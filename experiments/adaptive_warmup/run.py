@@ -71,7 +71,7 @@ class Scale:
 
 
 SCALES = {
-    "gpu": Scale(("site-packages",), 8192, 384, 6, 6, 256, 32, 800, 50, 8, "bfloat16"),
+    "gpu": Scale(("site-packages",), 8192, 384, 6, 6, 256, 32, 600, 50, 8, "bfloat16"),
     # A trial of the machinery; it decides nothing.
     "cpu": Scale(("stdlib",), 1024, 32, 1, 2, 32, 4, 40, 20, 2, "float32"),
 }
