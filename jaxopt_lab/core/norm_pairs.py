@@ -13,10 +13,13 @@ matrices the norm is the largest of theirs and the dual norm the sum of their du
 $\langle G, X \rangle \le \lVert G \rVert_* \lVert X \rVert$.
 """
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from jaxopt_lab.core.spectral import nuclear_norm, spectral_norm
 
 NormPair = Literal["spectral", "sign", "frobenius"]
 NORM_PAIRS: tuple[NormPair, ...] = get_args(NormPair)
@@ -37,18 +40,14 @@ def matrix_norm(x: Float[Array, "*batch m n"], pair: NormPair) -> Float[Array, "
       ValueError: The pair is unknown.
     """
     check_pair(pair)
-    if pair == "sign":
-        return jnp.max(jnp.abs(x), axis=(-2, -1), initial=0)
-    if pair == "spectral":
-        return jnp.max(singular_values(x), axis=-1, initial=0)
-    return _frobenius(x)
+    return _PAIRS[pair].norm(x)
 
 
 def dual_norm(x: Float[Array, "*batch m n"], pair: NormPair) -> Float[Array, "*batch"]:
     """The dual norm of each matrix.
 
     >>> x = jnp.array([[3.0, 0.0], [0.0, -4.0]])
-    >>> [float(dual_norm(x, pair)) for pair in NORM_PAIRS]
+    >>> [round(float(dual_norm(x, pair)), 5) for pair in NORM_PAIRS]
     [7.0, 7.0, 5.0]
 
     Args:
@@ -59,24 +58,7 @@ def dual_norm(x: Float[Array, "*batch m n"], pair: NormPair) -> Float[Array, "*b
       ValueError: The pair is unknown.
     """
     check_pair(pair)
-    if pair == "sign":
-        return jnp.sum(jnp.abs(x), axis=(-2, -1))
-    if pair == "spectral":
-        return jnp.sum(singular_values(x), axis=-1)
-    return _frobenius(x)
-
-
-def singular_values(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch k"]:
-    """Singular values, the largest first.
-
-    Of the triangle of a QR decomposition where a matrix is not square: several times faster than
-    the decomposition of the matrix itself, and as accurate.
-    """
-    if x.shape[-2] < x.shape[-1]:
-        x = x.mT
-    if x.shape[-2] > x.shape[-1]:
-        x = jnp.linalg.qr(x, mode="r")
-    return jnp.linalg.svd(x, compute_uv=False)
+    return _PAIRS[pair].dual(x)
 
 
 def largest_dual(rows: int, columns: int, pair: NormPair) -> int:
@@ -89,7 +71,7 @@ def largest_dual(rows: int, columns: int, pair: NormPair) -> int:
       ValueError: The pair is unknown.
     """
     check_pair(pair)
-    return {"spectral": min(rows, columns), "sign": rows * columns, "frobenius": 1}[pair]
+    return _PAIRS[pair].largest_dual(rows, columns)
 
 
 def check_pair(pair: str) -> None:
@@ -102,5 +84,26 @@ def check_pair(pair: str) -> None:
         raise ValueError(f"norm is {pair!r}; choose one of {', '.join(NORM_PAIRS)}")
 
 
+def _largest_entry(x: Array) -> Array:
+    return jnp.max(jnp.abs(x), axis=(-2, -1), initial=0)
+
+
+def _sum_of_entries(x: Array) -> Array:
+    return jnp.sum(jnp.abs(x), axis=(-2, -1))
+
+
 def _frobenius(x: Array) -> Array:
     return jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1)))
+
+
+class _Pair(NamedTuple):
+    norm: Callable[[Array], Array]
+    dual: Callable[[Array], Array]
+    largest_dual: Callable[[int, int], int]  # of rows and columns
+
+
+_PAIRS: dict[NormPair, _Pair] = {
+    "spectral": _Pair(spectral_norm, nuclear_norm, min),
+    "sign": _Pair(_largest_entry, _sum_of_entries, lambda rows, columns: rows * columns),
+    "frobenius": _Pair(_frobenius, _frobenius, lambda rows, columns: 1),
+}

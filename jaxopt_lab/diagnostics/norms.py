@@ -30,7 +30,7 @@ from jax.tree_util import KeyPath
 from jaxtyping import Array, Float
 
 from jaxopt_lab.core.matrices import MatrixAxes, batch_first
-from jaxopt_lab.core.norm_pairs import singular_values
+from jaxopt_lab.core.spectral import nuclear_norm, spectral_norm
 from jaxopt_lab.diagnostics.recording import Every, Snapshot, find_state
 from jaxopt_lab.optim.lion_muon import LionMuonState
 from jaxopt_lab.optim.routing import MatrixAxesSpec, route
@@ -144,15 +144,14 @@ class _Norms(NamedTuple):
 
 
 def _norms(x: Float[Array, "*batch m n"]) -> _Norms:
-    singular = singular_values(x)
     size = jnp.abs(x)
     axes = (-2, -1)
     return _Norms(
         l1=size.sum(axes),
         linf=size.max(axes),
         frobenius=jnp.sqrt(jnp.square(x).sum(axes)),
-        spectral=singular.max(-1),
-        nuc=singular.sum(-1),
+        spectral=spectral_norm(x),
+        nuc=nuclear_norm(x),
     )
 
 
