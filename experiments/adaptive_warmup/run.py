@@ -8,7 +8,6 @@ python experiments/adaptive_warmup/report.py --scale gpu
 import argparse
 import json
 import math
-import os
 import pathlib
 import re
 import time
@@ -79,8 +78,6 @@ SCALES = {
 
 def main() -> None:
     args = _arguments()
-    # Decompositions on a CPU may wait for each other for ever; CHANGELOG.md, known limits.
-    os.environ.setdefault("PJRT_NPROC", "64")
     scale = SCALES[args.scale]
     if args.steps:
         scale = replace(scale, steps=args.steps)

@@ -11,7 +11,7 @@ import numpy as np
 from methods import SWEEP_SEED, scheduled, schedules_of
 
 from jaxopt_lab import models
-from jaxopt_lab.diagnostics.smoothness import LocalSmoothness, local_smoothness
+from jaxopt_lab.diagnostics.smoothness import local_smoothness
 from jaxopt_lab.sweep.task import Task, start, step
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def record_run(study: "Study") -> None:
         cell = cells.at(index)._replace(peak=rate)
         return scheduled(study.optimizer, row.family, cell, study.task.steps, axes)
 
-    records = record(study.task, build, float(cells.peak[index]), value_and_grad(config), axes)
+    measure = measurement(config, axes)
+    records = record(study.task, build, float(cells.peak[index]), measure)
     study.write(
         "smoothness",
         {
@@ -67,28 +68,31 @@ def best_linear(study: "Study") -> tuple[Any, int]:
     return row, cell
 
 
-def value_and_grad(config: models.DecoderConfig) -> Any:
-    """Loss and gradient in float32 throughout.
+def measurement(config: models.DecoderConfig, matrix_axes: Any) -> Any:
+    """(parameters before and after a step, its batch) -> (loss after it, smoothness), compiled.
 
-    At the end of a run a step changes the gradient by less than bfloat16 rounds it.
+    Loss and gradients are in float32 throughout: at the end of a run a step changes the gradient by
+    less than bfloat16 rounds it.
     """
     exact = replace(config, compute_dtype="float32")
 
     @jax.jit
-    def evaluate(params: Any, batch: Any) -> Any:
+    def measure(before: Any, after: Any, batch: Any) -> tuple[Any, Any]:
         with jax.default_matmul_precision("highest"):
-            return jax.value_and_grad(lambda p: models.loss(exact, p, batch)[0])(params)
+            value_and_grad = jax.value_and_grad(lambda p: models.loss(exact, p, batch)[0])
+            _, grads_before = value_and_grad(before)
+            loss_after, grads_after = value_and_grad(after)
+        found = local_smoothness(grads_before, grads_after, before, after, matrix_axes=matrix_axes)
+        return loss_after, found
 
-    return evaluate
+    return measure
 
 
-def record(task: Task, build: Any, rate: float, evaluate: Any, axes: Any) -> dict[str, list[float]]:
+def record(task: Task, build: Any, rate: float, measure: Any) -> dict[str, list[float]]:
     """Trains on the sweep's seed; one entry of each list a recorded step."""
     state = jax.jit(functools.partial(start, task, build))(np.float32(rate), np.int32(SWEEP_SEED))
     advance = jax.jit(functools.partial(step, task, build, jnp.float32(rate)))
     due = recorded_steps(task.steps)
-    # Hundreds of small singular value decompositions, which a GPU does one after the other.
-    cpu = jax.local_devices(backend="cpu")[0]
     records: dict[str, list[float]] = {"step": [], "loss_after": []}
     for number in range(task.steps):
         batch = {k: x[0] for k, x in task.batches(SWEEP_SEED, number, number + 1).items()}
@@ -96,13 +100,10 @@ def record(task: Task, build: Any, rate: float, evaluate: Any, axes: Any) -> dic
         state, _ = advance(state, batch)
         if number not in due:
             continue
-        _, grads_before = evaluate(before, batch)
-        loss_after, grads_after = evaluate(state.params, batch)
-        trees = jax.device_put((grads_before, grads_after, before, state.params), cpu)
-        found: dict[Any, LocalSmoothness] = local_smoothness(*trees, matrix_axes=axes)
+        loss_after, found = jax.device_get(measure(before, state.params, batch))
         records["step"].append(number)
         records["loss_after"].append(float(loss_after))
-        for pair, measured in jax.device_get(found).items():
+        for pair, measured in found.items():
             for what in ("gradient_difference", "step_norm"):
                 records.setdefault(f"{pair}/{what}", []).append(float(getattr(measured, what)))
     return records

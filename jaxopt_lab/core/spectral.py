@@ -263,8 +263,9 @@ def _wide_and_unit(x: Array) -> tuple[Array, Array]:
     x = x.mT if x.shape[-2] > x.shape[-1] else x
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0)
     normal = largest >= jnp.finfo(x.dtype).tiny
-    # Not times the inverse, which underflows for the largest numbers.
-    return x / jnp.where(normal, largest, 1), largest[..., 0, 0]
+    # Twice by a root: the inverse, as which compilers divide, underflows for the largest numbers.
+    root = 1 / jnp.sqrt(jnp.where(normal, largest, 1))
+    return x * root * root, largest[..., 0, 0]
 
 
 def _traces(x: Array) -> Array:

@@ -31,10 +31,16 @@ Objective = Literal[
 ]
 TargetShape = Literal["linear", "cos"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+# Integrated without a search for changes of sign, which is a loop.
+SMOOTH_OBJECTIVES: tuple[Objective, ...] = (
+    "linear_and_cos",
+    "max_linear_and_cos",
+    "integral_0_x0",
+)
 TARGET_SHAPES: tuple[TargetShape, ...] = get_args(TargetShape)
 
 CANDIDATES = 500
-CHUNK = 50  # candidates scored together: bounds the memory of a vmapped search
+CHUNK = 50  # candidates scored together where they are scored in turn
 MARGIN = 0.01  # distance of the candidates from both ends of the interval
 NODES = 16  # of each Gauss-Legendre panel
 UNIFORM_PANELS = 16  # on each side of the peak
@@ -65,6 +71,8 @@ def exact_peak_gap(
     div_factor: Scalar,
     objective: Objective = "linear_and_cos",
     target: TargetShape = "linear",
+    *,
+    chunk: int | None = CHUNK,
 ) -> Array:
     """The best candidate, by quadrature that resolves the weight and the peak.
 
@@ -79,12 +87,16 @@ def exact_peak_gap(
       div_factor: The peak rate over the rate at the initial gap.
       objective: What is integrated; see `peak_gap_scores`.
       target: Form of the target in the objectives with derivatives.
+      chunk: Candidates scored together, which bounds the memory; None scores all at once, in
+        straight-line code if the objective is one of `SMOOTH_OBJECTIVES`.
 
     Raises:
       ValueError: The objective or the target is unknown.
     """
     gaps = peak_gap_candidates(initial_gap)
-    scores = peak_gap_scores(gaps, initial_gap, kappa_sigma, div_factor, objective, target)
+    scores = peak_gap_scores(
+        gaps, initial_gap, kappa_sigma, div_factor, objective, target, chunk=chunk
+    )
     return gaps[jnp.argmin(scores)]
 
 
@@ -101,6 +113,8 @@ def peak_gap_scores(
     div_factor: Scalar,
     objective: Objective = "linear_and_cos",
     target: TargetShape = "linear",
+    *,
+    chunk: int | None = CHUNK,
 ) -> Array:
     r"""The scores of peak gaps; the smallest is best.
 
@@ -125,6 +139,7 @@ def peak_gap_scores(
       div_factor: As in `exact_peak_gap`.
       objective: As above.
       target: "linear" or "cos".
+      chunk: As in `exact_peak_gap`.
 
     Raises:
       ValueError: The objective or the target is unknown.
@@ -137,7 +152,7 @@ def peak_gap_scores(
             _sides(gap, initial_gap, div_factor), sharpness, initial_gap, objective, target
         )
 
-    return jax.lax.map(score, gaps, batch_size=CHUNK)
+    return jax.vmap(score)(gaps) if chunk is None else jax.lax.map(score, gaps, batch_size=chunk)
 
 
 def _score(

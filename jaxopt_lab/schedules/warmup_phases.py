@@ -17,7 +17,12 @@ from jaxtyping import Array
 
 from jaxopt_lab.optim.routing import Scalar
 from jaxopt_lab.schedules.gap_rate import Curvature, gap_rate, peak_gap_of, relative_rate
-from jaxopt_lab.schedules.peak_gap import Objective, TargetShape, exact_peak_gap
+from jaxopt_lab.schedules.peak_gap import (
+    SMOOTH_OBJECTIVES,
+    Objective,
+    TargetShape,
+    exact_peak_gap,
+)
 from jaxopt_lab.schedules.quadrature_peak_gap import quadrature_peak_gap
 from jaxopt_lab.schedules.target_estimate import (
     TargetEstimate,
@@ -219,19 +224,33 @@ def _searched_where(
     # Piecewise constant in everything, so there is no derivative to take.
     given = jax.lax.stop_gradient((initial_gap, kappa_sigma, div_factor, peak_lr))
 
-    def search(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        # Tied to the carry, or the compiler moves the search out of the loop and always runs it.
-        numbers, _ = jax.lax.optimization_barrier((given, carry))
-        if rule == "exact":
-            gap, sharpness, div, _ = numbers
-            found = exact_peak_gap(gap, sharpness, div, objective, target)
-        else:
-            found = _on_host(numbers, objective, target)
-        return jnp.zeros_like(carry[0]), found.astype(known.dtype)
+    def at_once(wanted: Array, known: Array, numbers: tuple[Array, ...]) -> Array:
+        found = exact_peak_gap(*numbers[:3], objective, target, chunk=None)
+        return jnp.where(wanted, found.astype(known.dtype), known)
 
-    # A loop of one pass rather than a cond: when runs are vmapped a cond becomes a select and
-    # would search at every step, a loop runs while there is a run that wants it.
-    return jax.lax.while_loop(lambda carry: carry[0], search, (wanted, known))[1]
+    def if_wanted(wanted: Array, known: Array, numbers: tuple[Array, ...]) -> Array:
+        def search(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            # Tied to the carry, or the compiler moves the search out of the loop and always runs
+            # it.
+            given, _ = jax.lax.optimization_barrier((numbers, carry))
+            if rule == "exact":
+                found = exact_peak_gap(*given[:3], objective, target)
+            else:
+                found = _on_host(given, objective, target)
+            return jnp.zeros_like(carry[0]), found.astype(known.dtype)
+
+        # A loop of one pass rather than a cond: when runs are vmapped a cond becomes a select and
+        # would search at every step, a loop runs while there is a run that wants it.
+        return jax.lax.while_loop(lambda carry: carry[0], search, (wanted, known))[1]
+
+    if rule != "exact" or objective not in SMOOTH_OBJECTIVES:
+        return if_wanted(wanted, known, given)
+    # On a GPU the host reads the predicate of a loop, at every step, and so waits for all that was
+    # dispatched before. There the search itself is a few small kernels; on a CPU it takes longer
+    # than many a step.
+    return jax.lax.platform_dependent(
+        wanted, known, given, cuda=at_once, rocm=at_once, default=if_wanted
+    )
 
 
 def _on_host(numbers: tuple[Array, ...], objective: Objective, target: TargetShape) -> Array:

@@ -11,8 +11,10 @@ from jaxopt_lab.core.precision import PRODUCT_PRECISIONS, matmul
 from jaxopt_lab.core.spectral import (
     eigenbasis,
     leading_singular_triple,
+    nuclear_norm,
     orthogonal_complement,
     refresh_eigenbasis,
+    spectral_norm,
     trace_in_range,
 )
 
@@ -38,6 +40,53 @@ def with_values(rng, shape, values):
 
 def aligned(q, reference):
     return q * np.sign(np.sum(q * reference, axis=-2, keepdims=True))
+
+
+# Nearly equal values, those that rounding drowns, ranks from one to full, conditions up to 1e12.
+SPECTRA = {
+    "flat": lambda k: np.ones(k),
+    "nearly flat": lambda k: 1 - 1e-6 * np.arange(k),
+    "ill-conditioned": lambda k: np.geomspace(1, 1e-12, k),
+    "drowning": lambda k: np.r_[1, np.full(k - 1, 1e-7)],
+    "of rank one": lambda k: np.ones(1),
+    "of half the rank": lambda k: np.linspace(1, 2, max(1, k // 2)),
+    "zero": lambda k: np.zeros(1),
+}
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@given(
+    st.sampled_from([(1, 6), (8, 8), (40, 12), (12, 40), (24, 24)]),
+    st.lists(st.sampled_from([*SPECTRA, "random"]), min_size=2, max_size=2),
+    seeds,
+    st.integers(-25, 25),
+)
+def test_spectral_and_nuclear_norms_are_those_of_the_decomposition(
+    x64, shape, names, seed, exponent
+):
+    rng = np.random.default_rng(seed)
+
+    def draw(name):
+        if name == "random":
+            return rng.standard_normal(shape)
+        return with_values(rng, shape, SPECTRA[name](min(shape)))
+
+    with jax.enable_x64(x64):
+        dtype, tolerance = (np.float64, 1e-13) if x64 else (np.float32, 4e-6)
+        x = (10.0**exponent * np.stack([draw(name) for name in names])).astype(dtype)
+        values = np.linalg.svd(x.astype(np.float64), compute_uv=False)
+        np.testing.assert_allclose(spectral_norm(x), values[:, 0], rtol=tolerance / 4)
+        np.testing.assert_allclose(nuclear_norm(x), values.sum(-1), rtol=tolerance)
+
+
+@pytest.mark.parametrize("norm", [spectral_norm, nuclear_norm])
+def test_norms_at_the_ends_of_the_range(norm):
+    x = np.float32([[3e38, 0], [0, 1e30]])
+    np.testing.assert_allclose(norm(x), 3e38, rtol=1e-6)
+    np.testing.assert_allclose(norm(np.float32(2e-38) * np.eye(1)), 2e-38, rtol=1e-6)
+    assert norm(jnp.zeros((2, 0, 3))).tolist() == [0, 0]
+    assert np.isnan(norm(jnp.array([[jnp.nan, 1.0], [0.0, 1.0]])))
+    assert np.isnan(norm(jnp.array([[jnp.inf, 1.0], [0.0, 1.0]])))
 
 
 @settings(max_examples=100)

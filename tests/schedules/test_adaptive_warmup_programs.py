@@ -4,8 +4,12 @@ What the contract suite asks of optimizers; that suite calls `update` without a 
 that must have one cannot be a row of its table.
 """
 
+import collections
+import re
+
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -14,7 +18,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxopt_lab as jol
-from jaxopt_lab.schedules import AdaptiveWarmupState, adaptive_warmup
+from jaxopt_lab.schedules import AdaptiveWarmupState, adaptive_warmup, warmup_phases
+from jaxopt_lab.schedules.peak_gap import SMOOTH_OBJECTIVES
 from tests.schedules.warmup_runs import NOISY, PARAMS, PEAK, STEPS, TARGET, make, run, scan
 
 TREE = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6), "embedding": jnp.ones((8, 4))}
@@ -120,6 +125,83 @@ def test_the_search_runs_only_where_it_is_needed(monkeypatch, members):
         together = jnp.stack([losses, losses.at[0].set(jnp.nan)])
         jax.block_until_ready(jax.jit(jax.vmap(one))(together))
         assert len(calls) == 4
+
+
+def control_flow(program, platform, *args):
+    """How often the program for a platform branches or loops, by the name of the operation."""
+    lowered = jax.jit(program).trace(*args).lower(lowering_platforms=(platform,))
+    return collections.Counter(re.findall(r"stablehlo\.(while|case|if)\b", lowered.as_text()))
+
+
+@pytest.mark.parametrize("objective", SMOOTH_OBJECTIVES)
+@pytest.mark.parametrize("target_loss", [TARGET, "auto"])
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_on_a_gpu_nothing_depends_on_data_that_the_host_would_have_to_read(
+    objective, target_loss, platform
+):
+    tx = adaptive_warmup(PEAK, STEPS, target_loss, kappa=100.0, objective=objective)
+    state, loss = tx.init(TREE), jnp.float32(8.0)
+
+    def step(state, loss):
+        return tx.update(TREE, state, TREE, value=loss)
+
+    def choice(x):
+        return jax.lax.platform_dependent(x, cuda=jnp.sin, rocm=jnp.sin, default=jnp.cos)
+
+    # The choice of a platform is a case of constants, which XLA resolves.
+    assert control_flow(step, platform, state, loss) == control_flow(choice, platform, loss)
+    # Members on a GPU share the search of one.
+    members = jax.tree.map(lambda x: jnp.stack([x, x]), (state, loss))
+    assert not control_flow(jax.vmap(step), platform, *members)["while"]
+    assert control_flow(step, "cpu", state, loss)["while"]
+    compiled = jax.jit(step).lower(state, loss).compile().as_text()
+    assert "while(" in compiled and "conditional(" not in compiled
+
+
+def on_gpu(*args, cuda, **others):
+    del others
+    return cuda(*args)
+
+
+def test_the_program_for_a_gpu_gives_the_same_rates(monkeypatch):
+    losses = jnp.stack([jnp.asarray(NOISY[::3] + d, jnp.float32) for d in (0.0, 1.0)])
+    losses = losses.at[1, 0].set(jnp.nan)
+
+    def member(losses):
+        tx = adaptive_warmup(PEAK, STEPS, TARGET, kappa=1e4)
+        return scan(tx, tx.init(PARAMS), losses)[1]
+
+    updates, states = jax.jit(jax.vmap(member))(losses)
+    searched = warmup_phases._searched_where.__wrapped__
+    monkeypatch.setattr(warmup_phases, "_searched_where", searched)
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_gpu)
+    # Another function, or what is compiled already would run.
+    at_once, at_once_states = jax.jit(jax.vmap(lambda losses: member(losses)))(losses)
+    np.testing.assert_allclose(at_once, updates, rtol=1e-5)
+    chex.assert_trees_all_close(at_once_states, states, rtol=1e-5)
+    assert states.switch_step[0, -1] > 0 and (states.peak_gap[:, -1] > 0).all()
+
+
+def test_exported_for_several_platforms():
+    tx = adaptive_warmup(PEAK, STEPS, TARGET, kappa=100.0)
+    state, loss = tx.init(TREE), jnp.float32(8.0)
+    step = jax.jit(lambda state, loss: tx.update(TREE, state, TREE, value=loss))
+    exported = jax.export.export(step, platforms=("cpu", "cuda", "tpu"))(state, loss)
+    chex.assert_trees_all_equal(exported.call(state, loss), step(state, loss))
+
+
+def test_inside_a_shard_map_every_device_finds_the_same():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    tx = adaptive_warmup(PEAK, STEPS, TARGET, kappa=100.0)
+
+    def step(state, losses):
+        loss = jax.lax.pmean(losses[0], "data")
+        return tx.update(PARAMS, state, PARAMS, value=loss)[1]
+
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    state = jax.jit(sharded)(tx.init(PARAMS), jnp.arange(4.0, 12.0))
+    np.testing.assert_allclose(state.peak_gap, run(tx, [7.5])[1].peak_gap[0], rtol=1e-6)
+    assert not control_flow(sharded, "cuda", tx.init(PARAMS), jnp.arange(8.0))["while"]
 
 
 def test_injected_hyperparameters():

@@ -12,6 +12,7 @@ from scipy.integrate import quad
 
 from jaxopt_lab.schedules.peak_gap import (
     OBJECTIVES,
+    SMOOTH_OBJECTIVES,
     exact_peak_gap,
     peak_gap_candidates,
     peak_gap_scores,
@@ -34,7 +35,7 @@ SIGMA = 1e-3
 # Compiled fast, not to be fast.
 fast_jit = functools.partial(
     jax.jit,
-    static_argnames=("objective", "target"),
+    static_argnames=("objective", "target", "chunk"),
     compiler_options={"xla_backend_optimization_level": 0},
 )
 search, scores = fast_jit(exact_peak_gap), fast_jit(peak_gap_scores)
@@ -52,6 +53,15 @@ def test_accurate_minimum_of_the_published_settings(x64):
     for got, (gap, *_, wanted) in zip(found, TABLE, strict=True):
         # The table has three decimals: the nearest candidate, in both precisions.
         assert abs(got - wanted) < 0.1 * grid_step(gap)
+
+
+@pytest.mark.parametrize("objective", SMOOTH_OBJECTIVES)
+def test_scored_all_at_once_the_best_candidate_is_the_same(objective):
+    for gap, kappa, div in [row[:3] for row in TABLE[::5]]:
+        in_turn, at_once = (
+            search(gap, kappa * SIGMA, div, objective=objective, chunk=c) for c in (50, None)
+        )
+        np.testing.assert_allclose(at_once, in_turn, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("gap", "kappa", "div", "rates", "wanted"), [row[:5] for row in TABLE])
