@@ -225,18 +225,20 @@ def _searched_where(
     given = jax.lax.stop_gradient((initial_gap, kappa_sigma, div_factor, peak_lr))
 
     def at_once(wanted: Array, known: Array, numbers: tuple[Array, ...]) -> Array:
-        found = exact_peak_gap(*numbers[:3], objective, target, chunk=None)
+        gap, sharpness, div, _ = numbers
+        found = exact_peak_gap(gap, sharpness, div, objective, target, chunk=None)
         return jnp.where(wanted, found.astype(known.dtype), known)
 
     def if_wanted(wanted: Array, known: Array, numbers: tuple[Array, ...]) -> Array:
         def search(carry: tuple[Array, Array]) -> tuple[Array, Array]:
             # Tied to the carry, or the compiler moves the search out of the loop and always runs
             # it.
-            given, _ = jax.lax.optimization_barrier((numbers, carry))
+            tied, _ = jax.lax.optimization_barrier((numbers, carry))
             if rule == "exact":
-                found = exact_peak_gap(*given[:3], objective, target)
+                gap, sharpness, div, _ = tied
+                found = exact_peak_gap(gap, sharpness, div, objective, target)
             else:
-                found = _on_host(given, objective, target)
+                found = _on_host(tied, objective, target)
             return jnp.zeros_like(carry[0]), found.astype(known.dtype)
 
         # A loop of one pass rather than a cond: when runs are vmapped a cond becomes a select and
