@@ -35,6 +35,7 @@ QUESTIONS = (
     ("exact-kappa-of-lion", "exact"),
     ("exact-target-low", "exact"),
     ("exact-target-high", "exact"),
+    ("exact-from-tenth", "tuned"),
 )
 DRAWN = ("exact", "official", "auto")
 
@@ -72,8 +73,8 @@ class Row:
             count = len(self.finals)
             return np.tile(np.asarray(share), (count, 1)), np.full(count, warmup)
         target = self.file["target"] or 0.0
-        cell = Cells(self.tuned.best_rate, 0.0, self.file["kappa"], target)
-        tx = warmup_of(self.file["family"], cell, steps, div)
+        cell = Cells(self.tuned.best_rate, 0.0, self.file["kappa"], target, div)
+        tx = warmup_of(self.file["family"], cell, steps)
         scalar = jnp.ones(())
 
         def one(state: Any, loss: Any) -> Any:
