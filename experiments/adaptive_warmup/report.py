@@ -36,6 +36,7 @@ QUESTIONS = (
     ("exact-target-low", "exact"),
     ("exact-target-high", "exact"),
     ("exact-from-tenth", "tuned"),
+    ("fraction", "tuned"),
 )
 DRAWN = ("exact", "official", "auto")
 
