@@ -216,12 +216,19 @@ class EigenbasisAdam:
         new = _select(applied, (new_mu, *moments), (mu, nu, row_nu, column_nu))
         return direction, *new
 
-    def _rotate(self, x: Array, rows: Side, columns: Side, back: bool = False) -> Array:
-        """Into the eigenbases or back: $Q_L^T X Q_R$ or $Q_L X Q_R^T$."""
+    def _rotate(
+        self, x: Array, rows: Side, columns: Side, *, back: bool = False, rounded: bool = False
+    ) -> Array:
+        """Into the eigenbases or back: $Q_L^T X Q_R$ or $Q_L X Q_R^T$.
+
+        `rounded`: as far as another rotation uses it.
+        """
+        precision = self.rotation_precision
         if rows is not None:
-            x = matmul(rows, x, self.rotation_precision, transpose_a=not back)
+            first = rounded or columns is not None
+            x = matmul(rows, x, precision, transpose_a=not back, rounded=first)
         if columns is not None:
-            x = matmul(x, columns, self.rotation_precision, transpose_b=back)
+            x = matmul(x, columns, precision, transpose_b=back, rounded=rounded)
         return x
 
     def _second_moment(self, nu, row_nu, column_nu, squares):
@@ -277,7 +284,8 @@ class EigenbasisAdam:
         self, mu, nu, row_nu, column_nu, old_rows, old_columns, rows, columns, row_order,
         column_order,
     ):  # fmt: skip
-        mu = self._rotate(self._rotate(mu, old_rows, old_columns, back=True), rows, columns)
+        mu = self._rotate(mu, old_rows, old_columns, back=True, rounded=True)
+        mu = self._rotate(mu, rows, columns)
         nu = _permuted(_permuted(nu, row_order, -2), column_order, -1)
         return mu, nu, _permuted(row_nu, row_order, -1), _permuted(column_nu, column_order, -1)
 
