@@ -232,6 +232,7 @@ def flows(section: Mapping[str, Any], arrays: Arrays) -> list[Check]:
     def gradient(w):
         return section["a"] * w + section["cubic"] * w**2 + section["quartic"] * w**3
 
+    @jax.jit
     def errors(rate):
         step = points - rate * gradient(points)
         drifts = gradient, sgd.corrected_gradient(gradient, rate)
@@ -250,18 +251,16 @@ def weak_steps(_: Any, arrays: Arrays) -> list[Check]:
     problem = sgd.finite_sum(arrays["F_h"], arrays["F_g"])
     points, probabilities = jnp.asarray(arrays["F_w"])[:, None], jnp.asarray(arrays["F_prob"])
     stored = arrays["F_table"]
-    rows = []
-    for power in range(1, stored.shape[1] + 1):
 
-        def step(eta, power=power):
-            return jnp.stack(
-                sgd.weak_step(
-                    lambda w: w[0] ** power, points, probabilities, problem, learning_rate=eta
-                )
-            )
+    @jax.jit
+    @jax.vmap
+    def table(eta):
+        laws = points, probabilities, problem
+        powers = range(1, stored.shape[1] + 1)
+        steps = [sgd.weak_step(lambda w, k=k: w[0] ** k, *laws, learning_rate=eta) for k in powers]
+        return jnp.array(steps)
 
-        rows.append(jax.vmap(step)(jnp.asarray(arrays["F_eta"])))
-    return [close("F_table", jnp.stack(rows, 1), stored)]
+    return [close("F_table", table(jnp.asarray(arrays["F_eta"])), stored)]
 
 
 SECTIONS: dict[str, Callable[[Any, Arrays], list[Check]]] = {

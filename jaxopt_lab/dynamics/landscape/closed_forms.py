@@ -55,10 +55,7 @@ def powers_less_one(excess: ArrayLike, steps: ArrayLike) -> Array:
     """
     excess, n = _floats(excess, steps)
     alternates = excess < -1
-    # log1p(-1) times no steps would be nan.
-    smooth = jnp.where(n == 0, 0.0, jnp.expm1(n * jnp.log1p(jnp.where(alternates, 0.0, excess))))
-    size = jnp.exp(n * jnp.log1p(jnp.where(alternates, -excess - 2, 0.0)))
-    return jnp.where(alternates, jnp.where(n % 2, -size, size) - 1, smooth)
+    return jnp.where(alternates, _power(excess, n) - 1, jnp.expm1(_exponent(excess, n)))
 
 
 def geometric_sum(excess: ArrayLike, steps: ArrayLike) -> Array:
@@ -102,7 +99,7 @@ def mean_at(
     """
     n, eta, lam, drift, mean = _floats(steps, learning_rate, curvature, drift, mean)
     excess = -eta * lam
-    return (1 + powers_less_one(excess, n)) * mean - eta * drift * geometric_sum(excess, n)
+    return _power(excess, n) * mean - eta * drift * geometric_sum(excess, n)
 
 
 def variance_at(
@@ -141,8 +138,7 @@ def variance_at(
         steps, learning_rate, curvature, gradient_variance, curvature_variance, mean, variance
     )
     excess = growth_excess(eta, lam, gamma, truncated=truncated)
-    growth = 1 + powers_less_one(excess, n)
-    own = growth * variance + eta**2 * d * geometric_sum(excess, n)
+    own = _power(excess, n) * variance + eta**2 * d * geometric_sum(excess, n)
     return own + eta**2 * gamma * mean**2 * _mixed_sum(excess, growth_excess(eta, lam), n)
 
 
@@ -317,6 +313,19 @@ def proportional_noise_variance(
     return -eta * ratio / 2 * powers_less_one(growth_excess(eta, lam), n)
 
 
+def _exponent(excess: Array, n: Array) -> Array:
+    r"""$n \log |\rho|$."""
+    log = jnp.log1p(jnp.where(excess < -1, -excess - 2, excess))
+    # The logarithm of 0 times no steps would be nan.
+    return jnp.where(n == 0, 0.0, n * log)
+
+
+def _power(excess: Array, n: Array) -> Array:
+    r"""$\rho^n$, for any sign of $\rho$."""
+    size = jnp.exp(_exponent(excess, n))
+    return jnp.where((excess < -1) & (n % 2 == 1), -size, size)
+
+
 def _mixed_sum(first: Array, second: Array, n: Array) -> Array:
     r"""$\sum_{k<n} a^{n-1-k} b^k = (a^n - b^n) / (a - b)$ from the excesses $a - 1$, $b - 1$."""
     first_leads = jnp.abs(1 + first) >= jnp.abs(1 + second)
@@ -324,7 +333,7 @@ def _mixed_sum(first: Array, second: Array, n: Array) -> Array:
     lead, other = jnp.where(first_leads, first, second), jnp.where(first_leads, second, first)
     base = 1 + lead
     ratio = jnp.where(base == 0, -1.0, (other - lead) / jnp.where(base == 0, 1.0, base))
-    return (1 + powers_less_one(lead, jnp.maximum(n - 1, 0))) * geometric_sum(ratio, n)
+    return _power(lead, jnp.maximum(n - 1, 0)) * geometric_sum(ratio, n)
 
 
 def _floats(*values: ArrayLike) -> list[Array]:
