@@ -142,9 +142,9 @@ def second_moment_radius(
 ) -> Array:
     r"""Growth of the second moment per step, as a spectral radius.
 
-    It is that of $A \otimes A + \eta^2 f \, \mathrm E_k[\tilde H_k \otimes \tilde H_k]$. The covariance
-    converges if it is below 1. A null direction of the mean Hessian with any curvature noise makes
-    it exceed 1 by a little.
+    It is that of $A \otimes A + \eta^2 f \, \mathrm E_k[\tilde H_k \otimes \tilde H_k]$. The
+    covariance converges if it is below 1. A null direction of the mean Hessian with any curvature
+    noise makes it exceed 1 by a little.
 
     >>> float(second_moment_radius(finite_sum([1.0, 3.0], [0.0, 0.0]), learning_rate=0.5))
     0.25
