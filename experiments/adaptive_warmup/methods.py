@@ -21,6 +21,9 @@ ADAM_B1, ADAM_B2 = 0.8, 0.999
 ADAM_RATE = 1.47e-3
 # Sign rate over spectral rate of LionMuon: the best of the nine cells of experiments/lion_muon.
 SIGN_RATIO = 1 / 60
+# Gap of the peak over the first one, for `fraction`; 0.32 is what the exact rule gives for the
+# published runs of Muon at 124M parameters.
+PEAK_FRACTION = 0.32
 # Every schedule ends at this part of its peak.
 FINAL_DIV_FACTOR = 1e4
 
@@ -69,13 +72,15 @@ class Schedule:
     """One row of the table. Rows of one family are lanes of one program."""
 
     name: str
-    family: Literal["linear", "exact", "official", "auto"]
+    family: Literal["linear", "exact", "fraction", "official", "auto"]
     warmup: float = 0.0
     """Of the linear family: length as a share of the run."""
     norm: Norm | None = None
     """For kappa; None: the optimizer's own."""
     target_shift: float = 0.0
     """Added to the optimizer's target loss."""
+    div_factor: float | None = None
+    """None: the optimizer's own."""
     only: str | None = None
     """The one optimizer that has this row; None: all."""
 
@@ -87,6 +92,7 @@ class Cells(NamedTuple):
     warmup: Any  # steps
     kappa: Any
     target: Any  # nats per token
+    div_factor: Any  # peak rate over the rate of the first step
 
     def at(self, index: Any) -> "Cells":
         """One of them, by an index that may be traced."""
@@ -99,24 +105,24 @@ def scheduled(
     """The optimizer of a cell, all of whose rates follow one schedule."""
     tx = optimizer.build(cell.peak, matrix_axes)
     if family == "linear":
-        shape = functools.partial(linear_share, steps=steps, warmup=cell.warmup)
-        share = functools.partial(shape, div_factor=optimizer.div_factor)
-        return optax.chain(tx, optax.scale_by_schedule(share))
-    return optax.chain(tx, warmup_of(family, cell, steps, optimizer.div_factor))
+        shape = functools.partial(
+            linear_share, steps=steps, warmup=cell.warmup, div_factor=cell.div_factor
+        )
+        return optax.chain(tx, optax.scale_by_schedule(shape))
+    return optax.chain(tx, warmup_of(family, cell, steps))
 
 
-def warmup_of(
-    family: str, cell: Cells, steps: int, div_factor: float
-) -> optax.GradientTransformationExtraArgs:
+def warmup_of(family: str, cell: Cells, steps: int) -> optax.GradientTransformationExtraArgs:
     """The adaptive warm-up of a cell; `official` is the released one with all it does."""
     official = family == "official"
+    rule = {"official": "official", "fraction": PEAK_FRACTION}.get(family, "exact")
     return adaptive_warmup(
         cell.peak,
         steps,
         "auto" if family == "auto" else cell.target,
-        div_factor,
+        cell.div_factor,
         kappa=cell.kappa,
-        delta_star_rule="official" if official else "exact",
+        delta_star_rule=rule,
         official_first_step=official,
         fallback_after=None if official else 0.5,
         final_div_factor=FINAL_DIV_FACTOR,
@@ -124,8 +130,8 @@ def warmup_of(
     )
 
 
-def linear_share(count: Any, *, steps: int, warmup: Any, div_factor: float) -> Any:
-    """Linear warm-up and half a cosine, as a share of the peak; `warmup` may be traced.
+def linear_share(count: Any, *, steps: int, warmup: Any, div_factor: Any) -> Any:
+    """Linear warm-up and half a cosine, as a share of the peak; length and start may be traced.
 
     Starts and ends where the adaptive schedules do.
     """
@@ -205,6 +211,8 @@ SCHEDULES = (
     Schedule("exact-kappa-of-lion", "exact", norm="sign", only="LionMuon P=2"),
     Schedule("exact-target-low", "exact", target_shift=-1.0, only="Muon"),
     Schedule("exact-target-high", "exact", target_shift=1.0, only="Muon"),
+    Schedule("exact-from-tenth", "exact", div_factor=10.0),
+    Schedule("fraction", "fraction"),
     Schedule("official", "official"),
     Schedule("auto", "auto"),
 )

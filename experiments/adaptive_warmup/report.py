@@ -35,6 +35,8 @@ QUESTIONS = (
     ("exact-kappa-of-lion", "exact"),
     ("exact-target-low", "exact"),
     ("exact-target-high", "exact"),
+    ("exact-from-tenth", "tuned"),
+    ("fraction", "tuned"),
 )
 DRAWN = ("exact", "official", "auto")
 
@@ -55,7 +57,7 @@ class Row:
     @property
     def finite(self) -> bool:
         """Whether every seed ended with a loss."""
-        return bool(self.finals) and all(map(math.isfinite, self.finals))
+        return self.tuned.finite
 
     @property
     def linear(self) -> bool:
@@ -72,8 +74,8 @@ class Row:
             count = len(self.finals)
             return np.tile(np.asarray(share), (count, 1)), np.full(count, warmup)
         target = self.file["target"] or 0.0
-        cell = Cells(self.tuned.best_rate, 0.0, self.file["kappa"], target)
-        tx = warmup_of(self.file["family"], cell, steps, div)
+        cell = Cells(self.tuned.best_rate, 0.0, self.file["kappa"], target, div)
+        tx = warmup_of(self.file["family"], cell, steps)
         scalar = jnp.ones(())
 
         def one(state: Any, loss: Any) -> Any:
@@ -156,13 +158,10 @@ def answers(rows: dict[str, Row], noise: float) -> str:
         found = difference(a.finals, b.finals, noise)
         # The same seeds on both sides: what their initialisation and text do cancels.
         paired = np.subtract(a.finals, b.finals)
-        verdict = "no difference"
-        if found.counts:
-            verdict = f"{first} is {'better' if found.value < 0 else 'worse'}"
         lines.append(
             [
                 f"{first} - {b.schedule}", f"{found.value:+.4f}", f"{found.standard_errors:+.1f}",
-                verdict, f"{paired.std(ddof=1) / math.sqrt(len(paired)):.4f}",
+                found.verdict(first), f"{paired.std(ddof=1) / math.sqrt(len(paired)):.4f}",
             ]
         )  # fmt: skip
     headers = ["", "nats/token", "standard errors", "verdict", "standard error of pairs"]

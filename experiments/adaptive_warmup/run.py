@@ -12,10 +12,9 @@ import pathlib
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 from methods import (
     CLIP,
@@ -35,60 +34,31 @@ from smoothness import record_run
 from jaxopt_lab import data, models
 from jaxopt_lab.schedules import warmup_kappa
 from jaxopt_lab.sweep import Curves, Program, Run, Task, Tuned
+from jaxopt_lab.sweep.decoder_runs import DecoderRuns
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
 LARGEST_LANES = 6
 
 
-@dataclass(frozen=True)
-class Scale:
-    """Size of one run."""
-
-    roots: tuple[str, ...]
-    vocab_size: int
-    width: int
-    depth: int
-    heads: int
-    context: int
-    batch_size: int
-    steps: int
-    evaluate_every: int
-    validation_batches: int
-    compute_dtype: str
-
-    def model(self) -> models.DecoderConfig:
-        """The decoder of this scale, LLaMA style with a tied head."""
-        return models.DecoderConfig(
-            vocab_size=self.vocab_size,
-            width=self.width,
-            depth=self.depth,
-            heads=self.heads,
-            context=self.context,
-            compute_dtype=self.compute_dtype,
-        )
-
-
 SCALES = {
-    "gpu": Scale(("site-packages",), 8192, 384, 6, 6, 256, 32, 600, 50, 8, "bfloat16"),
+    "gpu": DecoderRuns(("site-packages",), 8192, 384, 6, 6, 256, 32, 600, 50, 8, "bfloat16"),
+    # The same text in batches of a quarter, for the methods that the short runs left in doubt.
+    "gpu-long": DecoderRuns(("site-packages",), 8192, 384, 6, 6, 256, 8, 3200, 200, 32, "bfloat16"),
     # A trial of the machinery; it decides nothing.
-    "cpu": Scale(("stdlib",), 1024, 32, 1, 2, 32, 4, 40, 20, 2, "float32"),
+    "cpu": DecoderRuns(("stdlib",), 1024, 32, 1, 2, 32, 4, 40, 20, 2, "float32"),
 }
 
 
 def main() -> None:
     args = _arguments()
-    scale = SCALES[args.scale]
-    if args.steps:
-        scale = replace(scale, steps=args.steps)
-        scale = replace(scale, evaluate_every=min(scale.evaluate_every, args.steps))
-    seeds = (SWEEP_SEED, *FINAL_SEEDS)
-    tokens = data.Windows.read(args.tokens) if args.tokens else _draw(scale, seeds)
+    scale = SCALES[args.scale].shortened(args.steps)
+    tokens = scale.windows((SWEEP_SEED, *FINAL_SEEDS), args.tokens)
     if args.save_tokens:
         tokens.save(args.save_tokens)
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    task = make_task(scale, tokens)
+    task = scale.task(tokens, clip=CLIP)
     started = time.perf_counter()
     for optimizer in (o for o in OPTIMIZERS if o.name in args.methods):
         study = Study(args.scale, scale, task, optimizer, tokens, args.out)
@@ -104,27 +74,12 @@ def main() -> None:
             print(f"{time.perf_counter() - started:.0f} s in all", flush=True)
 
 
-def make_task(scale: Scale, tokens: data.Windows) -> Task:
-    """What all runs share."""
-    config = scale.model()
-    return Task(
-        init_params=lambda key: models.init_params(config, key),
-        loss=lambda params, batch: models.loss(config, params, batch),
-        batches=tokens.batches,
-        held_out=tokens.held_out(),
-        steps=scale.steps,
-        evaluate_every=scale.evaluate_every,
-        tokens_per_step=scale.batch_size * scale.context,
-        clip=CLIP,
-    )
-
-
 @dataclass(frozen=True)
 class Study:
     """All rows of one optimizer."""
 
     scale_name: str
-    scale: Scale
+    scale: DecoderRuns
     task: Task
     optimizer: Optimizer
     tokens: data.Windows
@@ -142,15 +97,9 @@ class Study:
 
     def write(self, row: str, result: dict[str, Any]) -> None:
         """Writes a result file, with the conditions of all."""
-        conditions = {
-            "scale": asdict(self.scale),
-            "parameters": models.parameter_count(self.scale.model()),
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-            "corpus": self.tokens.corpus_hash,
-            "bytes_per_token": self.tokens.bytes_per_token,
-        }
-        text = json.dumps({**result, **conditions}, indent=1, allow_nan=False)
+        text = json.dumps(
+            {**result, **self.scale.conditions(self.tokens)}, indent=1, allow_nan=False
+        )
         # A curve on one line.
         text = re.sub(r"\[[^][]*\]", lambda found: " ".join(found[0].split()), text)
         self.path(row).write_text(text + "\n")
@@ -216,7 +165,7 @@ class Study:
                 "target": None
                 if family in ("linear", "auto")
                 else round(float(cells.target[first]), 6),
-                "div_factor": self.optimizer.div_factor,
+                "div_factor": float(cells.div_factor[first]),
                 **tuned.to_json(),
                 "sweep_train_losses": [_finite(x) for x in sweep_train[r]],
                 # What the schedules followed; report.py replays them.
@@ -248,6 +197,7 @@ class Study:
                 [warmup_kappa(params, row.norm or self.optimizer.norm, axes) for row in rows]
             ),
             target=repeated([target + row.target_shift for row in rows]),
+            div_factor=repeated([row.div_factor or self.optimizer.div_factor for row in rows]),
         )
 
 
@@ -291,15 +241,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--save-tokens", type=pathlib.Path, help="write the windows and stop")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     return parser.parse_args()
-
-
-def _draw(scale: Scale, seeds: tuple[int, ...]) -> data.Windows:
-    tokenizer = data.TokenizerConfig("bpe", scale.vocab_size)
-    corpus = data.prepare(data.PythonSource(scale.roots), tokenizer, on_progress=print)
-    return data.draw_windows(
-        corpus, seeds=seeds, steps=scale.steps, batch_size=scale.batch_size,
-        context=scale.context, max_batches=scale.validation_batches,
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

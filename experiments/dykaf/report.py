@@ -49,7 +49,7 @@ class Result:
     @property
     def finite(self) -> bool:
         """Whether every seed ended with a loss."""
-        return bool(self.finals) and all(map(math.isfinite, self.finals))
+        return self.tuned.finite
 
 
 def load(scale: str, directory: pathlib.Path) -> list[Result]:
@@ -118,13 +118,10 @@ def answers(results: list[Result], noise: float) -> str:
         a, b = by_name[first], by_name[second]
         found = difference(a.finals, b.finals, noise)
         ratio = a.cost.step_seconds / b.cost.step_seconds
-        verdict = "no difference"
-        if found.counts:
-            verdict = f"{first} is {'better' if found.value < 0 else 'worse'}"
         rows.append(
             [
                 f"{first} - {second}", f"{found.value:+.4f}", f"{found.standard_errors:+.1f}",
-                verdict, f"{ratio:.2f}",
+                found.verdict(first), f"{ratio:.2f}",
             ]
         )  # fmt: skip
     headers = ["", "nats/token", "standard errors", "verdict", "ratio of ms/step"]

@@ -9,74 +9,41 @@ import json
 import os
 import pathlib
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from typing import Any
 
-import jax
 from methods import CLIP, METHODS, Method
 
-from jaxopt_lab import data, models
+from jaxopt_lab import models
 from jaxopt_lab.schedules import warmup_cosine
 from jaxopt_lab.sweep import StepCost, Task, Tuned, measure_step, tune
+from jaxopt_lab.sweep.decoder_runs import DecoderRuns
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
 SWEEP_SEED, FINAL_SEEDS = 0, (1, 2, 3)
 
 
-@dataclass(frozen=True)
-class Scale:
-    """Size of one run."""
-
-    roots: tuple[str, ...]
-    vocab_size: int
-    width: int
-    depth: int
-    heads: int
-    context: int
-    batch_size: int
-    steps: int
-    warmup: int
-    evaluate_every: int
-    validation_batches: int
-    compute_dtype: str
-    cells: int  # the middle ones of each grid
-
-    def model(self) -> models.DecoderConfig:
-        """The decoder of this scale, LLaMA style with a tied head."""
-        return models.DecoderConfig(
-            vocab_size=self.vocab_size,
-            width=self.width,
-            depth=self.depth,
-            heads=self.heads,
-            context=self.context,
-            compute_dtype=self.compute_dtype,
-        )
-
-
 SCALES = {
-    "gpu": Scale(("site-packages",), 8192, 384, 6, 6, 256, 32, 800, 80, 50, 8, "bfloat16", 6),
+    "gpu": DecoderRuns(("site-packages",), 8192, 384, 6, 6, 256, 32, 800, 50, 8, "bfloat16"),
     # A trial of the machinery; it decides nothing.
-    "cpu": Scale(("stdlib",), 1024, 32, 1, 2, 32, 4, 24, 4, 12, 2, "float32", 3),
+    "cpu": DecoderRuns(("stdlib",), 1024, 32, 1, 2, 32, 4, 24, 12, 2, "float32"),
 }
+# The middle ones of each grid.
+CELLS = {"gpu": 6, "cpu": 3}
 
 
 def main() -> None:
     args = _arguments()
     # For the trial on a CPU of few cores; CHANGELOG.md, known limits.
     os.environ.setdefault("PJRT_NPROC", "16")
-    scale = SCALES[args.scale]
-    if args.steps:
-        steps = args.steps
-        scale = replace(scale, steps=steps, warmup=max(1, steps // 10))
-        scale = replace(scale, evaluate_every=min(scale.evaluate_every, steps))
-    seeds = (SWEEP_SEED, *FINAL_SEEDS)
-    tokens = data.Windows.read(args.tokens) if args.tokens else _draw(scale, seeds)
+    scale = SCALES[args.scale].shortened(args.steps)
+    tokens = scale.windows((SWEEP_SEED, *FINAL_SEEDS), args.tokens)
     if args.save_tokens:
         tokens.save(args.save_tokens)
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    task = make_task(scale, tokens)
+    task = scale.task(tokens, clip=CLIP)
     started = time.perf_counter()
     for method in METHODS:
         path = args.out / f"{args.scale}-{method.slug}.json"
@@ -85,8 +52,8 @@ def main() -> None:
         rates, adam_rate = method.rates, None
         if method.rule is not None:
             adam_rate = _tuned_rate(args.out / f"{args.scale}-{METHODS[0].slug}.json")
-        first = (len(rates) - scale.cells) // 2
-        rates = rates[first : first + scale.cells]
+        first = (len(rates) - CELLS[args.scale]) // 2
+        rates = rates[first : first + CELLS[args.scale]]
         cost, tuned = run(scale, task, method, rates, adam_rate, args.lanes)
         path.write_text(
             json.dumps(
@@ -95,12 +62,7 @@ def main() -> None:
                     "adam_rate": adam_rate,
                     **tuned.to_json(),
                     "cost": asdict(cost),
-                    "scale": asdict(scale),
-                    "parameters": models.parameter_count(scale.model()),
-                    "device": jax.devices()[0].device_kind,
-                    "jax": jax.__version__,
-                    "corpus": tokens.corpus_hash,
-                    "bytes_per_token": tokens.bytes_per_token,
+                    **scale.conditions(tokens),
                 },
                 indent=1,
                 allow_nan=False,
@@ -118,23 +80,8 @@ def main() -> None:
         )
 
 
-def make_task(scale: Scale, tokens: data.Windows) -> Task:
-    """What all runs share."""
-    config = scale.model()
-    return Task(
-        init_params=lambda key: models.init_params(config, key),
-        loss=lambda params, batch: models.loss(config, params, batch),
-        batches=tokens.batches,
-        held_out=tokens.held_out(),
-        steps=scale.steps,
-        evaluate_every=scale.evaluate_every,
-        tokens_per_step=scale.batch_size * scale.context,
-        clip=CLIP,
-    )
-
-
 def run(
-    scale: Scale,
+    scale: DecoderRuns,
     task: Task,
     method: Method,
     rates: tuple[float, ...],
@@ -179,15 +126,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--save-tokens", type=pathlib.Path, help="write the windows and stop")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     return parser.parse_args()
-
-
-def _draw(scale: Scale, seeds: tuple[int, ...]) -> data.Windows:
-    tokenizer = data.TokenizerConfig("bpe", scale.vocab_size)
-    corpus = data.prepare(data.PythonSource(scale.roots), tokenizer, on_progress=print)
-    return data.draw_windows(
-        corpus, seeds=seeds, steps=scale.steps, batch_size=scale.batch_size,
-        context=scale.context, max_batches=scale.validation_batches,
-    )  # fmt: skip
 
 
 def _tuned_rate(path: pathlib.Path) -> float:

@@ -8,7 +8,7 @@ import argparse
 import json
 import pathlib
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -19,58 +19,20 @@ from methods import METHODS, Method, optimizer_flops
 
 from jaxopt_lab import data, models, optim
 from jaxopt_lab.schedules import warmup_cosine
+from jaxopt_lab.sweep.decoder_runs import DecoderRuns
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
 SWEEP_SEED, FINAL_SEEDS = 0, (1, 2, 3)
 
 
-@dataclass(frozen=True)
-class Scale:
-    """Size of one run."""
-
-    roots: tuple[str, ...]
-    vocab_size: int
-    width: int
-    depth: int
-    heads: int
-    context: int
-    batch_size: int
-    steps: int
-    warmup: int
-    evaluate_every: int
-    validation_batches: int
-    compute_dtype: str
-
-    def model(self) -> models.DecoderConfig:
-        """The decoder of this scale, LLaMA style with a tied head."""
-        return models.DecoderConfig(
-            vocab_size=self.vocab_size,
-            width=self.width,
-            depth=self.depth,
-            heads=self.heads,
-            context=self.context,
-            compute_dtype=self.compute_dtype,
-        )
-
-
 SCALES = {
-    "gpu": Scale(("site-packages",), 8192, 384, 6, 6, 256, 32, 800, 80, 50, 8, "bfloat16"),
-    "cpu": Scale(("stdlib",), 1024, 64, 2, 2, 64, 8, 240, 24, 24, 8, "float32"),
+    "gpu": DecoderRuns(("site-packages",), 8192, 384, 6, 6, 256, 32, 800, 50, 8, "bfloat16"),
+    "cpu": DecoderRuns(("stdlib",), 1024, 64, 2, 2, 64, 8, 240, 24, 8, "float32"),
 }
 
 
-def draw_windows(scale: Scale, seeds: tuple[int, ...]) -> data.Windows:
-    """Prepares the corpus and draws the windows."""
-    tokenizer = data.TokenizerConfig("bpe", scale.vocab_size)
-    corpus = data.prepare(data.PythonSource(scale.roots), tokenizer, on_progress=print)
-    return data.draw_windows(
-        corpus, seeds=seeds, steps=scale.steps, batch_size=scale.batch_size,
-        context=scale.context, max_batches=scale.validation_batches,
-    )  # fmt: skip
-
-
-def make_run(scale: Scale, method: Method, validation: jax.Array):
+def make_run(scale: DecoderRuns, method: Method, validation: jax.Array):
     """One whole training run as a pure function, so that cells and seeds can be vmapped.
 
     The optimizer state is made inside: its step counter then stays unbatched, and a step that is
@@ -111,7 +73,7 @@ def make_run(scale: Scale, method: Method, validation: jax.Array):
 
 
 def sweep(
-    scale: Scale, method: Method, adam_rates: list[float], tokens: data.Windows
+    scale: DecoderRuns, method: Method, adam_rates: list[float], tokens: data.Windows
 ) -> dict[str, Any]:
     """All cells on the sweep's seed as one program, then the best cell on the final seeds."""
     run = make_run(scale, method, jnp.asarray(tokens.validation))
@@ -151,11 +113,8 @@ def main() -> None:
     parser.add_argument("--save-tokens", type=pathlib.Path, help="write the windows and stop")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args()
-    scale = SCALES[args.scale]
-    if args.steps:
-        scale = replace(scale, steps=args.steps, warmup=args.steps // 10)
-    seeds = (SWEEP_SEED, *FINAL_SEEDS)
-    tokens = data.Windows.read(args.tokens) if args.tokens else draw_windows(scale, seeds)
+    scale = SCALES[args.scale].shortened(args.steps)
+    tokens = scale.windows((SWEEP_SEED, *FINAL_SEEDS), args.tokens)
     if args.save_tokens:
         tokens.save(args.save_tokens)
         return
@@ -180,12 +139,7 @@ def main() -> None:
             tuned = json.loads(adamw_file.read_text())
             adam_rates = [tuned["cells"][tuned["best_cell"]][0]] * len(method.cells)
         result = sweep(scale, method, adam_rates, tokens) | {
-            "scale": asdict(scale),
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-            "corpus": tokens.corpus_hash,
-            "bytes_per_token": tokens.bytes_per_token,
-            "parameters": models.parameter_count(config),
+            **scale.conditions(tokens),
             "model_flops_per_step": models.flops_per_token(config)
             * scale.batch_size
             * scale.context,

@@ -48,6 +48,7 @@ def matmul(
     *,
     transpose_a: bool = False,
     transpose_b: bool = False,
+    rounded: bool = False,
 ) -> Float[Array, "*batch _ _"]:
     """The product of two stacks at a named precision, accumulated and returned in float32 or wider.
 
@@ -58,6 +59,8 @@ def matmul(
         float64 operands are always multiplied in float64.
       transpose_a: Use the transposed matrices of `a`.
       transpose_b: Use the transposed matrices of `b`.
+      rounded: Return what a product in "bfloat16" that follows uses of the result: where this one
+        is in "bfloat16", the result rounded to it.
     """
     dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
     rows, columns = a.shape[-1 if transpose_a else -2], b.shape[-2 if transpose_b else -1]
@@ -66,6 +69,7 @@ def matmul(
     if precision == "bfloat16" and dtype == jnp.float32:
         a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
         algorithm = None
+        dtype = jnp.bfloat16 if rounded else dtype
     else:
         a, b = a.astype(dtype), b.astype(dtype)
         name = "highest" if dtype == jnp.float64 or precision == "bfloat16" else precision

@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxopt_lab.core.kronecker import rank_one_step, symmetric
@@ -93,6 +94,14 @@ class EigenbasisAdam:
         directions = [leaf.layout.undo_view(leaf["direction"]) for leaf in leaves]
         return directions, [leaf["status"] for leaf in leaves], leaves
 
+    def basis_dtype(self, dtype: DTypeLike) -> DTypeLike:
+        """Of the bases of a matrix whose moments have `dtype`: what the rotations use of them."""
+        return (
+            jnp.bfloat16
+            if self.rotation_precision == "bfloat16" and dtype == jnp.float32
+            else dtype
+        )
+
     def applied(self, status: Array) -> Array:
         """Whether a matrix takes a step."""
         return (status == APPLIED) | ((status == STARTED) & (not self.skip_first_step))
@@ -162,7 +171,8 @@ class EigenbasisAdam:
             grad = jnp.where(_wide(status == STARTED), grad, 0)
             first = method.rule.start((rows, columns), grad)
             new = (*first, *method.rule.bases(first, grad))
-            return _select(status == STARTED, new, (rows, columns, row_basis, column_basis))
+            old = (rows, columns, row_basis, column_basis)
+            return _select(status == STARTED, list(map(_cast, new, old)), old)
 
         names = ("grad", *FACTORS, *BASES, "status")
         return self._map(start, leaves, names, (*FACTORS, *BASES), decomposes=True)
@@ -206,12 +216,19 @@ class EigenbasisAdam:
         new = _select(applied, (new_mu, *moments), (mu, nu, row_nu, column_nu))
         return direction, *new
 
-    def _rotate(self, x: Array, rows: Side, columns: Side, back: bool = False) -> Array:
-        """Into the eigenbases or back: $Q_L^T X Q_R$ or $Q_L X Q_R^T$."""
+    def _rotate(
+        self, x: Array, rows: Side, columns: Side, *, back: bool = False, rounded: bool = False
+    ) -> Array:
+        """Into the eigenbases or back: $Q_L^T X Q_R$ or $Q_L X Q_R^T$.
+
+        `rounded`: as far as another rotation uses it.
+        """
+        precision = self.rotation_precision
         if rows is not None:
-            x = matmul(rows, x, self.rotation_precision, transpose_a=not back)
+            first = rounded or columns is not None
+            x = matmul(rows, x, precision, transpose_a=not back, rounded=first)
         if columns is not None:
-            x = matmul(x, columns, self.rotation_precision, transpose_b=back)
+            x = matmul(x, columns, precision, transpose_b=back, rounded=rounded)
         return x
 
     def _second_moment(self, nu, row_nu, column_nu, squares):
@@ -258,19 +275,17 @@ class EigenbasisAdam:
 
     def _refresh_side(self, factor: Array, basis: Array) -> tuple[Array, Array, Array]:
         factor = symmetric(factor)
-        if self.rotation_precision == "bfloat16" and basis.dtype == jnp.float32:
-            # What the rotations have used.
-            basis = basis.astype(jnp.bfloat16)
-        basis, order = refresh_eigenbasis(
+        new, order = refresh_eigenbasis(
             factor, basis, orthogonalizer=self.orthogonalizer, precision=self.factor_precision
         )
-        return factor, basis, order
+        return factor, new.astype(basis.dtype), order
 
     def _re_express(
         self, mu, nu, row_nu, column_nu, old_rows, old_columns, rows, columns, row_order,
         column_order,
     ):  # fmt: skip
-        mu = self._rotate(self._rotate(mu, old_rows, old_columns, back=True), rows, columns)
+        mu = self._rotate(mu, old_rows, old_columns, back=True, rounded=True)
+        mu = self._rotate(mu, rows, columns)
         nu = _permuted(_permuted(nu, row_order, -2), column_order, -1)
         return mu, nu, _permuted(row_nu, row_order, -1), _permuted(column_nu, column_order, -1)
 
@@ -302,6 +317,10 @@ def _permuted(x: Side, order: Side, axis: int) -> Side:
 def _wide(per_matrix: Array) -> Array:
     """One number a matrix, to broadcast against the stack."""
     return per_matrix[..., None, None]
+
+
+def _cast(new: Side, old: Side) -> Side:
+    return None if new is None or old is None else new.astype(old.dtype)
 
 
 def _select(condition: Array, new: Sequence[Side], old: Sequence[Side]) -> tuple[Side, ...]:

@@ -33,7 +33,8 @@ class EigenbasisAdamState(NamedTuple):
     """State of `scale_by_soap` and `scale_by_dykaf`.
 
     Trees like the parameters. A leaf with batch axes (*batch) holds one matrix (m, n) for each of
-    their entries. Arrays are float32 or wider. `MaskedNode` stands where a side has no factor, and
+    their entries. Arrays are float32 or wider, but for bases that rotate in bfloat16: those are
+    kept as the rotations use them. `MaskedNode` stands where a side has no factor, and
     for the second moments that are not in use.
     """
 
@@ -167,7 +168,8 @@ def _initial(
         out[f"{side}_nu"] = placed(f"{side}_nu", jnp.asarray(start, dtype))
         eye = jnp.eye(size, dtype=dtype)
         scale = method.rule.initial(size, all(sides)) if kept else 0.0
-        for what, array in (("factor", scale * eye), ("basis", eye)):
+        basis = eye.astype(method.basis_dtype(dtype))
+        for what, array in (("factor", scale * eye), ("basis", basis)):
             name = f"{side}_{what}"
             out[name] = placed(name, array) if kept else optax.MaskedNode()
     return out

@@ -77,7 +77,8 @@ def scale_by_soap(
         over devices; `precondition_frequency` must be a plain integer.
       orthogonalizer: "panels" (matrix products) or "householder".
       factor_precision: Of the products that form factors and bases.
-      rotation_precision: Of the products that rotate into the bases and back.
+      rotation_precision: Of the products that rotate into the bases and back. With "bfloat16" the
+        bases of float32 matrices are kept in bfloat16 as well: nothing else reads them.
       weight_decay: Decoupled decay $\lambda$: the direction is $N + \lambda W$.
       mask: Which leaves decay: a tree of bools, a prefix of one, or a function of the parameters.
       decay_rate: The learning rate. When given, weights decay after the step, as in the released

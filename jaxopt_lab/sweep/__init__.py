@@ -1,7 +1,7 @@
 """Equal tuning of optimizers: learning rates and seeds of one optimizer as one vmapped program.
 
-Stands on jax, optax and numpy alone: models and text come in as functions and arrays, so that an
-experiment runs wherever those are installed.
+Models and text come in as functions and arrays, so that a study runs wherever jax, optax and numpy
+are installed. `sweep.decoder_runs`, imported by its name, has those of the studies on text.
 """
 
 from jaxopt_lab.sweep.cost import StepCost, lanes_that_fit, measure_step

@@ -30,6 +30,16 @@ class Difference(NamedTuple):
             return self.value / self.standard_error
         return math.copysign(math.inf, self.value) if self.value else 0.0
 
+    def verdict(self, first: str) -> str:
+        """In words, of two losses.
+
+        >>> difference([4.0, 4.5], [4.75, 5.0], noise=0.25).verdict("SOAP")
+        'SOAP is better'
+        """
+        if not self.counts:
+            return "no difference"
+        return f"{first} is {'better' if self.value < 0 else 'worse'}"
+
 
 def seed_noise(losses: Sequence[Sequence[float]]) -> float:
     r"""Standard deviation between seeds, pooled over optimizers.

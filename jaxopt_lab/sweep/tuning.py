@@ -67,6 +67,11 @@ class Tuned:
         """Final held-out loss of every seed."""
         return tuple(float(curve[-1]) for curve in self.held_out)
 
+    @property
+    def finite(self) -> bool:
+        """Whether every seed ended with a loss."""
+        return bool(self.final_losses) and all(map(math.isfinite, self.final_losses))
+
     def to_json(self) -> dict[str, Any]:
         """Everything as strict JSON values; None for a loss that is not finite."""
         return {

@@ -53,6 +53,17 @@ def test_an_operand_in_bfloat16_is_exact(transposed):
         close(matmul(a, b, "bf16_x3", transpose_a=True), wanted, SPLIT)
 
 
+def test_a_rounded_product_is_what_the_next_one_uses():
+    a, b, c = (jnp.asarray(draw(seed, 2, 16, 16)) for seed in range(3))
+    rounded = matmul(a, b, "bfloat16", rounded=True)
+    usual = matmul(a, b, "bfloat16")
+    assert (rounded.dtype, usual.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_array_equal(rounded, usual.astype(jnp.bfloat16))
+    wanted = matmul(usual, c, "bfloat16")
+    np.testing.assert_array_equal(matmul(rounded, c, "bfloat16"), wanted)
+    assert matmul(a, b, rounded=True).dtype == jnp.float32
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("shape", [(2, 24, 40), (2, 40, 24), (24, 24)])
 def test_symmetric_parts_have_the_accuracy_of_the_name(shape, transpose):

@@ -149,12 +149,12 @@ def test_describe_counts_factors_and_bases_with_their_leaf():
         return {r.path[2:-2]: (r.rule, r.state_bytes // 4) for r in found.rows}
 
     numbers = 2  # age and rejected, one of each a matrix
-    matrix = 2 * 24 + 2 * (16 + 36) + numbers
+    matrix = 2 * 24 + 1.5 * (16 + 36) + numbers  # factors in float32, bases in bfloat16
     assert rows(max_precond_dim=10) == {
         "bias": ("adamw", 2 * 6 + numbers),
         "kernel": ("dykaf", matrix),
         "stack": ("dykaf", 2 * matrix),
-        "vocabulary": ("dykaf", 2 * 48 + 2 * 16 + numbers),  # one side alone
+        "vocabulary": ("dykaf", 2 * 48 + 1.5 * 16 + numbers),  # one side alone
     }
     ranked = rows(max_precond_dim=10, rank1_second_moment=True)
     assert ranked["kernel"] == ("dykaf", matrix - 24 + 10)
@@ -170,3 +170,23 @@ def test_optax_finds_the_parameters_in_the_state(factory):
     assert jax.tree.structure(marked) == jax.tree.structure(state)
     moments = [x for x in jax.tree.leaves(marked) if x.shape in ((6,), (4, 6))]
     assert len(moments) == 4 and all((x == 1).all() for x in moments)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "kept"),
+    [
+        ("bfloat16", "float32", "bfloat16"),
+        ("bfloat16", "bfloat16", "bfloat16"),
+        ("highest", "float32", "float32"),
+        ("bfloat16", "float64", "float64"),
+    ],
+)
+def test_bases_are_kept_as_rotations_use_them(precision, dtype, kept):
+    with jax.enable_x64(True):
+        tx = jol.scale_by_soap(rotation_precision=precision, precondition_frequency=1)
+        params = {"w": jnp.ones((2, 3), dtype)}
+        state = tx.init(params)
+        for _ in range(2):
+            _, state = jax.jit(tx.update)(params, state, params)
+        assert state.row_basis["w"].dtype == state.column_basis["w"].dtype == kept
+        assert state.row_factor["w"].dtype == jnp.promote_types(dtype, "float32")
