@@ -16,17 +16,14 @@ paper does not have them.
 import math
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-Rule = Literal["mae", "var"]
-Setup = Literal["window", "sampling"]
+from jaxopt_lab.dynamics.loop.config import Rule, Setup
+from jaxopt_lab.dynamics.loop.mean_field_window import check_choice, growth_integral, window_scale
 
 MEAN_ABSOLUTE_NORMAL = math.sqrt(2.0 / math.pi)
 """c: the mean absolute value of a standard normal variable."""
-
-_NEWTON_STEPS = 64
 
 
 class ResidualScale(NamedTuple):
@@ -82,8 +79,8 @@ def critical_adherence(
     2.0
     """
     _check_rule(rule)
-    _check_choice("setup", setup, ("window", "sampling"))
-    _check_choice("kind", kind, ("growth", "divergence"))
+    check_choice("setup", setup, ("window", "sampling"))
+    check_choice("kind", kind, ("growth", "divergence"))
     if not 0.0 <= usage <= 1.0:
         raise ValueError(f"usage: got {usage!r}, expected a probability in [0, 1]")
     if usage == 0.0:
@@ -164,135 +161,6 @@ def sampling_slope(
     return -jnp.asarray(usage) * excess / items * (1.0 if rule == "mae" else 0.5)
 
 
-def window_scale(
-    steps: int,
-    *,
-    window: int,
-    usage: ArrayLike,
-    gain: ArrayLike,
-    start: ArrayLike = 1.0,
-    form: Literal["recursion", "integral"] = "recursion",
-) -> Float[Array, "times ..."]:
-    r"""Scale of the residuals in the sliding window after 0, 1, ..., `steps` steps.
-
-    A label that enters at time u has scale :math:`L(u) = (1-p)x_0 + p g x(u)`, and
-    :math:`L(u) = x_0` for u < 0. Per step,
-
-    .. math:: x(t+1) = x(t) + \frac{L(t) - L(t-W)}{W};
-
-    in continuous time :math:`x(t) = W^{-1}\int_{t-W}^{t} L`, whose delay equation is integrated by
-    the trapezoidal rule over steps of one (error about :math:`p g t/W\,(pg/W)^2/12`).
-
-    Args:
-      steps: Number of steps.
-      window: W, the size of the active set.
-      usage: p; broadcasts against `gain` and `start`.
-      gain: g of the rule, from `gain`.
-      start: x_0, mean absolute residual under "mae", variance under "var".
-      form: "recursion" (per step) or "integral" (continuous time).
-
-    Returns:
-      x(0), ..., x(steps) along the first axis.
-
-    Raises:
-      ValueError: For another form, or steps or window below their minimum of 0 and 1.
-
-    >>> [round(float(x), 3) for x in window_scale(1400, window=600, usage=1.0, gain=0.5)[::700]]
-    [1.0, 0.299, 0.071]
-    """
-    _check_choice("form", form, ("recursion", "integral"))
-    for name, value, least in (("steps", steps, 0), ("window", window, 1)):
-        if value < least:
-            raise ValueError(f"{name}: got {value}, expected at least {least}")
-    # The factor one makes floating-point numbers of integers and keeps the precision of the rest.
-    usage, gain, start = jnp.broadcast_arrays(
-        *(jnp.asarray(value) * 1.0 for value in (usage, gain, start))
-    )
-    dtype = jnp.result_type(usage, gain, start)
-    usage, gain, start = (value.astype(dtype) for value in (usage, gain, start))
-    return _window_scale(steps, window, usage, gain, start, form == "integral")
-
-
-@jax.jit(static_argnames=("steps", "window", "integral"))
-def _window_scale(steps, window, usage, gain, start, integral):
-    fresh, feedback = (1.0 - usage) * start, usage * gain
-
-    def step(carry, index):
-        scale, labels = carry
-        oldest = labels[index % window]
-        if integral:
-            # The mean label scale over the step contains the scale at its end; solved for that.
-            after = scale + (fresh + feedback * scale - oldest) / (window - feedback / 2.0)
-            label = fresh + feedback * (scale + after) / 2.0
-        else:
-            label = fresh + feedback * scale
-            after = scale + (label - oldest) / window
-        return (after, labels.at[index % window].set(label)), after
-
-    labels = jnp.broadcast_to(start, (window, *start.shape))
-    _, later = jax.lax.scan(step, (start, labels), jnp.arange(steps))
-    return jnp.concatenate([start[None], later])
-
-
-def window_first_pass(
-    step: ArrayLike, *, window: int, usage: ArrayLike, gain: ArrayLike, start: ArrayLike = 1.0
-) -> Float[Array, "..."]:
-    r"""The integral form in closed form while the first labels are being replaced, t <= W.
-
-    From :math:`x' = (p/W)(g x - x_0)`:
-    :math:`x(t) = x_0\big[1 + (g-1)\frac{p}{W}\,\frac{e^{kt}-1}{k}\big]` with :math:`k = pg/W`.
-
-    >>> round(float(window_first_pass(600, window=600, usage=1.0, gain=0.0)), 6)
-    0.0
-    """
-    step, usage, gain = jnp.asarray(step), jnp.asarray(usage), jnp.asarray(gain)
-    growth = _growth_integral(usage * gain / window, step)
-    return jnp.asarray(start) * (1.0 + (gain - 1.0) * usage / window * growth)
-
-
-def window_stationary(
-    *, usage: ArrayLike, gain: ArrayLike, start: ArrayLike = 1.0
-) -> Float[Array, "..."]:
-    r"""Stationary scale :math:`(1-p)x_0/(1-pg)` of the window; infinite where :math:`pg\ge 1`.
-
-    At p = g = 1 labels come back at the scale they had, and the start is the answer.
-
-    >>> round(float(window_stationary(usage=0.5, gain=0.5)), 5)
-    0.66667
-    """
-    usage, gain = jnp.asarray(usage) * 1.0, jnp.asarray(gain) * 1.0
-    feedback = usage * gain
-    stationary = jnp.asarray(start) * (1.0 - usage) / jnp.where(feedback < 1.0, 1.0 - feedback, 1.0)
-    stationary = jnp.where(feedback < 1.0, stationary, jnp.inf)
-    return jnp.where((usage == 1.0) & (gain == 1.0), start, stationary)
-
-
-def window_growth_rate(
-    *, gain: ArrayLike, window: int, usage: ArrayLike = 1.0
-) -> Float[Array, "..."]:
-    r"""Growth rate γ per step of the window far from its start.
-
-    The rate of :math:`x \propto e^{\gamma t}` solves :math:`\gamma W = G(1 - e^{-\gamma W})` with
-    :math:`G = p g`: positive above G = 1, negative below (decay to the stationary value), zero at
-    it, and minus infinity at G = 0, where the first pass ends the transient.
-
-    >>> round(float(window_growth_rate(gain=2.0, window=1)), 5)
-    1.59362
-    """
-    total = jnp.asarray(usage) * jnp.asarray(gain) * 1.0
-    safe = jnp.where(total > 0.0, total, 1.0)
-    # The function is convex and positive at these points, so Newton's steps are monotone.
-    z = jnp.where(safe > 1.0, safe, 2.0 * jnp.log(safe))
-
-    def newton(_, z):
-        slope = 1.0 - safe * jnp.exp(-z)
-        return z - (z + safe * jnp.expm1(-z)) / jnp.where(slope == 0.0, 1.0, slope)
-
-    z = jax.lax.fori_loop(0, _NEWTON_STEPS, newton, z)
-    z = jnp.where(total == 1.0, 0.0, z)
-    return jnp.where(total > 0.0, z, -jnp.inf) / window
-
-
 def obedient_mass(
     step: ArrayLike, *, setup: Setup, size: int, initial: ArrayLike, usage: ArrayLike = 1.0
 ) -> Float[Array, "..."]:
@@ -312,7 +180,7 @@ def obedient_mass(
     >>> round(float(obedient_mass(300, setup="window", size=600, initial=0.4)), 3)
     0.7
     """
-    _check_choice("setup", setup, ("window", "sampling"))
+    check_choice("setup", setup, ("window", "sampling"))
     passed, usage = jnp.asarray(step) / size, jnp.asarray(usage)
     if setup == "window":
         kept = 1.0 - usage * jnp.minimum(passed, 1.0)
@@ -342,7 +210,7 @@ def relative_scale(
     >>> round(float(path[-1]), 4)
     0.3679
     """
-    _check_choice("setup", setup, ("window", "sampling"))
+    check_choice("setup", setup, ("window", "sampling"))
     factor = gain(adherence, rule)
     if setup == "window":
         path = window_scale(steps, window=size, usage=usage, gain=factor)
@@ -352,23 +220,50 @@ def relative_scale(
     return path if rule == "mae" else jnp.sqrt(path)
 
 
+def relative_deviation(
+    steps: int, *, setup: Setup, size: int, usage: ArrayLike, adherence: ArrayLike, rule: Rule
+) -> Float[Array, "times ..."]:
+    r"""Standard deviation of the residuals after 0, 1, ..., `steps` steps relative to its start.
+
+    Under "var" the same as `relative_scale`. Under "mae", with normal residuals at the start, the
+    variance is that of :func:`sampling_scale`, or in the window the mean of the variances
+    :math:`(1-p)V_0 + p s^2 m(u)^2` of the labels of the last W steps.
+
+    Args:
+      steps: Number of steps.
+      setup: "window" or "sampling".
+      size: W of the window, N of the sampling set-up.
+      usage: p; broadcasts against `adherence`.
+      adherence: s.
+      rule: "mae" or "var".
+
+    >>> path = relative_deviation(
+    ...     100, setup="sampling", size=100, usage=1.0, adherence=0.0, rule="mae"
+    ... )
+    >>> round(float(path[-1]), 4)
+    0.6065
+    """
+    scale = relative_scale(
+        steps, setup=setup, size=size, usage=usage, adherence=adherence, rule=rule
+    )
+    if rule == "var":
+        return scale
+    usage, adherence = jnp.asarray(usage), jnp.asarray(adherence)
+    if setup == "sampling":
+        time = jnp.arange(steps + 1).reshape(-1, *[1] * (scale.ndim - 1))
+        tau = usage * time / size
+        return jnp.sqrt(sampling_scale(tau, adherence=adherence, rule=rule).variance)
+    noise = jnp.square(adherence * MEAN_ABSOLUTE_NORMAL * scale[:-1])
+    change = usage * (noise - 1.0)  # of the label variance, against that of an item never touched
+    changes = jnp.concatenate([jnp.zeros_like(scale[:1]), jnp.cumsum(change, 0)])
+    gone = jnp.concatenate([jnp.zeros_like(scale[:size]), changes])[: steps + 1]
+    return jnp.sqrt(jnp.maximum(1.0 + (changes - gone) / size, 0.0))
+
+
 def _relaxed(tau, rate, start, source):
     """Solution of x' = -x + source e^{(rate - 1) tau}."""
-    return jnp.exp(-tau) * (start + source * _growth_integral(rate, tau))
-
-
-def _growth_integral(rate, time):
-    """(exp(rate time) - 1) / rate, which is `time` at rate zero."""
-    exponent = rate * time
-    near = jnp.abs(exponent) < 1e-12
-    safe = jnp.where(near, 1.0, exponent)
-    return time * jnp.where(near, 1.0, jnp.expm1(safe) / safe)
+    return jnp.exp(-tau) * (start + source * growth_integral(rate, tau))
 
 
 def _check_rule(rule: str) -> None:
-    _check_choice("rule", rule, ("mae", "var"))
-
-
-def _check_choice(name: str, value: str, wanted: tuple[str, ...]) -> None:
-    if value not in wanted:
-        raise ValueError(f"{name}: got {value!r}, expected {' or '.join(wanted)}")
+    check_choice("rule", rule, ("mae", "var"))
