@@ -9,4 +9,26 @@ and Beznosikov, "Why SGD is not Brownian Motion: A New Perspective on Stochastic
 2605.22644.
 """
 
-__all__: list[str] = []
+from jaxopt_lab.dynamics.landscape.interventions import (
+    choose_directions,
+    interpolate_noise,
+    match_noise_norm,
+    project_noise,
+)
+from jaxopt_lab.dynamics.landscape.recorder import (
+    FluctuationState,
+    fluctuation_mean,
+    fluctuation_variance,
+    record_fluctuations,
+)
+
+__all__ = [
+    "FluctuationState",
+    "choose_directions",
+    "fluctuation_mean",
+    "fluctuation_variance",
+    "interpolate_noise",
+    "match_noise_norm",
+    "project_noise",
+    "record_fluctuations",
+]
