@@ -10,6 +10,11 @@ import jax
 import numpy as np
 
 from jaxopt_lab.bench.conditions import device_name, versions
+from jaxopt_lab.dynamics.landscape.ensemble import run_ensemble
+from jaxopt_lab.dynamics.landscape.systems import mlp
+from jaxopt_lab.dynamics.loop.data import linear_data
+from jaxopt_lab.dynamics.loop.learners import ridge
+from jaxopt_lab.dynamics.loop.run import run_many
 from jaxopt_lab.report.tables import format_table
 
 _ROUNDS = 3
@@ -128,9 +133,6 @@ def run_dynamics(
 
 
 def _ensemble(replicas: int, steps: int) -> Callable[[int], Any]:
-    from jaxopt_lab.dynamics.landscape.ensemble import run_ensemble
-    from jaxopt_lab.dynamics.landscape.systems import mlp
-
     random = np.random.default_rng(0)
     images, labels = random.random((_SAMPLES, 28, 28)), random.integers(0, 10, _SAMPLES)
     system = mlp(images, labels)
@@ -149,10 +151,6 @@ def _ensemble(replicas: int, steps: int) -> Callable[[int], Any]:
 
 
 def _loop(replicas: int, steps: int) -> Callable[[int], Any]:
-    from jaxopt_lab.dynamics.loop.data import linear_data
-    from jaxopt_lab.dynamics.loop.learners import ridge
-    from jaxopt_lab.dynamics.loop.run import run_many
-
     learner = ridge(0.0)
 
     def run(seed: int) -> Any:

@@ -9,11 +9,58 @@ and Beznosikov, "Why SGD is not Brownian Motion: A New Perspective on Stochastic
 2605.22644.
 """
 
+from jaxopt_lab.dynamics.landscape.batches import Sampling, batch_indices
+from jaxopt_lab.dynamics.landscape.closed_forms import (
+    diffusion_coefficient,
+    drift_spreading,
+    geometric_sum,
+    growth_excess,
+    in_mismatch_region,
+    is_stable,
+    mean_at,
+    powers_less_one,
+    proportional_noise_variance,
+    stability_bound,
+    stationary_variance,
+    variance_at,
+)
+from jaxopt_lab.dynamics.landscape.fokker_planck import (
+    IncrementTraces,
+    WeakStep,
+    increment_traces,
+    weak_step,
+)
+from jaxopt_lab.dynamics.landscape.independent import (
+    DirectionMoments,
+    coupled_covariance,
+    coupled_radius,
+    coupled_variances,
+    direction_moments,
+)
 from jaxopt_lab.dynamics.landscape.interventions import (
     choose_directions,
     interpolate_noise,
     match_noise_norm,
     project_noise,
+)
+from jaxopt_lab.dynamics.landscape.langevin import (
+    LangevinKind,
+    corrected_gradient,
+    covariance_root,
+    flow,
+    simulate_langevin,
+)
+from jaxopt_lab.dynamics.landscape.quadratics import (
+    FiniteSum,
+    Moments,
+    all_batches,
+    batch_factor,
+    finite_sum,
+    moments,
+    sample_ensemble,
+    second_moment_radius,
+    sgd_step,
+    simulate,
 )
 from jaxopt_lab.dynamics.landscape.recorder import (
     FluctuationState,
@@ -21,14 +68,78 @@ from jaxopt_lab.dynamics.landscape.recorder import (
     fluctuation_variance,
     record_fluctuations,
 )
+from jaxopt_lab.dynamics.landscape.regimes import (
+    REGIMES,
+    PhaseTable,
+    phase_table,
+    regime_codes,
+    regime_names,
+)
+from jaxopt_lab.dynamics.landscape.rough import (
+    RoughComparison,
+    compare_rough,
+    rough_mean_gradient,
+    rough_noise,
+    rough_noise_variance,
+    simulate_rough,
+)
 
 __all__ = [
+    "REGIMES",
+    "DirectionMoments",
+    "FiniteSum",
     "FluctuationState",
+    "IncrementTraces",
+    "LangevinKind",
+    "Moments",
+    "PhaseTable",
+    "RoughComparison",
+    "Sampling",
+    "WeakStep",
+    "all_batches",
+    "batch_factor",
+    "batch_indices",
     "choose_directions",
+    "compare_rough",
+    "corrected_gradient",
+    "coupled_covariance",
+    "coupled_radius",
+    "coupled_variances",
+    "covariance_root",
+    "diffusion_coefficient",
+    "direction_moments",
+    "drift_spreading",
+    "finite_sum",
+    "flow",
     "fluctuation_mean",
     "fluctuation_variance",
+    "geometric_sum",
+    "growth_excess",
+    "in_mismatch_region",
+    "increment_traces",
     "interpolate_noise",
+    "is_stable",
     "match_noise_norm",
+    "mean_at",
+    "moments",
+    "phase_table",
+    "powers_less_one",
     "project_noise",
+    "proportional_noise_variance",
     "record_fluctuations",
+    "regime_codes",
+    "regime_names",
+    "rough_mean_gradient",
+    "rough_noise",
+    "rough_noise_variance",
+    "sample_ensemble",
+    "second_moment_radius",
+    "sgd_step",
+    "simulate",
+    "simulate_langevin",
+    "simulate_rough",
+    "stability_bound",
+    "stationary_variance",
+    "variance_at",
+    "weak_step",
 ]
