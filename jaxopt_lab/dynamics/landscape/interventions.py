@@ -149,12 +149,12 @@ def project_noise(
 
 
 def choose_directions(
-    curvature: Float[Array, " D"],
-    eigenvectors: Float[Array, "D D"],
+    curvature: Float[Array, " m"],
+    eigenvectors: Float[Array, "D m"],
     kind: DirectionKind,
     count: int,
     *,
-    gradient_variance: Float[Array, " D"] | None = None,
+    gradient_variance: Float[Array, " m"] | None = None,
     key: Array | None = None,
 ) -> Float[Array, "D {count}"]:
     r"""Directions to intervene on, of one of the kinds that the experiments compare.
@@ -167,7 +167,7 @@ def choose_directions(
     ======  =======================================================================
 
     Args:
-      curvature: $\lambda$, in any order.
+      curvature: $\lambda$ of all or some of the eigenvectors, in any order.
       eigenvectors: Orthonormal, in the columns, in the order of `curvature`.
       kind: One of the above.
       count: Directions wanted.
@@ -185,12 +185,13 @@ def choose_directions(
     >>> choose_directions(curvature, eigenvectors, "sharp", 1).ravel().tolist()
     [0.0, 0.0, 1.0]
     """
-    size = curvature.shape[0]
+    parameters, known = eigenvectors.shape
     if kind not in get_args(DirectionKind):
         raise ValueError(
             f"kind: got {kind!r}, expected one of {', '.join(get_args(DirectionKind))}"
         )
-    eligible = int((curvature > 0).sum()) if kind == "sharp" else size
+    sharp = int((curvature > 0).sum())
+    eligible = {"sharp": sharp, "random": parameters}.get(kind, known)
     if not 1 <= count <= eligible:
         raise ValueError(
             f"count: got {count}, expected 1 to {eligible}, the directions eligible as {kind}"
@@ -198,7 +199,7 @@ def choose_directions(
     if kind == "random":
         if key is None:
             raise ValueError("key: missing; random directions need one, as jax.random.key(0)")
-        drawn = jax.random.normal(key, (size, count), eigenvectors.dtype)
+        drawn = jax.random.normal(key, (parameters, count), eigenvectors.dtype)
         return jnp.linalg.qr(drawn)[0]
     if kind == "theory":
         if gradient_variance is None:
