@@ -4,7 +4,7 @@ Importing this is cheap: it brings the transforms and schedules, which need jax,
 and numpy. `jaxopt_lab.models`, `.data`, `.train`, `.report` and `.bench` are imported by name.
 """
 
-from jaxopt_lab import diagnostics, schedules
+from jaxopt_lab import diagnostics, dynamics, schedules
 from jaxopt_lab.optim import (
     d_muon,
     describe,
@@ -35,6 +35,7 @@ __all__ = [
     "d_muon",
     "describe",
     "diagnostics",
+    "dynamics",
     "dykaf",
     "dykaf_official",
     "legacy_sign_muon",

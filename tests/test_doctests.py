@@ -9,7 +9,10 @@ import pytest
 import jaxopt_lab
 
 ROOT = pathlib.Path(jaxopt_lab.__file__).parent
-ROOMS = ("core", "optim", "schedules", "diagnostics", "report", "models", "sweep", "train", "bench")
+ROOMS = (
+    *("core", "optim", "schedules", "diagnostics", "report", "models", "sweep", "train", "bench"),
+    *("dynamics", "dynamics/landscape", "dynamics/loop"),
+)
 MODULES = sorted(
     ".".join(("jaxopt_lab", *path.relative_to(ROOT).with_suffix("").parts))
     for room in ROOMS

@@ -1,0 +1,1 @@
+"""The parts of `jaxopt_lab.dynamics.sgd`, one subject per module."""
