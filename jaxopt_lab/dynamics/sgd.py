@@ -9,4 +9,117 @@ and Beznosikov, "Why SGD is not Brownian Motion: A New Perspective on Stochastic
 2605.22644.
 """
 
-__all__: list[str] = []
+from jaxopt_lab.dynamics.landscape.batches import Sampling, batch_indices
+from jaxopt_lab.dynamics.landscape.closed_forms import (
+    diffusion_coefficient,
+    drift_spreading,
+    geometric_sum,
+    growth_excess,
+    in_mismatch_region,
+    is_stable,
+    mean_at,
+    powers_less_one,
+    proportional_noise_variance,
+    stability_bound,
+    stationary_variance,
+    variance_at,
+)
+from jaxopt_lab.dynamics.landscape.fokker_planck import (
+    IncrementTraces,
+    WeakStep,
+    increment_traces,
+    weak_step,
+)
+from jaxopt_lab.dynamics.landscape.independent import (
+    DirectionMoments,
+    coupled_covariance,
+    coupled_radius,
+    coupled_variances,
+    direction_moments,
+)
+from jaxopt_lab.dynamics.landscape.langevin import (
+    LangevinKind,
+    corrected_gradient,
+    covariance_root,
+    flow,
+    simulate_langevin,
+)
+from jaxopt_lab.dynamics.landscape.quadratics import (
+    FiniteSum,
+    Moments,
+    all_batches,
+    batch_factor,
+    finite_sum,
+    moments,
+    sample_ensemble,
+    second_moment_radius,
+    sgd_step,
+    simulate,
+)
+from jaxopt_lab.dynamics.landscape.regimes import (
+    REGIMES,
+    PhaseTable,
+    phase_table,
+    regime_codes,
+    regime_names,
+)
+from jaxopt_lab.dynamics.landscape.rough import (
+    RoughComparison,
+    compare_rough,
+    rough_mean_gradient,
+    rough_noise,
+    rough_noise_variance,
+    simulate_rough,
+)
+
+__all__ = [
+    "REGIMES",
+    "DirectionMoments",
+    "FiniteSum",
+    "IncrementTraces",
+    "LangevinKind",
+    "Moments",
+    "PhaseTable",
+    "RoughComparison",
+    "Sampling",
+    "WeakStep",
+    "all_batches",
+    "batch_factor",
+    "batch_indices",
+    "compare_rough",
+    "corrected_gradient",
+    "coupled_covariance",
+    "coupled_radius",
+    "coupled_variances",
+    "covariance_root",
+    "diffusion_coefficient",
+    "direction_moments",
+    "drift_spreading",
+    "finite_sum",
+    "flow",
+    "geometric_sum",
+    "growth_excess",
+    "in_mismatch_region",
+    "increment_traces",
+    "is_stable",
+    "mean_at",
+    "moments",
+    "phase_table",
+    "powers_less_one",
+    "proportional_noise_variance",
+    "regime_codes",
+    "regime_names",
+    "rough_mean_gradient",
+    "rough_noise",
+    "rough_noise_variance",
+    "sample_ensemble",
+    "second_moment_radius",
+    "sgd_step",
+    "simulate",
+    "simulate_langevin",
+    "simulate_rough",
+    "stability_bound",
+    "stationary_variance",
+    "variance_at",
+    "weak_step",
+]
