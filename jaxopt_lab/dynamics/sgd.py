@@ -24,6 +24,8 @@ from jaxopt_lab.dynamics.landscape.closed_forms import (
     stationary_variance,
     variance_at,
 )
+from jaxopt_lab.dynamics.landscape.digits import Digits, read_digits
+from jaxopt_lab.dynamics.landscape.ensemble import Ensemble, run_ensemble
 from jaxopt_lab.dynamics.landscape.fokker_planck import (
     IncrementTraces,
     WeakStep,
@@ -68,6 +70,7 @@ from jaxopt_lab.dynamics.landscape.recorder import (
     fluctuation_variance,
     record_fluctuations,
 )
+from jaxopt_lab.dynamics.landscape.reference import ReferencePoint, reference_point
 from jaxopt_lab.dynamics.landscape.regimes import (
     REGIMES,
     PhaseTable,
@@ -83,23 +86,39 @@ from jaxopt_lab.dynamics.landscape.rough import (
     rough_noise_variance,
     simulate_rough,
 )
+from jaxopt_lab.dynamics.landscape.systems import (
+    System,
+    adaptive_average_pool,
+    cnn,
+    mlp,
+    nano_gpt,
+    quadratic,
+)
+from jaxopt_lab.dynamics.landscape.text import ALPHABET, read_text
 
 __all__ = [
+    "ALPHABET",
     "REGIMES",
+    "Digits",
     "DirectionMoments",
+    "Ensemble",
     "FiniteSum",
     "FluctuationState",
     "IncrementTraces",
     "LangevinKind",
     "Moments",
     "PhaseTable",
+    "ReferencePoint",
     "RoughComparison",
     "Sampling",
+    "System",
     "WeakStep",
+    "adaptive_average_pool",
     "all_batches",
     "batch_factor",
     "batch_indices",
     "choose_directions",
+    "cnn",
     "compare_rough",
     "corrected_gradient",
     "coupled_covariance",
@@ -121,17 +140,24 @@ __all__ = [
     "is_stable",
     "match_noise_norm",
     "mean_at",
+    "mlp",
     "moments",
+    "nano_gpt",
     "phase_table",
     "powers_less_one",
     "project_noise",
     "proportional_noise_variance",
+    "quadratic",
+    "read_digits",
+    "read_text",
     "record_fluctuations",
+    "reference_point",
     "regime_codes",
     "regime_names",
     "rough_mean_gradient",
     "rough_noise",
     "rough_noise_variance",
+    "run_ensemble",
     "sample_ensemble",
     "second_moment_radius",
     "sgd_step",

@@ -150,9 +150,7 @@ def _skewness_score(skewness: Array, n: int) -> Array:
     )
     squared = (2 * (kurtosis - 1)) ** 0.5 - 1
     alpha = (2 / (squared - 1)) ** 0.5
-    return (
-        jnp.arcsinh(scaled / alpha) / (0.5 * jnp.log(jnp.asarray(squared, skewness.dtype))) ** 0.5
-    )
+    return jnp.arcsinh(scaled / alpha) / (0.5 * jnp.log(jnp.asarray(squared, skewness.dtype))) ** 0.5
 
 
 def _kurtosis_score(kurtosis: Array, n: int) -> Array:
