@@ -13,6 +13,7 @@ from jaxopt_lab.dynamics.landscape.batches import Sampling, batch_indices
 from jaxopt_lab.dynamics.landscape.closed_forms import (
     diffusion_coefficient,
     drift_spreading,
+    gaussian_lyapunov,
     geometric_sum,
     growth_excess,
     in_mismatch_region,
@@ -132,6 +133,7 @@ __all__ = [
     "flow",
     "fluctuation_mean",
     "fluctuation_variance",
+    "gaussian_lyapunov",
     "geometric_sum",
     "growth_excess",
     "in_mismatch_region",

@@ -16,6 +16,7 @@ arXiv 2605.22644.
 """
 
 import jax.numpy as jnp
+from jax.scipy.special import ndtri
 from jaxtyping import Array, ArrayLike
 
 
@@ -226,6 +227,33 @@ def in_mismatch_region(
     """
     truncated = growth_excess(learning_rate, curvature, curvature_variance, truncated=True)
     return (growth_excess(learning_rate, curvature, curvature_variance) > 0) & (truncated < 0)
+
+
+def gaussian_lyapunov(
+    learning_rate: ArrayLike,
+    curvature: ArrayLike,
+    curvature_variance: ArrayLike = 0.0,
+    *,
+    num_points: int = 4096,
+) -> Array:
+    r"""$\mathrm E \log |1 - \eta h|$ for normal $h$ of mean $\lambda$ and variance $\Gamma$.
+
+    The growth rate of a typical path. It can be negative while $\rho > 1$: then most paths look
+    tame, few rare ones carry the variance, and that of a sample falls short of the true one.
+
+    >>> round(float(gaussian_lyapunov(0.6, 1.0, 2.4)), 2)
+    -0.61
+
+    Args:
+      learning_rate: $\eta$.
+      curvature: $\lambda$.
+      curvature_variance: $\Gamma$.
+      num_points: Quantiles of $h$ to average over; the error is about the inverse of it.
+    """
+    eta, lam, gamma = _floats(learning_rate, curvature, curvature_variance)
+    levels = (jnp.arange(num_points, dtype=eta.dtype) + 0.5) / num_points
+    h = lam[..., None] + jnp.sqrt(gamma)[..., None] * ndtri(levels)
+    return jnp.mean(jnp.log(jnp.abs(1 - eta[..., None] * h)), -1)
 
 
 def diffusion_coefficient(learning_rate: ArrayLike, gradient_variance: ArrayLike) -> Array:
