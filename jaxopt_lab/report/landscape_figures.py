@@ -153,6 +153,7 @@ def growth_figure(
     theory_steps: ArrayLike,
     theory: ArrayLike,
     labels: Sequence[str],
+    regimes: Sequence[str] | None = None,
     relative_error: float | None = None,
     title: str | None = None,
 ) -> Path:
@@ -165,6 +166,7 @@ def growth_figure(
       theory_steps: Steps of the curves, shape (t,).
       theory: The curves, shape (t, k).
       labels: Name of every direction, k of them.
+      regimes: Regime of every direction, which decides its colour; None takes colours in turn.
       relative_error: Standard error of a measured variance over the variance (with Gaussian
         replicas, the root of 2 / (R - 1)); draws bars of two of them.
       title: Text above the axes.
@@ -185,7 +187,8 @@ def growth_figure(
             )
     figure, axes = _axes(7.0, 4.8)
     for index, label in enumerate(labels):
-        color = PALETTE[index % len(PALETTE)]
+        in_turn = PALETTE[index % len(PALETTE)]
+        color = in_turn if regimes is None else REGIME_COLORS[regimes[index]]
         y = np.where(points[:, index] > 0, points[:, index], np.nan)
         bars = None if relative_error is None else 2 * relative_error * y
         axes.errorbar(
