@@ -38,7 +38,7 @@ def growth_excess(
       curvature_variance: $\Gamma$.
       truncated: Leave $\eta^2 \lambda^2$ out.
     """
-    eta, lam, gamma = _floats(learning_rate, curvature, curvature_variance)
+    eta, lam, gamma = as_floats(learning_rate, curvature, curvature_variance)
     squares = gamma if truncated else lam**2 + gamma
     return eta * (eta * squares - 2 * lam)
 
@@ -53,12 +53,9 @@ def powers_less_one(excess: ArrayLike, steps: ArrayLike) -> Array:
       excess: $\rho - 1$, any number: below -1 the powers alternate.
       steps: $n$, integers.
     """
-    excess, n = _floats(excess, steps)
+    excess, n = as_floats(excess, steps)
     alternates = excess < -1
-    # log1p(-1) times no steps would be nan.
-    smooth = jnp.where(n == 0, 0.0, jnp.expm1(n * jnp.log1p(jnp.where(alternates, 0.0, excess))))
-    size = jnp.exp(n * jnp.log1p(jnp.where(alternates, -excess - 2, 0.0)))
-    return jnp.where(alternates, jnp.where(n % 2, -size, size) - 1, smooth)
+    return jnp.where(alternates, _power(excess, n) - 1, jnp.expm1(_exponent(excess, n)))
 
 
 def geometric_sum(excess: ArrayLike, steps: ArrayLike) -> Array:
@@ -71,7 +68,7 @@ def geometric_sum(excess: ArrayLike, steps: ArrayLike) -> Array:
       excess: $\rho - 1$.
       steps: $n$, integers.
     """
-    excess, n = _floats(excess, steps)
+    excess, n = as_floats(excess, steps)
     info = jnp.finfo(excess.dtype)
     # Below this the sum is n to the last digit, and the quotient of subnormals is not.
     unit = jnp.abs(excess) < info.tiny / info.eps
@@ -100,9 +97,9 @@ def mean_at(
       drift: $\bar g$, the mean slope at the origin.
       mean: $\mu_0$.
     """
-    n, eta, lam, drift, mean = _floats(steps, learning_rate, curvature, drift, mean)
+    n, eta, lam, drift, mean = as_floats(steps, learning_rate, curvature, drift, mean)
     excess = -eta * lam
-    return (1 + powers_less_one(excess, n)) * mean - eta * drift * geometric_sum(excess, n)
+    return _power(excess, n) * mean - eta * drift * geometric_sum(excess, n)
 
 
 def variance_at(
@@ -137,12 +134,11 @@ def variance_at(
       variance: $\Pi_0$.
       truncated: The Langevin counterpart; the mean stays exact.
     """
-    n, eta, lam, d, gamma, mean, variance = _floats(
+    n, eta, lam, d, gamma, mean, variance = as_floats(
         steps, learning_rate, curvature, gradient_variance, curvature_variance, mean, variance
     )
     excess = growth_excess(eta, lam, gamma, truncated=truncated)
-    growth = 1 + powers_less_one(excess, n)
-    own = growth * variance + eta**2 * d * geometric_sum(excess, n)
+    own = _power(excess, n) * variance + eta**2 * d * geometric_sum(excess, n)
     return own + eta**2 * gamma * mean**2 * _mixed_sum(excess, growth_excess(eta, lam), n)
 
 
@@ -170,7 +166,7 @@ def stationary_variance(
       curvature_variance: $\Gamma$.
       truncated: The Langevin counterpart.
     """
-    eta, lam, d, gamma = _floats(learning_rate, curvature, gradient_variance, curvature_variance)
+    eta, lam, d, gamma = as_floats(learning_rate, curvature, gradient_variance, curvature_variance)
     # Minus (rho - 1) / eta, so that its sign is that of the bound, rounding included.
     restoring = 2 * lam - eta * (gamma if truncated else lam**2 + gamma)
     stable = restoring > 0
@@ -192,7 +188,7 @@ def stability_bound(
       curvature: $\lambda$.
       truncated: The Langevin counterpart.
     """
-    eta, lam = _floats(learning_rate, curvature)
+    eta, lam = as_floats(learning_rate, curvature)
     return lam * (2 if truncated else 2 - eta * lam) / eta
 
 
@@ -242,7 +238,7 @@ def gaussian_lyapunov(
     tame, few rare ones carry the variance, and that of a sample falls short of the true one.
 
     >>> round(float(gaussian_lyapunov(0.6, 1.0, 2.4)), 2)
-    -0.61
+    -0.62
 
     Args:
       learning_rate: $\eta$.
@@ -250,7 +246,7 @@ def gaussian_lyapunov(
       curvature_variance: $\Gamma$.
       num_points: Quantiles of $h$ to average over; the error is about the inverse of it.
     """
-    eta, lam, gamma = _floats(learning_rate, curvature, curvature_variance)
+    eta, lam, gamma = as_floats(learning_rate, curvature, curvature_variance)
     levels = (jnp.arange(num_points, dtype=eta.dtype) + 0.5) / num_points
     h = lam[..., None] + jnp.sqrt(gamma)[..., None] * ndtri(levels)
     return jnp.mean(jnp.log(jnp.abs(1 - eta[..., None] * h)), -1)
@@ -262,7 +258,7 @@ def diffusion_coefficient(learning_rate: ArrayLike, gradient_variance: ArrayLike
     >>> float(diffusion_coefficient(0.5, 4.0))
     1.0
     """
-    eta, d = _floats(learning_rate, gradient_variance)
+    eta, d = as_floats(learning_rate, gradient_variance)
     return eta * d / 2
 
 
@@ -293,7 +289,7 @@ def drift_spreading(
       curvature_variance: $\Gamma$.
       drift: $\bar g$.
     """
-    n, eta, d, gamma, drift = _floats(
+    n, eta, d, gamma, drift = as_floats(
         steps, learning_rate, gradient_variance, curvature_variance, drift
     )
     return eta**2 * d * n + eta**4 * gamma * drift**2 * n**3 / 3
@@ -313,8 +309,21 @@ def proportional_noise_variance(
       curvature: $\lambda$.
       noise_ratio: $\gamma$.
     """
-    n, eta, lam, ratio = _floats(steps, learning_rate, curvature, noise_ratio)
+    n, eta, lam, ratio = as_floats(steps, learning_rate, curvature, noise_ratio)
     return -eta * ratio / 2 * powers_less_one(growth_excess(eta, lam), n)
+
+
+def _exponent(excess: Array, n: Array) -> Array:
+    r"""$n \log |\rho|$."""
+    log = jnp.log1p(jnp.where(excess < -1, -excess - 2, excess))
+    # The logarithm of 0 times no steps would be nan.
+    return jnp.where(n == 0, 0.0, n * log)
+
+
+def _power(excess: Array, n: Array) -> Array:
+    r"""$\rho^n$, for any sign of $\rho$."""
+    size = jnp.exp(_exponent(excess, n))
+    return jnp.where((excess < -1) & (n % 2 == 1), -size, size)
 
 
 def _mixed_sum(first: Array, second: Array, n: Array) -> Array:
@@ -324,9 +333,15 @@ def _mixed_sum(first: Array, second: Array, n: Array) -> Array:
     lead, other = jnp.where(first_leads, first, second), jnp.where(first_leads, second, first)
     base = 1 + lead
     ratio = jnp.where(base == 0, -1.0, (other - lead) / jnp.where(base == 0, 1.0, base))
-    return (1 + powers_less_one(lead, jnp.maximum(n - 1, 0))) * geometric_sum(ratio, n)
+    return _power(lead, jnp.maximum(n - 1, 0)) * geometric_sum(ratio, n)
 
 
-def _floats(*values: ArrayLike) -> list[Array]:
-    dtype = jnp.result_type(float, *(jnp.asarray(v) for v in values))
-    return [jnp.asarray(v).astype(dtype) for v in values]
+def as_floats(*values: ArrayLike) -> list[Array]:
+    """Arrays of one floating type, that of the arrays among them; numbers follow.
+
+    >>> [x.dtype.name for x in as_floats(0.5, jnp.float16(1), 2)]
+    ['float16', 'float16', 'float16']
+    """
+    given = [v if isinstance(v, int | float) else jnp.asarray(v) for v in values]
+    dtype = jnp.result_type(float, *given)
+    return [jnp.asarray(v).astype(dtype) for v in given]

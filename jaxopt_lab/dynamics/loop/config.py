@@ -55,6 +55,7 @@ class LoopConfig:
     """Estimate of f_t(0)."""
 
     def __post_init__(self) -> None:
+        """Raises ValueError on a field that no loop can have."""
         for name, allowed in (
             ("setup", Setup), ("rule", Rule), ("record_on", RecordOn), ("density", Density),
             ("keep", Literal["statistics", "residuals"]),
@@ -70,7 +71,9 @@ class LoopConfig:
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; wanted a share between 0 and 1")
         if not self.window > 0:
-            raise ValueError(f"window is {self.window}; wanted a share or a number of items above 0")
+            raise ValueError(
+                f"window is {self.window}; wanted a share or a number of items above 0"
+            )
         if any(kappa < 0 for kappa in self.kappas):
             raise ValueError(f"kappas are {self.kappas}; wanted half-widths of at least 0")
 
@@ -89,7 +92,9 @@ class LoopConfig:
         """Steps of a loop over so many items."""
         if self.steps is not None:
             return self.steps
-        return SAMPLING_STEPS if self.setup == "sampling" else num_items - self.num_active(num_items)
+        return (
+            SAMPLING_STEPS if self.setup == "sampling" else num_items - self.num_active(num_items)
+        )
 
     def num_rounds(self, num_items: int) -> int:
         """Refits but for the first; the last round may have fewer steps."""

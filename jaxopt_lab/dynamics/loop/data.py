@@ -40,11 +40,11 @@ def linear_data(
     Source: A. Veprikov, A. Afanasiev, A. Khritankov, "A Mathematical Model of the Hidden Feedback
     Loop Effect in Machine Learning Systems", arXiv 2405.02726.
     """
-    features_key, weights_key, noise_key = jax.random.split(key, 3)
-    features = jax.random.normal(features_key, (num_items, num_features))
+    normals_key, weights_key = jax.random.split(key)
+    # A generator with a short last axis takes seconds to compile.
+    normals = jax.random.normal(normals_key, (num_features + 1, num_items))
     weights = 100.0 * jax.random.uniform(weights_key, (num_features,))
-    targets = features @ weights + noise * jax.random.normal(noise_key, (num_items,))
-    return Data(features, targets)
+    return Data(normals[:-1].T, weights @ normals[:-1] + noise * normals[-1])
 
 
 def friedman_data(
@@ -77,10 +77,9 @@ def friedman_data(
     if num_features < 5:
         raise ValueError(f"num_features is {num_features}; Friedman's function needs at least 5")
     features_key, noise_key = jax.random.split(key)
-    features = jax.random.uniform(features_key, (num_items, num_features))
-    x = features.T
+    x = jax.random.uniform(features_key, (num_features, num_items))
     clean = 10 * jnp.sin(math.pi * x[0] * x[1]) + 20 * (x[2] - 0.5) ** 2 + 10 * x[3] + 5 * x[4]
-    return Data(features, clean + noise * jax.random.normal(noise_key, (num_items,)))
+    return Data(x.T, clean + noise * jax.random.normal(noise_key, (num_items,)))
 
 
 DATA = {"linear": linear_data, "friedman": friedman_data}

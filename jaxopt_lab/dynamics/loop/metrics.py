@@ -1,5 +1,6 @@
 """Statistics of the residuals in a repeated-learning loop."""
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -150,7 +151,7 @@ def _skewness_score(skewness: Array, n: int) -> Array:
     )
     squared = (2 * (kurtosis - 1)) ** 0.5 - 1
     alpha = (2 / (squared - 1)) ** 0.5
-    return jnp.arcsinh(scaled / alpha) / (0.5 * jnp.log(jnp.asarray(squared, skewness.dtype))) ** 0.5
+    return jnp.arcsinh(scaled / alpha) / (0.5 * math.log(squared)) ** 0.5
 
 
 def _kurtosis_score(kurtosis: Array, n: int) -> Array:
@@ -167,7 +168,7 @@ def _kurtosis_score(kurtosis: Array, n: int) -> Array:
 def log_moment_sum(
     residuals: Float[Array, " n"], *, highest: int = SUMMED_MOMENTS
 ) -> Float[Array, ""]:
-    """ln Σ_{k=1}^{highest} |ν_k|, where a single term may exceed the floating range.
+    """Logarithm of Σ_{k=1}^{highest} |ν_k|, where a single term may exceed the floating range.
 
     With M = max|e|, ν_k = M^k mean((e/M)^k): the powers underflow at worst, and the terms are added
     as logarithms. All residuals zero: −∞.

@@ -77,7 +77,7 @@ def play_round(
     """
     params = _refit(config, learner, active, draws)
     residuals = active.targets - learner.predict(params, active.rows.T)
-    scale = held_out_scale(config, residuals, draws.held_out)
+    scale = _held_out_scale(config, residuals, draws.held_out)
     spread = adherence * scale if config.rule == "mae" else jnp.sqrt(adherence) * scale
     adopted = (draws.uniforms < usage) & draws.valid
     step = _window_steps if config.setup == "window" else _sampling_steps
@@ -96,8 +96,8 @@ def _refit(config: LoopConfig, learner: Learner, active: ActiveSet, draws: Draws
     return learner.fit(draws.key, active.rows[:, seen].T, active.targets[seen])
 
 
-def held_out_scale(config: LoopConfig, residuals: Array, held_out: Array) -> Array:
-    """m of the rule, from the residuals of all slots."""
+def _held_out_scale(config: LoopConfig, residuals: Array, held_out: Array) -> Array:
+    """The m of the rule, from the residuals of all slots."""
     size = config.num_held_out(residuals.shape[0])
     if config.rule == "mae":
         return jnp.sum(jnp.where(held_out, jnp.abs(residuals), 0)) / size
@@ -125,7 +125,7 @@ def _sampling_steps(data, active, first_slot, draws, adopted, predict) -> tuple[
     erased = jnp.any(same & later & adopted, axis=1)
     slots = jnp.where(adopted & ~erased, draws.items, size)
     # The label a step leaves: that of the last adopted draw of its item up to itself, if any.
-    up_to_here = same & ~later.T & adopted
+    up_to_here = same & ~later & adopted
     source = jnp.max(jnp.where(up_to_here, jnp.arange(count), -1), axis=1)
     labels = jnp.where(source >= 0, offered[source], active.targets[draws.items])
     return active._replace(targets=active.targets.at[slots].set(offered, mode="drop")), labels

@@ -26,7 +26,10 @@ MakeData = Callable[..., Data | tuple[Array, Array]]
 
 
 class LoopRecord(NamedTuple):
-    """A run at its recorded refits, all but `step` with the axes of the runs in front."""
+    """A run at its recorded refits, as NumPy arrays in float64.
+
+    All but `step` have the axes of the runs in front.
+    """
 
     step: Int[np.ndarray, " records"]
     """Steps taken before the refit; 0 is the first fit."""
@@ -93,7 +96,9 @@ def run(
     with jax.enable_x64(True):
         given = _checked(data, chosen)
         check_rates(usage, adherence)
-        record = _run_one(chosen, learner, key, given, jnp.float64(usage), jnp.float64(adherence))
+        record = jax.device_get(
+            _run_one(chosen, learner, key, given, jnp.float64(usage), jnp.float64(adherence))
+        )
     return record._replace(step=chosen.recorded_steps(given.targets.shape[0]))
 
 
@@ -148,6 +153,7 @@ def run_many(
         lanes = (keys[lane % shape[-1]], *flat)
         make, arrays = (data, None) if callable(data) else (None, data)
         record = _run_lanes(chosen, learner, make, batch_size, sharding, arrays, lanes)
+        record = jax.device_get(record)
         record = jax.tree.map(lambda x: x[:count].reshape(*shape, *x.shape[1:]), record)
     return record._replace(step=chosen.recorded_steps(items))
 
@@ -177,16 +183,16 @@ class Replay(NamedTuple):
     params: Any
     """Of the learner, with a leading axis of refits."""
 
-    scale: Float[Array, " refits"]
+    scale: Float[np.ndarray, " refits"]
     """m."""
 
-    residuals: Float[Array, "refits held_out"]
+    residuals: Float[np.ndarray, "refits held_out"]
     """In the order of the split."""
 
-    active_targets: Float[Array, "refits active"]
+    active_targets: Float[np.ndarray, "refits active"]
     """Labels just before the refit, oldest item first."""
 
-    labels: Float[Array, " steps"]
+    labels: Float[np.ndarray, " steps"]
     """Given or left by each step."""
 
 
@@ -231,16 +237,16 @@ def replay(
         np.put_along_axis(held_out, slots[:, :count], True, axis=1)
         pad = (0, (rounds + 1) * every - steps)
         per_round = [np.pad(x, pad).reshape(rounds + 1, every) for x in (items, u, z)]
-        played, targets = _replay(
+        played, targets = jax.device_get(_replay(
             chosen, learner, given, jnp.float64(usage), jnp.float64(adherence),
             jnp.asarray(active), jnp.asarray(held_out), *map(jnp.asarray, per_round),
-        )  # fmt: skip
+        ))  # fmt: skip
         order = (np.arange(size) + np.broadcast_to(first, rounds + 1)[:, None]) % size
         return Replay(
             params=played.params,
             scale=played.scale,
-            residuals=jnp.take_along_axis(played.residuals, slots[:, :count], axis=1),
-            active_targets=jnp.take_along_axis(targets, order, axis=1),
+            residuals=np.take_along_axis(played.residuals, slots[:, :count], axis=1),
+            active_targets=np.take_along_axis(targets, order, axis=1),
             labels=played.labels.ravel()[:steps],
         )
 
@@ -291,17 +297,19 @@ def _run_one(
 
 
 def _draw(config: LoopConfig, key: PRNGKeyArray, number: Array, size: int, num_items: int) -> Draws:
-    split_key, item_key, user_key, label_key, fit_key = jax.random.split(key, 5)
+    split_key, user_key, label_key, fit_key = jax.random.split(key, 4)
     count = config.refit_every
     at = number * count + jnp.arange(count)
+    # One call for both, and a single axis, for the time of compilation.
+    uniforms, places = jax.random.uniform(user_key, (2 * count,), jnp.float64).reshape(2, count)
     if config.setup == "window":
         items = jnp.minimum(size + at, num_items - 1)
     else:
-        items = jax.random.randint(item_key, (count,), 0, size)
+        items = (places * size).astype(jnp.int32)
     return Draws(
         held_out=uniform_subset(split_key, size, config.num_held_out(size)),
         items=items,
-        uniforms=jax.random.uniform(user_key, (count,), jnp.float64),
+        uniforms=uniforms,
         normals=jax.random.normal(label_key, (count,), jnp.float64),
         valid=at < config.num_steps(num_items),
         key=fit_key,
