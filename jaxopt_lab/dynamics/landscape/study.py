@@ -25,6 +25,7 @@ from jaxopt_lab.dynamics.landscape.study_config import SgdConfig
 from jaxopt_lab.dynamics.landscape.study_findings import Findings
 from jaxopt_lab.dynamics.landscape.study_network import network_findings
 from jaxopt_lab.dynamics.landscape.study_quadratic import quadratic_findings
+from jaxopt_lab.dynamics.landscape.systems import System
 from jaxopt_lab.report import landscape_figures
 
 _PREDICTOR_LABELS = {"P2": "after finitely many steps (P2)", "P1": "stationary proxy (P1)"}
@@ -53,6 +54,8 @@ def run_study(
     Args:
       config: What to study.
       on_progress: Called with a line of text before each stage.
+      system: A network of one's own; `config.system` then only names defaults and the title, and
+        must not be "quadratic".
 
     Raises:
       ValueError: A setting that cannot work, missing data, or a reference run that diverges.
@@ -60,9 +63,13 @@ def run_study(
     config = config.resolved()
     assert config.out is not None and config.learning_rate is not None  # resolved
     start = time.monotonic()
-    measure = quadratic_findings if config.system == "quadratic" else network_findings
+    if system is not None and config.system == "quadratic":
+        raise ValueError("system: a network is given, expected config.system to be a network's")
     with jax.enable_x64(True):
-        findings = measure(config, on_progress)
+        if config.system == "quadratic":
+            findings = quadratic_findings(config, on_progress)
+        else:
+            findings = network_findings(config, on_progress, system)
         on_progress("figures")
         directory = Path(config.out)
         directory.mkdir(parents=True, exist_ok=True)

@@ -43,18 +43,21 @@ def build_system(config: SgdConfig) -> System:
     return systems.cnn(*digits, pooled=_CNN_PIXELS)
 
 
-def network_findings(config: SgdConfig, say: Callable[[str], None]) -> Findings:
+def network_findings(
+    config: SgdConfig, say: Callable[[str], None], system: System | None = None
+) -> Findings:
     """Measures and predicts; call it with float64 enabled.
 
     Args:
       config: The study, resolved.
       say: Called with a line of text before each stage.
+      system: Instead of the one that `config.system` names.
 
     Raises:
       ValueError: The data are missing or the reference run diverges.
     """
     assert config.learning_rate and config.steps and config.replicas and config.batch_size
-    system = build_system(config)
+    system = build_system(config) if system is None else system
     keys = jax.random.split(jax.random.key(config.seed), 4)
     say(f"{system.name}: {system.parameters:,} parameters, {system.samples:,} samples; reference")
     point = _reference(keys[0], system, config)
