@@ -43,7 +43,10 @@ class SgdStudy(NamedTuple):
 
 
 def run_study(
-    config: SgdConfig, on_progress: Callable[[str], None] = lambda text: None
+    config: SgdConfig,
+    on_progress: Callable[[str], None] = lambda text: None,
+    *,
+    system: System | None = None,
 ) -> SgdStudy:
     """Reference point, Hessian, eigenbasis, noise, ensemble, comparison; writes a directory.
 
