@@ -24,6 +24,23 @@ from jaxopt_lab.dynamics.landscape.closed_forms import (
     stationary_variance,
     variance_at,
 )
+from jaxopt_lab.dynamics.landscape.comparison import (
+    Comparison,
+    Summary,
+    compare,
+    flat_growth,
+    late_slope,
+    summarise,
+    summary_table,
+)
+from jaxopt_lab.dynamics.landscape.curvature import (
+    Eigenbasis,
+    eigenbasis,
+    flattest,
+    mean_hessian,
+    mini_batch_hessians,
+    sharpest,
+)
 from jaxopt_lab.dynamics.landscape.digits import Digits, read_digits
 from jaxopt_lab.dynamics.landscape.ensemble import Ensemble, run_ensemble
 from jaxopt_lab.dynamics.landscape.fokker_planck import (
@@ -39,6 +56,7 @@ from jaxopt_lab.dynamics.landscape.independent import (
     coupled_variances,
     direction_moments,
 )
+from jaxopt_lab.dynamics.landscape.lanczos import FlatProxies, Lanczos, flat_proxies, lanczos
 from jaxopt_lab.dynamics.landscape.langevin import (
     LangevinKind,
     corrected_gradient,
@@ -46,6 +64,8 @@ from jaxopt_lab.dynamics.landscape.langevin import (
     flow,
     simulate_langevin,
 )
+from jaxopt_lab.dynamics.landscape.noise import NoiseStatistics, noise_statistics
+from jaxopt_lab.dynamics.landscape.predictors import finite_time_variance, stationary_proxy
 from jaxopt_lab.dynamics.landscape.quadratics import (
     FiniteSum,
     Moments,
@@ -87,17 +107,23 @@ from jaxopt_lab.dynamics.landscape.text import ALPHABET, read_text
 __all__ = [
     "ALPHABET",
     "REGIMES",
+    "Comparison",
     "Digits",
     "DirectionMoments",
+    "Eigenbasis",
     "Ensemble",
     "FiniteSum",
+    "FlatProxies",
     "IncrementTraces",
+    "Lanczos",
     "LangevinKind",
     "Moments",
+    "NoiseStatistics",
     "PhaseTable",
     "ReferencePoint",
     "RoughComparison",
     "Sampling",
+    "Summary",
     "System",
     "WeakStep",
     "adaptive_average_pool",
@@ -105,6 +131,7 @@ __all__ = [
     "batch_factor",
     "batch_indices",
     "cnn",
+    "compare",
     "compare_rough",
     "corrected_gradient",
     "coupled_covariance",
@@ -114,17 +141,27 @@ __all__ = [
     "diffusion_coefficient",
     "direction_moments",
     "drift_spreading",
+    "eigenbasis",
     "finite_sum",
+    "finite_time_variance",
+    "flat_growth",
+    "flat_proxies",
+    "flattest",
     "flow",
     "geometric_sum",
     "growth_excess",
     "in_mismatch_region",
     "increment_traces",
     "is_stable",
+    "lanczos",
+    "late_slope",
     "mean_at",
+    "mean_hessian",
+    "mini_batch_hessians",
     "mlp",
     "moments",
     "nano_gpt",
+    "noise_statistics",
     "phase_table",
     "powers_less_one",
     "proportional_noise_variance",
@@ -141,11 +178,15 @@ __all__ = [
     "sample_ensemble",
     "second_moment_radius",
     "sgd_step",
+    "sharpest",
     "simulate",
     "simulate_langevin",
     "simulate_rough",
     "stability_bound",
+    "stationary_proxy",
     "stationary_variance",
+    "summarise",
+    "summary_table",
     "variance_at",
     "weak_step",
 ]
