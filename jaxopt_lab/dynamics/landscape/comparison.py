@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import ArrayLike, Float, Int
+from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxopt_lab.dynamics.landscape.curvature import flattest
 from jaxopt_lab.dynamics.landscape.ensemble import Ensemble
@@ -13,6 +13,12 @@ from jaxopt_lab.dynamics.landscape.noise import NoiseStatistics
 from jaxopt_lab.dynamics.landscape.predictors import finite_time_variance, stationary_proxy
 from jaxopt_lab.dynamics.landscape.regimes import REGIMES, regime_codes
 from jaxopt_lab.report.tables import format_table
+
+
+# Of the largest d. A softmax does not see a shift of all logits, so a network that ends in one has
+# directions without noise or curvature; float64 leaves about 1e-24 there, and two lists of roundings
+# would only feign a correlation over many decades.
+_NOISE_FLOOR = 1e-12
 
 
 class Comparison(NamedTuple):
@@ -40,6 +46,7 @@ class Summary(NamedTuple):
     finite_time: Float[np.ndarray, "k"]  # P2
     stationary: Float[np.ndarray, "k"]  # P1
     regimes: Int[np.ndarray, "k"]  # index into `REGIMES`
+    noisy: Bool[np.ndarray, "k"]  # whether d is more than rounding; only these are compared
     flat_growth: Float[np.ndarray, "flat"]  # of the flattest directions
     comparisons: Mapping[str, Comparison]  # by predictor and set of directions
 
@@ -113,6 +120,8 @@ def summarise(
 ) -> Summary:
     """Compares the last record of an ensemble with both predictors.
 
+    Directions whose d is below 1e-12 of the largest have none but rounding and are not compared.
+
     Args:
       ensemble: Projected on eigendirections.
       eigenvalues: Their curvatures λ.
@@ -151,8 +160,10 @@ def summarise(
                 steps, learning_rate=learning_rate, curvature=eigenvalues, curvature_variance=gamma
             )
         )
-    half = len(eigenvalues) // 2
+    noisy = d > _NOISE_FLOOR * np.max(d)
     order = flattest(eigenvalues, len(eigenvalues))
+    order = order[noisy[order]]
+    half = len(order) // 2
     sets = {"all": order, "sharp": order[-min(sharp, half) :], "flat": order[: min(flat, half)]}
     comparisons = {
         f"{name}, {which}": compare(measured[chosen], predicted[chosen])
@@ -163,8 +174,8 @@ def summarise(
         measured[sets["flat"]], d[sets["flat"]], learning_rate=learning_rate, steps=steps
     )
     return Summary(
-        steps, learning_rate, eigenvalues, d, measured, finite_time, stationary, regimes, growth,
-        comparisons,
+        steps, learning_rate, eigenvalues, d, measured, finite_time, stationary, regimes, noisy,
+        growth, comparisons,
     )  # fmt: skip
 
 
@@ -178,8 +189,10 @@ def summary_table(summary: Summary, *, markdown: bool = False) -> str:
     counts = np.bincount(summary.regimes, minlength=len(REGIMES))
     listed = ", ".join(f"{count} {name}" for name, count in zip(REGIMES, counts, strict=True))
     table = format_table(headers, rows, markdown=markdown)
+    silent = int(np.sum(~summary.noisy))
     return (
-        f"{table}\n\nη = {summary.learning_rate:g}, {summary.steps} steps: {listed}; "
+        f"{table}\n\n{silent} directions without noise are left out. "
+        f"η = {summary.learning_rate:g}, {summary.steps} steps: {listed}; "
         f"flat directions Π/(η²dn) = {np.nanmedian(summary.flat_growth):.3f} (median)"
     )
 
