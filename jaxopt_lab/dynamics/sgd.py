@@ -13,6 +13,7 @@ from jaxopt_lab.dynamics.landscape.batches import Sampling, batch_indices
 from jaxopt_lab.dynamics.landscape.closed_forms import (
     diffusion_coefficient,
     drift_spreading,
+    gaussian_lyapunov,
     geometric_sum,
     growth_excess,
     in_mismatch_region,
@@ -148,6 +149,7 @@ __all__ = [
     "flat_proxies",
     "flattest",
     "flow",
+    "gaussian_lyapunov",
     "geometric_sum",
     "growth_excess",
     "in_mismatch_region",

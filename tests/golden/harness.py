@@ -14,6 +14,7 @@ import numpy as np
 FAMILIES = {
     "adaptive_warmup": "tests.golden.adaptive_warmup",
     "dykaf": "tests.golden.dykaf",
+    "dynamics": "tests.golden.dynamics",
     "lion_muon": "tests.golden.lion_muon",
     "shampoo": "tests.golden.shampoo",
     "soap": "tests.golden.soap",

@@ -16,6 +16,7 @@ arXiv 2605.22644.
 """
 
 import jax.numpy as jnp
+from jax.scipy.special import ndtri
 from jaxtyping import Array, ArrayLike
 
 
@@ -54,10 +55,7 @@ def powers_less_one(excess: ArrayLike, steps: ArrayLike) -> Array:
     """
     excess, n = _floats(excess, steps)
     alternates = excess < -1
-    # log1p(-1) times no steps would be nan.
-    smooth = jnp.where(n == 0, 0.0, jnp.expm1(n * jnp.log1p(jnp.where(alternates, 0.0, excess))))
-    size = jnp.exp(n * jnp.log1p(jnp.where(alternates, -excess - 2, 0.0)))
-    return jnp.where(alternates, jnp.where(n % 2, -size, size) - 1, smooth)
+    return jnp.where(alternates, _power(excess, n) - 1, jnp.expm1(_exponent(excess, n)))
 
 
 def geometric_sum(excess: ArrayLike, steps: ArrayLike) -> Array:
@@ -101,7 +99,7 @@ def mean_at(
     """
     n, eta, lam, drift, mean = _floats(steps, learning_rate, curvature, drift, mean)
     excess = -eta * lam
-    return (1 + powers_less_one(excess, n)) * mean - eta * drift * geometric_sum(excess, n)
+    return _power(excess, n) * mean - eta * drift * geometric_sum(excess, n)
 
 
 def variance_at(
@@ -140,8 +138,7 @@ def variance_at(
         steps, learning_rate, curvature, gradient_variance, curvature_variance, mean, variance
     )
     excess = growth_excess(eta, lam, gamma, truncated=truncated)
-    growth = 1 + powers_less_one(excess, n)
-    own = growth * variance + eta**2 * d * geometric_sum(excess, n)
+    own = _power(excess, n) * variance + eta**2 * d * geometric_sum(excess, n)
     return own + eta**2 * gamma * mean**2 * _mixed_sum(excess, growth_excess(eta, lam), n)
 
 
@@ -228,6 +225,33 @@ def in_mismatch_region(
     return (growth_excess(learning_rate, curvature, curvature_variance) > 0) & (truncated < 0)
 
 
+def gaussian_lyapunov(
+    learning_rate: ArrayLike,
+    curvature: ArrayLike,
+    curvature_variance: ArrayLike = 0.0,
+    *,
+    num_points: int = 4096,
+) -> Array:
+    r"""$\mathrm E \log |1 - \eta h|$ for normal $h$ of mean $\lambda$ and variance $\Gamma$.
+
+    The growth rate of a typical path. It can be negative while $\rho > 1$: then most paths look
+    tame, few rare ones carry the variance, and that of a sample falls short of the true one.
+
+    >>> round(float(gaussian_lyapunov(0.6, 1.0, 2.4)), 2)
+    -0.61
+
+    Args:
+      learning_rate: $\eta$.
+      curvature: $\lambda$.
+      curvature_variance: $\Gamma$.
+      num_points: Quantiles of $h$ to average over; the error is about the inverse of it.
+    """
+    eta, lam, gamma = _floats(learning_rate, curvature, curvature_variance)
+    levels = (jnp.arange(num_points, dtype=eta.dtype) + 0.5) / num_points
+    h = lam[..., None] + jnp.sqrt(gamma)[..., None] * ndtri(levels)
+    return jnp.mean(jnp.log(jnp.abs(1 - eta[..., None] * h)), -1)
+
+
 def diffusion_coefficient(learning_rate: ArrayLike, gradient_variance: ArrayLike) -> Array:
     r"""$\mathcal D = \eta d / 2$: flat directions spread as $2 \mathcal D t$, $t = \eta n$.
 
@@ -289,6 +313,19 @@ def proportional_noise_variance(
     return -eta * ratio / 2 * powers_less_one(growth_excess(eta, lam), n)
 
 
+def _exponent(excess: Array, n: Array) -> Array:
+    r"""$n \log |\rho|$."""
+    log = jnp.log1p(jnp.where(excess < -1, -excess - 2, excess))
+    # The logarithm of 0 times no steps would be nan.
+    return jnp.where(n == 0, 0.0, n * log)
+
+
+def _power(excess: Array, n: Array) -> Array:
+    r"""$\rho^n$, for any sign of $\rho$."""
+    size = jnp.exp(_exponent(excess, n))
+    return jnp.where((excess < -1) & (n % 2 == 1), -size, size)
+
+
 def _mixed_sum(first: Array, second: Array, n: Array) -> Array:
     r"""$\sum_{k<n} a^{n-1-k} b^k = (a^n - b^n) / (a - b)$ from the excesses $a - 1$, $b - 1$."""
     first_leads = jnp.abs(1 + first) >= jnp.abs(1 + second)
@@ -296,7 +333,7 @@ def _mixed_sum(first: Array, second: Array, n: Array) -> Array:
     lead, other = jnp.where(first_leads, first, second), jnp.where(first_leads, second, first)
     base = 1 + lead
     ratio = jnp.where(base == 0, -1.0, (other - lead) / jnp.where(base == 0, 1.0, base))
-    return (1 + powers_less_one(lead, jnp.maximum(n - 1, 0))) * geometric_sum(ratio, n)
+    return _power(lead, jnp.maximum(n - 1, 0)) * geometric_sum(ratio, n)
 
 
 def _floats(*values: ArrayLike) -> list[Array]:
