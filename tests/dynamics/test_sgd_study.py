@@ -104,10 +104,10 @@ def linear_loss(params, batch):
 
 def test_a_system_of_ones_own(tmp_path):
     random = np.random.default_rng(1)
-    x = random.normal(size=(40, 5)) * [3.0, 1.0, 0.3, 0.1, 0.0]
+    x = random.normal(size=(40, 15)) * np.append(np.geomspace(2.0, 0.02, 14), 0.0)
     data = {"x": x, "y": x.sum(1) + random.normal(size=40)}
     system = System(
-        "least squares", linear_loss, lambda key: {"w": jnp.zeros(5), "b": jnp.zeros(())}, data
+        "least squares", linear_loss, lambda key: {"w": jnp.zeros(15), "b": jnp.zeros(())}, data
     )
     settings = {"reference_rate": 0.1, "reference_sgd_steps": 100, "reference_gd_steps": 400}
     config = SgdConfig(
@@ -118,7 +118,7 @@ def test_a_system_of_ones_own(tmp_path):
     # A feature that is always zero: no curvature and no noise, so nothing to spread.
     assert study.findings.summary["directions_without_noise"] == 1
     found = study.findings.summary["comparisons"]["P2, all"]
-    assert found["directions"] == 5 and found["log_correlation"] > 0.99
+    assert found["directions"] == 15 and found["log_correlation"] > 0.99
     with pytest.raises(ValueError, match="system: a network is given"):
         run_study(SgdConfig(out=str(tmp_path)), system=system)
 
