@@ -63,6 +63,7 @@ def jobs() -> dict[str, Any]:
     for setup in ("window", "sampling"):
         for rule in ("mae", "var"):
             result[f"critical-{setup}-{rule}"] = functools.partial(critical, setup, rule)
+            result[f"control-{setup}-{rule}"] = functools.partial(control, setup, rule)
     for setup in ("window", "sampling"):
         for noise in NOISES:
             result[f"surface-{setup}-noise{noise:g}"] = functools.partial(surface, setup, noise)
@@ -160,6 +161,17 @@ def critical(setup: str, rule: str) -> dict[str, Any]:
         "theory": np.log(np.asarray(theory))[at_end].mean(0),
         "steps": steps,
     }
+
+
+def control(setup: str, rule: str) -> dict[str, Any]:
+    """The seeds of `critical` without adoption: ln(scale) at the start and at the end."""
+    config = rl.LoopConfig(setup=setup, rule=rule, steps=CRITICAL_STEPS[setup], record_every=2)
+    keys = jax.random.split(jax.random.key(2), CRITICAL_SEEDS)
+    record = rl.run_many(
+        keys, rl.linear_data, rl.LEARNERS["ridge0"], usage=0.0, adherence=0.0, config=config
+    )
+    scale = np.log(np.asarray(record.scale))
+    return {"setup": setup, "rule": rule, "start": scale[:, 0], "end": scale[:, -END:].mean(-1)}
 
 
 def rounded(value: Any) -> Any:

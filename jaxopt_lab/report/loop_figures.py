@@ -104,6 +104,7 @@ def surface_figure(
     *,
     critical: Mapping[str, float],
     title: str | None = None,
+    columns: int = 2,
 ) -> Path:
     """Heat maps of the deviation at the end over usage and adherence, with the critical line.
 
@@ -115,12 +116,15 @@ def surface_figure(
       out_path: File to write.
       critical: For each title the adherence at which theory sees no change.
       title: Text above the figure.
+      columns: Panels side by side.
 
     Returns:
       The path written.
     """
-    figure, panels = _figure(1, len(surfaces), (4.9 * len(surfaces), 4.4))
-    for axes, (name, (usage, adherence, ratio)) in zip(panels.flat, surfaces.items(), strict=True):
+    columns = min(columns, len(surfaces))
+    rows = -(-len(surfaces) // columns)
+    figure, panels = _figure(rows, columns, (5.2 * columns, 4.2 * rows))
+    for axes, (name, (usage, adherence, ratio)) in zip(panels.flat, surfaces.items(), strict=False):
         logarithm = np.log(ratio)
         largest = float(np.max(np.abs(logarithm)))
         image = axes.pcolormesh(
@@ -162,13 +166,18 @@ class CriticalLaw:
 
 
 def critical_law_figure(
-    laws: Sequence[CriticalLaw], out_path: str | os.PathLike[str], *, columns: int = 2
+    laws: Sequence[CriticalLaw],
+    out_path: str | os.PathLike[str],
+    *,
+    y_label: str = "ln(scale at the end / start)",
+    columns: int = 2,
 ) -> Path:
     """Measured growth against adherence with theory: the sign changes at s*, whatever the usage.
 
     Args:
       laws: One panel each.
       out_path: File to write.
+      y_label: What the growth is.
       columns: Panels side by side.
 
     Returns:
@@ -184,10 +193,13 @@ def critical_law_figure(
                 law.adherence, mean, yerr=[mean - low, high - mean], fmt="o", markersize=3.5,
                 linewidth=1, color=color, label=f"p = {name}",
             )  # fmt: skip
-            axes.plot(law.adherence, law.theory[name], color=color, linewidth=1, linestyle="--")
+            axes.plot(
+                law.adherence, law.theory[name], color=color, linewidth=1, linestyle="--",
+                label=f"mean field, p = {name}",
+            )  # fmt: skip
         axes.axhline(0.0, color="0.6", linewidth=0.8)
         axes.axvline(law.critical, label=f"s* = {law.critical:.4f}", **_THEORY)
-        axes.set(xlabel="adherence s", ylabel="ln(scale at the end / start)")
+        axes.set(xlabel="adherence s", ylabel=y_label)
         axes.set_title(law.title, fontsize=10)
         axes.legend(frameon=False, fontsize=8)
     return _save(figure, out_path)
