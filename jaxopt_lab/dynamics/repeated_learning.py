@@ -25,14 +25,8 @@ from jaxopt_lab.dynamics.loop.metrics import (
     normality,
     statistics,
 )
-from jaxopt_lab.dynamics.loop.run import (
-    LoopRecord,
-    RecordedDraws,
-    Replay,
-    replay,
-    run,
-    run_many,
-)
+from jaxopt_lab.dynamics.loop.replay import RecordedDraws, Replay, replay
+from jaxopt_lab.dynamics.loop.run import LoopRecord, run, run_many
 
 __all__ = [
     "LEARNERS",

@@ -44,7 +44,11 @@ def test_every_key_has_data_of_its_own():
 @pytest.mark.parametrize(
     ("x", "y", "message"),
     [
-        (np.ones((3, 2)), np.arange(4.0), r"features of shape \(3, 2\) and targets of shape \(4,\)"),
+        (
+            np.ones((3, 2)),
+            np.arange(4.0),
+            r"features of shape \(3, 2\) and targets of shape \(4,\)",
+        ),
         (np.ones(3), np.arange(3.0), r"wanted \(items, features\)"),
         (np.array([[1.0], [2.0], [np.nan]]), np.arange(3.0), r"features: row 2 .* holds nan"),
         (np.ones((3, 1)), np.array([0.0, np.inf, 1.0]), r"targets: row 1 .* holds inf"),

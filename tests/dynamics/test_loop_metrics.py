@@ -46,7 +46,9 @@ def test_kernel_density(residuals):
 
 def test_normality_is_the_omnibus_test(residuals):
     got = evaluate(metrics.normality, residuals)
-    np.testing.assert_allclose(got, scipy.stats.normaltest(residuals).pvalue, rtol=1e-9, atol=1e-300)
+    np.testing.assert_allclose(
+        got, scipy.stats.normaltest(residuals).pvalue, rtol=1e-9, atol=1e-300
+    )
 
 
 def test_no_skewness_has_no_score():

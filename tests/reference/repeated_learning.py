@@ -49,8 +49,9 @@ def sgd(x, y, orders, *, learning_rate, tolerance, patience):
     """(weights and intercept, epochs) of per-item steps on features that are scaled already."""
     rows = np.column_stack([x, np.ones(len(x))])
     weights, best, stalled, count = np.zeros(rows.shape[1]), np.inf, 0, 0
-    for epoch, order in enumerate(orders, 1):
-        loss = 0.0
+    epochs = 0
+    for order in orders:
+        loss, epochs = 0.0, epochs + 1
         for i in order:
             count += 1
             error = y[i] - rows[i] @ weights
@@ -61,4 +62,4 @@ def sgd(x, y, orders, *, learning_rate, tolerance, patience):
         best = min(best, loss)
         if stalled >= patience:
             break
-    return weights, epoch
+    return weights, epochs

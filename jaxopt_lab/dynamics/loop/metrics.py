@@ -88,7 +88,7 @@ def density_at_zero(
     Raises:
       ValueError: Unknown method.
 
-    >>> float(density_at_zero(jnp.linspace(-1.0, 1.0, 5), bins=2))
+    >>> round(float(density_at_zero(jnp.linspace(-1.0, 1.0, 5), bins=2)), 3)
     0.6
     """
     if method not in get_args(Density):
