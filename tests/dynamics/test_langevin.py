@@ -153,22 +153,20 @@ def test_rough_noise_has_its_variance():
     assert (jnp.abs(draws.mean(0)) < 4 * draws.std(0) / np.sqrt(len(draws))).all()
 
 
-def test_rough_landscape_is_that_of_the_published_run():
-    # Experiment 44: final variance .01563 for SGD against .0146 for the Langevin equations.
+def test_rough_landscape():
+    # Experiment 44 reports final variances of .0156 (SGD) and .0146 (both equations) over 10 000
+    # runs. The tail that has not left the barrier is heavy: their standard error is .0006.
     result = sgd.compare_rough(jax.random.key(0), replicas=2000, substeps=8)
     assert result.mean.shape == (3, 51) and result.mean.dtype == np.float64
     np.testing.assert_allclose(result.mean[:, 0], result.mean[0, 0])
-    error = 0.0156 * np.sqrt(2 / 2000)
-    assert abs(float(result.variance[0, -1]) - 0.01563) < 4 * error
-    assert abs(float(result.variance[1, -1]) - 0.0146) < 4 * error
-    assert (result.mean_errors < 0.012).all()
-
-
-@pytest.mark.slow
-def test_the_corrected_drift_follows_the_rough_mean_more_closely():
-    result = sgd.compare_rough(jax.random.key(0), replicas=400_000, substeps=32)
-    standard, corrected = map(float, result.mean_errors)
-    assert corrected < 0.8 * standard
+    error = 0.0006 * np.sqrt(1 + 10_000 / 2000)
+    np.testing.assert_allclose(result.variance[:, -1], [0.0156, 0.0146, 0.0146], atol=3 * error)
+    np.testing.assert_allclose(result.mean[:, -1], -0.439, atol=3 * np.sqrt(0.0156 / 2000))
+    # From the same noise: the corrected drift leaves the barrier later, as finite steps do.
+    assert 5e-4 < result.mean[2, -1] - result.mean[1, -1] < 2e-3
+    np.testing.assert_allclose(
+        result.mean_errors[0], jnp.abs(result.mean[1] - result.mean[0]).mean(), rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,9 @@ def coupled_covariance(
     mean: Float[Array, "D"] | None = None,
     covariance: Float[Array, "D D"] | None = None,
 ) -> Moments:
-    r"""`coupled_variances` with the entries off the diagonal, for $i \ne j$
+    r"""`coupled_variances` with the entries off the diagonal.
+
+    For $i \ne j$ they obey
 
     .. math::
       \Pi_{ij}' = (1 - \eta \lambda_i)(1 - \eta \lambda_j) \Pi_{ij}
@@ -151,7 +153,7 @@ def coupled_covariance(
 
     Raises:
       ValueError: `curvature_variance` is not a matrix over the directions.
-    """  # noqa: D205, D400, D415
+    """
     curvature, gamma = _checked(curvature, curvature_variance)
     zeros = jnp.zeros_like(curvature)
     start = Moments(

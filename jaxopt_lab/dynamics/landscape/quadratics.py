@@ -140,11 +140,11 @@ def second_moment_radius(
     batch_size: int = 1,
     replace: bool = True,
 ) -> Array:
-    r"""Growth of the second moment per step, the spectral radius of
-    $A \otimes A + \eta^2 f \, \mathrm E_k[\tilde H_k \otimes \tilde H_k]$.
+    r"""Growth of the second moment per step, as a spectral radius.
 
-    The covariance converges if it is below 1. A null direction of the mean Hessian with any
-    curvature noise makes it exceed 1 by a little.
+    It is that of $A \otimes A + \eta^2 f \, \mathrm E_k[\tilde H_k \otimes \tilde H_k]$. The
+    covariance converges if it is below 1. A null direction of the mean Hessian with any curvature
+    noise makes it exceed 1 by a little.
 
     >>> float(second_moment_radius(finite_sum([1.0, 3.0], [0.0, 0.0]), learning_rate=0.5))
     0.25
@@ -154,7 +154,7 @@ def second_moment_radius(
       learning_rate: $\eta$.
       batch_size: $B$.
       replace: Whether a batch may hold a sample twice.
-    """  # noqa: D205
+    """
     num_samples, dimension = problem.gradients.shape
     factor = batch_factor(num_samples, batch_size, replace)
     a, h, _ = _deviations(problem, learning_rate)

@@ -28,20 +28,12 @@ START_SCALE = 0.18
 
 
 class RoughComparison(NamedTuple):
-    """Mean and variance over the replicas at each step: SGD and two Langevin equations."""
+    """SGD and two Langevin equations over the replicas: standard and drift-corrected."""
 
     mean: Float[Array, "3 steps+1"]  # SGD, standard, drift-corrected
     variance: Float[Array, "3 steps+1"]
-
-    @property
-    def mean_errors(self) -> Float[Array, "2"]:
-        """Mean distance to SGD's mean over the steps: standard, drift-corrected."""
-        return jnp.abs(self.mean[1:] - self.mean[0]).mean(1)
-
-    @property
-    def variance_errors(self) -> Float[Array, "2"]:
-        """Mean distance to SGD's variance over the steps: standard, drift-corrected."""
-        return jnp.abs(self.variance[1:] - self.variance[0]).mean(1)
+    mean_errors: Float[Array, "2"]  # mean distance of each equation to SGD over the steps
+    variance_errors: Float[Array, "2"]
 
 
 def rough_mean_gradient(w: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -137,7 +129,8 @@ def compare_rough(
             )
             runs.append(paths[..., 0])
         paths = jnp.stack(runs)
-        return RoughComparison(paths.mean(1), paths.var(1, ddof=1))
+        curves = paths.mean(1), paths.var(1, ddof=1)
+        return RoughComparison(*curves, *(jnp.abs(x[1:] - x[0]).mean(1) for x in curves))
 
 
 def _envelope(w: Array) -> Array:

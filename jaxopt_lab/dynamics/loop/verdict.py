@@ -265,9 +265,9 @@ def expect(
             steps, setup=config.setup, size=config.num_active(items), usage=usage,
             adherence=adherence, rule=config.rule,
         )  # fmt: skip
+    last = np.asarray(path)[-max(1, steps // _END_SHARE) :]
     # Rounding of the variance leaves around 1e-8 of a deviation that theory makes zero.
-    end = float(path[-1])
-    growth = math.log(end) if end > 1e-7 else -math.inf
+    growth = float(np.mean(np.log(last))) if last.min() > 1e-7 else -math.inf
     label, _ = _decide(Interval(growth, growth, growth), margin)
     critical, divergence = (
         mean_field.critical_adherence(config.rule, setup=config.setup, usage=usage, kind=kind)
