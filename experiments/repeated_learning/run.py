@@ -67,6 +67,8 @@ def jobs() -> dict[str, Any]:
     for setup in ("window", "sampling"):
         for noise in NOISES:
             result[f"surface-{setup}-noise{noise:g}"] = functools.partial(surface, setup, noise)
+    for data in DATA:
+        result[f"single-window-{data}-ridge0.1"] = functools.partial(single_runs, data)
     for learner in ("ridge0", "ridge0.1", "sgd50"):
         for setup in ("window", "sampling"):
             for data in DATA:
@@ -121,6 +123,18 @@ def case(record: rl.LoopRecord, pair: tuple[float, float], config: rl.LoopConfig
         "moments": {str(k): s.moments[..., k - 1].mean(0) for k in (2, 4, 6)},
         "log_moment_sum": np.logaddexp(0.0, s.log_moment_sum).mean(0),
     }
+
+
+def single_runs(data: str) -> dict[str, Any]:
+    """Window, (1, 0), ridge0.1: r² of one line through ln f_t(0) of every run by itself."""
+    keys = jax.random.split(jax.random.key(0), SEEDS)
+    record = rl.run_many(
+        keys, DATA[data], rl.LEARNERS["ridge0.1"], usage=1.0, adherence=0.0, setup="window"
+    )
+    with np.errstate(divide="ignore"), jax.enable_x64(True):
+        values = np.log(np.asarray(record.statistics.density_at_zero))
+        r2 = [float(rl.fit_line(record.step, value).r2) for value in values]
+    return {"data": data, "r2": r2, "without_value": np.mean(~np.isfinite(values))}
 
 
 def surface(setup: str, noise: float) -> dict[str, Any]:

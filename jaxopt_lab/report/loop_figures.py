@@ -14,6 +14,8 @@ from jaxopt_lab.report.figures import PALETTE
 _THEORY = dict(color="0.25", linewidth=1.2, linestyle=(0, (5, 2)), zorder=3)
 # Below this a logarithmic axis shows rounding errors.
 _SMALLEST = 1e-12
+# As a default, the same place brings a warning wherever finding it takes more than a second.
+_LEGEND = dict(loc="best", frameon=False, fontsize=8)
 
 Bands = Float[np.ndarray, "3 records"]
 
@@ -94,7 +96,7 @@ def comparison_figure(
             axes.plot(series.step, theory, label=label, **_THEORY)
     _limit_decades(axes, [s.deviation / s.deviation[0, 0] for s in loops])
     axes.set(xlabel="step", ylabel="std of residuals / its start", title=title)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_LEGEND)
     return _save(figure, out_path)
 
 
@@ -201,7 +203,7 @@ def critical_law_figure(
         axes.axvline(law.critical, label=f"s* = {law.critical:.4f}", **_THEORY)
         axes.set(xlabel="adherence s", ylabel=y_label)
         axes.set_title(law.title, fontsize=10)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(**_LEGEND)
     return _save(figure, out_path)
 
 
@@ -211,7 +213,7 @@ def _deviation(axes: Any, series: LoopSeries) -> None:
         axes.plot(series.step, _positive(series.theory_deviation), label="mean field", **_THEORY)
     _limit_decades(axes, [series.deviation])
     axes.set(ylabel="std of residuals")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_LEGEND)
 
 
 def _density(axes: Any, series: LoopSeries) -> None:
@@ -220,7 +222,7 @@ def _density(axes: Any, series: LoopSeries) -> None:
         axes.plot(series.step, _positive(series.theory_density), label="mean field", **_THEORY)
     _limit_decades(axes, [series.density[:1]])
     axes.set(ylabel="$f_t(0)$")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_LEGEND)
 
 
 def _mass(axes: Any, series: LoopSeries) -> None:
@@ -230,7 +232,7 @@ def _mass(axes: Any, series: LoopSeries) -> None:
             label = "mean field" if number == 0 else None
             axes.plot(series.step, series.theory_mass[kappa], label=label, **_THEORY)
     axes.set(ylabel=r"mass in $[-\kappa, \kappa]$", ylim=(-0.02, 1.02))
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_LEGEND)
 
 
 def _moments(axes: Any, series: LoopSeries) -> None:
@@ -238,14 +240,14 @@ def _moments(axes: Any, series: LoopSeries) -> None:
         color = PALETTE[number % len(PALETTE)]
         axes.plot(series.step, values, color=color, linewidth=1.2, label=name)
     axes.set(ylabel="ln(1 + |moment|)")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_LEGEND)
 
 
 def _normality(axes: Any, series: LoopSeries) -> None:
     _band(axes, series.step, series.normality, 0, "median, middle half of the seeds")
     axes.axhline(0.05, color="0.45", linewidth=1, linestyle=":", label="0.05")
     axes.set(ylabel="normality p-value", ylim=(-0.02, 1.02))
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_LEGEND)
 
 
 def _autonomy(axes: Any, series: LoopSeries) -> None:
@@ -255,7 +257,7 @@ def _autonomy(axes: Any, series: LoopSeries) -> None:
     for number, (name, fitted) in enumerate(series.fits.items(), start=1):
         axes.plot(series.step, fitted, color=PALETTE[number], linewidth=1.4, label=name)
     axes.set(ylabel="$\\ln f_t(0)$")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_LEGEND)
 
 
 def _band(axes: Any, step: np.ndarray, band: np.ndarray, number: int, label: str) -> None:
