@@ -57,6 +57,12 @@ from jaxopt_lab.dynamics.landscape.independent import (
     coupled_variances,
     direction_moments,
 )
+from jaxopt_lab.dynamics.landscape.interventions import (
+    choose_directions,
+    interpolate_noise,
+    match_noise_norm,
+    project_noise,
+)
 from jaxopt_lab.dynamics.landscape.lanczos import FlatProxies, Lanczos, flat_proxies, lanczos
 from jaxopt_lab.dynamics.landscape.langevin import (
     LangevinKind,
@@ -80,6 +86,12 @@ from jaxopt_lab.dynamics.landscape.quadratics import (
     sgd_step,
     simulate,
 )
+from jaxopt_lab.dynamics.landscape.recorder import (
+    FluctuationState,
+    fluctuation_mean,
+    fluctuation_variance,
+    record_fluctuations,
+)
 from jaxopt_lab.dynamics.landscape.reference import ReferencePoint, reference_point
 from jaxopt_lab.dynamics.landscape.regimes import (
     REGIMES,
@@ -96,6 +108,7 @@ from jaxopt_lab.dynamics.landscape.rough import (
     rough_noise_variance,
     simulate_rough,
 )
+from jaxopt_lab.dynamics.landscape.study import SgdConfig, SgdStudy, run_study
 from jaxopt_lab.dynamics.landscape.systems import System, cnn, mlp, nano_gpt, quadratic
 from jaxopt_lab.dynamics.landscape.text import ALPHABET, read_text
 
@@ -109,6 +122,7 @@ __all__ = [
     "Ensemble",
     "FiniteSum",
     "FlatProxies",
+    "FluctuationState",
     "IncrementTraces",
     "Lanczos",
     "LangevinKind",
@@ -118,6 +132,8 @@ __all__ = [
     "ReferencePoint",
     "RoughComparison",
     "Sampling",
+    "SgdConfig",
+    "SgdStudy",
     "Summary",
     "System",
     "WeakStep",
@@ -125,6 +141,7 @@ __all__ = [
     "all_batches",
     "batch_factor",
     "batch_indices",
+    "choose_directions",
     "cnn",
     "compare",
     "compare_rough",
@@ -143,14 +160,18 @@ __all__ = [
     "flat_proxies",
     "flattest",
     "flow",
+    "fluctuation_mean",
+    "fluctuation_variance",
     "gaussian_lyapunov",
     "geometric_sum",
     "growth_excess",
     "in_mismatch_region",
     "increment_traces",
+    "interpolate_noise",
     "is_stable",
     "lanczos",
     "late_slope",
+    "match_noise_norm",
     "mean_at",
     "mean_hessian",
     "mini_batch_hessians",
@@ -160,10 +181,12 @@ __all__ = [
     "noise_statistics",
     "phase_table",
     "powers_less_one",
+    "project_noise",
     "proportional_noise_variance",
     "quadratic",
     "read_digits",
     "read_text",
+    "record_fluctuations",
     "reference_point",
     "regime_codes",
     "regime_names",
@@ -171,6 +194,7 @@ __all__ = [
     "rough_noise",
     "rough_noise_variance",
     "run_ensemble",
+    "run_study",
     "sample_ensemble",
     "second_moment_radius",
     "sgd_step",

@@ -155,13 +155,13 @@ def test_rough_noise_has_its_variance():
 
 def test_rough_landscape_is_that_of_the_published_run():
     # Experiment 44: final variance .01563 for SGD against .0146 for the Langevin equations.
-    result = sgd.compare_rough(jax.random.key(0), replicas=4000, substeps=16)
+    result = sgd.compare_rough(jax.random.key(0), replicas=2000, substeps=8)
     assert result.mean.shape == (3, 51) and result.mean.dtype == np.float64
     np.testing.assert_allclose(result.mean[:, 0], result.mean[0, 0])
-    error = 0.0156 * np.sqrt(2 / 4000)
+    error = 0.0156 * np.sqrt(2 / 2000)
     assert abs(float(result.variance[0, -1]) - 0.01563) < 4 * error
     assert abs(float(result.variance[1, -1]) - 0.0146) < 4 * error
-    assert (result.mean_errors < 0.008).all()
+    assert (result.mean_errors < 0.012).all()
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from tests.golden.harness import Case, Check, NotUnderstood, Result
 EXACT, VANISHING = 1e-9, 1e-13
 FLOW = 1e-6
 STANDARD_ERRORS = 4.0
-OWN_REPLICAS = 2048
+OWN_REPLICAS = (2048, 8192, 65536)
 # The stored exponents are Monte Carlo estimates, said to be good to about 0.006.
 LYAPUNOV = 0.025
 # Values beyond this are stored as nan.
@@ -156,7 +156,7 @@ def finite_sum_case(problem, section, case, arrays: Arrays, start) -> list[Check
         stored, error = arrays[f"{prefix}_mc_{what}"], arrays[f"{prefix}_mc_{what}_se"]
         z = standard_errors(stored, ours[at], error)
         checks.append(Check(f"{prefix}_mc_{what} (s.e.)", z, STANDARD_ERRORS, z < STANDARD_ERRORS))
-        if f"max_{what}_z" in case:
+        if f"max_{what}_z" in case and error.all():
             checks.append(close(f"{prefix} max_{what}_z", z, case[f"max_{what}_z"], FLOW))
     sampling = "with_replacement" if case["replace"] else "without_replacement"
     z = own_monte_carlo(problem, exact, at, start, sampling, options)
@@ -167,16 +167,17 @@ def finite_sum_case(problem, section, case, arrays: Arrays, start) -> list[Check
 def own_monte_carlo(problem, exact, at, start, sampling: Sampling, options) -> float:
     """Largest deviation of a small ensemble from the exact moments, in standard errors.
 
-    Among some hundred entries one beyond 4 is not so rare: a second, larger sample decides.
+    Among some hundred entries one beyond 4 is not so rare, and curvature noise makes heavy tails:
+    a larger sample decides.
     """
     z = np.inf
-    for attempt in range(2):
+    for attempt, replicas in enumerate(OWN_REPLICAS):
         runs = sgd.sample_ensemble(
             jax.random.key(attempt),
             problem,
             **options,
             steps=len(exact.mean) - 1,
-            replicas=OWN_REPLICAS * (1 + 3 * attempt),
+            replicas=replicas,
             sampling=sampling,
             start=start,
         )[:, at]

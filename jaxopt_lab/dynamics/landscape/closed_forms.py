@@ -38,7 +38,7 @@ def growth_excess(
       curvature_variance: $\Gamma$.
       truncated: Leave $\eta^2 \lambda^2$ out.
     """
-    eta, lam, gamma = _floats(learning_rate, curvature, curvature_variance)
+    eta, lam, gamma = as_floats(learning_rate, curvature, curvature_variance)
     squares = gamma if truncated else lam**2 + gamma
     return eta * (eta * squares - 2 * lam)
 
@@ -53,7 +53,7 @@ def powers_less_one(excess: ArrayLike, steps: ArrayLike) -> Array:
       excess: $\rho - 1$, any number: below -1 the powers alternate.
       steps: $n$, integers.
     """
-    excess, n = _floats(excess, steps)
+    excess, n = as_floats(excess, steps)
     alternates = excess < -1
     return jnp.where(alternates, _power(excess, n) - 1, jnp.expm1(_exponent(excess, n)))
 
@@ -68,7 +68,7 @@ def geometric_sum(excess: ArrayLike, steps: ArrayLike) -> Array:
       excess: $\rho - 1$.
       steps: $n$, integers.
     """
-    excess, n = _floats(excess, steps)
+    excess, n = as_floats(excess, steps)
     info = jnp.finfo(excess.dtype)
     # Below this the sum is n to the last digit, and the quotient of subnormals is not.
     unit = jnp.abs(excess) < info.tiny / info.eps
@@ -97,7 +97,7 @@ def mean_at(
       drift: $\bar g$, the mean slope at the origin.
       mean: $\mu_0$.
     """
-    n, eta, lam, drift, mean = _floats(steps, learning_rate, curvature, drift, mean)
+    n, eta, lam, drift, mean = as_floats(steps, learning_rate, curvature, drift, mean)
     excess = -eta * lam
     return _power(excess, n) * mean - eta * drift * geometric_sum(excess, n)
 
@@ -134,7 +134,7 @@ def variance_at(
       variance: $\Pi_0$.
       truncated: The Langevin counterpart; the mean stays exact.
     """
-    n, eta, lam, d, gamma, mean, variance = _floats(
+    n, eta, lam, d, gamma, mean, variance = as_floats(
         steps, learning_rate, curvature, gradient_variance, curvature_variance, mean, variance
     )
     excess = growth_excess(eta, lam, gamma, truncated=truncated)
@@ -166,7 +166,7 @@ def stationary_variance(
       curvature_variance: $\Gamma$.
       truncated: The Langevin counterpart.
     """
-    eta, lam, d, gamma = _floats(learning_rate, curvature, gradient_variance, curvature_variance)
+    eta, lam, d, gamma = as_floats(learning_rate, curvature, gradient_variance, curvature_variance)
     # Minus (rho - 1) / eta, so that its sign is that of the bound, rounding included.
     restoring = 2 * lam - eta * (gamma if truncated else lam**2 + gamma)
     stable = restoring > 0
@@ -188,7 +188,7 @@ def stability_bound(
       curvature: $\lambda$.
       truncated: The Langevin counterpart.
     """
-    eta, lam = _floats(learning_rate, curvature)
+    eta, lam = as_floats(learning_rate, curvature)
     return lam * (2 if truncated else 2 - eta * lam) / eta
 
 
@@ -238,7 +238,7 @@ def gaussian_lyapunov(
     tame, few rare ones carry the variance, and that of a sample falls short of the true one.
 
     >>> round(float(gaussian_lyapunov(0.6, 1.0, 2.4)), 2)
-    -0.61
+    -0.62
 
     Args:
       learning_rate: $\eta$.
@@ -246,7 +246,7 @@ def gaussian_lyapunov(
       curvature_variance: $\Gamma$.
       num_points: Quantiles of $h$ to average over; the error is about the inverse of it.
     """
-    eta, lam, gamma = _floats(learning_rate, curvature, curvature_variance)
+    eta, lam, gamma = as_floats(learning_rate, curvature, curvature_variance)
     levels = (jnp.arange(num_points, dtype=eta.dtype) + 0.5) / num_points
     h = lam[..., None] + jnp.sqrt(gamma)[..., None] * ndtri(levels)
     return jnp.mean(jnp.log(jnp.abs(1 - eta[..., None] * h)), -1)
@@ -258,7 +258,7 @@ def diffusion_coefficient(learning_rate: ArrayLike, gradient_variance: ArrayLike
     >>> float(diffusion_coefficient(0.5, 4.0))
     1.0
     """
-    eta, d = _floats(learning_rate, gradient_variance)
+    eta, d = as_floats(learning_rate, gradient_variance)
     return eta * d / 2
 
 
@@ -289,7 +289,7 @@ def drift_spreading(
       curvature_variance: $\Gamma$.
       drift: $\bar g$.
     """
-    n, eta, d, gamma, drift = _floats(
+    n, eta, d, gamma, drift = as_floats(
         steps, learning_rate, gradient_variance, curvature_variance, drift
     )
     return eta**2 * d * n + eta**4 * gamma * drift**2 * n**3 / 3
@@ -309,7 +309,7 @@ def proportional_noise_variance(
       curvature: $\lambda$.
       noise_ratio: $\gamma$.
     """
-    n, eta, lam, ratio = _floats(steps, learning_rate, curvature, noise_ratio)
+    n, eta, lam, ratio = as_floats(steps, learning_rate, curvature, noise_ratio)
     return -eta * ratio / 2 * powers_less_one(growth_excess(eta, lam), n)
 
 
@@ -336,6 +336,12 @@ def _mixed_sum(first: Array, second: Array, n: Array) -> Array:
     return _power(lead, jnp.maximum(n - 1, 0)) * geometric_sum(ratio, n)
 
 
-def _floats(*values: ArrayLike) -> list[Array]:
-    dtype = jnp.result_type(float, *(jnp.asarray(v) for v in values))
-    return [jnp.asarray(v).astype(dtype) for v in values]
+def as_floats(*values: ArrayLike) -> list[Array]:
+    """Arrays of one floating type, that of the arrays among them; numbers follow.
+
+    >>> [x.dtype.name for x in as_floats(0.5, jnp.float16(1), 2)]
+    ['float16', 'float16', 'float16']
+    """
+    given = [v if isinstance(v, int | float) else jnp.asarray(v) for v in values]
+    dtype = jnp.result_type(float, *given)
+    return [jnp.asarray(v).astype(dtype) for v in given]

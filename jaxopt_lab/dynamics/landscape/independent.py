@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from jaxopt_lab.dynamics.landscape.closed_forms import growth_excess
+from jaxopt_lab.dynamics.landscape.closed_forms import as_floats, growth_excess
 from jaxopt_lab.dynamics.landscape.quadratics import Moments, follow
 
 
@@ -71,9 +71,8 @@ def direction_moments(
       truncated: Leave $\eta^2 \lambda^2$ out of $\rho$, as the Langevin equation does.
     """
     numbers = (learning_rate, curvature, gradient_variance, curvature_variance)
-    numbers = jnp.broadcast_arrays(*numbers, correlation, drift, mean, variance)
-    dtype = jnp.result_type(float, *numbers)
-    return _direction_moments(*(x.astype(dtype) for x in numbers), steps=steps, truncated=truncated)
+    numbers = jnp.broadcast_arrays(*as_floats(*numbers, correlation, drift, mean, variance))
+    return _direction_moments(*numbers, steps=steps, truncated=truncated)
 
 
 @partial(jax.jit, static_argnames=("steps", "truncated"))

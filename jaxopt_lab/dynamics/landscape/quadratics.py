@@ -32,6 +32,7 @@ from jaxopt_lab.dynamics.landscape.batches import (
     check_batch_size,
     check_sampling,
 )
+from jaxopt_lab.dynamics.landscape.closed_forms import as_floats
 
 State = TypeVar("State")
 
@@ -63,7 +64,7 @@ def finite_sum(hessians: ArrayLike, gradients: ArrayLike) -> FiniteSum:
     Raises:
       ValueError: The shapes do not fit or a Hessian is not symmetric.
     """
-    h, g = jnp.asarray(hessians), jnp.asarray(gradients)
+    h, g = as_floats(hessians, gradients)
     if h.ndim == g.ndim == 1:
         h, g = h[:, None, None], g[:, None]
     if g.ndim != 2 or h.shape != (*g.shape, g.shape[-1]) or not g.shape[0]:
