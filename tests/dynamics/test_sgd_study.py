@@ -101,7 +101,12 @@ def test_a_system_of_ones_own(tmp_path):
     system = System(
         "least squares", linear_loss, lambda key: {"w": jnp.zeros(15), "b": jnp.zeros(())}, data
     )
-    settings = {"reference_rate": 0.1, "reference_sgd_steps": 100, "reference_gd_steps": 400}
+    settings = {
+        "reference_rate": 0.1,
+        "reference_gd_rate": 0.1,
+        "reference_sgd_steps": 100,
+        "reference_gd_steps": 400,
+    }
     config = SgdConfig(
         system="mlp", learning_rate=0.02, batch_size=8, replicas=200, steps=50,
         curvature_noise=True, out=str(tmp_path / "run"), **settings,
