@@ -72,7 +72,7 @@ from jaxopt_lab.dynamics.landscape.langevin import (
     simulate_langevin,
 )
 from jaxopt_lab.dynamics.landscape.networks import adaptive_average_pool
-from jaxopt_lab.dynamics.landscape.noise import NoiseStatistics, noise_statistics
+from jaxopt_lab.dynamics.landscape.noise import CurvatureEntries, NoiseStatistics, noise_statistics
 from jaxopt_lab.dynamics.landscape.predictors import finite_time_variance, stationary_proxy
 from jaxopt_lab.dynamics.landscape.quadratics import (
     FiniteSum,
@@ -116,6 +116,7 @@ __all__ = [
     "ALPHABET",
     "REGIMES",
     "Comparison",
+    "CurvatureEntries",
     "Digits",
     "DirectionMoments",
     "Eigenbasis",
