@@ -66,14 +66,8 @@ from jaxopt_lab.dynamics.loop.metrics import (
     normality,
     statistics,
 )
-from jaxopt_lab.dynamics.loop.run import (
-    LoopRecord,
-    RecordedDraws,
-    Replay,
-    replay,
-    run,
-    run_many,
-)
+from jaxopt_lab.dynamics.loop.replay import RecordedDraws, Replay, replay
+from jaxopt_lab.dynamics.loop.run import LoopRecord, run, run_many
 from jaxopt_lab.dynamics.loop.study import (
     LoopStudy,
     Surface,

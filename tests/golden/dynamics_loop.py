@@ -68,7 +68,7 @@ def _recorded(case: Case, entry: dict) -> list[Check]:
         if name.startswith(f"replay{entry['id']}_")
     }
     draws = loop.RecordedDraws(*(stored[name] for name in ("active0", "ids", "splits", "u", "z")))
-    size = draws.active.shape[0]
+    size = stored["active0"].shape[0]
     if math.ceil(entry["n_test"] - 0.5) != entry["n_test"] or not 0 < entry["n_test"] < size:
         raise NotUnderstood(f"n_test {entry['n_test']} of {size} active items")
     played = loop.replay(

@@ -1,5 +1,7 @@
 """Means over seeds against references of which mean, deviation and number of seeds are stored."""
 
+from typing import Any
+
 import numpy as np
 
 from jaxopt_lab.dynamics.repeated_learning import Statistics
@@ -43,7 +45,7 @@ def means_agree(case: Case, entry: dict, mine: Statistics, rows: np.ndarray) -> 
     return checks
 
 
-def _statistic(name: str, mine: Statistics) -> tuple[np.ndarray, float, bool]:
+def _statistic(name: str, mine: Statistics) -> tuple[Any, float, bool]:
     """(values (seeds, records), floor, whether its logarithm replaces it where residuals grow)."""
     if name.startswith("mass") and float(name[4:]) in KAPPAS:
         return mine.mass[..., KAPPAS.index(float(name[4:]))], MASS_FLOOR, False
@@ -69,7 +71,7 @@ def _compare(
     return Check.of(f"{what}, of what is allowed", error, np.zeros_like(error), 1.0)
 
 
-def cells_agree(got: np.ndarray, stored: np.ndarray, grid: dict) -> Check:
+def cells_agree(got: Any, stored: np.ndarray, grid: dict) -> Check:
     """Deviation of the residuals on a grid of settings, (s, p, seeds) against (s, p, 2)."""
     seeds, replicas = got.shape[-1], grid["replicas"]
     mean, sd = stored[..., 0], stored[..., 1]

@@ -141,3 +141,9 @@ def check_rates(usage: Any, adherence: Any) -> None:
         raise ValueError(f"usage is {usage}; wanted a probability p in [0, 1]")
     if not ((s >= 0) & np.isfinite(s)).all():
         raise ValueError(f"adherence is {adherence}; wanted finite s of at least 0")
+
+
+def merge_settings(config: LoopConfig | None, settings: dict[str, Any]) -> LoopConfig:
+    """The configuration with some of its fields set anew."""
+    fields = {} if config is None else vars(config)
+    return LoopConfig(**fields | settings)

@@ -4,11 +4,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxopt_lab.dynamics.loop.config import LoopConfig
-from jaxopt_lab.dynamics.loop.data import Data
+from jaxopt_lab.dynamics.loop.data import Data, check_data
 from jaxopt_lab.dynamics.loop.learners import Learner
+
+
+def checked_data(data: Any, config: LoopConfig) -> Data:
+    """The data in float64, once they and the loop over them have been found sound."""
+    features, targets = data
+    check_data(features, targets)
+    config.check_items(np.shape(targets)[0])
+    return Data(jnp.asarray(features, jnp.float64), jnp.asarray(targets, jnp.float64))
 
 
 class ActiveSet(NamedTuple):

@@ -1,4 +1,4 @@
-"""The repeated-learning loop: one run, many runs as one program, and replays of recorded draws."""
+"""The repeated-learning loop: one run, and many runs as one program."""
 
 import functools
 import math
@@ -8,16 +8,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from jaxopt_lab.dynamics.loop.config import LoopConfig, check_rates
-from jaxopt_lab.dynamics.loop.data import Data, check_data
+from jaxopt_lab.dynamics.loop.config import LoopConfig, check_rates, merge_settings
+from jaxopt_lab.dynamics.loop.data import Data
 from jaxopt_lab.dynamics.loop.learners import Learner
 from jaxopt_lab.dynamics.loop.metrics import Statistics, statistics
 from jaxopt_lab.dynamics.loop.rounds import (
     ActiveSet,
     Draws,
     Round,
+    checked_data,
     play_round,
     uniform_subset,
 )
@@ -92,9 +94,9 @@ def run(
     ended windows 150 steps earlier, recorded fresh splits (`record_on="fresh"`) and let labels leak
     from one trial into the next.
     """
-    chosen = _config(config, settings)
+    chosen = merge_settings(config, settings)
     with jax.enable_x64(True):
-        given = _checked(data, chosen)
+        given = checked_data(data, chosen)
         check_rates(usage, adherence)
         record = jax.device_get(
             _run_one(chosen, learner, key, given, jnp.float64(usage), jnp.float64(adherence))
@@ -106,7 +108,7 @@ def run_many(
     keys: PRNGKeyArray, data: MakeData | Data | tuple[ArrayLike, ArrayLike], learner: Learner, *,
     usage: ArrayLike, adherence: ArrayLike, noise: ArrayLike | None = None,
     config: LoopConfig | None = None, batch_size: int = 16,
-    sharding: jax.sharding.NamedSharding | None = None, **settings: Any,
+    sharding: NamedSharding | None = None, **settings: Any,
 ) -> LoopRecord:  # fmt: skip
     """Many runs as one program: seeds × settings (p, s), and noise levels of the data.
 
@@ -131,7 +133,7 @@ def run_many(
     Raises:
       ValueError: As `run`; noise levels for data that are given as arrays.
     """
-    chosen = _config(config, settings)
+    chosen = merge_settings(config, settings)
     with jax.enable_x64(True):
         check_rates(usage, adherence)
         if callable(data):
@@ -140,7 +142,7 @@ def run_many(
         else:
             if noise is not None:
                 raise ValueError("noise is given, but data are arrays, not a function of a key")
-            data = _checked(data, chosen)
+            data = checked_data(data, chosen)
             items = data.targets.shape[0]
         levels = () if noise is None else (noise,)
         grid = np.broadcast_arrays(*(np.asarray(x, float) for x in (usage, adherence, *levels)))
@@ -152,115 +154,13 @@ def run_many(
         flat = [jnp.asarray(np.broadcast_to(x[..., None], shape).ravel()[lane]) for x in grid]
         lanes = (keys[lane % shape[-1]], *flat)
         make, arrays = (data, None) if callable(data) else (None, data)
+        if sharding is not None:
+            lanes = jax.device_put(lanes, NamedSharding(sharding.mesh, _runs(sharding)))
+            arrays = jax.device_put(arrays, NamedSharding(sharding.mesh, PartitionSpec()))
         record = _run_lanes(chosen, learner, make, batch_size, sharding, arrays, lanes)
         record = jax.device_get(record)
         record = jax.tree.map(lambda x: x[:count].reshape(*shape, *x.shape[1:]), record)
     return record._replace(step=chosen.recorded_steps(items))
-
-
-class RecordedDraws(NamedTuple):
-    """The draws of a run, recorded elsewhere. R = refits, the first and the last included."""
-
-    active: Int[ArrayLike, " active"]
-    """Rows of the data that are active at first, oldest first."""
-
-    items: Int[ArrayLike, " steps"]
-    """Row of the data of every step."""
-
-    splits: Int[ArrayLike, "refits active"]
-    """Permutations of the positions in the active set, oldest first; the first are held out."""
-
-    uniforms: Float[ArrayLike, " steps"]
-    """u; the model's label is adopted where u < p."""
-
-    normals: Float[ArrayLike, " steps"]
-    """ξ."""
-
-
-class Replay(NamedTuple):
-    """Everything that a recorded run went through."""
-
-    params: Any
-    """Of the learner, with a leading axis of refits."""
-
-    scale: Float[np.ndarray, " refits"]
-    """m."""
-
-    residuals: Float[np.ndarray, "refits held_out"]
-    """In the order of the split."""
-
-    active_targets: Float[np.ndarray, "refits active"]
-    """Labels just before the refit, oldest item first."""
-
-    labels: Float[np.ndarray, " steps"]
-    """Given or left by each step."""
-
-
-def replay(
-    data: Data | tuple[ArrayLike, ArrayLike], learner: Learner, draws: RecordedDraws, *,
-    usage: float, adherence: float, config: LoopConfig | None = None, **settings: Any,
-) -> Replay:  # fmt: skip
-    """Repeats a run from its recorded draws, by the same rounds as `run`, in float64.
-
-    Args:
-      data: (features (N, d), targets (N,)).
-      learner: What is trained; its key is fixed.
-      draws: All that was random. The number of steps and of active items is theirs.
-      usage: p.
-      adherence: s.
-      config: The loop.
-      **settings: Fields of `LoopConfig`, instead of or on top of `config`.
-
-    Raises:
-      ValueError: As `run`; draws whose shapes do not belong together.
-    """
-    with jax.enable_x64(True):
-        active, items, splits, u, z = (np.asarray(x) for x in draws)
-        size, steps = active.shape[0], items.shape[0]
-        chosen = _config(config, settings | {"steps": steps, "window": max(size, 1)})
-        given = _checked(data, chosen)
-        check_rates(usage, adherence)
-        rounds, every = chosen.num_rounds(given.targets.shape[0]), chosen.refit_every
-        if splits.shape != (rounds + 1, size) or u.shape != (steps,) or z.shape != (steps,):
-            raise ValueError(
-                f"splits {splits.shape}, uniforms {u.shape}, normals {z.shape}; wanted "
-                f"{(rounds + 1, size)}, {(steps,)}, {(steps,)}"
-            )
-        if chosen.setup == "sampling":
-            if not np.array_equal(np.sort(active), np.arange(given.targets.shape[0])):
-                raise ValueError("active: a sampling run starts with every item, each of them once")
-            items = np.argsort(active)[items]  # the slot of a row
-        first = np.arange(rounds + 1) * every % size if chosen.setup == "window" else 0
-        slots = (splits + np.broadcast_to(first, rounds + 1)[:, None]) % size
-        held_out = np.zeros(splits.shape, bool)
-        count = chosen.num_held_out(size)
-        np.put_along_axis(held_out, slots[:, :count], True, axis=1)
-        pad = (0, (rounds + 1) * every - steps)
-        per_round = [np.pad(x, pad).reshape(rounds + 1, every) for x in (items, u, z)]
-        played, targets = jax.device_get(_replay(
-            chosen, learner, given, jnp.float64(usage), jnp.float64(adherence),
-            jnp.asarray(active), jnp.asarray(held_out), *map(jnp.asarray, per_round),
-        ))  # fmt: skip
-        order = (np.arange(size) + np.broadcast_to(first, rounds + 1)[:, None]) % size
-        return Replay(
-            params=played.params,
-            scale=played.scale,
-            residuals=np.take_along_axis(played.residuals, slots[:, :count], axis=1),
-            active_targets=np.take_along_axis(targets, order, axis=1),
-            labels=played.labels.ravel()[:steps],
-        )
-
-
-def _config(config: LoopConfig | None, settings: dict[str, Any]) -> LoopConfig:
-    fields = {} if config is None else vars(config)
-    return LoopConfig(**fields | settings)
-
-
-def _checked(data: Any, config: LoopConfig) -> Data:
-    features, targets = data
-    check_data(features, targets)
-    config.check_items(np.shape(targets)[0])
-    return Data(jnp.asarray(features, jnp.float64), jnp.asarray(targets, jnp.float64))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -337,7 +237,7 @@ def _record(
 @functools.partial(jax.jit, static_argnums=range(5))
 def _run_lanes(
     config: LoopConfig, learner: Learner, make: MakeData | None, batch_size: int,
-    sharding: jax.sharding.NamedSharding | None, arrays: Data | None, lanes: tuple,
+    sharding: NamedSharding | None, arrays: Data | None, lanes: tuple,
 ) -> LoopRecord:  # fmt: skip
     def lane(data: Data | None, inputs: tuple) -> LoopRecord:
         key, usage, adherence, *noise = inputs
@@ -353,40 +253,20 @@ def _run_lanes(
 
     if sharding is None:
         return many(arrays, lanes)
-    runs = jax.sharding.PartitionSpec(*sharding.spec[:1])
     # No run needs another: a manual map keeps any collective out.
     return jax.shard_map(
-        many, mesh=sharding.mesh, in_specs=(jax.sharding.PartitionSpec(), runs), out_specs=runs,
-        check_vma=False,
+        many, mesh=sharding.mesh, in_specs=(PartitionSpec(), _runs(sharding)),
+        out_specs=_runs(sharding), check_vma=False,
     )(arrays, lanes)  # fmt: skip
 
 
-def _num_shards(sharding: jax.sharding.NamedSharding | None) -> int:
+def _runs(sharding: NamedSharding) -> PartitionSpec:
+    return PartitionSpec(*sharding.spec[:1])
+
+
+def _num_shards(sharding: NamedSharding | None) -> int:
     if sharding is None or not sharding.spec or sharding.spec[0] is None:
         return 1
     names = sharding.spec[0]
     names = (names,) if isinstance(names, str) else names
     return math.prod(sharding.mesh.shape[name] for name in names)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _replay(
-    config: LoopConfig, learner: Learner, data: Data, usage: Array, adherence: Array, first: Array,
-    held_out: Array, items: Array, uniforms: Array, normals: Array,
-) -> tuple[Round, Array]:  # fmt: skip
-    """(every round, targets by slot before its refit)."""
-    size, count = first.shape[0], config.refit_every
-
-    def step(active: ActiveSet, inputs: tuple[Array, ...]) -> tuple[ActiveSet, Any]:
-        number, held_out, items, uniforms, normals = inputs
-        valid = number * count + jnp.arange(count) < config.num_steps(0)
-        draws = Draws(held_out, items, uniforms, normals, valid, jax.random.key(0))
-        first_slot = number * count % size
-        after, played = play_round(
-            config, learner, data, usage, adherence, active, first_slot, draws
-        )
-        return after, (played, active.targets)
-
-    active = ActiveSet(data.features[first].T, data.targets[first])
-    numbers = jnp.arange(held_out.shape[0])
-    return jax.lax.scan(step, active, (numbers, held_out, items, uniforms, normals))[1]
