@@ -129,7 +129,7 @@ def measured(point: Point, run: Run, seed: int) -> dict[str, Any]:
     print(f"seed {seed}, {seconds:.0f} s\n{sgd.summary_table(summary)}\n", flush=True)
     # Rounding-level directions included: what a list over all directions gives.
     everything = sgd.compare(summary.measured, summary.finite_time)
-    shown = np.linspace(0, len(found.steps) - 1, min(30, len(found.steps))).round().astype(int)
+    shown = np.unique(np.geomspace(1, len(found.steps), 24).round().astype(int)) - 1
     late = sgd.late_slope(found.steps, found.variance) if len(found.steps) >= 6 else None
     return {
         "seed": seed,
