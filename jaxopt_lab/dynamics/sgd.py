@@ -71,7 +71,8 @@ from jaxopt_lab.dynamics.landscape.langevin import (
     flow,
     simulate_langevin,
 )
-from jaxopt_lab.dynamics.landscape.noise import NoiseStatistics, noise_statistics
+from jaxopt_lab.dynamics.landscape.networks import adaptive_average_pool
+from jaxopt_lab.dynamics.landscape.noise import CurvatureEntries, NoiseStatistics, noise_statistics
 from jaxopt_lab.dynamics.landscape.predictors import finite_time_variance, stationary_proxy
 from jaxopt_lab.dynamics.landscape.quadratics import (
     FiniteSum,
@@ -108,20 +109,14 @@ from jaxopt_lab.dynamics.landscape.rough import (
     simulate_rough,
 )
 from jaxopt_lab.dynamics.landscape.study import SgdConfig, SgdStudy, run_study
-from jaxopt_lab.dynamics.landscape.systems import (
-    System,
-    adaptive_average_pool,
-    cnn,
-    mlp,
-    nano_gpt,
-    quadratic,
-)
+from jaxopt_lab.dynamics.landscape.systems import System, cnn, mlp, nano_gpt, quadratic
 from jaxopt_lab.dynamics.landscape.text import ALPHABET, read_text
 
 __all__ = [
     "ALPHABET",
     "REGIMES",
     "Comparison",
+    "CurvatureEntries",
     "Digits",
     "DirectionMoments",
     "Eigenbasis",

@@ -52,14 +52,6 @@ def test_the_quadratic_study_agrees_with_the_exact_recursion(tmp_path):
     np.testing.assert_allclose(closed, exact, rtol=0.1)
 
 
-def test_the_directory_runs_again(tmp_path):
-    first = run_study(SgdConfig(replicas=8, steps=10, samples=16, out=str(tmp_path / "a")))
-    saved = json.loads((first.directory / "config.json").read_text())
-    assert saved["learning_rate"] == 0.1 and saved["steps"] == 10
-    again = run_study(SgdConfig(**saved | {"out": str(tmp_path / "b")}))
-    np.testing.assert_array_equal(first.findings.measured, again.findings.measured)
-
-
 def test_the_problem_is_critical_and_has_the_wanted_spectrum():
     with jax.enable_x64(True):
         problem = quadratic_problem(jax.random.key(3), 8)
@@ -109,7 +101,12 @@ def test_a_system_of_ones_own(tmp_path):
     system = System(
         "least squares", linear_loss, lambda key: {"w": jnp.zeros(15), "b": jnp.zeros(())}, data
     )
-    settings = {"reference_rate": 0.1, "reference_sgd_steps": 100, "reference_gd_steps": 400}
+    settings = {
+        "reference_rate": 0.1,
+        "reference_gd_rate": 0.1,
+        "reference_sgd_steps": 100,
+        "reference_gd_steps": 400,
+    }
     config = SgdConfig(
         system="mlp", learning_rate=0.02, batch_size=8, replicas=200, steps=50,
         curvature_noise=True, out=str(tmp_path / "run"), **settings,
@@ -160,11 +157,17 @@ def test_bad_input_on_the_command_line_is_named(arguments, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_line(capsys, tmp_path):
-    path = tmp_path / "run"
-    words = f"dynamics sgd --replicas 16 --steps 20 --predictor P1 --seed 3 --out {path}"
+def test_the_command_line_and_its_directory(capsys, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    words = f"dynamics sgd --replicas 16 --steps 20 --predictor P1 --seed 3 --out {first}"
     assert cli.main(words.split()) == 0
     out, err = capsys.readouterr()
-    assert str(path) in out and "the prediction P1" in out and "curvature" in out
+    assert str(first) in out and "the prediction P1" in out and "curvature" in out
     assert "simulating 16 replicas of 20 steps" in err
-    assert json.loads((path / "config.json").read_text())["seed"] == 3
+    saved = json.loads((first / "config.json").read_text())
+    assert saved["learning_rate"] == 0.1 and saved["seed"] == 3
+    # The directory runs again.
+    words = f"dynamics sgd --config {first}/config.json --out {again}"
+    assert cli.main(words.split()) == 0
+    results = [json.loads((path / "results.json").read_text()) for path in (first, again)]
+    assert results[0]["directions"] == results[1]["directions"]

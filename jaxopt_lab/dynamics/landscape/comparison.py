@@ -14,10 +14,9 @@ from jaxopt_lab.dynamics.landscape.predictors import finite_time_variance, stati
 from jaxopt_lab.dynamics.landscape.regimes import REGIMES, regime_codes
 from jaxopt_lab.report.tables import format_table
 
-
 # Of the largest d. A softmax does not see a shift of all logits, so a network that ends in one has
-# directions without noise or curvature; float64 leaves about 1e-24 there, and two lists of roundings
-# would only feign a correlation over many decades.
+# directions without noise or curvature. Float64 leaves about 1e-24 there, and two lists of rounding
+# errors would only feign a correlation over many decades.
 _NOISE_FLOOR = 1e-12
 
 

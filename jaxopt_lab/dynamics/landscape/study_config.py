@@ -41,7 +41,10 @@ class SgdConfig:
     """Full-batch steps after them, which bring the mean gradient down."""
 
     reference_rate: float | None = None
-    """Learning rate of both."""
+    """Learning rate of the SGD steps."""
+
+    reference_gd_rate: float | None = None
+    """Learning rate of the full-batch steps; too large a one oscillates along sharp directions."""
 
     predictor: PredictorName = "P2"
     """What the verdict is about: `P2`, the variance after finitely many steps; `P1`, the stationary
@@ -76,7 +79,7 @@ class SgdConfig:
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise ValueError(f"{name}: got {value}, expected at least {smallest}")
-        for name in ("learning_rate", "reference_rate"):
+        for name in ("learning_rate", "reference_rate", "reference_gd_rate"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}: got {value}, expected a positive number")
@@ -106,18 +109,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "quadratic": {
         "learning_rate": 0.1, "replicas": 4000, "steps": 500, "batch_size": 4, "samples": 256,
         "reference_sgd_steps": 0, "reference_gd_steps": 0, "reference_rate": 0.1,
+        "reference_gd_rate": 0.1,
     },
     "mlp": {
         "learning_rate": 0.05, "replicas": 512, "steps": 500, "batch_size": 32, "samples": 2048,
         "reference_sgd_steps": 6000, "reference_gd_steps": 3000, "reference_rate": 0.2,
+        "reference_gd_rate": 0.2,
     },
     "cnn": {
-        "learning_rate": 0.02, "replicas": 64, "steps": 200, "batch_size": 32, "samples": 256,
-        "reference_sgd_steps": 1000, "reference_gd_steps": 500, "reference_rate": 0.2,
+        "learning_rate": 0.01, "replicas": 64, "steps": 200, "batch_size": 32, "samples": 256,
+        "reference_sgd_steps": 3000, "reference_gd_steps": 300, "reference_rate": 0.1,
+        "reference_gd_rate": 0.02,
     },
     "nanogpt": {
-        "learning_rate": 0.02, "replicas": 128, "steps": 300, "batch_size": 32, "samples": 1024,
-        "reference_sgd_steps": 3000, "reference_gd_steps": 1000, "reference_rate": 0.3,
+        "learning_rate": 0.01, "replicas": 64, "steps": 200, "batch_size": 32, "samples": 512,
+        "reference_sgd_steps": 3000, "reference_gd_steps": 600, "reference_rate": 0.3,
+        "reference_gd_rate": 0.05,
     },
 }  # fmt: skip
 

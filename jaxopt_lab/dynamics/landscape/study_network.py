@@ -87,6 +87,7 @@ def _reference(key: Any, system: System, config: SgdConfig) -> ReferencePoint:
     return reference_point(
         key, system, sgd_steps=config.reference_sgd_steps, sgd_rate=config.reference_rate,
         batch_size=config.batch_size, gd_steps=config.reference_gd_steps,
+        gd_rate=config.reference_gd_rate,
     )  # fmt: skip
 
 
@@ -94,6 +95,7 @@ def _drawn(key: Any, system: System, config: SgdConfig) -> np.ndarray | None:
     """Batches over which the Hessian is averaged; None where that of all data is the same."""
     if config.system != "cnn":
         return None
+    assert config.batch_size
     size = (_HESSIAN_BATCHES, config.batch_size)
     return np.asarray(jax.random.randint(key, size, 0, system.samples))
 

@@ -7,22 +7,26 @@ Source: architectures of Ignashin et al., "Why SGD is not Brownian Motion: A New
 Stochastic Dynamics", arXiv 2605.22644, released code.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Key, PyTree
+from jaxtyping import Array, ArrayLike, Key, PyTree
 
 from jaxopt_lab.dynamics.landscape import flat
 from jaxopt_lab.dynamics.landscape.flat import Loss
+from jaxopt_lab.dynamics.landscape.networks import (
+    adaptive_average_pool,
+    cnn_loss,
+    linear_layers,
+    linear_parameters,
+    mlp_loss,
+    nano_gpt_loss,
+)
 from jaxopt_lab.dynamics.landscape.quadratics import FiniteSum
 from jaxopt_lab.dynamics.landscape.text import ALPHABET, encode
-
-_LAYER_NORM_EPSILON = 1e-5
-_BATCH_NORM_EPSILON = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +89,10 @@ def mlp(
     widths = (inputs.shape[1], *hidden, classes)
 
     def init(key: Key[Array, ""]) -> PyTree:
-        return _linear_layers(key, widths)
+        return linear_layers(key, widths)
 
     return System(
-        f"mlp-{_linear_parameters(widths)}", _mlp_loss, init, {"inputs": inputs, "labels": labels}
+        f"mlp-{linear_parameters(widths)}", mlp_loss, init, {"inputs": inputs, "labels": labels}
     )
 
 
@@ -133,10 +137,10 @@ def cnn(
             "kernel": kernel,
             "scale": jnp.ones(channels),
             "shift": jnp.zeros(channels),
-            "linear": _linear_layers(linear_key, (channels, hidden, classes)),
+            "linear": linear_layers(linear_key, (channels, hidden, classes)),
         }
 
-    return System("cnn", _cnn_loss, init, {"inputs": images, "labels": labels})
+    return System("cnn", cnn_loss, init, {"inputs": images, "labels": labels})
 
 
 def nano_gpt(text: str, *, samples: int | None = None, block: int = 16, width: int = 8) -> System:
@@ -191,7 +195,7 @@ def nano_gpt(text: str, *, samples: int | None = None, block: int = 16, width: i
         }
         return {**weights, **norms}
 
-    return System("nanogpt", _nano_gpt_loss, init, data)
+    return System("nanogpt", nano_gpt_loss, init, data)
 
 
 def quadratic(problem: FiniteSum) -> System:
@@ -208,30 +212,6 @@ def quadratic(problem: FiniteSum) -> System:
     return System("quadratic", _quadratic_loss, lambda key: jnp.zeros(size), data)
 
 
-def adaptive_average_pool(images: ArrayLike, size: int) -> Float[np.ndarray, "samples size size"]:
-    """Averages square or oblong images to size x size as PyTorch's adaptive pooling does.
-
-    Output pixel i averages the inputs from floor(i n / size) to ceil((i + 1) n / size): windows
-    overlap where size does not divide n.
-
-    >>> adaptive_average_pool(np.arange(9.0).reshape(1, 3, 3), 2).tolist()
-    [[[2.0, 3.0], [5.0, 6.0]]]
-    """
-    images = np.asarray(images, dtype=np.float64)
-    if not 1 <= size <= min(images.shape[-2:]):
-        raise ValueError(f"size: {size} is not between 1 and the image's {images.shape[-2:]}")
-    rows, columns = (_pooling_weights(n, size) for n in images.shape[-2:])
-    return rows @ images @ columns.T
-
-
-def _pooling_weights(length: int, size: int) -> Float[np.ndarray, "size length"]:
-    weights = np.zeros((size, length))
-    for i in range(size):
-        start, stop = i * length // size, -(-(i + 1) * length // size)
-        weights[i, start:stop] = 1 / (stop - start)
-    return weights
-
-
 def _labelled(images: ArrayLike, labels: ArrayLike, classes: int) -> tuple[np.ndarray, np.ndarray]:
     images, labels = np.asarray(images, dtype=np.float64), np.asarray(labels)
     if images.ndim != 3:
@@ -245,91 +225,6 @@ def _labelled(images: ArrayLike, labels: ArrayLike, classes: int) -> tuple[np.nd
             f"labels: from {labels.min()} to {labels.max()}, expected 0..{classes - 1}"
         )
     return images, labels.astype(np.int32)
-
-
-def _linear_layers(key: Key[Array, ""], widths: Sequence[int]) -> list[dict[str, Array]]:
-    """Weights and biases uniform in ±1/√fan_in, PyTorch's default."""
-    layers = []
-    pairs = list(itertools.pairwise(widths))
-    for layer_key, (fan_in, fan_out) in zip(jax.random.split(key, len(pairs)), pairs, strict=True):
-        weight_key, bias_key = jax.random.split(layer_key)
-        bound = fan_in**-0.5
-        layers.append(
-            {
-                "weight": jax.random.uniform(
-                    weight_key, (fan_in, fan_out), minval=-bound, maxval=bound
-                ),
-                "bias": jax.random.uniform(bias_key, (fan_out,), minval=-bound, maxval=bound),
-            }
-        )
-    return layers
-
-
-def _linear_parameters(widths: Sequence[int]) -> int:
-    return sum((fan_in + 1) * fan_out for fan_in, fan_out in itertools.pairwise(widths))
-
-
-def _perceptron(layers: list[dict[str, Array]], x_BxF: Array) -> Array:
-    for layer in layers[:-1]:
-        x_BxF = jax.nn.silu(x_BxF @ layer["weight"] + layer["bias"])
-    return x_BxF @ layers[-1]["weight"] + layers[-1]["bias"]
-
-
-def _cross_entropy(logits: Array, labels: Array) -> Array:
-    picked = jnp.sum(logits * jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), axis=-1)
-    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
-
-
-def _mlp_loss(params: PyTree, batch: PyTree) -> Array:
-    return _cross_entropy(_perceptron(params, batch["inputs"]), batch["labels"])
-
-
-def _cnn_loss(params: PyTree, batch: PyTree) -> Array:
-    images_BxHxW = batch["inputs"]
-    height, width = images_BxHxW.shape[1:]
-    padded = jnp.pad(images_BxHxW, ((0, 0), (1, 1), (1, 1)))
-    # A matrix product over shifted images: it stays one when a replica axis is added to the
-    # kernel, where a convolution would become a grouped one.
-    shifts = [
-        padded[:, row : row + height, column : column + width]
-        for row in range(3)
-        for column in range(3)
-    ]
-    x_BxHxWxC = jnp.stack(shifts, axis=-1) @ params["kernel"]
-    mean = jnp.mean(x_BxHxWxC, axis=(0, 1, 2))
-    variance = jnp.var(x_BxHxWxC, axis=(0, 1, 2))
-    unit = (x_BxHxWxC - mean) * jax.lax.rsqrt(variance + _BATCH_NORM_EPSILON)
-    active = jax.nn.silu(unit * params["scale"] + params["shift"])
-    return _cross_entropy(
-        _perceptron(params["linear"], jnp.mean(active, axis=(1, 2))), batch["labels"]
-    )
-
-
-def _layer_norm(params: dict[str, Array], x: Array) -> Array:
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    unit = centred * jax.lax.rsqrt(variance + _LAYER_NORM_EPSILON)
-    return unit * params["scale"] + params["shift"]
-
-
-def _nano_gpt_loss(params: PyTree, batch: PyTree) -> Array:
-    tokens_BxT, targets_BxT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-    length, width = params["positions"].shape
-    # A product with one-hot rows, not a lookup: the backward pass of a lookup is a scatter, slow
-    # under the replica axis.
-    table = params["tokens"]
-    x_BxTxD = jax.nn.one_hot(tokens_BxT, len(table), dtype=table.dtype) @ table
-    x_BxTxD = x_BxTxD + params["positions"]
-    normed = _layer_norm(params["attention_norm"], x_BxTxD)
-    q, k, v = jnp.split(normed @ params["qkv"], 3, axis=-1)
-    scores_BxTxS = q @ jnp.swapaxes(k, -1, -2) / np.sqrt(width)
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    attention_BxTxS = jax.nn.softmax(jnp.where(causal, scores_BxTxS, -jnp.inf), axis=-1)
-    x_BxTxD = x_BxTxD + attention_BxTxS @ v @ params["attention_out"]
-    normed = _layer_norm(params["mlp_norm"], x_BxTxD)
-    active = jax.nn.gelu(normed @ params["up"], approximate=False)
-    x_BxTxD = x_BxTxD + active @ params["down"]
-    return _cross_entropy(_layer_norm(params["final_norm"], x_BxTxD) @ params["head"], targets_BxT)
 
 
 def _quadratic_loss(params: Array, batch: PyTree) -> Array:
