@@ -71,7 +71,7 @@ def test_window_forms_agree(p, g):
         for form in ("integral", "recursion")
     )
     first = mw.window_first_pass(np.arange(501), window=500, usage=p, gain=g)
-    np.testing.assert_allclose(integral[:501], first, atol=2e-5)
+    np.testing.assert_allclose(integral[:501], first, rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(recursion, integral, rtol=0.02, atol=1e-3)
 
 
