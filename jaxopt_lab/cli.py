@@ -193,6 +193,33 @@ def _bench(arguments: list[str]) -> int:
     return bench(arguments)
 
 
+def _dynamics(arguments: list[str]) -> int:
+    if arguments[:1] in (["-h"], ["--help"]):
+        sys.stdout.write("usage: jaxopt-lab dynamics {sgd,loop} [--help]\n")
+        return 0
+    if arguments[:1] not in (["sgd"], ["loop"]):
+        return _fail("dynamics: expected sgd or loop after it", 2)
+    from jaxopt_lab.train.arguments import parse_settings
+
+    system, rest = arguments[0], arguments[1:]
+    try:
+        if system == "sgd":
+            from jaxopt_lab.dynamics.landscape import study as sgd
+
+            config = parse_settings(rest, "dynamics sgd", sgd.SgdConfig)
+            result = sgd.run_study(config, _to_stderr)
+            report = f"{result.table}\n\n{result.verdict}\n\n{result.directory}"
+        else:
+            from jaxopt_lab.dynamics.loop import study as loop
+
+            config = parse_settings(rest, "dynamics loop", loop.LoopStudyConfig)
+            report = str(loop.run_study(config, _to_stderr))
+    except (OSError, ValueError) as error:
+        return _fail(str(error), 2)
+    sys.stdout.write(f"{report}\n")
+    return 0
+
+
 _VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "pretrain": ("train a transformer on text, with any optimizer, on a mesh", _pretrain),
     "compare": ("several optimizers, equal tuning, several seeds: a table and a figure", _compare),
@@ -201,6 +228,7 @@ _VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "sample": ("a continuation of a text from the model of a run", _sample),
     "plot": ("loss curves of one or several run directories", _plot),
     "data": ("list or prepare corpora", _data),
+    "dynamics": ("SGD around a trained point, or learning from one's own predictions", _dynamics),
     "bench": ("time optimizer steps and training, count collectives", _bench),
 }
 

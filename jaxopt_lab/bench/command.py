@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_optimizers(verbs)
     _add_training(verbs)
     _add_collectives(verbs)
+    _add_dynamics(verbs)
     return parser
 
 
@@ -132,6 +133,20 @@ def _run_collectives(options: argparse.Namespace) -> Any:
     )
 
 
+def _add_dynamics(verbs: Any) -> None:
+    description = "time the ensembles of SGD and the loops of repeated learning"
+    parser = verbs.add_parser("dynamics", help=description, description=description)
+    parser.add_argument("--only", choices=("loop", "ensemble"), help="default: both")
+    _add_json(parser)
+    parser.set_defaults(run=_run_dynamics)
+
+
+def _run_dynamics(options: argparse.Namespace) -> Any:
+    from jaxopt_lab.bench.dynamics import run_dynamics
+
+    return run_dynamics(options.only, on_progress=_show)
+
+
 def _mesh(text: str) -> dict[str, int]:
     try:
         return {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
@@ -147,8 +162,12 @@ def _add_verb(verbs: Any, name: str, description: str) -> argparse.ArgumentParse
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", default="gpt2-124m", choices=tuple(shapes.SHAPES))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    _add_json(parser)
     return parser
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
 
 
 def _show(text: str) -> None:

@@ -6,11 +6,12 @@ first, the rest is parsed by tyro.
 """
 
 import contextlib
+import inspect
 import io
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import tyro
 
@@ -28,7 +29,9 @@ from jaxopt_lab.train.errors import ArgumentError, ConfigError
 from jaxopt_lab.train.optimizers import OPTIMIZERS
 from jaxopt_lab.train.run_directory import read_config
 from jaxopt_lab.train.schedules import SCHEDULES
-from jaxopt_lab.train.serialize import from_json
+from jaxopt_lab.train.serialize import from_json, settings_from_json
+
+Settings = TypeVar("Settings")
 
 # The flags that name a choice; which further flags there are depends on them.
 _CHOICES = ("model", "optimizer", "schedule", "corpus")
@@ -68,14 +71,38 @@ def parse_config(
     known = {field.name for field in fields(kind)}
     names, rest = _take_names(_normalized(arguments), known)
     default = _default_config(names, _value_of(rest, "--run-directory"), kind)
+    return _parse(kind, default, rest, verb, _choices_help(known))
+
+
+def parse_settings(arguments: Sequence[str], verb: str, kind: type[Settings]) -> Settings:
+    """Reads a configuration without sections: its flags, and `--config FILE` for the defaults.
+
+    Args:
+      arguments: What stands after the verb.
+      verb: For messages.
+      kind: A dataclass with a default for every field.
+
+    Raises:
+      ConfigError: For names and values that cannot work.
+      SystemExit: After `--help`.
+    """
+    names, rest = _take_names(_normalized(arguments), set())
+    default = kind()
+    if "config" in names:
+        default = settings_from_json(_config_text(names["config"]), kind)
+    description = f"{inspect.getdoc(kind)}\n\n--config FILE starts from the config.json of a run."
+    return _parse(kind, default, rest, verb, description)
+
+
+def _parse(kind: type[Settings], default: Settings, arguments: list[str], verb: str, text: str):
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(
                 kind,
                 prog=f"jaxopt-lab {verb}",
-                description=_choices_help(known),
-                args=rest,
+                description=text,
+                args=arguments,
                 default=default,
                 config=(tyro.conf.AvoidSubcommands,),
             )
@@ -85,6 +112,13 @@ def parse_config(
         raise ArgumentError(_one_line(errors.getvalue())) from None
     except ValueError as error:
         raise ArgumentError(str(error)) from error
+
+
+def _config_text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError as error:
+        raise ConfigError("config", path, f"expected a file: {error}") from error
 
 
 def _normalized(arguments: Sequence[str]) -> list[str]:
@@ -138,10 +172,7 @@ def _default_config(
             raise ConfigError("run_directory", None, "expected the directory of the run to resume")
         config = replace(read_config(run_directory), resume=True)
     elif "config" in names:
-        try:
-            config = from_json(Path(names["config"]).read_text(), kind)
-        except OSError as error:
-            raise ConfigError("config", names["config"], f"expected a file: {error}") from error
+        config = from_json(_config_text(names["config"]), kind)
     else:
         config = with_preset(kind(), names.get("model", "tiny"))
     if names.get("model", config.preset) != config.preset:

@@ -6,12 +6,14 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, overload
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 from jaxopt_lab.train.config import CORPORA, AnyRun, PretrainConfig, RunConfig, choose, with_preset
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.optimizers import OPTIMIZERS, OptimizerConfig
 from jaxopt_lab.train.schedules import SCHEDULES, ScheduleConfig
+
+Settings = TypeVar("Settings")
 
 _REGISTRIES = (OPTIMIZERS, SCHEDULES, CORPORA)
 _NAMES = {kind: name for registry in _REGISTRIES for name, kind in registry.items()}
@@ -46,14 +48,18 @@ def from_json(text: str, kind: type[RunConfig] = PretrainConfig) -> RunConfig:
       ConfigError: For text that is not a JSON object, an unknown key or name, or a value of the
         wrong type; the message names the place.
     """
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError("config", text[:40], f"expected JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError("config", values, "expected a JSON object")
+    values = _object(text)
     default = with_preset(kind(), values.get("preset", "tiny"))
     return _decode_dataclass(kind, default, values, "")
+
+
+def settings_from_json(text: str, kind: type[Settings]) -> Settings:
+    """Reads a dataclass without sections from a JSON object; missing fields keep their defaults.
+
+    Raises:
+      ConfigError: As `from_json`.
+    """
+    return _decode_dataclass(kind, kind(), _object(text), "")
 
 
 def optimizer_from(name: str, settings: Mapping[str, Any], path: str) -> OptimizerConfig:
@@ -88,6 +94,16 @@ def encode(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError("config", value, "expected finite numbers")
     return value
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError("config", text[:40], f"expected JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError("config", values, "expected a JSON object")
+    return values
 
 
 def _decode(hint: Any, default: Any, value: Any, path: str) -> Any:

@@ -1,0 +1,161 @@
+"""Draws the figures and writes the tables of the experiment from results/*.json.
+
+python experiments/sgd_dynamics/report.py [--scale cpu|gpu]
+"""
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from jaxopt_lab.dynamics import sgd
+from jaxopt_lab.report.landscape_figures import growth_figure, stability_figure, variance_figure
+from jaxopt_lab.report.tables import format_table
+
+HERE = pathlib.Path(__file__).parent
+TITLES = {
+    "mlp": "MLP-386, real digits, low loss, η = 0.05",
+    "half_trained": "MLP-386, real digits, half trained, η = 0.05",
+    "cnn": "small CNN with batch norm, real digits",
+    "nanogpt": "NanoGPT-960, real text",
+    "wide": "784-128-10, 101 770 parameters, Lanczos and flat proxies",
+}
+NOISE_FLOOR = 1e-12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scale", choices=("cpu", "gpu"), default="cpu")
+    scale = parser.parse_args().scale
+    files = {
+        path.stem.removeprefix(f"{scale}-"): json.loads(path.read_text())
+        for path in sorted((HERE / "results").glob(f"{scale}-*.json"))
+    }
+    if not files:
+        raise SystemExit(f"no results of scale {scale}; run.py --scale {scale} writes them")
+    figures = HERE / "figures"
+    networks = {name: file for name, file in files.items() if "runs" in file}
+    print(agreement(networks) + "\n")
+    for name, title in TITLES.items():
+        if name in networks:
+            draw_variances(networks[name]["runs"][0], figures / f"{scale}-{name}.png", title)
+    if "mlp" in networks:
+        draw_growth(networks["mlp"]["runs"][0], figures / f"{scale}-growth.png")
+    if "sweep" in networks:
+        print(sweep(networks["sweep"]) + "\n")
+    if "langevin" in files:
+        draw_stability(files["langevin"], figures / f"{scale}-langevin.png")
+        print(mismatch(files["langevin"]))
+
+
+def agreement(files: dict[str, Any]) -> str:
+    """One row a run: both predictors over all directions with noise."""
+    headers = [
+        "run", "loss", "gradient norm", "replicas x steps", "η", "directions", "P2 log-corr.",
+        "P2 median m/p", "P2 sharp log-corr.", "P1 log-corr.", "P1 median m/p", "flat Π/(η²dn)",
+        "all, noiseless too",
+    ]  # fmt: skip
+    rows = []
+    for name, file in files.items():
+        many = len(file["references"]) > 1
+        for index, run in enumerate(file["runs"]):
+            reference = file["references"][index if many else 0]
+            p2, p1 = (run["comparisons"][f"{p}, all"] for p in ("P2", "P1"))
+            label = f"{name}, seed {run['seed']}" if many else name
+            rows.append(
+                [
+                    label, f"{reference['loss']:.3f}", f"{reference['gradient_norm']:.1e}",
+                    f"{run['replicas']} x {run['steps']}", f"{run['learning_rate']:g}",
+                    p2["directions"], p2["log_correlation"], p2["median_ratio"],
+                    run["comparisons"]["P2, sharp"]["log_correlation"],
+                    p1["log_correlation"], p1["median_ratio"], run["flat_growth_median"],
+                    run["log_correlation_with_noiseless"],
+                ]
+            )  # fmt: skip
+    return format_table(headers, rows, markdown=True)
+
+
+def sweep(file: dict[str, Any]) -> str:
+    """Regimes and flat growth by learning rate, and the traces by sampling."""
+    headers = ["η", *sgd.REGIMES, "flat Π/(η²dn)", "variance, flat median", "P2 log-corr."]
+    rows = []
+    for run in file["runs"]:
+        order = np.argsort(np.abs(run["curvature"]))
+        noisy = order[noise_of(run)[order]][:100]
+        flat = np.median(np.asarray(run["measured"])[noisy])
+        comparison = run["comparisons"]["P2, all"]
+        rows.append(
+            [
+                f"{run['learning_rate']:g}", *run["regimes"], run["flat_growth_median"],
+                f"{flat:.2e}", comparison["log_correlation"],
+            ]
+        )  # fmt: skip
+    traces = file["traces_after_three_epochs"]
+    base = traces["with_replacement"]
+    ratios = ", ".join(f"{name} {value / base:.2e}" for name, value in traces.items())
+    table = format_table(headers, rows, markdown=True)
+    return f"{table}\n\nTrace of the covariance after three epochs, relative: {ratios}"
+
+
+def mismatch(file: dict[str, Any]) -> str:
+    """The cells that the two bounds judge differently."""
+    rows = []
+    for i, rate in enumerate(file["rates"]):
+        for j, variance in enumerate(file["curvature_variances"]):
+            if file["langevin_stable"][i][j] and not file["stable"][i][j]:
+                after = file["variance_after"][i][j]
+                rows.append([rate, variance, file["growth"][i][j], f"{after:.2e}"])
+    headers = ["η", "Γ", "ρ", f"variance after {file['steps']} steps"]
+    return format_table(headers, rows, markdown=True)
+
+
+def draw_variances(run: dict[str, Any], path: pathlib.Path, title: str) -> None:
+    shown = noise_of(run)
+    columns = {k: np.asarray(run[k])[shown] for k in ("measured", "finite_time", "stationary")}
+    variance_figure(
+        columns["measured"], columns["finite_time"], path, comparison=columns["stationary"],
+        regimes=[sgd.REGIMES[code] for code in np.asarray(run["regime_of_direction"])[shown]],
+        title=title,
+    )  # fmt: skip
+
+
+def draw_growth(run: dict[str, Any], path: pathlib.Path) -> None:
+    chosen = run["growth"]["directions"]
+    curvature, d = (np.asarray(run[k])[chosen] for k in ("curvature", "gradient_variance"))
+    steps = np.unique(np.geomspace(1, run["steps"], 100).round().astype(int))
+    theory = sgd.finite_time_variance(
+        steps, learning_rate=run["learning_rate"], curvature=curvature, gradient_variance=d
+    )
+    growth_figure(
+        run["growth"]["steps"], run["growth"]["variance"], path, theory_steps=steps, theory=theory,
+        labels=[f"λ = {value:.2g}" for value in curvature],
+        regimes=[sgd.REGIMES[run["regime_of_direction"][i]] for i in chosen],
+        relative_error=(2 / (run["replicas"] - 1)) ** 0.5,
+        title="MLP-386: one initialisation, five eigendirections",
+    )  # fmt: skip
+
+
+def draw_stability(file: dict[str, Any], path: pathlib.Path) -> None:
+    rates = np.linspace(0.1, 1.0, 200)
+    grid = np.meshgrid(file["rates"], file["curvature_variances"], indexing="ij")
+    bounds = [
+        np.asarray(sgd.stability_bound(rates, file["curvature"], truncated=truncated))
+        for truncated in (False, True)
+    ]
+    grows = ~np.asarray(file["stable"])
+    stability_figure(
+        rates, *bounds, path, points=(grid[0].ravel(), grid[1].ravel(), grows.ravel()),
+        title="one direction, λ = 1",
+    )  # fmt: skip
+
+
+def noise_of(run: dict[str, Any]) -> np.ndarray:
+    """Which directions have more noise than rounding."""
+    d = np.asarray(run["gradient_variance"])
+    return d > NOISE_FLOOR * d.max()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Repeated learning: data, learners, the loop itself and its statistics."""
