@@ -133,8 +133,8 @@ def nanogpt(options: argparse.Namespace, scale: Scale) -> dict[str, Any]:
     """The character transformer on real text."""
     text = sgd.read_text(options.text)
     system = sgd.nano_gpt(text, samples=SAMPLES)
-    training = Training(sgd_steps=20_000, sgd_rate=0.5, gd_steps=1000, gd_rate=0.2)
-    point = exact_point(system, train(system, training, SEEDS[0]))
+    training = Training(sgd_steps=10_000, sgd_rate=0.5, gd_steps=300, gd_rate=0.2)
+    point = exact_point(system, train(system, training, SEEDS[0]), curvature="none")
     replicas, steps = scale.nanogpt
     rows = [measured(point, Run(0.01, steps, replicas, steps // 20), SEEDS[0])]
     return {

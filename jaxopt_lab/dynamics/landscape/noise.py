@@ -28,7 +28,9 @@ from jaxopt_lab.dynamics.landscape.flat import Loss
 from jaxopt_lab.dynamics.landscape.quadratics import batch_factor
 
 CurvatureEntries = Literal["diagonal", "all", "none"]
-_SCALARS_AT_ONCE = 2**24  # of Hessian-vector products
+# Hessian-vector products taken together: as many as keep their results in 128 MB, and no more than
+# the activations of a network allow, of which the number of parameters says nothing.
+_MOST_PRODUCTS, _SCALARS_AT_ONCE = 256, 2**24
 
 
 class NoiseStatistics(NamedTuple):
@@ -208,8 +210,8 @@ def _moments(
         own = h if h.ndim == 1 else jnp.diagonal(h)
         return g, jnp.square(g), h, jnp.square(h), g * own
 
-    at_once = max(1, min(256, _SCALARS_AT_ONCE // directions.size))
-    g, gg, h, hh, gh = _mean_over(deviations, indices, at_once)
+    samples_at_once = max(1, _products_at_once(directions) // directions.shape[1])
+    g, gg, h, hh, gh = _mean_over(deviations, indices, samples_at_once)
     return _Moments(gradient, g, gg, curvature, h, hh, gh)
 
 
@@ -219,17 +221,24 @@ def _observation(
     """Projected gradient and Hessian of a batch."""
     gradient = jax.grad(flat.displaced(loss, params))
     zero = jnp.zeros(len(directions))
+    count = directions.shape[1]
+    # Equal parts, the last one not much smaller.
+    vectors_at_once = -(-count // -(-count // _products_at_once(directions)))
 
     def observe(batch: PyTree) -> tuple[Array, Array | None]:
         if entries == "none":
             return gradient(zero, batch) @ directions, None
         slope, product = jax.linearize(lambda theta: gradient(theta, batch), zero)
-        images_DxK = jax.vmap(product, in_axes=1, out_axes=1)(directions)
+        images_DxK = jax.lax.map(product, directions.T, batch_size=vectors_at_once).T
         if entries == "all":
             return slope @ directions, directions.T @ images_DxK
         return slope @ directions, jnp.sum(directions * images_DxK, axis=0)
 
     return observe
+
+
+def _products_at_once(directions: Float[Array, "D k"]) -> int:
+    return max(1, min(_MOST_PRODUCTS, _SCALARS_AT_ONCE // directions.shape[0]))
 
 
 def _mean_over(
