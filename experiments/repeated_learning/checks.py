@@ -44,12 +44,13 @@ class Check:
 
 
 def at(case: dict[str, Any], curve: str, step: int, key: str | None = None) -> float:
-    """A curve near a step: mean over the two records on either side."""
+    """A curve near a step: mean over the two records on either side; at 0 the first alone."""
     values = case[curve] if key is None else case[curve][key]
     values = np.array(values, float)
     values = values[0] if values.ndim == 2 else values
     nearest = int(np.argmin(np.abs(np.array(case["step"]) - step)))
-    return float(values[max(0, nearest - 2) : nearest + 3].mean())
+    around = slice(max(0, nearest - 2), nearest + 3) if nearest else slice(0, 1)
+    return float(values[around].mean())
 
 
 def log_density(case: dict[str, Any], last: int) -> tuple[np.ndarray, np.ndarray]:

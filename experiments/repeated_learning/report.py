@@ -23,13 +23,13 @@ from jaxopt_lab.report.loop_figures import (
 HERE = pathlib.Path(__file__).parent
 FIGURES = HERE / "figures"
 ITEMS = 2000
-# Loops whose six views are drawn, with the last step shown.
+# Loops whose six views are drawn: the last step shown, and which of the pairs.
 SHOWN = {
-    "window-linear-sgd50": 1400,
-    "sampling-linear-sgd50": 10_000,
-    "window-friedman-ridge0": 1400,
-    "sampling-friedman-ridge0": 20_000,
-    "sampling-linear-ridge0.1": 30_000,
+    "window-linear-sgd50": (1400, (0, 1, 2)),
+    "sampling-linear-sgd50": (10_000, (0, 1, 2)),
+    "window-friedman-ridge0": (1400, (0,)),
+    "sampling-friedman-ridge0": (20_000, (0,)),
+    "sampling-linear-ridge0.1": (30_000, (0,)),
 }
 
 
@@ -38,13 +38,17 @@ def main() -> None:
     results = {
         path.stem: json.loads(path.read_text()) for path in (HERE / "results").glob("*.json")
     }
-    loops, surfaces, laws = (
+    loops, surfaces, laws, controls = (
         {k.removeprefix(kind): v for k, v in sorted(results.items()) if k.startswith(kind)}
-        for kind in ("loops-", "surface-", "critical-")
+        for kind in ("loops-", "surface-", "critical-", "control-")
     )
-    for name, last in SHOWN.items():
-        series = [series_of(loops[name], case, last) for case in loops[name]["cases"]]
-        for number, one in enumerate(series):
+    for name, law in laws.items():
+        # The same seeds without adoption: what the loop alone did.
+        drift = np.subtract(controls[name]["end"], controls[name]["start"])
+        law["effect"] = np.array(law["growth"]) - drift
+    for name, (last, pairs) in SHOWN.items():
+        for number in pairs:
+            one = series_of(loops[name], loops[name]["cases"][number], last)
             loop_figure(one, FIGURES / f"{name}-{number + 1}.png")
     for setup, last in (("window", 1400), ("sampling", 10_000)):
         loop = loops[f"{setup}-linear-ridge0"]
@@ -56,6 +60,7 @@ def main() -> None:
     draw_laws(laws)
     checks = all_checks(loops, surfaces)
     tables = [checks_table(checks), verdicts_table(loops), laws_table(laws), cost_table(results)]
+    tables.insert(1, single_runs_table(results))
     (HERE / "results" / "tables.md").write_text("\n\n".join(tables) + "\n")
     print("\n\n".join(tables))
 
@@ -127,14 +132,16 @@ def draw_laws(laws: dict[str, Any]) -> None:
     panels = []
     for law in laws.values():
         growth, theory = {}, {}
-        for p, seeds, mean_field in zip(law["usage"], law["growth"], law["theory"], strict=True):
+        for p, seeds, mean_field in zip(law["usage"], law["effect"], law["theory"], strict=True):
             band = rl.band_over_seeds(np.array(seeds).T)
             growth[f"{p:g}"], theory[f"{p:g}"] = np.array(band), np.array(mean_field)
         title = f"{law['setup']}, rule {law['rule']}, {law['steps']} steps"
         panels.append(
             CriticalLaw(title, np.array(law["adherence"]), growth, theory, law["critical"])
         )
-    critical_law_figure(panels, FIGURES / "critical-adherence.png")
+    critical_law_figure(
+        panels, FIGURES / "critical-adherence.png", y_label="ln(scale / scale without adoption)"
+    )
 
 
 def checks_table(checks: list[Any]) -> str:
@@ -146,6 +153,16 @@ def checks_table(checks: list[Any]) -> str:
     agreeing = sum(c.agrees for c in checks)
     table = format_table(["loop", "statistic", "published", "ours", "within"], rows, markdown=True)
     return f"{table}\n\n{agreeing} of {len(checks)} agree."
+
+
+def single_runs_table(results: dict[str, Any]) -> str:
+    """R² of lines through single runs, beside those through the mean over seeds."""
+    rows = []
+    for data, published in (("linear", "0.78"), ("friedman", "0.893")):
+        r2 = np.array(results[f"single-window-{data}-ridge0.1"]["r2"])
+        rows.append([data, published, f"{r2.mean():.3f}", f"{r2.min():.3f} to {r2.max():.3f}"])
+    headers = ["window, ridge0.1, (1, 0)", "published r2", "mean of single runs", "range"]
+    return format_table(headers, rows, markdown=True)
 
 
 def verdicts_table(loops: dict[str, Any]) -> str:
@@ -170,24 +187,30 @@ def laws_table(laws: dict[str, Any]) -> str:
     """Where the measured growth changes its sign, against s* of theory."""
     rows = []
     for law in laws.values():
-        adherence = np.array(law["adherence"])
-        for p, seeds in zip(law["usage"], law["growth"], strict=True):
-            # A line through the points of every seed.
-            slopes, intercepts = np.polyfit(adherence, np.array(seeds), 1)
-            # Ratio of means, not mean of ratios: single slopes may be close to zero.
-            crossing = -intercepts.mean() / slopes.mean()
-            rest = intercepts + slopes * crossing
-            error = rest.std(ddof=1) / np.sqrt(rest.size) / slopes.mean()
-            half = stdtrit(rest.size - 1, 0.975) * error
-            rows.append(
-                [
-                    law["setup"], law["rule"], f"{p:g}", f"{law['critical']:.4f}",
-                    f"{crossing:.4f}", f"{crossing - half:.4f} to {crossing + half:.4f}",
+        for number, p in enumerate(law["usage"]):
+            cells = [law["setup"], law["rule"], f"{p:g}", f"{law['critical']:.4f}"]
+            for kind in ("growth", "effect"):
+                crossing, half = zero_crossing(law["adherence"], law[kind][number])
+                cells += [
+                    f"{crossing:.4f} ± {half:.4f}",
                     f"{100 * (crossing / law['critical'] - 1):+.1f} %",
                 ]
-            )  # fmt: skip
-    headers = ["set-up", "rule", "p", "s* of theory", "measured", "95 % interval", "difference"]
+            rows.append(cells)
+    headers = [
+        "set-up", "rule", "p", "s* of theory", "against the first fit", "difference",
+        "against no adoption", "difference",
+    ]  # fmt: skip
     return format_table(headers, rows, markdown=True)
+
+
+def zero_crossing(adherence: list[float], growth: Any) -> tuple[float, float]:
+    """Where the mean line over seeds crosses zero, and half its 95 % interval."""
+    slopes, intercepts = np.polyfit(np.array(adherence), np.array(growth), 1)
+    # Ratio of means, not mean of ratios: single slopes may be close to zero.
+    crossing = -intercepts.mean() / slopes.mean()
+    rest = intercepts + slopes * crossing
+    error = rest.std(ddof=1) / np.sqrt(rest.size) / slopes.mean()
+    return float(crossing), float(stdtrit(rest.size - 1, 0.975) * error)
 
 
 def cost_table(results: dict[str, Any]) -> str:

@@ -63,9 +63,12 @@ def jobs() -> dict[str, Any]:
     for setup in ("window", "sampling"):
         for rule in ("mae", "var"):
             result[f"critical-{setup}-{rule}"] = functools.partial(critical, setup, rule)
+            result[f"control-{setup}-{rule}"] = functools.partial(control, setup, rule)
     for setup in ("window", "sampling"):
         for noise in NOISES:
             result[f"surface-{setup}-noise{noise:g}"] = functools.partial(surface, setup, noise)
+    for data in DATA:
+        result[f"single-window-{data}-ridge0.1"] = functools.partial(single_runs, data)
     for learner in ("ridge0", "ridge0.1", "sgd50"):
         for setup in ("window", "sampling"):
             for data in DATA:
@@ -122,6 +125,18 @@ def case(record: rl.LoopRecord, pair: tuple[float, float], config: rl.LoopConfig
     }
 
 
+def single_runs(data: str) -> dict[str, Any]:
+    """Window, (1, 0), ridge0.1: r² of one line through ln f_t(0) of every run by itself."""
+    keys = jax.random.split(jax.random.key(0), SEEDS)
+    record = rl.run_many(
+        keys, DATA[data], rl.LEARNERS["ridge0.1"], usage=1.0, adherence=0.0, setup="window"
+    )
+    with np.errstate(divide="ignore"), jax.enable_x64(True):
+        values = np.log(np.asarray(record.statistics.density_at_zero))
+        r2 = [float(rl.fit_line(record.step, value).r2) for value in values]
+    return {"data": data, "r2": r2, "without_value": np.mean(~np.isfinite(values))}
+
+
 def surface(setup: str, noise: float) -> dict[str, Any]:
     """The published grid of 11 × 15 pairs after 1400 steps."""
     make = functools.partial(rl.linear_data, noise=noise)
@@ -160,6 +175,17 @@ def critical(setup: str, rule: str) -> dict[str, Any]:
         "theory": np.log(np.asarray(theory))[at_end].mean(0),
         "steps": steps,
     }
+
+
+def control(setup: str, rule: str) -> dict[str, Any]:
+    """The seeds of `critical` without adoption: ln(scale) at the start and at the end."""
+    config = rl.LoopConfig(setup=setup, rule=rule, steps=CRITICAL_STEPS[setup], record_every=2)
+    keys = jax.random.split(jax.random.key(2), CRITICAL_SEEDS)
+    record = rl.run_many(
+        keys, rl.linear_data, rl.LEARNERS["ridge0"], usage=0.0, adherence=0.0, config=config
+    )
+    scale = np.log(np.asarray(record.scale))
+    return {"setup": setup, "rule": rule, "start": scale[:, 0], "end": scale[:, -END:].mean(-1)}
 
 
 def rounded(value: Any) -> Any:

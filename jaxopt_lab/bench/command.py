@@ -119,9 +119,7 @@ def _add_collectives(verbs: Any) -> None:
 
 
 def _run_collectives(options: argparse.Namespace) -> Any:
-    if options.cpu_devices is not None:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", options.cpu_devices)
+    _divide_cpu(options.cpu_devices)
     from jaxopt_lab.bench import collective_counts
 
     names = options.optimizers
@@ -137,14 +135,24 @@ def _add_dynamics(verbs: Any) -> None:
     description = "time the ensembles of SGD and the loops of repeated learning"
     parser = verbs.add_parser("dynamics", help=description, description=description)
     parser.add_argument("--only", choices=("loop", "ensemble"), help="default: both")
+    parser.add_argument(
+        "--cpu-devices", type=int, metavar="N", help="divide the CPU into N devices: one a core"
+    )
     _add_json(parser)
     parser.set_defaults(run=_run_dynamics)
 
 
 def _run_dynamics(options: argparse.Namespace) -> Any:
+    _divide_cpu(options.cpu_devices)
     from jaxopt_lab.bench.dynamics import run_dynamics
 
     return run_dynamics(options.only, on_progress=_show)
+
+
+def _divide_cpu(devices: int | None) -> None:
+    if devices is not None:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 def _mesh(text: str) -> dict[str, int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxopt_lab.bench.conditions import device_name, versions
 from jaxopt_lab.dynamics.landscape.ensemble import run_ensemble
@@ -99,6 +100,7 @@ def run_dynamics(
     "loop": sampling update of linear data, 2 000 items, an ordinary least-squares refit every ten
     steps, 64 seeds of 10 000 steps. "ensemble": 1 000 replicas of 500 SGD steps of the MLP-386 on
     random images, batches of 64 from 2 048, projected on all its directions.
+    Both are spread over all devices.
 
     Args:
       only: Name of the one case wanted; None runs both.
@@ -145,6 +147,7 @@ def _ensemble(replicas: int, steps: int) -> Callable[[int], Any]:
             jax.random.key(seed), system.loss, params, system.data, directions=directions,
             learning_rate=0.05, batch_size=_BATCH_SIZE, steps=steps, replicas=replicas,
             record_every=max(d for d in range(1, steps + 1) if steps % d == 0 and d <= 25),
+            sharding=_all_devices(),
         )  # fmt: skip
 
     return run
@@ -155,10 +158,18 @@ def _loop(replicas: int, steps: int) -> Callable[[int], Any]:
 
     def run(seed: int) -> Any:
         keys = jax.random.split(jax.random.key(seed), replicas)
-        record = run_many(keys, linear_data, learner, usage=1.0, adherence=3.0, steps=steps)
+        record = run_many(
+            keys, linear_data, learner, usage=1.0, adherence=3.0, steps=steps,
+            sharding=_all_devices(),
+        )  # fmt: skip
         return jax.block_until_ready(record.statistics)
 
     return run
+
+
+def _all_devices() -> NamedSharding:
+    mesh = jax.make_mesh((jax.device_count(),), ("runs",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec("runs"))
 
 
 _CASES: dict[str, Callable[[int, int], Callable[[int], Any]]] = {

@@ -14,6 +14,8 @@ from jaxopt_lab.report.figures import PALETTE
 _THEORY = dict(color="0.25", linewidth=1.2, linestyle=(0, (5, 2)), zorder=3)
 # Below this a logarithmic axis shows rounding errors.
 _SMALLEST = 1e-12
+# As a default, the same place brings a warning wherever finding it takes more than a second.
+_LEGEND = dict(loc="best", frameon=False, fontsize=8)
 
 Bands = Float[np.ndarray, "3 records"]
 
@@ -94,7 +96,7 @@ def comparison_figure(
             axes.plot(series.step, theory, label=label, **_THEORY)
     _limit_decades(axes, [s.deviation / s.deviation[0, 0] for s in loops])
     axes.set(xlabel="step", ylabel="std of residuals / its start", title=title)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_LEGEND)
     return _save(figure, out_path)
 
 
@@ -104,6 +106,7 @@ def surface_figure(
     *,
     critical: Mapping[str, float],
     title: str | None = None,
+    columns: int = 2,
 ) -> Path:
     """Heat maps of the deviation at the end over usage and adherence, with the critical line.
 
@@ -115,12 +118,15 @@ def surface_figure(
       out_path: File to write.
       critical: For each title the adherence at which theory sees no change.
       title: Text above the figure.
+      columns: Panels side by side.
 
     Returns:
       The path written.
     """
-    figure, panels = _figure(1, len(surfaces), (4.9 * len(surfaces), 4.4))
-    for axes, (name, (usage, adherence, ratio)) in zip(panels.flat, surfaces.items(), strict=True):
+    columns = min(columns, len(surfaces))
+    rows = -(-len(surfaces) // columns)
+    figure, panels = _figure(rows, columns, (5.2 * columns, 4.2 * rows))
+    for axes, (name, (usage, adherence, ratio)) in zip(panels.flat, surfaces.items(), strict=False):
         logarithm = np.log(ratio)
         largest = float(np.max(np.abs(logarithm)))
         image = axes.pcolormesh(
@@ -162,13 +168,18 @@ class CriticalLaw:
 
 
 def critical_law_figure(
-    laws: Sequence[CriticalLaw], out_path: str | os.PathLike[str], *, columns: int = 2
+    laws: Sequence[CriticalLaw],
+    out_path: str | os.PathLike[str],
+    *,
+    y_label: str = "ln(scale at the end / start)",
+    columns: int = 2,
 ) -> Path:
     """Measured growth against adherence with theory: the sign changes at s*, whatever the usage.
 
     Args:
       laws: One panel each.
       out_path: File to write.
+      y_label: What the growth is.
       columns: Panels side by side.
 
     Returns:
@@ -184,12 +195,15 @@ def critical_law_figure(
                 law.adherence, mean, yerr=[mean - low, high - mean], fmt="o", markersize=3.5,
                 linewidth=1, color=color, label=f"p = {name}",
             )  # fmt: skip
-            axes.plot(law.adherence, law.theory[name], color=color, linewidth=1, linestyle="--")
+            axes.plot(
+                law.adherence, law.theory[name], color=color, linewidth=1, linestyle="--",
+                label=f"mean field, p = {name}",
+            )  # fmt: skip
         axes.axhline(0.0, color="0.6", linewidth=0.8)
         axes.axvline(law.critical, label=f"s* = {law.critical:.4f}", **_THEORY)
-        axes.set(xlabel="adherence s", ylabel="ln(scale at the end / start)")
+        axes.set(xlabel="adherence s", ylabel=y_label)
         axes.set_title(law.title, fontsize=10)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(**_LEGEND)
     return _save(figure, out_path)
 
 
@@ -199,7 +213,7 @@ def _deviation(axes: Any, series: LoopSeries) -> None:
         axes.plot(series.step, _positive(series.theory_deviation), label="mean field", **_THEORY)
     _limit_decades(axes, [series.deviation])
     axes.set(ylabel="std of residuals")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_LEGEND)
 
 
 def _density(axes: Any, series: LoopSeries) -> None:
@@ -208,7 +222,7 @@ def _density(axes: Any, series: LoopSeries) -> None:
         axes.plot(series.step, _positive(series.theory_density), label="mean field", **_THEORY)
     _limit_decades(axes, [series.density[:1]])
     axes.set(ylabel="$f_t(0)$")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_LEGEND)
 
 
 def _mass(axes: Any, series: LoopSeries) -> None:
@@ -218,7 +232,7 @@ def _mass(axes: Any, series: LoopSeries) -> None:
             label = "mean field" if number == 0 else None
             axes.plot(series.step, series.theory_mass[kappa], label=label, **_THEORY)
     axes.set(ylabel=r"mass in $[-\kappa, \kappa]$", ylim=(-0.02, 1.02))
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_LEGEND)
 
 
 def _moments(axes: Any, series: LoopSeries) -> None:
@@ -226,14 +240,14 @@ def _moments(axes: Any, series: LoopSeries) -> None:
         color = PALETTE[number % len(PALETTE)]
         axes.plot(series.step, values, color=color, linewidth=1.2, label=name)
     axes.set(ylabel="ln(1 + |moment|)")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_LEGEND)
 
 
 def _normality(axes: Any, series: LoopSeries) -> None:
     _band(axes, series.step, series.normality, 0, "median, middle half of the seeds")
     axes.axhline(0.05, color="0.45", linewidth=1, linestyle=":", label="0.05")
     axes.set(ylabel="normality p-value", ylim=(-0.02, 1.02))
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_LEGEND)
 
 
 def _autonomy(axes: Any, series: LoopSeries) -> None:
@@ -243,7 +257,7 @@ def _autonomy(axes: Any, series: LoopSeries) -> None:
     for number, (name, fitted) in enumerate(series.fits.items(), start=1):
         axes.plot(series.step, fitted, color=PALETTE[number], linewidth=1.4, label=name)
     axes.set(ylabel="$\\ln f_t(0)$")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_LEGEND)
 
 
 def _band(axes: Any, step: np.ndarray, band: np.ndarray, number: int, label: str) -> None:

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from jaxopt_lab.dynamics.loop.learners import LEARNERS, linear_predict, optax_learner, ridge, sgd
+from jaxopt_lab.dynamics.loop.sample_sgd import shuffled
 from tests.reference import repeated_learning as reference
 
 KEY = jax.random.key(5)
@@ -60,10 +61,20 @@ def test_ridge_ignores_a_constant_feature():
 
 
 def orders(count, epochs):
-    return [jax.random.permutation(jax.random.fold_in(KEY, i), count) for i in range(epochs)]
+    return [shuffled(jax.random.fold_in(KEY, i), count) for i in range(epochs)]
 
 
-# 50 items are one block of the fast form and a part of a second one.
+def test_shuffles_are_uniform():
+    with jax.enable_x64(True):
+        keys = jax.random.split(KEY, 6000)
+        drawn = np.asarray(jax.vmap(lambda key: shuffled(key, 4))(keys))
+    assert (np.sort(drawn, axis=1) == np.arange(4)).all()
+    _, counts = np.unique(drawn, axis=0, return_counts=True)
+    # Chi-squared with 23 degrees of freedom exceeds 50 once in a thousand times.
+    assert len(counts) == 24 and ((counts - 250) ** 2 / 250).sum() < 50
+
+
+# 50 items are whole blocks of the fast form and a part of one.
 @pytest.mark.parametrize(("tolerance", "patience", "epochs"), [(-np.inf, 1, 3), (1e-3, 2, 50)])
 def test_sgd_takes_the_steps_of_the_plain_loop(tolerance, patience, epochs):
     scaled = (X - X.mean(axis=0)) / X.std(axis=0)

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-BLOCK = 32
+# Short ones: the triangular systems of a batch are slow on a CPU.
+BLOCK = 8
 # Of the step size, η/k^¼.
 DECAY = 0.25
 
@@ -32,7 +33,7 @@ def fit_by_samples(
 
     Args:
       key: Of the shuffles: epoch i, counted from 0, visits the items in the order of
-        `jax.random.permutation(jax.random.fold_in(key, i), n)`.
+        `shuffled(jax.random.fold_in(key, i), n)`.
       features: As the steps see them.
       targets: y.
       max_epochs: Bound on the passes.
@@ -47,7 +48,7 @@ def fit_by_samples(
         return (state.epoch < max_epochs) & (state.stalled < patience)
 
     def epoch(state: _State) -> _State:
-        order = jax.random.permutation(jax.random.fold_in(key, state.epoch), count)
+        order = shuffled(jax.random.fold_in(key, state.epoch), count)
         seen = state.epoch * count + jnp.arange(1, count + 1)
         rates = learning_rate / seen.astype(rows.dtype) ** DECAY
         weights, loss = _epoch(state.weights, rows[order], targets[order], rates)
@@ -57,6 +58,20 @@ def fit_by_samples(
     zero = jnp.zeros((), jnp.int32)
     start = _State(jnp.zeros_like(rows[0]), zero, jnp.full((), jnp.inf, rows.dtype), zero)
     return jax.lax.while_loop(unfinished, epoch, start).weights
+
+
+def shuffled(key: PRNGKeyArray, count: int) -> Int[Array, " n"]:
+    """A random order of so many items.
+
+    In 64-bit mode one sort of random words that carry their place in their lowest bits, a third of
+    the time of `jax.random.permutation` on a CPU. Words that tie keep their order: a chance below
+    n² 2^(b-64) with b the bits of a place.
+    """
+    if not jax.config.read("jax_enable_x64"):
+        return jax.random.permutation(key, count)
+    places = jnp.uint64((1 << (count - 1).bit_length()) - 1)
+    words = jax.random.bits(key, (count,), jnp.uint64) & ~places
+    return (jnp.sort(words | jnp.arange(count, dtype=jnp.uint64)) & places).astype(jnp.int32)
 
 
 def _epoch(weights: Array, rows: Array, targets: Array, rates: Array) -> tuple[Array, Array]:

@@ -19,7 +19,12 @@ from jaxopt_lab.dynamics.loop.run import LoopRecord, MakeData, run_many
 from jaxopt_lab.dynamics.loop.study_config import LoopStudyConfig
 from jaxopt_lab.dynamics.loop.study_series import describe, series_of
 from jaxopt_lab.dynamics.loop.verdict import Verdict, judge
-from jaxopt_lab.report.loop_figures import comparison_figure, loop_figure, surface_figure
+from jaxopt_lab.report.loop_figures import (
+    LoopSeries,
+    comparison_figure,
+    loop_figure,
+    surface_figure,
+)
 from jaxopt_lab.report.tables import format_table
 
 # Shared by all seeds, or a function from a key to those of one seed.
@@ -109,25 +114,14 @@ def run_study(
                 share * (n + done) / len(settings), t
             ),
         )  # fmt: skip
-        verdicts.append(
-            judge(
-                record, usage=usage, adherence=adherence, config=loop, items=items,
-                margin=config.margin,
-            )
-        )  # fmt: skip
+        verdict = judge(
+            record, usage=usage, adherence=adherence, config=loop, items=items, margin=config.margin
+        )
+        verdicts.append(verdict)
         series.append(
-            series_of(record, verdicts[-1], loop, items, label=_title(config, name), name=name)
+            series_of(record, verdict, loop, items, label=_title(config, name), name=name)
         )
-    figures = [
-        loop_figure(one, directory / "figures" / f"loop-{number + 1}.png")
-        for number, one in enumerate(series)
-    ]
-    figures.append(
-        comparison_figure(
-            series, directory / "figures" / "deviation.png",
-            title=_title(config, f"{config.seeds} seeds"),
-        )
-    )  # fmt: skip
+    figures = _draw(config, series)
     surface = None
     if config.surface_seeds:
         surface, path = _surface(config, data, learner, items, report, directory)
@@ -246,6 +240,15 @@ def verdict_table(verdicts: list[Verdict] | tuple[Verdict, ...]) -> str:
         for v in verdicts
     ]  # fmt: skip
     return format_table(headers, [["-" if c is None else c for c in row] for row in rows])
+
+
+def _draw(config: LoopStudyConfig, series: list[LoopSeries]) -> list[Path]:
+    directory = config.directory() / "figures"
+    paths = [
+        loop_figure(one, directory / f"loop-{number + 1}.png") for number, one in enumerate(series)
+    ]
+    title = _title(config, f"{config.seeds} seeds")
+    return [*paths, comparison_figure(series, directory / "deviation.png", title=title)]
 
 
 def _surface(config, data, learner, items, report, directory) -> tuple[Surface, Path]:
