@@ -20,7 +20,7 @@ TITLES = {
     "half_trained": "MLP-386, real digits, half trained, η = 0.05",
     "cnn": "small CNN with batch norm, real digits",
     "nanogpt": "NanoGPT-960, real text",
-    "wide": "784-128-10, 101 770 parameters, Lanczos and flat proxies",
+    "wide": "101 770 parameters: Lanczos and flat proxies",
 }
 NOISE_FLOOR = 1e-12
 

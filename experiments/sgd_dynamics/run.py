@@ -123,7 +123,8 @@ def cnn(options: argparse.Namespace, scale: Scale) -> dict[str, Any]:
     digits = sgd.read_digits(options.digits, limit=SAMPLES)
     system = sgd.cnn(*digits, pooled=scale.cnn_pixels)
     training = Training(sgd_steps=6000, sgd_rate=0.2)
-    point = exact_point(system, train(system, training, SEEDS[0]), drawn_batches=256)
+    reference = train(system, training, SEEDS[0])
+    point = exact_point(system, reference, curvature="none", drawn_batches=256)
     replicas, steps = scale.cnn
     rows = [measured(point, Run(0.01, steps, replicas, steps // 20), SEEDS[0])]
     return {"training": asdict(training), "references": [described(point)], "runs": rows}
