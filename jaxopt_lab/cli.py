@@ -8,9 +8,11 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 _SIGINT_EXIT = 130
+Result = TypeVar("Result")
 # XLA's CPU runtime spreads a batched LAPACK call over the same threads that such calls block: when
 # there are as many calls at once as threads, they wait for each other for ever (jaxlib 0.10). A
 # machine of two cores reaches that with the factors of a single model, so it gets more threads.
@@ -207,13 +209,13 @@ def _dynamics(arguments: list[str]) -> int:
             from jaxopt_lab.dynamics.landscape import study as sgd
 
             config = parse_settings(rest, "dynamics sgd", sgd.SgdConfig)
-            result = sgd.run_study(config, _to_stderr)
+            result = _stoppable(lambda: sgd.run_study(config, _to_stderr))
             report = f"{result.table}\n\n{result.verdict}\n\n{result.directory}"
         else:
             from jaxopt_lab.dynamics.loop import study as loop
 
             config = parse_settings(rest, "dynamics loop", loop.LoopStudyConfig)
-            report = str(loop.run_study(config, _to_stderr))
+            report = str(_stoppable(lambda: loop.run_study(config, _to_stderr)))
     except (OSError, ValueError) as error:
         return _fail(str(error), 2)
     sys.stdout.write(f"{report}\n")
@@ -246,6 +248,23 @@ def _is_ours(error: Exception) -> bool:
         return False
     ours = ("ArgumentError", "ConfigError", "CheckpointError", "TrainingError")
     return isinstance(error, tuple(getattr(errors, name) for name in ours))
+
+
+def _stoppable(work: Callable[[], Result]) -> Result:
+    """What `work` returns; Ctrl-C ends the process at once.
+
+    A compiled program runs to its end before Python learns of a signal, which may take minutes. So
+    it runs in another thread, and the process does not wait for it at exit.
+    """
+    future = ThreadPoolExecutor(max_workers=1).submit(work)
+    try:
+        while not wait([future], timeout=0.2).done:
+            pass
+    except KeyboardInterrupt:
+        code = _fail("interrupted", _SIGINT_EXIT)
+        sys.stderr.flush()
+        os._exit(code)
+    return future.result()
 
 
 def _fail(text: str, code: int) -> int:

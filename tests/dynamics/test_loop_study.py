@@ -124,17 +124,18 @@ def test_the_verb_needs_a_system(capsys):
 
 
 def test_ctrl_c_ends_with_130(tmp_path):
-    flags = f"--items 200 --steps 1000000 --seeds 2 --out {tmp_path / 'o'}".split()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jaxopt_lab.cli", "dynamics", "loop", *flags],
+    """Also in the middle of a compiled program, which here would run for minutes."""
+    flags = f"--items 200 --steps 1000000 --seeds 2 --out {tmp_path / 'o'}"
+    with subprocess.Popen(
+        [sys.executable, "-m", "jaxopt_lab.cli", "dynamics", "loop", *flags.split()],
         stderr=subprocess.PIPE, text=True, env=os.environ,
-    )  # fmt: skip
-    assert process.stderr is not None
-    process.stderr.readline()  # the first report: it runs
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    try:
-        _, error = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        process.stderr.readline()  # the first report: it is about to compile
+        time.sleep(8)  # and it has compiled, most likely
+        process.send_signal(signal.SIGINT)
+        try:
+            _, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130 and "interrupted" in error

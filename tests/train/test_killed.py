@@ -59,7 +59,10 @@ def kill_and_check(child, directory, after_seconds):
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted
         )
         restored = checkpoints.restore(target)
-        assert restored.step == restored.data["step"] == newest and not notes
+        assert restored.step == restored.data["step"] == newest
+        # Of those that were to be deleted one may be half gone.
+        damaged = [int(note.removeprefix("checkpoint ").split()[0]) for note in notes]
+        assert all(step <= newest - 2 for step in damaged), notes
         for name, value in wanted.items():
             found = restored.state[name]
             if name == "key":
