@@ -1,7 +1,8 @@
 """Research optimizers as pure Optax transforms, and a stack that trains with them.
 
 Importing this is cheap: it brings transforms, schedules, diagnostics and dynamics, which need jax,
-optax, jaxtyping and numpy. `jaxopt_lab.models`, `.data`, `.train`, `.report` and `.bench` are imported by name.
+optax, jaxtyping and numpy. `jaxopt_lab.models`, `.data`, `.train`, `.report` and `.bench` are
+imported by name.
 """
 
 from jaxopt_lab import diagnostics, dynamics, schedules

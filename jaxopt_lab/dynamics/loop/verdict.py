@@ -25,7 +25,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import ArrayLike, Float
-from scipy.special import stdtrit
 
 from jaxopt_lab.dynamics.loop import mean_field
 from jaxopt_lab.dynamics.loop.autonomy import AutonomyFit, fit_line, fit_pieces
