@@ -123,11 +123,20 @@ def test_the_verb_needs_a_system(capsys):
     assert cli.main(["dynamics", "--help"]) == 0
 
 
+# A process that was started in the background ignores Ctrl-C, and so do its children.
+MAIN = """
+import signal, sys
+from jaxopt_lab import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(cli.main(["dynamics", "loop", *sys.argv[1:]]))
+"""
+
+
 def test_ctrl_c_ends_with_130(tmp_path):
     """Also in the middle of a compiled program, which here would run for minutes."""
     flags = f"--items 200 --steps 1000000 --seeds 2 --out {tmp_path / 'o'}"
     with subprocess.Popen(
-        [sys.executable, "-m", "jaxopt_lab.cli", "dynamics", "loop", *flags.split()],
+        [sys.executable, "-c", MAIN, *flags.split()],
         stderr=subprocess.PIPE, text=True, env=os.environ,
     ) as process:  # fmt: skip
         assert process.stderr is not None
