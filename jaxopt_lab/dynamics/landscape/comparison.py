@@ -159,7 +159,7 @@ def summarise(
                 steps, learning_rate=learning_rate, curvature=eigenvalues, curvature_variance=gamma
             )
         )
-    noisy = d > _NOISE_FLOOR * np.max(d)
+    noisy = has_noise(d)
     order = flattest(eigenvalues, len(eigenvalues))
     order = order[noisy[order]]
     half = len(order) // 2
@@ -194,6 +194,16 @@ def summary_table(summary: Summary, *, markdown: bool = False) -> str:
         f"η = {summary.learning_rate:g}, {summary.steps} steps: {listed}; "
         f"flat directions Π/(η²dn) = {np.nanmedian(summary.flat_growth):.3f} (median)"
     )
+
+
+def has_noise(gradient_variance: Float[ArrayLike, "k"]) -> Bool[np.ndarray, "k"]:
+    """Whether d is more than rounding: above 1e-12 of the largest.
+
+    >>> has_noise([1.0, 1e-3, 1e-15]).tolist()
+    [True, True, False]
+    """
+    d = np.asarray(gradient_variance)
+    return d > _NOISE_FLOOR * np.max(d)
 
 
 def flat_growth(

@@ -7,7 +7,12 @@ import jax
 import numpy as np
 
 from jaxopt_lab.dynamics.landscape import systems
-from jaxopt_lab.dynamics.landscape.comparison import Summary, summarise, summary_table
+from jaxopt_lab.dynamics.landscape.comparison import (
+    Summary,
+    has_noise,
+    summarise,
+    summary_table,
+)
 from jaxopt_lab.dynamics.landscape.curvature import eigenbasis, mean_hessian
 from jaxopt_lab.dynamics.landscape.digits import read_digits
 from jaxopt_lab.dynamics.landscape.ensemble import Ensemble, run_ensemble
@@ -23,8 +28,6 @@ from jaxopt_lab.dynamics.landscape.text import read_text
 _CNN_PIXELS = 8
 # Where batch statistics couple the samples, noise and curvature are those of drawn batches.
 _NOISE_BATCHES, _HESSIAN_BATCHES = 1024, 32
-# A direction whose noise is below this share of the largest has none but rounding.
-_NOISE_FLOOR = 1e-12
 # A prediction holds with a log-correlation above the first and a median ratio within the second.
 LOG_CORRELATION, MEDIAN_RATIO = 0.99, 1.25
 
@@ -110,7 +113,7 @@ def _findings(
 ) -> Findings:
     assert config.learning_rate
     d = noise.gradient_variance
-    silent = d <= _NOISE_FLOOR * d.max()
+    silent = ~has_noise(d)
     noise = noise._replace(gradient_variance=np.where(silent, 0.0, d))
     summary = summarise(
         ensemble, curvature, noise, learning_rate=config.learning_rate,
