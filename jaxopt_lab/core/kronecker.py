@@ -19,7 +19,7 @@ An integrator advances $(L, R)$ towards the target
     + w \, \mathcal R(\operatorname{vec} G \operatorname{vec} G^\top)
 
 and returns a balanced pair: $\lVert L \rVert = \lVert R \rVert$, both symmetric and positive
-semidefinite. Everything is computed from unit matrices and two weights between 0 and 1, so that
+semidefinite. Everything is computed from matrices of norm at most 1 and two such weights, so that
 neither tiny nor huge gradients leave the range of float32.
 
 Source: Yudin, Grishina, Veprikov, Beznosikov and Rakhuba, "DyKAF: Dynamical Kronecker Approximation
@@ -29,6 +29,7 @@ Lubich, "An unconventional robust integrator for dynamical low-rank approximatio
 2010.02022.
 """
 
+import math
 from typing import Literal, Protocol
 
 import jax.numpy as jnp
@@ -263,13 +264,13 @@ class _Increment:
             self.left_size = self.right_size = frobenius_norm(smaller)
         else:
             self.left_size, self.right_size = frobenius_norm(left), frobenius_norm(right)
-        largest = jnp.max(jnp.abs(grad), axis=(-2, -1), keepdims=True)
-        grad_unit = _divide(grad, largest)
-        size = frobenius_norm(grad_unit)
-        self.grad_unit = _divide(grad_unit, size)
+        largest = jnp.max(jnp.abs(grad), axis=(-2, -1), keepdims=True, initial=0)
+        # At least the norm, and a reading of the gradient less.
+        size = largest * math.sqrt(grad.shape[-2] * grad.shape[-1])
+        self.grad_unit = _divide(grad, size)
         # Roots, so that the squares of tiny and of huge gradients are never formed.
         kept = jnp.sqrt(decay) * jnp.sqrt(self.left_size) * jnp.sqrt(self.right_size)
-        gained = jnp.sqrt(weight) * largest * size
+        gained = jnp.sqrt(weight) * size
         self.root_scale = jnp.hypot(kept, gained)
         self.old = jnp.square(_divide(kept, self.root_scale))
         self.new = jnp.square(_divide(gained, self.root_scale))

@@ -78,23 +78,26 @@ def _panelled(x: Array, precision: ProductPrecision, panel: int) -> Array:
     x = x.reshape((-1, n, n))
     width = panel * max(_BLOCK_PANELS, -(-n // (panel * _MOST_BLOCKS)))
     coarse = _coarse(precision)
-    done: list[Array] = []
+    # The first pass removes almost everything and needs few digits. The second one is the last,
+    # unless it found that columns were nearly dependent on earlier ones.
+    first: list[Array] = []
     for start in range(0, n, width):
-        block = x[..., start : start + width]
-        earlier = tuple(done)
-        # The first pass removes almost everything and needs few digits. The second one is the last,
-        # unless it found that columns were nearly dependent on earlier ones.
-        block = _gram_schmidt(_without(block, earlier, coarse, coarse), panel, coarse)
+        block = _without(x[..., start : start + width], first, coarse, coarse)
+        first.append(_gram_schmidt(block, panel, coarse))
 
-        def refine(carry, earlier=earlier):
-            block = _without(carry[0], earlier, precision, coarse)
-            block, again = _corrected(block, panel, precision, coarse)
-            return block, again, carry[2] + 1
+    def refine(carry):
+        blocks, again, done = carry[0], jnp.array(False), []
+        for block in blocks:
+            block, unsure = _corrected(
+                _without(block, done, precision, coarse), panel, precision, coarse
+            )
+            done, again = [*done, block], again | unsure
+        return done, again, carry[2] + 1
 
-        block, _, _ = lax.while_loop(
-            lambda carry: carry[1] & (carry[2] < _MOST_PASSES), refine, (block, jnp.array(True), 1)
-        )
-        done.append(block)
+    # One loop for all blocks: at every round the host waits for the device.
+    done, _, _ = lax.while_loop(
+        lambda carry: carry[1] & (carry[2] < _MOST_PASSES), refine, (first, jnp.array(True), 1)
+    )
     return jnp.concatenate(done, axis=-1).reshape((*batch, n, n))
 
 

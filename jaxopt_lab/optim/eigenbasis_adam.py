@@ -179,7 +179,6 @@ class EigenbasisAdam:
 
     def _factor_step(self, grad: Array, rows: Side, columns: Side, status: Array):
         old = (rows, columns)
-        grad = jnp.where(_wide(status > 0), grad, 0)
         return _select(status > 0, self.rule.step(old, grad), old)
 
     def _unless_overflowing(self, leaf: FactorLeaf, old: FactorLeaf) -> FactorLeaf:
