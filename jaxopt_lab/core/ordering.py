@@ -9,7 +9,6 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 Carry = TypeVar("Carry")
-Later = TypeVar("Later")
 
 
 def run_if(due: Bool[Array, ""], fn: Callable[[Carry], Carry], carry: Carry) -> Carry:
@@ -17,32 +16,19 @@ def run_if(due: Bool[Array, ""], fn: Callable[[Carry], Carry], carry: Carry) -> 
 
     A conditional copies what it hands on unchanged, and under `vmap` it runs both branches where
     `due` differs between the mapped instances. A loop hands on without a copy, and its body runs
-    only if it is due for any of them.
+    only if it is due for any of them. But a host that comes to a loop waits for everything it has
+    started, to learn whether there is a round to run: loops belong where little is under way.
 
     Args:
       due: A predicate.
       fn: Keeps the structure, shapes and dtypes of its argument.
       carry: A tree of arrays.
     """
-    return run_if_before((), due, fn, carry)[1]
-
-
-def run_if_before(
-    later: Later, due: Bool[Array, ""], fn: Callable[[Carry], Carry], carry: Carry
-) -> tuple[Later, Carry]:
-    """`later` as it is, but not before `run_if(due, fn, carry)`, and the result of that.
-
-    A host that runs a loop waits for everything it started before, to learn whether there is a
-    round to run. What is left for later keeps the device busy while the host prepares the next
-    program.
-    """
 
     def once(pair):
         return jnp.zeros_like(pair[0]), fn(pair[1])
 
-    is_due, carry = lax.while_loop(lambda pair: pair[0], once, (due, carry))
-    # It is not due any more, but compilers do not know.
-    return jax.tree.map(lambda x: jnp.where(is_due, jnp.zeros_like(x), x), later), carry
+    return lax.while_loop(lambda pair: pair[0], once, (due, carry))[1]
 
 
 def after(x: Array, *earlier: Array | None) -> Array:

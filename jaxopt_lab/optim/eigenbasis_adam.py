@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxopt_lab.core.kronecker import rank_one_step, symmetric
-from jaxopt_lab.core.ordering import after, run_if, run_if_before
+from jaxopt_lab.core.ordering import after, run_if
 from jaxopt_lab.core.orthogonalization import Orthogonalizer
 from jaxopt_lab.core.precision import ProductPrecision, matmul
 from jaxopt_lab.core.spectral import refresh_eigenbasis
@@ -78,20 +78,19 @@ class EigenbasisAdam:
         """
         leaves = [leaf.having(grad=leaf.layout.view(g))
                   for leaf, g in zip(leaves, grads, strict=True)]  # fmt: skip
-        leaves = [leaf.having(status=self._status(leaf)) for leaf in leaves]
+        leaves = [
+            leaf.having(status=self._status(leaf), direction=jnp.zeros_like(leaf["grad"]))
+            for leaf in leaves
+        ]
         starting = jnp.array(False)
         for leaf in leaves:
             starting = starting | jnp.any(leaf["status"] == STARTED)
         leaves = self._if_due(starting, self._start, leaves)
-        advanced = self._map(
-            EigenbasisAdam._factor_step, leaves, ("grad", *FACTORS, "status"), FACTORS
-        )
-        leaves = list(map(self._unless_overflowing, advanced, leaves))
+        due = self._refresh_due(count)
+        leaves = self._if_due(due, lambda xs: self._refresh(count, self._move(xs)), leaves)
+        leaves = self._if_due(~due, self._move, leaves)
+        directions = [leaf.layout.undo_view(self._scaled(leaf)) for leaf in leaves]
         leaves = [leaf.having(age=self._grown(leaf)) for leaf in leaves]
-        names = ("grad", *MOMENTS, *BASES, "age", "status")
-        leaves = self._map(EigenbasisAdam._adam_step, leaves, names, ("direction", *MOMENTS))
-        leaves = self._refresh_if_due(count, leaves)
-        directions = [leaf.layout.undo_view(leaf["direction"]) for leaf in leaves]
         return directions, [leaf["status"] for leaf in leaves], leaves
 
     def basis_dtype(self, dtype: DTypeLike) -> DTypeLike:
@@ -129,25 +128,17 @@ class EigenbasisAdam:
             **{"transposable": False, "enough": _ENOUGH, **options},
         )
 
-    def _if_due(
-        self, due: Array, step, leaves: list[FactorLeaf], later: Sequence[str] = ()
-    ) -> list[FactorLeaf]:
-        """`step(leaves)` if `due`, and after it the arrays named by `later`."""
-
-        def chosen(leaves: list[FactorLeaf], names: Sequence[str]) -> list[dict[str, Side]]:
-            return [{name: leaf.arrays[name] for name in names} for leaf in leaves]
+    def _if_due(self, due: Array, step, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
+        """`step(leaves)` if `due`."""
 
         def having(arrays: list[dict[str, Side]]) -> list[FactorLeaf]:
             return [leaf.having(**x) for leaf, x in zip(leaves, arrays, strict=True)]
 
-        names = (*MOMENTS, *FACTORS, *BASES)
-        last, arrays = run_if_before(
-            chosen(leaves, later),
-            due,
-            lambda arrays: chosen(step(having(arrays)), names),
-            chosen(leaves, names),
-        )
-        return [leaf.having(**x) for leaf, x in zip(having(arrays), last, strict=True)]
+        def changing(leaves: list[FactorLeaf]) -> list[dict[str, Side]]:
+            names = ("status", "direction", *MOMENTS, *FACTORS, *BASES)
+            return [{name: leaf.arrays[name] for name in names} for leaf in leaves]
+
+        return having(run_if(due, lambda xs: changing(step(having(xs))), changing(leaves)))
 
     def _status(self, leaf: FactorLeaf) -> Array:
         """What to do with each matrix."""
@@ -177,6 +168,15 @@ class EigenbasisAdam:
         names = ("grad", *FACTORS, *BASES, "status")
         return self._map(start, leaves, names, (*FACTORS, *BASES), decomposes=True)
 
+    def _move(self, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
+        """Take the gradient into factors and moments, and find the directions."""
+        advanced = self._map(
+            EigenbasisAdam._factor_step, leaves, ("grad", *FACTORS, "status"), FACTORS
+        )
+        leaves = list(map(self._unless_overflowing, advanced, leaves))
+        names = ("grad", *MOMENTS, *BASES, "status")
+        return self._map(EigenbasisAdam._adam_step, leaves, names, ("direction", *MOMENTS))
+
     def _factor_step(self, grad: Array, rows: Side, columns: Side, status: Array):
         old = (rows, columns)
         return _select(status > 0, self.rule.step(old, grad), old)
@@ -197,23 +197,26 @@ class EigenbasisAdam:
             status == STARTED, first, jnp.where(status == APPLIED, age + 1, age)
         ).astype(jnp.int32)
 
-    def _adam_step(self, grad, mu, nu, row_nu, column_nu, row_basis, column_basis, age, status):
+    def _adam_step(self, grad, mu, nu, row_nu, column_nu, row_basis, column_basis, status):
         applied = self.applied(status)
-        keep = _wide(applied)
-        rotated = self._rotate(jnp.where(keep, grad, 0), row_basis, column_basis)
+        rotated = self._rotate(jnp.where(_wide(applied), grad, 0), row_basis, column_basis)
         new_mu = self.b1 * mu + (1 - self.b1) * rotated
         moments, denominator = self._second_moment(nu, row_nu, column_nu, jnp.square(rotated))
         step = jnp.where(denominator > 0, new_mu / jnp.where(denominator > 0, denominator, 1), 0)
         step = self._rotate(step, row_basis, column_basis, back=True)
         if self.normalize_grads:
             step = step / (1e-30 + jnp.sqrt(jnp.mean(jnp.square(step), (-2, -1), keepdims=True)))
-        scale = jnp.ones_like(_wide(age), step.dtype)
-        if self.correct_bias:
-            k = jnp.maximum(_wide(age) - 1, 1).astype(step.dtype)
-            scale = jnp.sqrt(one_minus_power(self.b2, k)) / one_minus_power(self.b1, k)
-        direction = jnp.where(keep, scale * step, 0)
         new = _select(applied, (new_mu, *moments), (mu, nu, row_nu, column_nu))
-        return direction, *new
+        return step, *new
+
+    def _scaled(self, leaf: FactorLeaf) -> Array:
+        """The direction without the bias of its moments; 0 for a matrix that takes no step."""
+        direction = leaf["direction"]
+        if self.correct_bias:
+            k = jnp.maximum(leaf["age"], 1).astype(direction.dtype)
+            bias = jnp.sqrt(one_minus_power(self.b2, k)) / one_minus_power(self.b1, k)
+            direction = _like(bias, direction) * direction
+        return jnp.where(_like(self.applied(leaf["status"]), direction), direction, 0)
 
     def _rotate(
         self, x: Array, rows: Side, columns: Side, *, back: bool = False, rounded: bool = False
@@ -247,24 +250,25 @@ class EigenbasisAdam:
         floor = self.eps if self.eps_in_denominator else 0.0
         return (None, row_nu, column_nu), root + floor
 
-    def _refresh_if_due(self, count: Array, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
-        """Every `frequency` steps, or a share of every stack at each step."""
-        turn = (count if self.skip_first_step else count + 1) % self.frequency
-        later = ("direction",)
-        if not self.stagger:
-            return self._if_due((count > 0) & (turn == 0), self._refresh, leaves, later)
+    def _refresh_due(self, count: Array) -> Array:
+        """Whether bases are refreshed after this step, all or, where staggered, some."""
+        due = count > 0
+        return due if self.stagger else due & (self._turn(count) == 0)
+
+    def _turn(self, count: Array) -> Array:
+        return (count if self.skip_first_step else count + 1) % self.frequency
+
+    def _refresh(self, count: Array, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
+        """New bases, or those of a share of every stack, so that no step pays for all."""
         names = (*MOMENTS, *FACTORS, *BASES)
+        if not self.stagger:
+            return self._refresh_all(leaves)
+        return self._map(
+            _in_turn(self.frequency), leaves, names, names,
+            scalars=(self._turn(count),), transposable=True, enough=None, decomposes=True,
+        )  # fmt: skip
 
-        def share(leaves: list[FactorLeaf]) -> list[FactorLeaf]:
-            # So that no step pays for all.
-            return self._map(
-                _in_turn(self.frequency), leaves, names, names,
-                scalars=(turn,), transposable=True, enough=None, decomposes=True,
-            )  # fmt: skip
-
-        return self._if_due(count > 0, share, leaves, later)
-
-    def _refresh(self, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
+    def _refresh_all(self, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
         """New bases, the first moment re-expressed in them, the second sorted."""
         old = [{f"old_{name}": leaf.arrays[name] for name in BASES} for leaf in leaves]
         leaves = map_sides(self._refresh_side, leaves, replicated_work=self.replicated_work)
@@ -322,13 +326,16 @@ def _cast(new: Side, old: Side) -> Side:
     return None if new is None or old is None else new.astype(old.dtype)
 
 
+def _like(per_matrix: Array, stack: Array) -> Array:
+    """One number a matrix, to broadcast against a stack of any number of axes."""
+    return per_matrix.reshape(per_matrix.shape + (1,) * (stack.ndim - 1))
+
+
 def _select(condition: Array, new: Sequence[Side], old: Sequence[Side]) -> tuple[Side, ...]:
     """`new` for the matrices for which the condition holds."""
 
     def select(a: Side, b: Side) -> Side:
-        if a is None or b is None:
-            return None
-        return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - 1)), a, b)
+        return None if a is None or b is None else jnp.where(_like(condition, a), a, b)
 
     return tuple(map(select, new, old))
 

@@ -157,7 +157,7 @@ def test_refresh_follows_the_factors():
             orders.append(np.argsort(-np.diag(old.T @ factor @ old)))
             want = np.linalg.qr(factor @ old[:, orders[-1]])[0]
             close(np.abs(want.T @ getattr(state, f"{side}_basis")[name]), np.eye(len(want)))
-        close(state.nu[name], never.nu[name][orders[0]][:, orders[1]], atol=0)
+        close(state.nu[name], never.nu[name][orders[0]][:, orders[1]], atol=1e-15)
         momenta = [s.row_basis[name] @ s.mu[name] @ s.column_basis[name].T for s in (never, state)]
         close(*momenta)
 
