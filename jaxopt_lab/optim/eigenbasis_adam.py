@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -78,10 +79,9 @@ class EigenbasisAdam:
         """
         leaves = [leaf.having(grad=leaf.layout.view(g))
                   for leaf, g in zip(leaves, grads, strict=True)]  # fmt: skip
-        leaves = [
-            leaf.having(status=self._status(leaf), direction=jnp.zeros_like(leaf["grad"]))
-            for leaf in leaves
-        ]
+        # Directions will be written; zeros would be merged with other zeros, at a reading of them.
+        leaves = [leaf.having(status=self._status(leaf), direction=jnp.ones_like(leaf["grad"]))
+                  for leaf in leaves]  # fmt: skip
         starting = jnp.array(False)
         for leaf in leaves:
             starting = starting | jnp.any(leaf["status"] == STARTED)
@@ -274,7 +274,7 @@ class EigenbasisAdam:
         leaves = map_sides(self._refresh_side, leaves, replicated_work=self.replicated_work)
         leaves = [leaf.having(**bases) for leaf, bases in zip(leaves, old, strict=True)]
         names = (*MOMENTS, "old_row_basis", "old_column_basis", *BASES, *ORDERS)
-        return self._map(EigenbasisAdam._re_express, leaves, names, MOMENTS, transposable=True)
+        return self._map(EigenbasisAdam._re_express, leaves, names, MOMENTS)
 
     def _refresh_side(self, factor: Array, basis: Array) -> tuple[Array, Array, Array]:
         factor = symmetric(factor)
@@ -314,7 +314,9 @@ def _permuted(x: Side, order: Side, axis: int) -> Side:
     if x is None or order is None:
         return x
     others = tuple(a for a in range(1, x.ndim) if a != axis % x.ndim)
-    return jnp.take_along_axis(x, jnp.expand_dims(order, others), axis=axis)
+    taken = jnp.take_along_axis(x, jnp.expand_dims(order, others), axis=axis)
+    # Left alone, compilers transpose at every step what is permuted at a few.
+    return with_layout_constraint(taken, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def _wide(per_matrix: Array) -> Array:
