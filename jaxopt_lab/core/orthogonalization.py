@@ -78,27 +78,44 @@ def _panelled(x: Array, precision: ProductPrecision, panel: int) -> Array:
     x = x.reshape((-1, n, n))
     width = panel * max(_BLOCK_PANELS, -(-n // (panel * _MOST_BLOCKS)))
     coarse = _coarse(precision)
-    # The first pass removes almost everything and needs few digits. The second one is the last,
-    # unless it found that columns were nearly dependent on earlier ones.
-    first: list[Array] = []
+    done: list[Array] = []
     for start in range(0, n, width):
-        block = _without(x[..., start : start + width], first, coarse, coarse)
-        first.append(_gram_schmidt(block, panel, coarse))
+        earlier = tuple(done)
+        # The first pass removes almost everything and needs few digits.
+        block = _without(x[..., start : start + width], earlier, coarse, coarse)
+        block = _gram_schmidt(block, panel, coarse)
+        # The second one is the last, unless it finds that columns were nearly dependent on others.
+        block = _without(block, earlier, precision, coarse)
+        upper, scale, near, again = _overlaps(block, precision)
+        block = jnp.where(near, _corrected(block, upper, scale, coarse), block)
+        done.append(_refined(block, again, earlier, panel, precision, coarse))
+    return jnp.concatenate(done, axis=-1).reshape((*batch, n, n))
+
+
+def _refined(
+    block: Array,
+    again: Array,
+    earlier: Sequence[Array],
+    panel: int,
+    precision: ProductPrecision,
+    coarse: ProductPrecision,
+) -> Array:
+    """Further passes while they are needed."""
 
     def refine(carry):
-        blocks, again, done = carry[0], jnp.array(False), []
-        for block in blocks:
-            block, unsure = _corrected(
-                _without(block, done, precision, coarse), panel, precision, coarse
-            )
-            done, again = [*done, block], again | unsure
-        return done, again, carry[2] + 1
+        block = _without(carry[0], earlier, precision, coarse)
+        upper, scale, near, again = _overlaps(block, precision)
+        block = lax.cond(
+            near,
+            lambda block: _corrected(block, upper, scale, coarse),
+            lambda block: _gram_schmidt(block, panel, coarse),
+            block,
+        )
+        return block, again, carry[2] + 1
 
-    # One loop for all blocks: at every round the host waits for the device.
-    done, _, _ = lax.while_loop(
-        lambda carry: carry[1] & (carry[2] < _MOST_PASSES), refine, (first, jnp.array(True), 1)
-    )
-    return jnp.concatenate(done, axis=-1).reshape((*batch, n, n))
+    return lax.while_loop(
+        lambda carry: carry[1] & (carry[2] < _MOST_PASSES), refine, (block, again, 2)
+    )[0]
 
 
 def _coarse(precision: ProductPrecision) -> ProductPrecision:
@@ -127,57 +144,52 @@ def _gram_schmidt(block: Array, panel: int, precision: ProductPrecision) -> Arra
     count = -(-width // panel)
     # Columns that fill up the last panel are zero and stay zero.
     block = jnp.pad(block, ((0, 0), (0, 0), (0, count * panel - width)))
+    first = _cholesky_qr(_unit_columns(block[..., :panel]))
 
     def add(index, basis):
         columns = lax.dynamic_slice_in_dim(block, index * panel, panel, axis=-1)
-        if count > 1:
-            # What is not filled yet is zero and takes nothing away. The first panel holds what
-            # dominates an image under power iteration; of that one removal leaves too much.
-            columns = _without(columns, (basis, basis[..., :panel]), precision, precision)
+        # What is not filled yet is zero and takes nothing away. The first panel holds what
+        # dominates an image under power iteration; of that one removal leaves too much.
+        columns = _without(columns, (basis, first), precision, precision)
         columns = _cholesky_qr(_unit_columns(columns))
         return lax.dynamic_update_slice_in_dim(basis, columns, index * panel, axis=-1)
 
-    return lax.fori_loop(0, count, add, jnp.zeros_like(block))[..., :width]
+    basis = jnp.pad(first, ((0, 0), (0, 0), (0, (count - 1) * panel)))
+    return lax.fori_loop(1, count, add, basis)[..., :width]
 
 
-def _corrected(
-    block: Array, panel: int, precision: ProductPrecision, coarse: ProductPrecision
-) -> tuple[Array, Array]:
-    r"""Orthonormalise columns that nearly are; others go through Gram-Schmidt once more.
+def _overlaps(block: Array, precision: ProductPrecision) -> tuple[Array, Array, Array, Array]:
+    """What columns of length 1 overlap with later ones of their block.
 
-    With the columns scaled to length 1 their Gram matrix is $I + E = R^\top R$. Up to the third
-    power of $E$, and with $U$ its upper triangle,
-
-    .. math::
-      R^{-1} = I - U + U^2 + \mathrm{upper}(U^\top U) + \tfrac12 \mathrm{diag}(U^\top U)
-
-    Returns the block, and whether another pass is needed.
+    Returns the overlaps, an upper triangle; what scales the columns to length 1; whether
+    `_corrected` makes them nearly orthogonal; and whether another pass is needed even so.
     """
     gram = matmul(block, block, precision, transpose_a=True)
     squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
     lost = jnp.max(jnp.where(squares > 0, 1 - squares, 0))
     scale = _reciprocal(jnp.sqrt(jnp.maximum(squares, 0)))
     upper = jnp.triu(scale[..., :, None] * gram * scale[..., None, :], 1)
-    overlaps = jnp.sum(jnp.square(upper), axis=-1) + jnp.sum(jnp.square(upper), axis=-2)
-    left = jnp.max(overlaps)
-
-    def correct(block: Array) -> Array:
-        # Of the small second order few digits are enough.
-        second = matmul(upper, upper, "bfloat16", transpose_a=True)
-        second = jnp.triu(second) - 0.5 * second * jnp.eye(second.shape[-1], dtype=second.dtype)
-        second = second + matmul(upper, upper, "bfloat16")
-        change = scale[..., :, None] * (upper - second)
-        diagonal = jnp.eye(change.shape[-1], dtype=change.dtype) * (1 - scale[..., None, :])
-        return block - matmul(block, change + diagonal, coarse)
-
-    block = lax.cond(
-        left < _NEAR,
-        correct,
-        lambda block: _gram_schmidt(block, panel, coarse),
-        block,
-    )
+    left = jnp.max(jnp.sum(jnp.square(upper), axis=-1) + jnp.sum(jnp.square(upper), axis=-2))
     third_order = jnp.finfo(gram.dtype).eps ** (2 / 3) / 2
-    return block, (lost > _LOST) | (left > third_order)
+    return upper, scale, left < _NEAR, (lost > _LOST) | (left > third_order)
+
+
+def _corrected(block: Array, upper: Array, scale: Array, coarse: ProductPrecision) -> Array:
+    r"""Orthonormalise columns that nearly are.
+
+    With the columns scaled to length 1 their Gram matrix is $I + E = R^\top R$. Up to the third
+    power of $E$, and with $U$ its upper triangle,
+
+    .. math::
+      R^{-1} = I - U + U^2 + \mathrm{upper}(U^\top U) + \tfrac12 \mathrm{diag}(U^\top U)
+    """
+    # Of the small second order few digits are enough.
+    second = matmul(upper, upper, "bfloat16", transpose_a=True)
+    second = jnp.triu(second) - 0.5 * second * jnp.eye(second.shape[-1], dtype=second.dtype)
+    second = second + matmul(upper, upper, "bfloat16")
+    change = scale[..., :, None] * (upper - second)
+    diagonal = jnp.eye(change.shape[-1], dtype=change.dtype) * (1 - scale[..., None, :])
+    return block - matmul(block, change + diagonal, coarse)
 
 
 def _cholesky_qr(columns: Array) -> Array:

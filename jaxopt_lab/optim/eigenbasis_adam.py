@@ -6,6 +6,7 @@ moments live in those bases; a method is the rule by which the factors follow th
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import jax
@@ -85,10 +86,19 @@ class EigenbasisAdam:
         starting = jnp.array(False)
         for leaf in leaves:
             starting = starting | jnp.any(leaf["status"] == STARTED)
-        leaves = self._if_due(starting, self._start, leaves)
         due = self._refresh_due(count)
-        leaves = self._if_due(due, lambda xs: self._refresh(count, self._move(xs)), leaves)
-        leaves = self._if_due(~due, self._move, leaves)
+
+        def move_and_refresh(leaves: list[FactorLeaf]) -> list[FactorLeaf]:
+            return self._refresh(count, self._move(leaves))
+
+        # A host waits for the device wherever it learns what to start next. Most steps ask three
+        # times before they work and not afterwards, so that the device has work while the host
+        # prepares the next program. The bases stay outside of the last branch, which would copy
+        # what it hands on.
+        leaves = _branch(partial(run_if, starting), self._start, leaves, (*FACTORS, *BASES))
+        moved = ("status", "direction", *MOMENTS, *FACTORS)
+        leaves = _branch(partial(run_if, due), move_and_refresh, leaves, (*moved, *BASES))
+        leaves = _branch(partial(lax.cond, due, lambda arrays: arrays), self._move, leaves, moved)
         directions = [leaf.layout.undo_view(self._scaled(leaf)) for leaf in leaves]
         leaves = [leaf.having(age=self._grown(leaf)) for leaf in leaves]
         return directions, [leaf["status"] for leaf in leaves], leaves
@@ -127,18 +137,6 @@ class EigenbasisAdam:
             replicated_work=self.replicated_work,
             **{"transposable": False, "enough": _ENOUGH, **options},
         )
-
-    def _if_due(self, due: Array, step, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
-        """`step(leaves)` if `due`."""
-
-        def having(arrays: list[dict[str, Side]]) -> list[FactorLeaf]:
-            return [leaf.having(**x) for leaf, x in zip(leaves, arrays, strict=True)]
-
-        def changing(leaves: list[FactorLeaf]) -> list[dict[str, Side]]:
-            names = ("status", "direction", *MOMENTS, *FACTORS, *BASES)
-            return [{name: leaf.arrays[name] for name in names} for leaf in leaves]
-
-        return having(run_if(due, lambda xs: changing(step(having(xs))), changing(leaves)))
 
     def _status(self, leaf: FactorLeaf) -> Array:
         """What to do with each matrix."""
@@ -289,6 +287,8 @@ class EigenbasisAdam:
     ):  # fmt: skip
         mu = self._rotate(mu, old_rows, old_columns, back=True, rounded=True)
         mu = self._rotate(mu, rows, columns)
+        # Or its last change would be part of the permutation, which then could not overwrite it.
+        nu = lax.optimization_barrier(nu)
         nu = _permuted(_permuted(nu, row_order, -2), column_order, -1)
         return mu, nu, _permuted(row_nu, row_order, -1), _permuted(column_nu, column_order, -1)
 
@@ -307,6 +307,21 @@ class EigenbasisAdam:
             column_order,
         )  # fmt: skip
         return *moments, rows, columns, new_rows, new_columns
+
+
+def _branch(choose, step, leaves: list[FactorLeaf], names: Sequence[str]) -> list[FactorLeaf]:
+    """`step(leaves)`, which may change the named arrays, or `leaves`, as `choose` decides.
+
+    `choose(step, arrays)` returns `step(arrays)` or `arrays`.
+    """
+
+    def having(arrays: list[dict[str, Side]]) -> list[FactorLeaf]:
+        return [leaf.having(**x) for leaf, x in zip(leaves, arrays, strict=True)]
+
+    def named(leaves: list[FactorLeaf]) -> list[dict[str, Side]]:
+        return [{name: leaf.arrays[name] for name in names} for leaf in leaves]
+
+    return having(choose(lambda arrays: named(step(having(arrays))), named(leaves)))
 
 
 def _permuted(x: Side, order: Side, axis: int) -> Side:
