@@ -21,9 +21,6 @@ ADAM_B1, ADAM_B2 = 0.8, 0.999
 ADAM_RATE = 1.47e-3
 # Sign rate over spectral rate of LionMuon: the best of the nine cells of experiments/lion_muon.
 SIGN_RATIO = 1 / 60
-# Gap of the peak over the first one, for `fraction`; 0.32 is what the exact rule gives for the
-# published runs of Muon at 124M parameters.
-PEAK_FRACTION = 0.32
 # Every schedule ends at this part of its peak.
 FINAL_DIV_FACTOR = 1e4
 
@@ -72,15 +69,13 @@ class Schedule:
     """One row of the table. Rows of one family are lanes of one program."""
 
     name: str
-    family: Literal["linear", "exact", "fraction", "official", "auto"]
+    family: Literal["linear", "exact", "official", "auto"]
     warmup: float = 0.0
     """Of the linear family: length as a share of the run."""
     norm: Norm | None = None
     """For kappa; None: the optimizer's own."""
     target_shift: float = 0.0
     """Added to the optimizer's target loss."""
-    div_factor: float | None = None
-    """None: the optimizer's own."""
     only: str | None = None
     """The one optimizer that has this row; None: all."""
 
@@ -115,14 +110,13 @@ def scheduled(
 def warmup_of(family: str, cell: Cells, steps: int) -> optax.GradientTransformationExtraArgs:
     """The adaptive warm-up of a cell; `official` is the released one with all it does."""
     official = family == "official"
-    rule = {"official": "official", "fraction": PEAK_FRACTION}.get(family, "exact")
     return adaptive_warmup(
         cell.peak,
         steps,
         "auto" if family == "auto" else cell.target,
         cell.div_factor,
         kappa=cell.kappa,
-        delta_star_rule=rule,
+        delta_star_rule="official" if official else "exact",
         official_first_step=official,
         fallback_after=None if official else 0.5,
         final_div_factor=FINAL_DIV_FACTOR,
@@ -211,8 +205,6 @@ SCHEDULES = (
     Schedule("exact-kappa-of-lion", "exact", norm="sign", only="LionMuon P=2"),
     Schedule("exact-target-low", "exact", target_shift=-1.0, only="Muon"),
     Schedule("exact-target-high", "exact", target_shift=1.0, only="Muon"),
-    Schedule("exact-from-tenth", "exact", div_factor=10.0),
-    Schedule("fraction", "fraction"),
     Schedule("official", "official"),
     Schedule("auto", "auto"),
 )

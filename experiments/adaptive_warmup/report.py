@@ -35,8 +35,6 @@ QUESTIONS = (
     ("exact-kappa-of-lion", "exact"),
     ("exact-target-low", "exact"),
     ("exact-target-high", "exact"),
-    ("exact-from-tenth", "tuned"),
-    ("fraction", "tuned"),
 )
 DRAWN = ("exact", "official", "auto")
 

@@ -43,8 +43,6 @@ LARGEST_LANES = 6
 
 SCALES = {
     "gpu": DecoderRuns(("site-packages",), 8192, 384, 6, 6, 256, 32, 600, 50, 8, "bfloat16"),
-    # The same text in batches of a quarter, for the methods that the short runs left in doubt.
-    "gpu-long": DecoderRuns(("site-packages",), 8192, 384, 6, 6, 256, 8, 3200, 200, 32, "bfloat16"),
     # A trial of the machinery; it decides nothing.
     "cpu": DecoderRuns(("stdlib",), 1024, 32, 1, 2, 32, 4, 40, 20, 2, "float32"),
 }
@@ -197,7 +195,7 @@ class Study:
                 [warmup_kappa(params, row.norm or self.optimizer.norm, axes) for row in rows]
             ),
             target=repeated([target + row.target_shift for row in rows]),
-            div_factor=repeated([row.div_factor or self.optimizer.div_factor for row in rows]),
+            div_factor=repeated([self.optimizer.div_factor] * len(rows)),
         )
 
 
