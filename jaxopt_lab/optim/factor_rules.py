@@ -104,9 +104,9 @@ class GramFactors:
         # The start is a multiple of the identity: one gradient decides about all eigenvectors.
         rows, columns = factors
         if rows is not None:
-            rows = eigenbasis(gram(grad))
+            rows = eigenbasis(gram(grad, self.precision))
         if columns is not None:
-            columns = eigenbasis(after(gram(grad, transpose=True), rows))
+            columns = eigenbasis(after(gram(grad, self.precision, transpose=True), rows))
         return rows, columns
 
 
