@@ -12,7 +12,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -23,8 +22,9 @@ from jaxopt_lab.core.precision import ProductPrecision, matmul
 from jaxopt_lab.core.spectral import refresh_eigenbasis
 from jaxopt_lab.core.stacks import ReplicatedWork
 from jaxopt_lab.optim.adamw_fallback import one_minus_power
-from jaxopt_lab.optim.factor_leaves import FactorLeaf, map_leaves, map_sides
-from jaxopt_lab.optim.factor_rules import STATIC, FactorRule, Side
+from jaxopt_lab.optim.factor_leaves import FactorLeaf, branch, map_leaves, map_sides
+from jaxopt_lab.optim.factor_rules import STATIC, FactorRule
+from jaxopt_lab.optim.factor_sides import Side, permuted, select, spread
 from jaxopt_lab.optim.routing import Scalar
 
 SecondMoment = Literal["full", "rank_one", "factored"]
@@ -95,10 +95,10 @@ class EigenbasisAdam:
         # times before they work and not afterwards, so that the device has work while the host
         # prepares the next program. The bases stay outside of the last branch, which would copy
         # what it hands on.
-        leaves = _branch(partial(run_if, starting), self._start, leaves, (*FACTORS, *BASES))
+        leaves = branch(partial(run_if, starting), self._start, leaves, (*FACTORS, *BASES))
         moved = ("status", "direction", *MOMENTS, *FACTORS)
-        leaves = _branch(partial(run_if, due), move_and_refresh, leaves, (*moved, *BASES))
-        leaves = _branch(partial(lax.cond, due, lambda arrays: arrays), self._move, leaves, moved)
+        leaves = branch(partial(run_if, due), move_and_refresh, leaves, (*moved, *BASES))
+        leaves = branch(partial(lax.cond, due, lambda arrays: arrays), self._move, leaves, moved)
         directions = [leaf.layout.undo_view(self._scaled(leaf)) for leaf in leaves]
         leaves = [leaf.having(age=self._grown(leaf)) for leaf in leaves]
         return directions, [leaf["status"] for leaf in leaves], leaves
@@ -157,11 +157,11 @@ class EigenbasisAdam:
 
     def _start(self, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
         def start(method, grad, rows, columns, row_basis, column_basis, status):
-            grad = jnp.where(_wide(status == STARTED), grad, 0)
+            grad = jnp.where(spread(status == STARTED, grad), grad, 0)
             first = method.rule.start((rows, columns), grad)
             new = (*first, *method.rule.bases(first, grad))
             old = (rows, columns, row_basis, column_basis)
-            return _select(status == STARTED, list(map(_cast, new, old)), old)
+            return select(status == STARTED, new, old)
 
         names = ("grad", *FACTORS, *BASES, "status")
         return self._map(start, leaves, names, (*FACTORS, *BASES), decomposes=True)
@@ -177,7 +177,7 @@ class EigenbasisAdam:
 
     def _factor_step(self, grad: Array, rows: Side, columns: Side, status: Array):
         old = (rows, columns)
-        return _select(status > 0, self.rule.step(old, grad), old)
+        return select(status > 0, self.rule.step(old, grad), old)
 
     def _unless_overflowing(self, leaf: FactorLeaf, old: FactorLeaf) -> FactorLeaf:
         """Refuse gradients that are fine by themselves, but too much for a sum of them."""
@@ -185,7 +185,7 @@ class EigenbasisAdam:
         fits = self.rule.in_range(new)
         if fits is None:
             return leaf
-        kept = dict(zip(FACTORS, _select(fits, new, last), strict=True))
+        kept = dict(zip(FACTORS, select(fits, new, last), strict=True))
         return leaf.having(status=jnp.where(fits, leaf["status"], REFUSED), **kept)
 
     def _grown(self, leaf: FactorLeaf) -> Array:
@@ -197,14 +197,14 @@ class EigenbasisAdam:
 
     def _adam_step(self, grad, mu, nu, row_nu, column_nu, row_basis, column_basis, status):
         applied = self.applied(status)
-        rotated = self._rotate(jnp.where(_wide(applied), grad, 0), row_basis, column_basis)
+        rotated = self._rotate(jnp.where(spread(applied, grad), grad, 0), row_basis, column_basis)
         new_mu = self.b1 * mu + (1 - self.b1) * rotated
         moments, denominator = self._second_moment(nu, row_nu, column_nu, jnp.square(rotated))
         step = jnp.where(denominator > 0, new_mu / jnp.where(denominator > 0, denominator, 1), 0)
         step = self._rotate(step, row_basis, column_basis, back=True)
         if self.normalize_grads:
             step = step / (1e-30 + jnp.sqrt(jnp.mean(jnp.square(step), (-2, -1), keepdims=True)))
-        new = _select(applied, (new_mu, *moments), (mu, nu, row_nu, column_nu))
+        new = select(applied, (new_mu, *moments), (mu, nu, row_nu, column_nu))
         return step, *new
 
     def _scaled(self, leaf: FactorLeaf) -> Array:
@@ -213,8 +213,8 @@ class EigenbasisAdam:
         if self.correct_bias:
             k = jnp.maximum(leaf["age"], 1).astype(direction.dtype)
             bias = jnp.sqrt(one_minus_power(self.b2, k)) / one_minus_power(self.b1, k)
-            direction = _like(bias, direction) * direction
-        return jnp.where(_like(self.applied(leaf["status"]), direction), direction, 0)
+            direction = spread(bias, direction) * direction
+        return jnp.where(spread(self.applied(leaf["status"]), direction), direction, 0)
 
     def _rotate(
         self, x: Array, rows: Side, columns: Side, *, back: bool = False, rounded: bool = False
@@ -289,8 +289,8 @@ class EigenbasisAdam:
         mu = self._rotate(mu, rows, columns)
         # Or its last change would be part of the permutation, which then could not overwrite it.
         nu = lax.optimization_barrier(nu)
-        nu = _permuted(_permuted(nu, row_order, -2), column_order, -1)
-        return mu, nu, _permuted(row_nu, row_order, -1), _permuted(column_nu, column_order, -1)
+        nu = permuted(permuted(nu, row_order, -2), column_order, -1)
+        return mu, nu, permuted(row_nu, row_order, -1), permuted(column_nu, column_order, -1)
 
     def _refresh_matrices(self, mu, nu, row_nu, column_nu, rows, columns, row_basis, column_basis):
         def refresh(factor: Side, basis: Side) -> tuple[Side, Side, Side]:
@@ -309,54 +309,6 @@ class EigenbasisAdam:
         return *moments, rows, columns, new_rows, new_columns
 
 
-def _branch(choose, step, leaves: list[FactorLeaf], names: Sequence[str]) -> list[FactorLeaf]:
-    """`step(leaves)`, which may change the named arrays, or `leaves`, as `choose` decides.
-
-    `choose(step, arrays)` returns `step(arrays)` or `arrays`.
-    """
-
-    def having(arrays: list[dict[str, Side]]) -> list[FactorLeaf]:
-        return [leaf.having(**x) for leaf, x in zip(leaves, arrays, strict=True)]
-
-    def named(leaves: list[FactorLeaf]) -> list[dict[str, Side]]:
-        return [{name: leaf.arrays[name] for name in names} for leaf in leaves]
-
-    return having(choose(lambda arrays: named(step(having(arrays))), named(leaves)))
-
-
-def _permuted(x: Side, order: Side, axis: int) -> Side:
-    """Entries along an axis in the given order, one order a matrix."""
-    if x is None or order is None:
-        return x
-    others = tuple(a for a in range(1, x.ndim) if a != axis % x.ndim)
-    taken = jnp.take_along_axis(x, jnp.expand_dims(order, others), axis=axis)
-    # Left alone, compilers transpose at every step what is permuted at a few.
-    return with_layout_constraint(taken, Layout(major_to_minor=tuple(range(x.ndim))))
-
-
-def _wide(per_matrix: Array) -> Array:
-    """One number a matrix, to broadcast against the stack."""
-    return per_matrix[..., None, None]
-
-
-def _cast(new: Side, old: Side) -> Side:
-    return None if new is None or old is None else new.astype(old.dtype)
-
-
-def _like(per_matrix: Array, stack: Array) -> Array:
-    """One number a matrix, to broadcast against a stack of any number of axes."""
-    return per_matrix.reshape(per_matrix.shape + (1,) * (stack.ndim - 1))
-
-
-def _select(condition: Array, new: Sequence[Side], old: Sequence[Side]) -> tuple[Side, ...]:
-    """`new` for the matrices for which the condition holds."""
-
-    def select(a: Side, b: Side) -> Side:
-        return None if a is None or b is None else jnp.where(_like(condition, a), a, b)
-
-    return tuple(map(select, new, old))
-
-
 def _in_turn(turns: int):
     """Refresh one of `turns` shares of a stack."""
 
@@ -373,7 +325,7 @@ def _in_turn(turns: int):
             old = tuple(
                 None if x is None else lax.dynamic_slice_in_dim(x, start, size) for x in arrays
             )
-            new = _select(mine, method._refresh_matrices(*old), old)
+            new = select(mine, method._refresh_matrices(*old), old)
             return tuple(
                 None if x is None or y is None else lax.dynamic_update_slice_in_dim(x, y, start, 0)
                 for x, y in zip(arrays, new, strict=True)

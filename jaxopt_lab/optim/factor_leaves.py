@@ -18,6 +18,9 @@ _OTHER_SIDE = {
 }
 
 
+_Arrays = list[dict[str, Array | None]]  # some of every leaf
+
+
 class FactorLeaf(NamedTuple):
     """One leaf; every array is (batch, ...), gradient and direction (batch, *inner)."""
 
@@ -143,3 +146,27 @@ def map_sides(
         names = (f"{side}_{what}" for what in results)
         done[i] = done[i].having(**dict(zip(names, values, strict=True)))
     return done
+
+
+def branch(
+    choose: Callable[[Callable[[_Arrays], _Arrays], _Arrays], _Arrays],
+    step: Callable[[list[FactorLeaf]], list[FactorLeaf]],
+    leaves: list[FactorLeaf],
+    names: Sequence[str],
+) -> list[FactorLeaf]:
+    """`step(leaves)` or `leaves`.
+
+    Args:
+      choose: `choose(change, arrays)` returns `change(arrays)` or `arrays`.
+      step: Changes the named arrays only.
+      leaves: The leaves.
+      names: What goes in and out of the branch.
+    """
+
+    def having(arrays: _Arrays) -> list[FactorLeaf]:
+        return [leaf.having(**x) for leaf, x in zip(leaves, arrays, strict=True)]
+
+    def named(leaves: list[FactorLeaf]) -> _Arrays:
+        return [{name: leaf.arrays[name] for name in names} for leaf in leaves]
+
+    return having(choose(lambda arrays: named(step(having(arrays))), named(leaves)))

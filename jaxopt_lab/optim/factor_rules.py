@@ -11,6 +11,7 @@ from jaxopt_lab.core.kronecker import INTEGRATORS, StartScale, kronecker_start
 from jaxopt_lab.core.ordering import after
 from jaxopt_lab.core.precision import ProductPrecision, gram
 from jaxopt_lab.core.spectral import eigenbasis, orthogonal_complement, trace_in_range
+from jaxopt_lab.optim.factor_sides import Pair, Side
 from jaxopt_lab.optim.routing import Scalar
 
 # Frobenius norm of the start "eps" of the released code.
@@ -18,9 +19,6 @@ _EPS_START = 1e-3
 
 # Marks a field that is no number; the others may be traced.
 STATIC: dict[str, Any] = {"static": True}
-
-Side = Array | None  # of a stack of matrices; None: that side has no factor
-Pair = tuple[Side, Side]  # rows, columns
 
 
 class FactorRule(Protocol):
