@@ -142,7 +142,7 @@ BAD = {
     "--replicas 1": "replicas: got 1, expected at least 2",
     "--steps 0": "steps: got 0, expected at least 1",
     "--predictor P3": "predictor",
-    "--system mlp --digits /nowhere": "/nowhere is neither 'mnist5k' nor a directory",
+    "--system mlp --digits /nowhere": "digits: /nowhere is neither 'mnist5k' nor a directory",
     "--system nanogpt --text /nowhere.txt": "/nowhere.txt",
     "--system nanogpt --samples 999999": "samples",
 }

@@ -40,7 +40,13 @@ def build_system(config: SgdConfig) -> System:
     """
     if config.system == "nanogpt":
         return systems.nano_gpt(read_text(config.text), samples=config.samples)
-    digits = read_digits(config.digits, limit=config.samples)
+    try:
+        digits = read_digits(config.digits, limit=config.samples)
+    except ValueError as error:
+        # The fields of a study have names of their own.
+        names = {"source": "digits", "limit": "samples"}
+        argument, _, problem = str(error).partition(": ")
+        raise ValueError(f"{names[argument]}: {problem}") from error
     if config.system == "mlp":
         return systems.mlp(*digits)
     return systems.cnn(*digits, pooled=_CNN_PIXELS)
