@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
-_SIGINT_EXIT = 130
+_SIGINT_EXIT, _SIGPIPE_EXIT = 130, 141
 Result = TypeVar("Result")
 # XLA's CPU runtime spreads a batched LAPACK call over the same threads that such calls block: when
 # there are as many calls at once as threads, they wait for each other for ever (jaxlib 0.10). A
@@ -23,9 +23,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-      0 on success, 1 when a run failed, 2 for a mistake in the arguments, 130 after Ctrl-C.
+      0 on success, 1 when a run failed, 2 for a mistake in the arguments, 130 after Ctrl-C, 141
+      where the reader of the output has gone, as `head` does.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Or Python reports at exit that it could not write the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _SIGPIPE_EXIT
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_overview())
         return 0 if arguments else 2

@@ -172,3 +172,14 @@ def test_the_overview_lists_verbs_and_imports_no_heavy_room():
     )
     assert "pretrain" in result.stdout and "bench" in result.stdout
     assert result.stdout.strip().endswith("[]")
+
+
+def test_a_reader_that_has_gone_is_no_failure():
+    code = "import sys; from jaxopt_lab.cli import main; sys.exit(main(['--help']))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as out:
+        result = subprocess.run(
+            [sys.executable, "-c", code], stdout=out, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert (result.returncode, result.stderr) == (141, "")
