@@ -6,6 +6,7 @@ Rooms are imported by the verb that needs them, so that `--help` answers at once
 import argparse
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -27,13 +28,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
       where the reader of the output has gone, as `head` does.
     """
     try:
-        code = _run(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
+        try:
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return _SIGPIPE_EXIT
+
+
+def _reader_is_gone() -> bool:
+    """Whether it was standard output that broke, and not a pipe to a worker."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in output.poll(0))
+    if gone:
         # Or Python reports at exit that it could not write the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _SIGPIPE_EXIT
-    return code
+    return gone
 
 
 def _run(arguments: list[str]) -> int:

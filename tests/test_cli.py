@@ -183,3 +183,12 @@ def test_a_reader_that_has_gone_is_no_failure():
             [sys.executable, "-c", code], stdout=out, stderr=subprocess.PIPE, text=True, timeout=60
         )
     assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_no_closed_output(monkeypatch, capfd):
+    def fails(arguments):
+        raise BrokenPipeError("a worker process")
+
+    monkeypatch.setattr(cli, "_run", fails)
+    with pytest.raises(BrokenPipeError, match="a worker process"):
+        cli.main([])

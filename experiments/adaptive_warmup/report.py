@@ -37,6 +37,8 @@ QUESTIONS = (
     ("exact-target-high", "exact"),
 )
 DRAWN = ("exact", "official", "auto")
+# Curvature changes most while the loss leaves the level of a random model.
+FIRST_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -215,10 +217,11 @@ def length_curves(rows: dict[str, Row]) -> list[Curve]:
 
 def smoothness(
     scale: str, directory: pathlib.Path, figure: pathlib.Path
-) -> dict[str, tuple[SmoothnessFit, float]]:
+) -> dict[str, tuple[SmoothnessFit, float, float]]:
     """Fits the records of every optimizer in its own norm and draws them.
 
-    Beside each fit stands the rank correlation of ratio and gap: +1 where curvature falls with it.
+    Beside each fit stand the rank correlation of ratio and gap, +1 where curvature falls with it,
+    and the same without the first steps.
     """
     panels, targets, fits = {}, {}, {}
     for optimizer in OPTIMIZERS:
@@ -236,8 +239,12 @@ def smoothness(
         fit, label = None, "too few points for a fit"
         if len(points.gap) >= 10:
             fit = fit_smoothness(points.gap, points.ratio)
-            ranks = [np.argsort(np.argsort(x)) for x in (points.gap, points.ratio)]
-            fits[optimizer.name] = fit, float(np.corrcoef(ranks)[0, 1])
+            late = points.step >= FIRST_STEPS
+            fits[optimizer.name] = (
+                fit,
+                rank_correlation(points.gap, points.ratio),
+                rank_correlation(points.gap[late], points.ratio[late]),
+            )
             label = f"$R^2$ = {fit.r2:.3f}, {100 * fit.share_above:.0f} % above"
         panels[title] = [SmoothnessSeries(label, *points, curve=fit.curve if fit else None)]
         targets[title] = file["target"]
@@ -246,23 +253,31 @@ def smoothness(
     return fits
 
 
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's, for values without ties."""
+    return float(np.corrcoef([np.argsort(np.argsort(v)) for v in (x, y)])[0, 1])
+
+
 _DUALS: dict[NormPair, str] = {
     "spectral": "nuclear", "sign": "sum of entries", "frobenius": "Frobenius"
 }  # fmt: skip
 
 
-def fit_table(fits: dict[str, tuple[SmoothnessFit, float]]) -> str:
+def fit_table(fits: dict[str, tuple[SmoothnessFit, float, float]]) -> str:
     """Coefficients, and whether the curvature falls with the gap."""
     lines = []
-    for name, (fit, correlation) in fits.items():
+    for name, (fit, correlation, late) in fits.items():
         numbers = (fit.k0, fit.k1, fit.k_rho)
         lines.append(
             [
                 name, *(f"{k:.3g}" for k in numbers), f"{fit.r2:.3f}", f"{fit.share_above:.0%}",
-                f"{correlation:+.2f}",
+                f"{correlation:+.2f}", f"{late:+.2f}",
             ]
         )  # fmt: skip
-    headers = ["optimizer", "K0", "K1", "K2", "R^2", "points above", "rank correlation with gap"]
+    headers = [
+        "optimizer", "K0", "K1", "K2", "R^2", "points above", "rank correlation with gap",
+        f"from step {FIRST_STEPS}",
+    ]  # fmt: skip
     return format_table(headers, lines, markdown=True)
 
 

@@ -91,13 +91,9 @@ def lanczos_point(
     seed: int = 0,
 ) -> Point:
     """The sharpest directions by Lanczos, and random ones orthogonal to them."""
-    at = (system.loss, reference.params, system.data)
-    keys = jax.random.split(jax.random.key(seed + 1000))
-    # In parts: the activations of all data for many vectors at once would not fit.
-    parts = np.arange(system.samples).reshape(-1, 256)
-    sharp = sgd.lanczos(keys[0], *at, count=count, batches=parts)
-    flat = sgd.flat_proxies(keys[1], *at, excluded=sharp.directions, count=proxies, batches=parts)
+    sharp, flat = lanczos_directions(system, reference, count=count, proxies=proxies, seed=seed)
     directions = np.concatenate([sharp.directions, flat.directions], axis=1)
+    at = (system.loss, reference.params, system.data)
     noise = sgd.noise_statistics(*at, directions=directions, batch_size=batch_size)
     extra = {
         "lanczos_directions": count,
@@ -106,6 +102,19 @@ def lanczos_point(
     }
     eigenvalues = np.concatenate([sharp.eigenvalues, flat.curvatures])
     return Point(system, reference, eigenvalues, directions, noise, extra)
+
+
+def lanczos_directions(
+    system: sgd.System, reference: sgd.ReferencePoint, *, count: int, proxies: int, seed: int = 0
+) -> tuple[Any, Any]:
+    """The sharpest directions, and random ones orthogonal to them."""
+    at = (system.loss, reference.params, system.data)
+    keys = jax.random.split(jax.random.key(seed + 1000))
+    # In parts: the activations of all data for many vectors at once would not fit.
+    parts = np.arange(system.samples).reshape(-1, 256)
+    sharp = sgd.lanczos(keys[0], *at, count=count, batches=parts)
+    flat = sgd.flat_proxies(keys[1], *at, excluded=sharp.directions, count=proxies, batches=parts)
+    return sharp, flat
 
 
 def ensemble(point: Point, run: Run, seed: int, sampling: sgd.Sampling = "with_replacement") -> Any:

@@ -45,9 +45,20 @@ def main() -> None:
         draw_growth(networks["mlp"]["runs"][0], figures / f"{scale}-growth.png")
     if "sweep" in networks:
         print(sweep(networks["sweep"]) + "\n")
+    if "wide_drift" in files:
+        print(drift(files["wide_drift"]) + "\n")
     if "langevin" in files:
         draw_stability(files["langevin"], figures / f"{scale}-langevin.png")
         print(mismatch(files["langevin"]))
+
+
+def drift(file: dict[str, Any]) -> str:
+    """Loss and noise along one run from the point of the large network."""
+    rows = np.array(file["steps_loss_sharp_random"])
+    rows[:, 2:] /= rows[0, 2:]
+    headers = ["step", "loss", "noise of the sharp directions / at the start", "of the random ones"]
+    lines = [[f"{s:.0f}", f"{loss:.4f}", f"{a:.2f}", f"{b:.2f}"] for s, loss, a, b in rows]
+    return format_table(headers, lines, markdown=True)
 
 
 def agreement(files: dict[str, Any]) -> str:

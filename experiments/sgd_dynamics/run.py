@@ -20,6 +20,7 @@ from measure import (
     described,
     ensemble,
     exact_point,
+    lanczos_directions,
     lanczos_point,
     measured,
     train,
@@ -32,6 +33,7 @@ SAMPLES = 2048
 SEEDS = (0, 1, 2)
 LOW_LOSS = Training(sgd_steps=10_000, sgd_rate=0.1, gd_steps=10_000, gd_rate=0.5)
 HALF_TRAINED = Training(sgd_steps=500, sgd_rate=0.1)
+WIDE, WIDE_RATE = Training(sgd_steps=4000, sgd_rate=0.1, gd_steps=200), 0.05
 RATES = (0.05, 0.01, 0.005, 0.001)
 
 
@@ -148,16 +150,44 @@ def nanogpt(options: argparse.Namespace, scale: Scale) -> dict[str, Any]:
 
 def wide(options: argparse.Namespace, scale: Scale) -> dict[str, Any]:
     """784 → 128 → 10, 101 770 parameters: Lanczos and flat proxies."""
-    digits = sgd.read_digits(options.digits, limit=SAMPLES)
-    system = sgd.mlp(*digits, pooled=None, hidden=(128,))
-    training = Training(sgd_steps=4000, sgd_rate=0.1, gd_steps=200)
+    system = wide_system(options)
     point = lanczos_point(
-        system, train(system, training, SEEDS[0]), count=scale.wide_directions,
+        system, train(system, WIDE, SEEDS[0]), count=scale.wide_directions,
         proxies=scale.wide_proxies,
     )  # fmt: skip
     replicas, steps = scale.wide
-    rows = [measured(point, Run(0.05, steps, replicas, steps // 20), SEEDS[0])]
-    return {"training": asdict(training), "references": [described(point)], "runs": rows}
+    rows = [measured(point, Run(WIDE_RATE, steps, replicas, steps // 20), SEEDS[0])]
+    return {"training": asdict(WIDE), "references": [described(point)], "runs": rows}
+
+
+def wide_drift(options: argparse.Namespace, scale: Scale) -> dict[str, Any]:
+    """How the noise at the point of `wide` changes along one run of the length of an ensemble."""
+    system = wide_system(options)
+    point = train(system, WIDE, SEEDS[0])
+    found = lanczos_directions(
+        system, point, count=scale.wide_directions, proxies=scale.wide_proxies
+    )
+    rows = []
+    for quarter in range(5):
+        noise = [
+            sgd.noise_statistics(
+                system.loss, point.params, system.data, directions=x.directions,
+                batch_size=WIDE.batch_size, curvature="none",
+            ).gradient_variance.sum()
+            for x in found
+        ]  # fmt: skip
+        rows.append([250 * quarter, float(point.loss[-1]), *map(float, noise)])
+        point = sgd.reference_point(
+            jax.random.key(3000 + quarter), system, sgd_steps=250, sgd_rate=WIDE_RATE,
+            batch_size=WIDE.batch_size, params=point.params,
+        )  # fmt: skip
+    return {"training": asdict(WIDE), "steps_loss_sharp_random": rows}
+
+
+def wide_system(options: argparse.Namespace) -> sgd.System:
+    """784 → 128 → 10."""
+    digits = sgd.read_digits(options.digits, limit=SAMPLES)
+    return sgd.mlp(*digits, pooled=None, hidden=(128,))
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, Scale], dict[str, Any]]] = {
@@ -168,6 +198,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Scale], dict[str, Any]]] = {
     "nanogpt": nanogpt,
     "cnn": cnn,
     "wide": wide,
+    "wide_drift": wide_drift,
 }
 
 

@@ -80,7 +80,8 @@ class EigenbasisAdam:
         """
         leaves = [leaf.having(grad=leaf.layout.view(g))
                   for leaf, g in zip(leaves, grads, strict=True)]  # fmt: skip
-        # Directions will be written; zeros would be merged with other zeros, at a reading of them.
+        # A place for the directions. Of ones: compilers merge equal constants, and would read these
+        # from memory wherever a zero is wanted.
         leaves = [leaf.having(status=self._status(leaf), direction=jnp.ones_like(leaf["grad"]))
                   for leaf in leaves]  # fmt: skip
         starting = jnp.array(False)

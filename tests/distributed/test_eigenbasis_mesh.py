@@ -63,6 +63,20 @@ def step(tx):
     return run
 
 
+def without_refresh(text):
+    """The branch of a program that steps without a refresh take, with all it calls."""
+    # The only conditional outside of a loop, false branch first.
+    pattern = r'branch_computations=\{%([\w.\-]+), [^\n]*op_name="jit\(run\)/cond"'
+    (name,) = re.findall(pattern, text)
+    parts = re.split(r"^(?=(?:ENTRY )?%[\w.\-]+ \()", text, flags=re.MULTILINE)
+    bodies = {m[1]: part for part in parts if (m := re.match(r"%([\w.\-]+) \(", part))}
+    called, new = set(), {name}
+    while new:
+        called |= new
+        new = {x for n in new for x in re.findall(r"=%([\w.\-]+)", bodies[n])} - called
+    return "\n".join(bodies[x] for x in called)
+
+
 @functools.cache
 def single_device(method):
     tx = make(method, None)
@@ -121,6 +135,8 @@ def test_equals_one_device_within_its_budget(method, layout, kind):
     layouts, axes = 2, len(LAYOUTS[layout][0])
     assert set(counts) <= {"all-to-all", "all-reduce"}, counts
     assert counts["all-to-all"] <= axes * layouts * (2 * (5 + 8) + 9 + 10 + 10)
+    usual = collectives(without_refresh(text))["all-to-all"].count
+    assert 0 < usual <= axes * layouts * (5 + 8), "what most steps exchange"
     # What is reduced is the largest entry: one number a matrix.
     reduced = re.findall(r"= \(?((?:f32|pred|s32)\[[\d,]*\])[^=]* all-reduce\(", text)
     assert all(re.fullmatch(r"\w+\[[\d,]{0,6}\]", x) for x in reduced), reduced

@@ -32,10 +32,11 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
 @functools.cache
-def compiled(variant):
+def compiled(variant, rotation_precision="bfloat16"):
     factory, options = VARIANTS[variant]
     tx = factory(
         precondition_frequency=FREQUENCY,
+        rotation_precision=rotation_precision,
         weight_decay=0.1,
         matrix_axes=MuonDimensionNumbers(1, 2),
         **options,
@@ -230,11 +231,10 @@ def test_a_gradient_that_would_make_a_sum_overflow_is_refused(name):
 @pytest.mark.parametrize("size", [2.0**-40, 2.0**40])
 def test_bases_follow_gradients_of_any_size(variant, size):
     """Also where squares of the factors, fourth powers of gradients, leave the range of float32."""
-    _, states = compiled(variant)({k: size * g for k, g in normal(0).items()})
-    _, usual = undisturbed(variant)
+    run = compiled(variant, "highest")  # bases in float32
+    (_, states), (_, usual) = (run({k: x * g for k, g in normal(0).items()}) for x in (size, 1.0))
     # The rows' first factor has full rank, so that only signs are a choice.
-    found, wanted = (np.asarray(s.row_basis["float32"], np.float32) for s in (states, usual))
+    found, wanted = (s.row_basis["float32"] for s in (states, usual))
     overlaps = np.abs(found.mT @ wanted)
-    # Bases are kept in bfloat16.
-    np.testing.assert_allclose(overlaps, np.broadcast_to(np.eye(4), overlaps.shape), atol=2**-7)
+    np.testing.assert_allclose(overlaps, np.broadcast_to(np.eye(4), overlaps.shape), atol=1e-3)
     assert np.abs(wanted[-1] - wanted[0]).max() > 0.1
