@@ -1,7 +1,7 @@
 """The text of a study as arrays in one file, for a machine that does not have the corpus."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +30,6 @@ class Windows:
     def held_out(self) -> Batch:
         """All held-out batches, stacked."""
         return {"tokens": self.validation.astype(np.int32)}
-
-    def rebatched(self, batch_size: int) -> "Windows":
-        """The same training windows, in the same order, in batches of another size.
-
-        Raises:
-          ValueError: If the windows of a seed do not fill the last batch.
-        """
-
-        def split(windows: np.ndarray) -> np.ndarray:
-            steps, rest = divmod(windows.shape[0] * windows.shape[1], batch_size)
-            if rest:
-                raise ValueError(
-                    f"batch_size: got {batch_size}, which does not divide the "
-                    f"{windows.shape[0] * windows.shape[1]} windows of a seed"
-                )
-            return windows.reshape(steps, batch_size, -1)
-
-        return replace(self, train={seed: split(windows) for seed, windows in self.train.items()})
 
     def save(self, path: Path) -> None:
         """Writes one compressed NumPy archive; the path ends in .npz."""

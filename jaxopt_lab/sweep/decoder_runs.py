@@ -67,7 +67,7 @@ class DecoderRuns:
     def windows(self, seeds: Sequence[int], saved: Path | None = None) -> data.Windows:
         """Reads windows from a file, or prepares the corpus and draws them."""
         if saved is not None:
-            return data.Windows.read(saved).rebatched(self.batch_size)
+            return data.Windows.read(saved)
         tokenizer = data.TokenizerConfig("bpe", self.vocab_size)
         corpus = data.prepare(data.PythonSource(self.roots), tokenizer, on_progress=print)
         return data.draw_windows(

@@ -47,12 +47,3 @@ def test_tokens_must_fit_the_file():
     large = types.SimpleNamespace(tokenizer=types.SimpleNamespace(vocab_size=70_000))
     with pytest.raises(ValueError, match="70000 entries; windows hold 16-bit tokens"):
         draw_windows(large, seeds=(0,), steps=1, max_batches=1, **SHAPE)
-
-
-def test_batches_of_another_size_hold_the_same_windows_in_order():
-    small = WINDOWS.rebatched(1)
-    assert small.train[7].shape == (15, 1, 11)
-    np.testing.assert_array_equal(small.train[7][:, 0], WINDOWS.train[7].reshape(15, 11))
-    np.testing.assert_equal(dataclasses.asdict(small.rebatched(3)), dataclasses.asdict(WINDOWS))
-    with pytest.raises(ValueError, match="got 4, which does not divide the 15 windows"):
-        WINDOWS.rebatched(4)
