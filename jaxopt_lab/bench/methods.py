@@ -9,10 +9,10 @@ from typing import Any
 import optax
 
 from jaxopt_lab.core.flops import refresh_flops, rotation_flops, spectral_step_flops
-from jaxopt_lab.optim.dykaf import dykaf
-from jaxopt_lab.optim.lion_muon import lion_muon
-from jaxopt_lab.optim.shampoo import shampoo
-from jaxopt_lab.optim.soap import soap
+from jaxopt_lab.optim.kronecker.dykaf import dykaf
+from jaxopt_lab.optim.kronecker.shampoo import shampoo
+from jaxopt_lab.optim.kronecker.soap import soap
+from jaxopt_lab.optim.lion_muon.transform import lion_muon
 from jaxopt_lab.schedules.adaptive_warmup import adaptive_warmup
 
 # The rate changes nothing about the time of a step; a small one keeps the numbers ordinary.

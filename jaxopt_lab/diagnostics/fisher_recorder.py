@@ -16,7 +16,7 @@ from jaxopt_lab.core.spectral import eigenbasis
 from jaxopt_lab.diagnostics.fisher import FullFisher, kronecker_distance
 from jaxopt_lab.diagnostics.fisher_samples import SampledFisher, moving_average_weights
 from jaxopt_lab.diagnostics.recording import Snapshot, find_state
-from jaxopt_lab.optim.eigenbasis_transform import EigenbasisAdamState
+from jaxopt_lab.optim.kronecker.transform import EigenbasisAdamState
 from jaxopt_lab.optim.routing import MatrixAxesSpec, route
 
 # A layer with more weights is never formed in full: 4096 of them take 64 MiB.

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float
 from jaxopt_lab.core.matrices import MatrixAxes, batch_first
 from jaxopt_lab.core.spectral import nuclear_norm, spectral_norm
 from jaxopt_lab.diagnostics.recording import Every, Snapshot, find_state
-from jaxopt_lab.optim.lion_muon import LionMuonState
+from jaxopt_lab.optim.lion_muon.transform import LionMuonState
 from jaxopt_lab.optim.routing import MatrixAxesSpec, route
 
 RATIOS = (

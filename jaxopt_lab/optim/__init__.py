@@ -1,17 +1,22 @@
 """First-order optimizers as Optax transforms, one method per file."""
 
-from jaxopt_lab.optim.adamw_fallback import scale_by_adamw_fallback
 from jaxopt_lab.optim.describe import Description, describe
-from jaxopt_lab.optim.dykaf import dykaf, dykaf_official, scale_by_dykaf
-from jaxopt_lab.optim.eigenbasis_transform import EigenbasisAdamState
-from jaxopt_lab.optim.ema import params_ema, track_params_ema
-from jaxopt_lab.optim.heavy_ball import normalized_sgd, scale_by_normalized_heavy_ball, signum
-from jaxopt_lab.optim.lion_muon import LionMuonState, lion_muon, scale_by_lion_muon, sign_muon
-from jaxopt_lab.optim.muon_presets import d_muon, legacy_sign_muon, muon
+from jaxopt_lab.optim.fallback import scale_by_adamw_fallback
+from jaxopt_lab.optim.kronecker.dykaf import dykaf, dykaf_official, scale_by_dykaf
+from jaxopt_lab.optim.kronecker.shampoo import ShampooState, scale_by_shampoo, shampoo
+from jaxopt_lab.optim.kronecker.soap import scale_by_soap, soap
+from jaxopt_lab.optim.kronecker.transform import EigenbasisAdamState
+from jaxopt_lab.optim.lion_muon.muon import d_muon, legacy_sign_muon, muon
+from jaxopt_lab.optim.lion_muon.transform import (
+    LionMuonState,
+    lion_muon,
+    scale_by_lion_muon,
+    sign_muon,
+)
+from jaxopt_lab.optim.params_ema import params_ema, track_params_ema
 from jaxopt_lab.optim.routing import route
-from jaxopt_lab.optim.shampoo import ShampooState, scale_by_shampoo, shampoo
 from jaxopt_lab.optim.shardings import state_shardings
-from jaxopt_lab.optim.soap import scale_by_soap, soap
+from jaxopt_lab.optim.sign import normalized_sgd, scale_by_normalized_heavy_ball, signum
 
 __all__ = [
     "Description",

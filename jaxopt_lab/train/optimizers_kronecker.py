@@ -8,8 +8,8 @@ from jaxtyping import PyTree
 
 from jaxopt_lab import optim
 from jaxopt_lab.core.flops import newton_root_flops, power_iteration_flops, two_sided_flops
-from jaxopt_lab.optim.eigenbasis_transform import preconditioned_sides
-from jaxopt_lab.optim.shampoo_blocks import Blocks
+from jaxopt_lab.optim.kronecker.blocks import Blocks
+from jaxopt_lab.optim.kronecker.transform import preconditioned_sides
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.optimizer_config import (
     ADAM_FLOPS,

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from jaxopt_lab import models, optim
 from jaxopt_lab.data import Tokenizer
 from jaxopt_lab.models import DecoderConfig, Params
-from jaxopt_lab.optim.ema import ParamsEmaState
+from jaxopt_lab.optim.params_ema import ParamsEmaState
 from jaxopt_lab.train.checkpoint import read_state, select_step
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.errors import CheckpointError, ConfigError

@@ -10,7 +10,7 @@ from optax.contrib import MuonDimensionNumbers
 import jaxopt_lab as jol
 from jaxopt_lab.diagnostics import FisherErrors, Snapshot, find_state
 from jaxopt_lab.diagnostics.fisher_recorder import METRICS
-from jaxopt_lab.optim.eigenbasis_transform import EigenbasisAdamState
+from jaxopt_lab.optim.kronecker.transform import EigenbasisAdamState
 from tests.reference import kronecker as reference
 
 M, N, DECAY = 3, 4, 0.9

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxopt_lab.optim.eigenbasis_transform import EigenbasisAdamState
-from jaxopt_lab.optim.mode_factors import ModeSoapState
+from jaxopt_lab.optim.kronecker.tensors import ModeSoapState
+from jaxopt_lab.optim.kronecker.transform import EigenbasisAdamState
 from tests.golden.harness import Case, NotUnderstood
 from tests.golden.trajectory import find_states
 from tests.quick_compile import OPTIONS

@@ -10,7 +10,7 @@ import optax
 from jaxopt_lab.core.spectral import power_iteration
 from jaxopt_lab.diagnostics import norm_ratios
 from jaxopt_lab.optim import LionMuonState
-from jaxopt_lab.optim.heavy_ball import HeavyBallState
+from jaxopt_lab.optim.sign import HeavyBallState
 from tests.golden import lion_muon_primitives
 from tests.golden.harness import Case, Check, NotUnderstood, Result
 from tests.golden.lion_muon_classes import Settings, settings

@@ -14,7 +14,7 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 import jaxopt_lab as jol
-from jaxopt_lab.optim.mode_factors import scale_by_mode_soap
+from jaxopt_lab.optim.kronecker.tensors import scale_by_mode_soap
 from tests.quick_compile import OPTIONS
 
 VARIANTS = {

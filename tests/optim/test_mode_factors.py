@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxopt_lab.optim.mode_factors import scale_by_mode_soap
+from jaxopt_lab.optim.kronecker.tensors import scale_by_mode_soap
 from tests.quick_compile import OPTIONS
 from tests.reference.soap import soap
 

@@ -10,7 +10,7 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 import jaxopt_lab as jol
-from jaxopt_lab.optim.shampoo_blocks import Blocks
+from jaxopt_lab.optim.kronecker.blocks import Blocks
 from tests.optim.runs import fast_jit, run, scan
 from tests.reference import shampoo as reference
 

@@ -13,7 +13,7 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 import jaxopt_lab as jol
-from jaxopt_lab.optim.shampoo_stacks import part_of_stack
+from jaxopt_lab.optim.kronecker.roots import part_of_stack
 from tests.optim.runs import fast_jit, normal, scan
 
 STACK = MuonDimensionNumbers(1, 2)

@@ -8,11 +8,11 @@ import jax
 import optax
 
 from jaxopt_lab.core.stacks import ReplicatedWork
-from jaxopt_lab.optim.adamw_fallback import with_adamw_fallback
+from jaxopt_lab.optim.fallback import with_adamw_fallback
+from jaxopt_lab.optim.kronecker.shampoo_guard import zip_strict
+from jaxopt_lab.optim.kronecker.shampoo_transform import ShampooState, scale_by_shampoo
 from jaxopt_lab.optim.rates import check_rates, scaled_rate
 from jaxopt_lab.optim.routing import FALLBACK_LABEL, MatrixAxesSpec, Scalar, route
-from jaxopt_lab.optim.shampoo_direction import ShampooState, scale_by_shampoo
-from jaxopt_lab.optim.shampoo_guard import zip_strict
 
 __all__ = ["ShampooState", "scale_by_shampoo", "shampoo"]
 

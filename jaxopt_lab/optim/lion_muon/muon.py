@@ -9,8 +9,8 @@ from typing import Any
 import optax
 from jax.typing import DTypeLike
 
-from jaxopt_lab.optim.adamw_fallback import with_adamw_fallback
-from jaxopt_lab.optim.lion_muon import scale_by_lion_muon
+from jaxopt_lab.optim.fallback import with_adamw_fallback
+from jaxopt_lab.optim.lion_muon.transform import scale_by_lion_muon
 from jaxopt_lab.optim.rates import check_rates, scaled_rate
 from jaxopt_lab.optim.routing import MatrixAxesSpec, Scalar
 

@@ -21,10 +21,10 @@ from jaxopt_lab.core.orthogonalization import Orthogonalizer
 from jaxopt_lab.core.precision import ProductPrecision, matmul
 from jaxopt_lab.core.spectral import refresh_eigenbasis
 from jaxopt_lab.core.stacks import ReplicatedWork
-from jaxopt_lab.optim.adamw_fallback import one_minus_power
-from jaxopt_lab.optim.factor_leaves import FactorLeaf, branch, map_leaves, map_sides
-from jaxopt_lab.optim.factor_rules import STATIC, FactorRule
-from jaxopt_lab.optim.factor_sides import Side, permuted, select, spread
+from jaxopt_lab.optim.fallback import one_minus_power
+from jaxopt_lab.optim.kronecker.factors import STATIC, FactorRule
+from jaxopt_lab.optim.kronecker.leaves import FactorLeaf, branch, map_leaves, map_sides
+from jaxopt_lab.optim.kronecker.sides import Side, permuted, select, spread
 from jaxopt_lab.optim.routing import Scalar
 
 SecondMoment = Literal["full", "rank_one", "factored"]

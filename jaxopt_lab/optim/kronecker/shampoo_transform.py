@@ -10,13 +10,13 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.precision import PrecisionName, ProductPrecision
 from jaxopt_lab.core.stacks import ReplicatedWork
+from jaxopt_lab.optim.kronecker.blocks import DEFAULT_MAX_DIM
+from jaxopt_lab.optim.kronecker.grafting import keeps_squares
+from jaxopt_lab.optim.kronecker.shampoo_guard import Guard, Leaves, zip_strict
+from jaxopt_lab.optim.kronecker.shampoo_problems import MAX_ORDER, Problem, problems_of
+from jaxopt_lab.optim.kronecker.shampoo_rule import ShampooRule
 from jaxopt_lab.optim.rates import check_rates
 from jaxopt_lab.optim.routing import MatrixAxesSpec, Scalar, broadcast_prefix
-from jaxopt_lab.optim.shampoo_averages import keeps_squares
-from jaxopt_lab.optim.shampoo_blocks import DEFAULT_MAX_DIM
-from jaxopt_lab.optim.shampoo_guard import Guard, Leaves, zip_strict
-from jaxopt_lab.optim.shampoo_problems import MAX_ORDER, Problem, problems_of
-from jaxopt_lab.optim.shampoo_rule import ShampooRule
 
 
 class ShampooState(NamedTuple):

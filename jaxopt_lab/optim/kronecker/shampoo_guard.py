@@ -7,9 +7,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxopt_lab.optim.adamw_fallback import one_minus_power
+from jaxopt_lab.optim.fallback import one_minus_power
+from jaxopt_lab.optim.kronecker.shampoo_problems import Problem
 from jaxopt_lab.optim.routing import Scalar
-from jaxopt_lab.optim.shampoo_problems import Problem
 
 Leaves = list[Array]
 zip_strict = functools.partial(zip, strict=True)

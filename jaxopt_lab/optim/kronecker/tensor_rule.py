@@ -14,8 +14,8 @@ from jaxopt_lab.core.modes import merged_shape, mode_gram, mode_product
 from jaxopt_lab.core.ordering import after
 from jaxopt_lab.core.orthogonalization import ORTHOGONALIZERS, Orthogonalizer
 from jaxopt_lab.core.spectral import eigenbasis, refresh_eigenbasis, trace_in_range
-from jaxopt_lab.optim.adamw_fallback import one_minus_power
-from jaxopt_lab.optim.eigenbasis_checks import check_choice, gradient_weight
+from jaxopt_lab.optim.fallback import one_minus_power
+from jaxopt_lab.optim.kronecker.checks import check_choice, gradient_weight
 from jaxopt_lab.optim.routing import Scalar
 
 # One array for each axis that has a factor, `optax.MaskedNode()` for the others.

@@ -12,23 +12,23 @@ from jaxopt_lab.core.ordering import run_if
 from jaxopt_lab.core.precision import PRODUCT_PRECISIONS, PrecisionName, ProductPrecision
 from jaxopt_lab.core.spectral import trace_in_range
 from jaxopt_lab.core.stacks import ReplicatedWork
-from jaxopt_lab.optim.routing import Scalar
-from jaxopt_lab.optim.shampoo_averages import (
+from jaxopt_lab.optim.kronecker.blocks import MERGE_RULES
+from jaxopt_lab.optim.kronecker.grafting import (
     GRAFTS,
     average_gradient,
     graft_direction,
     keeps_squares,
 )
-from jaxopt_lab.optim.shampoo_blocks import MERGE_RULES
-from jaxopt_lab.optim.shampoo_guard import Guard, Leaves, zip_strict
-from jaxopt_lab.optim.shampoo_problems import MAX_ORDER, Problem
-from jaxopt_lab.optim.shampoo_stacks import (
+from jaxopt_lab.optim.kronecker.roots import (
     Factors,
     RootRule,
     gram_matrices,
     precondition,
     refreshed_roots,
 )
+from jaxopt_lab.optim.kronecker.shampoo_guard import Guard, Leaves, zip_strict
+from jaxopt_lab.optim.kronecker.shampoo_problems import MAX_ORDER, Problem
+from jaxopt_lab.optim.routing import Scalar
 
 
 class ShampooRule(NamedTuple):

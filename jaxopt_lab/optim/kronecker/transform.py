@@ -11,9 +11,9 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.stacks import LeafLayout
 from jaxopt_lab.core.whole_matrices import known_sharding
-from jaxopt_lab.optim.eigenbasis_adam import BASES, FACTORS, REFUSED, EigenbasisAdam
-from jaxopt_lab.optim.eigenbasis_checks import check_method
-from jaxopt_lab.optim.factor_leaves import FactorLeaf, slot_of
+from jaxopt_lab.optim.kronecker.checks import check_method
+from jaxopt_lab.optim.kronecker.leaves import FactorLeaf, slot_of
+from jaxopt_lab.optim.kronecker.step import BASES, FACTORS, REFUSED, EigenbasisAdam
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves
 from jaxopt_lab.optim.rates import check_rates
 from jaxopt_lab.optim.routing import (

@@ -20,9 +20,9 @@ from jaxopt_lab.core.ordering import after
 from jaxopt_lab.core.precision import PrecisionName, ProductPrecision
 from jaxopt_lab.core.stacks import Item, ReplicatedWork, map_stacks
 from jaxopt_lab.core.whole_matrices import on_whole_matrices
+from jaxopt_lab.optim.kronecker.blocks import Blocks, block_gram, block_product
+from jaxopt_lab.optim.kronecker.shampoo_problems import Problem
 from jaxopt_lab.optim.routing import Scalar
-from jaxopt_lab.optim.shampoo_blocks import Blocks, block_gram, block_product
-from jaxopt_lab.optim.shampoo_problems import Problem
 
 # Factors or inverse roots: a list a leaf, holding an array (*batch, blocks, d, d) a mode.
 Factors = Sequence[Sequence[Array]]

@@ -9,8 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxopt_lab.core.stacks import ReplicatedWork
-from jaxopt_lab.optim.adamw_fallback import with_adamw_fallback
-from jaxopt_lab.optim.alternating import Family, zip_strict
+from jaxopt_lab.optim.fallback import with_adamw_fallback
+from jaxopt_lab.optim.lion_muon.branches import Family, zip_strict
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves
 from jaxopt_lab.optim.rates import check_rates, scaled_rate
 from jaxopt_lab.optim.routing import (

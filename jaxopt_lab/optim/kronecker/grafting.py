@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxopt_lab.optim.adamw_fallback import one_minus_power
+from jaxopt_lab.optim.fallback import one_minus_power
 from jaxopt_lab.optim.routing import Scalar
 
 # What lends its step size to a block; None: nothing does.

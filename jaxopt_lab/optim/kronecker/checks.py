@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxopt_lab.core.orthogonalization import ORTHOGONALIZERS
 from jaxopt_lab.core.precision import PRODUCT_PRECISIONS
-from jaxopt_lab.optim.eigenbasis_adam import EigenbasisAdam
+from jaxopt_lab.optim.kronecker.step import EigenbasisAdam
 from jaxopt_lab.optim.routing import Scalar
 
 

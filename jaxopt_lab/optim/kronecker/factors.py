@@ -11,7 +11,7 @@ from jaxopt_lab.core.kronecker import INTEGRATORS, StartScale, kronecker_start
 from jaxopt_lab.core.ordering import after
 from jaxopt_lab.core.precision import ProductPrecision, gram
 from jaxopt_lab.core.spectral import eigenbasis, orthogonal_complement, trace_in_range
-from jaxopt_lab.optim.factor_sides import Pair, Side
+from jaxopt_lab.optim.kronecker.sides import Pair, Side
 from jaxopt_lab.optim.routing import Scalar
 
 # Frobenius norm of the start "eps" of the released code.

@@ -20,8 +20,8 @@ from jaxopt_lab.core.matrices import (
 )
 from jaxopt_lab.core.stacks import Slot
 from jaxopt_lab.core.whole_matrices import known_sharding
+from jaxopt_lab.optim.kronecker.blocks import Blocks
 from jaxopt_lab.optim.routing import MatrixAxesSpec, broadcast_prefix
-from jaxopt_lab.optim.shampoo_blocks import Blocks
 
 # Modes for which the state has a place; more are an error.
 MAX_ORDER = 4

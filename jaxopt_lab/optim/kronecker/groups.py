@@ -8,8 +8,8 @@ import optax
 
 from jaxopt_lab.core.modes import merged_shape
 from jaxopt_lab.core.orthogonalization import Orthogonalizer
-from jaxopt_lab.optim.eigenbasis_transform import MAX_PRECOND_DIM, preconditioned_sides
-from jaxopt_lab.optim.mode_factors import scale_by_mode_soap
+from jaxopt_lab.optim.kronecker.tensors import scale_by_mode_soap
+from jaxopt_lab.optim.kronecker.transform import MAX_PRECOND_DIM, preconditioned_sides
 from jaxopt_lab.optim.routing import (
     FALLBACK_LABEL,
     MatrixAxesSpec,

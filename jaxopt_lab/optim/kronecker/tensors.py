@@ -16,8 +16,8 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.orthogonalization import Orthogonalizer
 from jaxopt_lab.core.whole_matrices import known_sharding
-from jaxopt_lab.optim.eigenbasis_transform import MAX_PRECOND_DIM, decayed
-from jaxopt_lab.optim.mode_rule import ModeLeaf, ModeRule, Modes
+from jaxopt_lab.optim.kronecker.tensor_rule import ModeLeaf, ModeRule, Modes
+from jaxopt_lab.optim.kronecker.transform import MAX_PRECOND_DIM, decayed
 from jaxopt_lab.optim.rates import check_rates
 from jaxopt_lab.optim.routing import Scalar, broadcast_prefix
 

@@ -1,0 +1,1 @@
+"""SOAP, DyKAF and Shampoo: preconditioning by one factor a side."""

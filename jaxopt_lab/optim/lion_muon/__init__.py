@@ -1,0 +1,1 @@
+"""LionMuon: alternating spectral and sign descent on one momentum buffer, and its relatives."""
