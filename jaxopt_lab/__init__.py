@@ -7,6 +7,13 @@ imported by name.
 
 from jaxopt_lab import diagnostics, dynamics, schedules
 from jaxopt_lab.optim import (
+    AdamW,
+    Eigenbasis,
+    Graft,
+    InverseRoot,
+    MeshWork,
+    NewtonSchulz,
+    Routing,
     d_muon,
     describe,
     dykaf,
@@ -32,6 +39,13 @@ from jaxopt_lab.optim import (
 from jaxopt_lab.schedules import adaptive_warmup
 
 __all__ = [
+    "AdamW",
+    "Eigenbasis",
+    "Graft",
+    "InverseRoot",
+    "MeshWork",
+    "NewtonSchulz",
+    "Routing",
     "adaptive_warmup",
     "d_muon",
     "describe",

@@ -11,7 +11,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 import jaxopt_lab as jol
-from jaxopt_lab.core.norm_pairs import NormPair
+from jaxopt_lab.core.dual_norms import DualNorms
 from jaxopt_lab.schedules import adaptive_warmup
 
 SWEEP_SEED, FINAL_SEEDS = 0, (1, 2, 3)
@@ -26,7 +26,7 @@ FINAL_DIV_FACTOR = 1e4
 
 # (matrix_axes) -> direction at rate 1, decay included
 Rule = Callable[[Any], optax.GradientTransformation]
-Norm = NormPair | Mapping[NormPair, float]
+Norm = DualNorms | Mapping[DualNorms, float]
 
 
 @dataclass(frozen=True)

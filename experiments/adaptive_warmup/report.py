@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from methods import OPTIMIZERS, Cells, Optimizer, linear_share, schedules_of, warmup_of
 
-from jaxopt_lab.core.norm_pairs import NormPair
+from jaxopt_lab.core.dual_norms import DualNorms
 from jaxopt_lab.diagnostics import SmoothnessFit, fit_smoothness, smoothness_points
 from jaxopt_lab.report import Curve, curves_figure, format_table
 from jaxopt_lab.report.smoothness import SmoothnessSeries, smoothness_figure
@@ -258,7 +258,7 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.corrcoef([np.argsort(np.argsort(v)) for v in (x, y)])[0, 1])
 
 
-_DUALS: dict[NormPair, str] = {
+_DUALS: dict[DualNorms, str] = {
     "spectral": "nuclear", "sign": "sum of entries", "frobenius": "Frobenius"
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 import jaxopt_lab as jol
-from jaxopt_lab.core.kronecker import INTEGRATORS, kronecker_start
+from jaxopt_lab.core.kronecker import INTEGRATORS, nearest_kronecker
 from jaxopt_lab.core.spectral import eigenbasis
 from jaxopt_lab.diagnostics import (
     ApproximationErrors,
@@ -114,7 +114,7 @@ def track(grads, decay):
 
     # The first gradient has weight one; the best factors for it are known.
     zeros = jnp.zeros((m, n, m, n)), (jnp.zeros((m, m)), jnp.zeros((n, n)))
-    start = add(zeros, grads[0], 0.0, 1.0), dict.fromkeys(INTEGRATORS, kronecker_start(grads[0]))
+    start = add(zeros, grads[0], 0.0, 1.0), dict.fromkeys(INTEGRATORS, nearest_kronecker(grads[0]))
     _, rest = jax.lax.scan(step, start, grads[1:])
     return jax.lax.map(errors, rest)
 

@@ -174,7 +174,7 @@ def parallel_step(
 INTEGRATORS: dict[str, FactorStep] = {"ksl": ksl_step, "parallel": parallel_step}
 
 
-def kronecker_start(
+def nearest_kronecker(
     grad: Float[Array, "*batch m n"], scale: StartScale = "sigma"
 ) -> tuple[Float[Array, "*batch m m"], Float[Array, "*batch n n"]]:
     r"""The best Kronecker approximation of one gradient's second moment.

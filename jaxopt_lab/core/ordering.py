@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool
 Carry = TypeVar("Carry")
 
 
-def run_if(due: Bool[Array, ""], fn: Callable[[Carry], Carry], carry: Carry) -> Carry:
+def cond_without_copy(due: Bool[Array, ""], fn: Callable[[Carry], Carry], carry: Carry) -> Carry:
     """`fn(carry)` if `due`, else `carry`: a conditional, as a loop of at most one round.
 
     A conditional copies what it hands on unchanged, and under `vmap` it runs both branches where
@@ -31,7 +31,7 @@ def run_if(due: Bool[Array, ""], fn: Callable[[Carry], Carry], carry: Carry) -> 
     return lax.while_loop(lambda pair: pair[0], once, (due, carry))[1]
 
 
-def after(x: Array, *earlier: Array | None) -> Array:
+def serialize_after(x: Array, *earlier: Array | None) -> Array:
     """`x` as it is, but not before all of `earlier` is there.
 
     XLA's CPU runtime starts independent operations at once, and two decompositions (LAPACK calls

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 
 from jaxopt_lab.core.precision import ProductPrecision, matmul
 
-Orthogonalizer = Literal["panels", "householder"]
-ORTHOGONALIZERS: tuple[Orthogonalizer, ...] = ("panels", "householder")
+Orthogonalizer = Literal["cholesky_qr", "householder"]
+ORTHOGONALIZERS: tuple[Orthogonalizer, ...] = ("cholesky_qr", "householder")
 
 # A panel must be wide enough for efficient products and narrow enough that its columns, cleaned of
 # all earlier ones, are not nearly dependent on each other.
@@ -35,7 +35,7 @@ _NEAR = 1e-2
 
 def orthonormal(
     x: Float[Array, "*batch n n"],
-    method: Orthogonalizer = "panels",
+    method: Orthogonalizer = "cholesky_qr",
     *,
     precision: ProductPrecision = "bf16_x3",
     panel: int = _PANEL,
@@ -44,19 +44,20 @@ def orthonormal(
 
     Args:
       x: Square matrices, float32 or wider. Columns may have any scale.
-      method: "panels" or "householder".
-      precision: Of the products of "panels"; inside a panel they are always at full precision.
+      method: "cholesky_qr" or "householder".
+      precision: Of the products of "cholesky_qr"; inside a panel they are always at full precision.
       panel: Columns of a panel (static).
 
     Returns:
       Orthogonal matrices whose leading k columns span those of `x`, wherever these are numerically
       independent; columns that depend on earlier ones are replaced by arbitrary orthonormal ones
-      ("householder") or by rounding noise made orthonormal ("panels"). Finite for finite input.
+      ("householder") or by rounding noise made orthonormal ("cholesky_qr"). Finite for finite
+      input.
 
-      "panels" needs that noise. A column of zeros stays zero, and the others are orthonormal all
-      the same. Where dependent columns cancel exactly, as equal columns of the identity do, or more
-      columns than the coordinates they have entries in, the surplus ones keep no certain length or
-      direction, and those before them may be orthonormal to 1e-4 only.
+      "cholesky_qr" needs that noise. A column of zeros stays zero, and the others are orthonormal
+      all the same. Where dependent columns cancel exactly, as equal columns of the identity do, or
+      more columns than the coordinates they have entries in, the surplus ones keep no certain
+      length or direction, and those before them may be orthonormal to 1e-4 only.
 
     Raises:
       ValueError: The method is unknown.

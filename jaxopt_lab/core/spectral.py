@@ -182,7 +182,7 @@ def leading_singular_triple(
     return (size * largest)[..., 0, 0], (u * _reciprocal(size))[..., 0], v[..., 0]
 
 
-def orthogonal_complement(u: Float[Array, "*batch n"]) -> Float[Array, "*batch n n"]:
+def complete_basis(u: Float[Array, "*batch n"]) -> Float[Array, "*batch n n"]:
     """An orthogonal matrix whose first column is `u` up to sign: a Householder reflection.
 
     Of all such matrices it is the closest to the identity. For a zero vector it is the identity.
@@ -212,7 +212,7 @@ def refresh_eigenbasis(
     factor: Float[Array, "*batch n n"],
     basis: Float[Array, "*batch n n"],
     *,
-    orthogonalizer: Orthogonalizer = "panels",
+    orthogonalizer: Orthogonalizer = "cholesky_qr",
     precision: ProductPrecision = "bf16_x3",
 ) -> tuple[Float[Array, "*batch n n"], Int[Array, "*batch n"]]:
     r"""Follow a slowly changing eigenbasis by one power iteration.
@@ -224,7 +224,7 @@ def refresh_eigenbasis(
     Args:
       factor: $X$, symmetric and positive semidefinite.
       basis: $Q$, orthogonal; may be rounded to bfloat16, which saves a third of the product.
-      orthogonalizer: "panels" or "householder".
+      orthogonalizer: "cholesky_qr" or "householder".
       precision: Of the products.
 
     Returns:

@@ -16,7 +16,7 @@ from jaxopt_lab.core.matrices import (
     group_by,
     undo_batch_first,
 )
-from jaxopt_lab.core.ordering import after
+from jaxopt_lab.core.ordering import serialize_after
 from jaxopt_lab.core.whole_matrices import on_whole_matrices
 
 ReplicatedWork = Literal["repeat", "share"]
@@ -61,7 +61,8 @@ def map_stacks(
         "share" it for one all-gather of the results.
       enough: Items with so many entries are left alone: concatenating them would cost more than
         their own calls. None: everything that fits is concatenated.
-      decomposes: Whether `fn` calls decompositions, which must not run at the same time (`after`).
+      decomposes: Whether `fn` calls decompositions, which must not run at the same time
+        (`serialize_after`).
       scalars: Traced numbers that `fn` takes after its arrays.
 
     Returns:
@@ -74,7 +75,7 @@ def map_stacks(
         stacks = [_concatenate([items[i].arrays[k] for i in members])
                   for k in range(len(first.arrays))]  # fmt: skip
         if decomposes and first.mesh is None:
-            stacks = [x if x is None else after(x, *earlier) for x in stacks]
+            stacks = [x if x is None else serialize_after(x, *earlier) for x in stacks]
         results = _run(fn, stacks, first, replicated_work, scalars)
         earlier = results
         start = 0

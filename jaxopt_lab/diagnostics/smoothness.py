@@ -4,7 +4,7 @@ For one optimizer step from $w$ to $w_+$, with both gradients of the same miniba
 
 $$ r = \lVert \nabla f(w_+) - \nabla f(w) \rVert_* / \lVert w_+ - w \rVert $$
 
-in each pair of norms of `jaxopt_lab.core.norm_pairs`. Adaptive warm-up assumes that $r$ is at most
+in each pair of norms of `jaxopt_lab.core.dual_norms`. Adaptive warm-up assumes that $r$ is at most
 $K_0 + K_1 \Delta + K_\rho \Delta^\rho$ of the gap $\Delta = f(w_+) - f_*$ to a target loss;
 `jaxopt_lab.diagnostics.smoothness_fit` fits that polynomial.
 
@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from jaxopt_lab.core.dual_norms import DUAL_NORMS, DualNorms, dual_norm, matrix_norm
 from jaxopt_lab.core.matrices import MatrixAxes, batch_first
-from jaxopt_lab.core.norm_pairs import NORM_PAIRS, NormPair, dual_norm, matrix_norm
 from jaxopt_lab.diagnostics.norms import SMALLEST_DENOMINATOR
 from jaxopt_lab.diagnostics.recording import Every, Snapshot
 from jaxopt_lab.optim.routing import MatrixAxesSpec, route_with_embeddings
@@ -42,7 +42,7 @@ def local_smoothness(
     params_after: optax.Params,
     *,
     matrix_axes: MatrixAxesSpec = None,
-) -> dict[NormPair, LocalSmoothness]:
+) -> dict[DualNorms, LocalSmoothness]:
     """Gradient difference over step norm in the three pairs of norms.
 
     All matrices count, tables of embeddings and output heads included; vectors do not. A stacked
@@ -76,7 +76,7 @@ def local_smoothness(
         raise ValueError("params_before: none of its leaves is a matrix")
     grads = _like(params_before, grads_before=grads_before, grads_after=grads_after)
     params = _like(params_before, params_before=params_before, params_after=params_after)
-    return dict(zip(NORM_PAIRS, _measure(*grads, *params, layouts), strict=True))
+    return dict(zip(DUAL_NORMS, _measure(*grads, *params, layouts), strict=True))
 
 
 def _like(params: optax.Params, **trees: optax.Params) -> list[list[Array]]:
@@ -103,7 +103,7 @@ def _measure(
     turned = _differences(grads_before, grads_after, layouts)
     moved = _differences(params_before, params_after, layouts)
     results = []
-    for pair in NORM_PAIRS:
+    for pair in DUAL_NORMS:
         difference = sum((jnp.sum(dual_norm(x, pair)) for x in turned), jnp.zeros(()))
         step = jnp.max(jnp.concatenate([matrix_norm(x, pair) for x in moved]), initial=0)
         ratio = difference / jnp.where(step > SMALLEST_DENOMINATOR, step, jnp.nan)

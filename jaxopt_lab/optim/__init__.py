@@ -13,12 +13,28 @@ from jaxopt_lab.optim.lion_muon.transform import (
     scale_by_lion_muon,
     sign_muon,
 )
+from jaxopt_lab.optim.options import (
+    AdamW,
+    Eigenbasis,
+    Graft,
+    InverseRoot,
+    MeshWork,
+    NewtonSchulz,
+    Routing,
+)
 from jaxopt_lab.optim.params_ema import params_ema, track_params_ema
 from jaxopt_lab.optim.routing import route
 from jaxopt_lab.optim.shardings import state_shardings
 from jaxopt_lab.optim.sign import normalized_sgd, scale_by_normalized_heavy_ball, signum
 
 __all__ = [
+    "AdamW",
+    "Eigenbasis",
+    "Graft",
+    "InverseRoot",
+    "MeshWork",
+    "NewtonSchulz",
+    "Routing",
     "Description",
     "EigenbasisAdamState",
     "LionMuonState",

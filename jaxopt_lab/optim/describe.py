@@ -16,7 +16,7 @@ class Row(NamedTuple):
     path: str
     shape: tuple[int, ...]
     dtype: str
-    role: str  # matrix, vector, embedding, excluded, uncovered
+    role: str  # matrix, vector, embedding, excluded, unspecified
     rule: str  # the group that updates it, or the state that does
     state_bytes: int
 
@@ -47,7 +47,7 @@ class Description(NamedTuple):
             f"note: {r.path} has {len(r.shape)} axes and no layout, so it is updated by {r.rule}; "
             "say in matrix_axes which axes form its matrices"
             for r in self.rows
-            if r.role == "uncovered"
+            if r.role == "unspecified"
         ]
         return "\n".join([line(header), *map(line, cells), totals, *notes])
 
@@ -110,7 +110,7 @@ def _role(by_shape: str, rule: str) -> str:
     """The default role, corrected where the optimizer was told otherwise."""
     if rule == FALLBACK_LABEL:
         return "excluded" if by_shape == "matrix" else by_shape
-    return "matrix" if by_shape == "uncovered" else by_shape
+    return "matrix" if by_shape == "unspecified" else by_shape
 
 
 def _rule(path: KeyPath, state: Any) -> str:

@@ -1,6 +1,5 @@
-"""AdamW for everything that is not a matrix, as the LionMuon code base has it."""
+"""AdamW for everything that is not a matrix."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,22 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from jaxopt_lab.optim.routing import (
-    FALLBACK_LABEL,
-    MatrixAxesSpec,
-    OnUncovered,
-    Scalar,
-    partition_labels,
-)
-
-
-def one_minus_power(b: Scalar, t: jax.Array) -> jax.Array:
-    """`1 - b**t` without the cancellation that costs float32 five digits at b = 0.999, t = 1."""
-    if isinstance(b, int | float):
-        log_b = math.log(b) if b > 0 else -math.inf
-    else:
-        log_b = jnp.log(b)
-    return -jnp.expm1(t * log_b)
+from jaxopt_lab.core.numerics import Scalar, one_minus_power, wide_dtype, widened
+from jaxopt_lab.optim.nonfinite import finite_entries, guarded
+from jaxopt_lab.optim.options import AdamW, Routing
+from jaxopt_lab.optim.rates import decayed_weights, scaled_rate
+from jaxopt_lab.optim.routing import FALLBACK_LABEL, MatrixAxesSpec, partition_labels
 
 
 def scale_by_adamw_fallback(
@@ -36,10 +24,11 @@ def scale_by_adamw_fallback(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with epsilon added to the uncorrected root of the second moment.
 
-    .. math::
-      \frac{\sqrt{1 - b_2^t}}{1 - b_1^t} \cdot \frac{m_t}{\sqrt{v_t} + \epsilon}
+    $$\frac{\sqrt{1 - b_2^t}}{1 - b_1^t} \cdot \frac{m_t}{\sqrt{v_t} + \epsilon}$$
 
-    which is Adam with $\epsilon / \sqrt{1 - b_2^t}$ in the usual place: larger in the first steps.
+    This is Adam with $\epsilon / \sqrt{1 - b_2^t}$ in the usual place: larger in the first steps.
+    Entries of a gradient that are not finite, or whose square is not, keep their moments and do not
+    move.
 
     Args:
       b1: Decay of the first moment.
@@ -48,31 +37,54 @@ def scale_by_adamw_fallback(
       mu_dtype: Dtype of the first moment; None: that of the parameters.
 
     Returns:
-      A transformation whose state is `optax.ScaleByAdamState`.
+      A transformation with state `optax.ScaleByAdamState`, whose second moment is float32 or wider.
+
+    Example:
+      >>> tx = scale_by_adamw_fallback()
+      >>> g = jnp.array([2.0, jnp.nan])
+      >>> tx.update(g, tx.init(g))[0].tolist()
+      [1.0, 0.0]
 
     Source: Bolatov et al., "LionMuon", arXiv 2605.19811, released code.
     """
+    return guarded(adam_direction(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype))
+
+
+def adam_direction(
+    *,
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+    mu_dtype: DTypeLike | None = None,
+    skip_first_step: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_adamw_fallback` with NaN where an entry takes no step (`nonfinite.guarded`).
+
+    `skip_first_step`: leave out the first gradient altogether, as SOAP does.
+    """
+    skipped = 1 if skip_first_step else 0
 
     def init(params: optax.Params) -> optax.ScaleByAdamState:
         return optax.ScaleByAdamState(
             count=jnp.zeros([], jnp.int32),
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-            nu=optax.tree.zeros_like(params),
+            nu=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params),
         )
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         count = jnp.asarray(optax.safe_increment(state.count))
+        takes_step = count > skipped
 
         def direction(g: jax.Array, m: jax.Array, v: jax.Array):
-            wide = jnp.promote_types(g.dtype, jnp.float32)
-            t = count.astype(wide)
-            g_wide = g.astype(wide)
-            m_new = b1 * m.astype(wide) + (1 - b1) * g_wide
-            v_new = b2 * v.astype(wide) + (1 - b2) * jnp.square(g_wide)
+            t = jnp.maximum(count - skipped, 1).astype(wide_dtype(g))
+            usable = finite_entries(g) & takes_step
+            g_wide = jnp.where(usable, widened(g), 0)
+            m_new = b1 * widened(m) + (1 - b1) * g_wide
+            v_new = b2 * v + (1 - b2) * jnp.square(g_wide)
             correction = jnp.sqrt(one_minus_power(b2, t)) / one_minus_power(b1, t)
-            step = correction * m_new / (jnp.sqrt(v_new) + eps)
-            return step.astype(g.dtype), m_new.astype(m.dtype), v_new.astype(v.dtype)
+            step = jnp.where(usable, correction * m_new / (jnp.sqrt(v_new) + eps), jnp.nan)
+            return step, jnp.where(usable, m_new.astype(m.dtype), m), jnp.where(usable, v_new, v)
 
         treedef = jax.tree.structure(updates)
         leaves = map(jax.tree.leaves, (updates, state.mu, state.nu))
@@ -81,6 +93,63 @@ def scale_by_adamw_fallback(
         return steps, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def with_fallback(
+    label: str,
+    matrix_tx: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    fallback: AdamW,
+    *,
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar = 1e-8,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Any,
+    matrix_axes: MatrixAxesSpec,
+    routing: Routing,
+    mu_dtype: DTypeLike | None = None,
+    skip_first_step: bool = False,
+    labels: Callable[[optax.Params], Any] | None = None,
+    **others: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Matrices to `matrix_tx`, all other leaves to AdamW.
+
+    Args:
+      label: Name of the matrix group in the state and in `describe`.
+      matrix_tx: The complete rule of the matrices, rate and decay included.
+      learning_rate: The rate of the method.
+      fallback: What AdamW does differently from the method; the next five arguments are what the
+        method says.
+      b1: First-moment decay.
+      b2: Second-moment decay.
+      eps: Epsilon on the uncorrected root.
+      weight_decay: Decoupled decay.
+      mask: Which leaves decay.
+      matrix_axes: As in `route`.
+      routing: As in `route`, and the mask that stands in an object.
+      mu_dtype: Dtype of the first moment.
+      skip_first_step: Take no step at the first gradient.
+      labels: Which leaves go where, by name of the group; None: as `route` says.
+      **others: Further groups, by name.
+    """
+
+    def given(value: Any, of_method: Any) -> Any:
+        return of_method if value is None else value
+
+    direction = adam_direction(
+        b1=given(fallback.b1, b1),
+        b2=given(fallback.b2, b2),
+        eps=given(fallback.eps, eps),
+        mu_dtype=mu_dtype,
+        skip_first_step=skip_first_step,
+    )
+    rate = given(fallback.learning_rate, scaled_rate(learning_rate, fallback.lr_ratio))
+    decay = decayed_weights(given(fallback.weight_decay, weight_decay), mask, routing)
+    adamw = guarded(direction, decay, optax.scale_by_learning_rate(rate))
+    if labels is None:
+        labels = partition_labels(label, matrix_axes, routing)
+    return optax.partition({label: matrix_tx, FALLBACK_LABEL: adamw, **others}, labels)
 
 
 def with_adamw_fallback(
@@ -95,7 +164,7 @@ def with_adamw_fallback(
     matrix_axes: MatrixAxesSpec,
     mask: Any = None,
     mu_dtype: DTypeLike | None = None,
-    on_uncovered: OnUncovered = "adamw",
+    on_uncovered: Any = "adamw",
     vocabulary_size: int | None = None,
     labels: Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -123,7 +192,6 @@ def with_adamw_fallback(
         optax.scale_by_learning_rate(learning_rate),
     )
     if labels is None:
-        labels = partition_labels(
-            label, matrix_axes, on_uncovered=on_uncovered, vocabulary_size=vocabulary_size
-        )
+        routing = Routing(vocabulary_size or 10_000, on_uncovered)
+        labels = partition_labels(label, matrix_axes, routing)
     return optax.partition({label: matrix_tx, FALLBACK_LABEL: adamw}, labels)

@@ -8,7 +8,7 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jaxopt_lab.optim.routing import Scalar
+from jaxopt_lab.core.numerics import Scalar
 
 
 class ParamsEmaState(NamedTuple):

@@ -7,7 +7,7 @@ Flax gives the table of its `Embed` layers.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import optax
@@ -15,15 +15,10 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyPath
 from optax.contrib import MuonDimensionNumbers
 
 from jaxopt_lab.core.matrices import MatrixAxes, resolve_layout
+from jaxopt_lab.optim.options import Routing
 
-# What a numeric option may be: `optax.inject_hyperparams` turns numbers into arrays.
-Scalar = int | float | jax.Array
 # A tree, a prefix of one, or a function of the parameters; None routes a leaf to the fallback.
 MatrixAxesSpec: TypeAlias = Any
-OnUncovered = Literal["adamw", "error"]
-
-# No hidden width of a common model reaches this, every common vocabulary of words exceeds it.
-DEFAULT_VOCABULARY_SIZE = 10_000
 
 # Modules and leaves that hold a table of the vocabulary, whatever its size.
 _TABLE_NAMES = {"embedding", "head", "lm_head"}
@@ -37,7 +32,7 @@ class Route(NamedTuple):
 
     path: KeyPath
     axes: MatrixAxes | None  # None: not a matrix
-    role: str  # matrix, vector, embedding, uncovered (no layout for more than two axes)
+    role: str  # matrix, vector, embedding, unspecified (no layout for more than two axes)
 
 
 def _is_layout(node: Any) -> bool:
@@ -66,7 +61,7 @@ def _by_shape(path: KeyPath, shape: tuple[int, ...], vocabulary_size: int) -> Ro
     if _last_name(path) == "embedding" or max(shape) >= vocabulary_size:
         return Route(path, None, "embedding")
     if len(shape) > 2:
-        return Route(path, None, "uncovered")
+        return Route(path, None, "unspecified")
     return Route(path, resolve_layout(shape, MuonDimensionNumbers()), "matrix")
 
 
@@ -125,9 +120,7 @@ def _mismatch(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | None) -> 
 def route(
     params: optax.Params,
     matrix_axes: MatrixAxesSpec = None,
-    *,
-    on_uncovered: OnUncovered = "adamw",
-    vocabulary_size: int | None = None,
+    routing: Routing = Routing(),
 ) -> list[Route]:
     """Decide for every leaf whether it is a matrix, and by which axes.
 
@@ -135,28 +128,23 @@ def route(
       params: The parameter tree (arrays or `jax.ShapeDtypeStruct`).
       matrix_axes: `MuonDimensionNumbers` for the matrix leaves and None for the others: a tree like
         `params`, a prefix of one, or a function that returns one. None: by role and shape.
-      on_uncovered: What to do with a leaf of more than two axes that nothing covers.
-      vocabulary_size: Without `matrix_axes`, leaves with an axis at least this long are embeddings
-        or heads. None: 10 000.
+      routing: How leaves without a layout are told apart.
 
     Returns:
       One route a leaf, in the order of `jax.tree.leaves(params)`.
 
     Raises:
-      ValueError: A layout does not fit its leaf, or a leaf is uncovered and that is an error.
+      ValueError: A layout does not fit its leaf, or a leaf is unspecified and that is an error.
     """
-    if on_uncovered not in ("adamw", "error"):
-        raise ValueError(f"on_uncovered is {on_uncovered!r}; choose 'adamw' or 'error'")
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if matrix_axes is None:
-        size = DEFAULT_VOCABULARY_SIZE if vocabulary_size is None else vocabulary_size
-        routes = [_by_shape(path, x.shape, size) for path, x in leaves]
+        routes = [_by_shape(path, x.shape, routing.vocabulary_size) for path, x in leaves]
     else:
         layouts = broadcast_prefix("matrix_axes", matrix_axes, params, _is_layout)
         routes = [_given(p, x.shape, a) for (p, x), a in zip(leaves, layouts, strict=True)]
-    if on_uncovered == "error":
+    if routing.on_uncovered == "error":
         for r, (_, x) in zip(routes, leaves, strict=True):
-            if r.role == "uncovered":
+            if r.role == "unspecified":
                 raise ValueError(
                     f"leaf {jax.tree_util.keystr(r.path)} of shape {x.shape} has more than two "
                     "axes and matrix_axes does not say which of them form its matrices"
@@ -183,7 +171,7 @@ def route_with_embeddings(params: optax.Params, matrix_axes: MatrixAxesSpec = No
     leaves = jax.tree.leaves(params)
     routes = []
     for r, x in zip(route(params, matrix_axes), leaves, strict=True):
-        large = max(x.shape, default=0) >= DEFAULT_VOCABULARY_SIZE
+        large = max(x.shape, default=0) >= Routing().vocabulary_size
         if r.axes is not None:
             routes.append(r)
         elif len(x.shape) == 2 and (large or _TABLE_NAMES & set(_names(r.path))):
@@ -213,26 +201,20 @@ def require_matrices(params: optax.Params, matrix_axes: MatrixAxesSpec) -> list[
 
 
 def partition_labels(
-    label: str,
-    matrix_axes: MatrixAxesSpec,
-    *,
-    on_uncovered: OnUncovered = "adamw",
-    vocabulary_size: int | None = None,
+    label: str, matrix_axes: MatrixAxesSpec, routing: Routing
 ) -> Callable[[optax.Params], Any]:
     """A label function for `optax.partition`: `label` for matrices, "adamw" for the rest.
 
     Args:
       label: The label of the matrices.
       matrix_axes: As in `route`.
-      on_uncovered: As in `route`.
-      vocabulary_size: As in `route`.
+      routing: As in `route`.
     """
 
     def labels(params: optax.Params) -> Any:
-        routes = route(
-            params, matrix_axes, on_uncovered=on_uncovered, vocabulary_size=vocabulary_size
-        )
-        names = [FALLBACK_LABEL if r.axes is None else label for r in routes]
+        names = [
+            FALLBACK_LABEL if r.axes is None else label for r in route(params, matrix_axes, routing)
+        ]
         return jax.tree.unflatten(jax.tree.structure(params), names)
 
     return labels

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.rates import check_rates, scaled_rate
-from jaxopt_lab.optim.routing import Scalar
 
 InitBuffer = Literal["zeros", "params"]
 

@@ -7,8 +7,9 @@ import jax
 import optax
 from jaxtyping import Array
 
-from jaxopt_lab.core.norm_pairs import NormPair
-from jaxopt_lab.optim.routing import MatrixAxesSpec, Scalar
+from jaxopt_lab.core.dual_norms import DualNorms
+from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.optim.routing import MatrixAxesSpec
 from jaxopt_lab.schedules import warmup_checks
 from jaxopt_lab.schedules.gap_rate import Curvature, warmup_kappa
 from jaxopt_lab.schedules.peak_gap import Objective, TargetShape
@@ -27,7 +28,7 @@ def adaptive_warmup(
     target_loss: Scalar | Literal["auto"],
     div_factor: Scalar = 100.0,
     *,
-    norm: NormPair | Mapping[NormPair, float] = "spectral",
+    norm: DualNorms | Mapping[DualNorms, float] = "spectral",
     matrix_axes: MatrixAxesSpec = None,
     kappa: Scalar | None = None,
     delta_star_rule: DeltaStarRule = "exact",

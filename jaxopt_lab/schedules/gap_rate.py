@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxopt_lab.core.norm_pairs import NormPair, check_pair, largest_dual
-from jaxopt_lab.optim.routing import MatrixAxesSpec, Scalar, route_with_embeddings
+from jaxopt_lab.core.dual_norms import DualNorms, check_pair, largest_dual
+from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.optim.routing import MatrixAxesSpec, route_with_embeddings
 
 # Curvature given by hand may vanish or change sign; the released code divides by at least this.
 SMALLEST_CURVATURE = 1e-8
@@ -104,7 +105,7 @@ def relative_rate(gap: Scalar, initial_gap: Scalar, peak_gap: Scalar, div_factor
 
 def warmup_kappa(
     params: optax.Params,
-    norm: NormPair | Mapping[NormPair, float] = "spectral",
+    norm: DualNorms | Mapping[DualNorms, float] = "spectral",
     matrix_axes: MatrixAxesSpec = None,
 ) -> float:
     r"""The largest dual norm of a gradient of norm 1, summed over the matrices of a model.
@@ -127,7 +128,7 @@ def warmup_kappa(
     Raises:
       ValueError: A norm is unknown, or a layout does not fit its leaf.
     """
-    weights: Mapping[NormPair, float] = norm if isinstance(norm, Mapping) else {norm: 1.0}
+    weights: Mapping[DualNorms, float] = norm if isinstance(norm, Mapping) else {norm: 1.0}
     for pair in weights:
         check_pair(pair)
     layouts = {r.path: r.axes for r in route_with_embeddings(params, matrix_axes)}

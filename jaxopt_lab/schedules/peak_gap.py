@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxopt_lab.optim.routing import Scalar
+from jaxopt_lab.core.numerics import Scalar
 
 Objective = Literal[
     "linear_and_cos",

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxopt_lab.optim.routing import Scalar
+from jaxopt_lab.core.numerics import Scalar
 
 # Of a cross-entropy that starts at the logarithm of the vocabulary. Published runs ended at 0.29 of
 # it and took any target from 0.27 to 0.45 equally well.

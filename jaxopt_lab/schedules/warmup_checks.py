@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxopt_lab.core.norm_pairs import check_pair
-from jaxopt_lab.optim.routing import Scalar
+from jaxopt_lab.core.dual_norms import check_pair
+from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.schedules.gap_rate import Curvature
 from jaxopt_lab.schedules.peak_gap import check_objective
 from jaxopt_lab.schedules.warmup_phases import DecayFactory, WarmupPhases

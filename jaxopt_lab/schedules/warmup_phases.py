@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from jaxopt_lab.optim.routing import Scalar
+from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.schedules.gap_rate import Curvature, gap_rate, peak_gap_of, relative_rate
 from jaxopt_lab.schedules.peak_gap import (
     SMOOTH_OBJECTIVES,

@@ -9,8 +9,8 @@ import jax
 import optax
 from jaxtyping import Array, PyTree
 
+from jaxopt_lab.core.dual_norms import DualNorms
 from jaxopt_lab.core.flops import matrix_shapes
-from jaxopt_lab.core.norm_pairs import NormPair
 from jaxopt_lab.train.errors import ConfigError
 
 # Operations per element.
@@ -69,7 +69,7 @@ class OptimizerConfig:
         """Learning rates to report while the scheduled one is `rate`."""
         return {"rate": rate}
 
-    def step_norm(self) -> Mapping[NormPair, float]:
+    def step_norm(self) -> Mapping[DualNorms, float]:
         """The norm in which its steps on matrices have one length, or shares of several.
 
         Adaptive warm-up asks for it. Whoever divides by second moments moves every coordinate by

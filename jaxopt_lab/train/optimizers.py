@@ -11,8 +11,8 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jaxopt_lab import optim
+from jaxopt_lab.core.dual_norms import DualNorms
 from jaxopt_lab.core.newton_schulz import newton_schulz_flops
-from jaxopt_lab.core.norm_pairs import NormPair
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.optimizer_config import (
     SIGN_FLOPS,
@@ -85,7 +85,7 @@ class LionMuonConfig(OptimizerConfig):
         sign, adam = rate * self.sign_lr_ratio, rate * self.adam_lr_ratio
         return {"rate": rate, "sign_rate": sign, "adam_rate": adam}
 
-    def step_norm(self) -> dict[NormPair, float]:
+    def step_norm(self) -> dict[DualNorms, float]:
         """By the shares of spectral and of sign steps."""
         return {"spectral": self._spectral_share(), "sign": 1 - self._spectral_share()}
 
@@ -219,7 +219,7 @@ class OptaxMuonConfig(OptimizerConfig):
             consistent_rms=0.2,
         )
 
-    def step_norm(self) -> dict[NormPair, float]:
+    def step_norm(self) -> dict[DualNorms, float]:
         """See the base class."""
         return {"spectral": 1.0}
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxopt_lab.core.norm_pairs import NORM_PAIRS, NormPair
+from jaxopt_lab.core.dual_norms import DUAL_NORMS, DualNorms
 from jaxopt_lab.diagnostics import (
     Smoothness,
     SmoothnessFit,
@@ -19,7 +19,7 @@ from jaxopt_lab.report.tracker import read_metrics
 from jaxopt_lab.train.optimizers import LionMuonConfig, OptimizerConfig
 from jaxopt_lab.train.run_directory import read_config
 
-_TITLES: Mapping[NormPair, str] = {
+_TITLES: Mapping[DualNorms, str] = {
     "spectral": "nuclear / spectral norm",
     "sign": "sum / largest of the entries",
     "frobenius": "Frobenius / Frobenius norm",
@@ -74,7 +74,7 @@ def fit_run(
     points = {
         (kind, pair): _points(some, pair, target, start, end, drop_outliers)
         for kind, some in records.items()
-        for pair in NORM_PAIRS
+        for pair in DUAL_NORMS
     }
     if not any(len(some.gap) for some in points.values()):
         raise ValueError(
@@ -90,10 +90,10 @@ def fit_run(
             f"{pair}: {_TITLES[pair]}": [
                 _series(kind, points[kind, pair], fits[kind, pair]) for kind in records
             ]
-            for pair in NORM_PAIRS
+            for pair in DUAL_NORMS
         }
         smoothness_figure(panels, figure, target_loss=target)
-    fields = {kind: {pair: _fields(fits[kind, pair]) for pair in NORM_PAIRS} for kind in records}
+    fields = {kind: {pair: _fields(fits[kind, pair]) for pair in DUAL_NORMS} for kind in records}
     return {"target_loss": target, "fits": fields}
 
 
@@ -118,7 +118,7 @@ def _lowest_held_out(run_dir: str | os.PathLike[str], rows: Sequence[Mapping[str
 
 def _points(
     records: Sequence[Mapping[str, Any]],
-    pair: NormPair,
+    pair: DualNorms,
     target: float,
     start: int,
     end: int | None,

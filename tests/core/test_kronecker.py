@@ -13,7 +13,7 @@ from tests.reference import kronecker as reference
 SHAPES = [(3, 4), (4, 2)]  # few: every shape is compiled once
 NAMES = sorted(kronecker.INTEGRATORS)
 STEPS = {name: jax.jit(step) for name, step in kronecker.INTEGRATORS.items()}
-START = jax.jit(kronecker.kronecker_start, static_argnums=1)
+START = jax.jit(kronecker.nearest_kronecker, static_argnums=1)
 
 seeds = st.integers(0, 2**32 - 1)
 decays = st.one_of(st.sampled_from([0.0, 0.5, 0.95, 1.0]), st.floats(0, 1))
@@ -412,5 +412,5 @@ def test_a_matrix_that_saw_nothing_keeps_zero_factors():
     for name in NAMES:
         for x in STEPS[name](*zeros, decay=0.9, weight=0.1):
             np.testing.assert_array_equal(x, np.zeros_like(x))
-    for x in kronecker.kronecker_start(zeros[2]):
+    for x in kronecker.nearest_kronecker(zeros[2]):
         np.testing.assert_array_equal(x, np.zeros_like(x))

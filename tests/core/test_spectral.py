@@ -9,10 +9,10 @@ from hypothesis import given, settings
 
 from jaxopt_lab.core.precision import PRODUCT_PRECISIONS, matmul
 from jaxopt_lab.core.spectral import (
+    complete_basis,
     eigenbasis,
     leading_singular_triple,
     nuclear_norm,
-    orthogonal_complement,
     refresh_eigenbasis,
     spectral_norm,
     trace_in_range,
@@ -26,7 +26,7 @@ REFRESH = jax.jit(
     lambda factor, basis, name: refresh_eigenbasis(factor, basis, orthogonalizer=name),
     static_argnums=2,
 )
-COMPLEMENT = jax.jit(orthogonal_complement)
+COMPLEMENT = jax.jit(complete_basis)
 
 
 def orthogonal(rng, size=SIZE):
@@ -165,7 +165,7 @@ def test_eigenbasis_has_decreasing_eigenvalues(seed, exponent):
     np.testing.assert_allclose(aligned(basis, wanted), wanted, atol=2e-5)
 
 
-@pytest.mark.parametrize("orthogonalizer", ["panels", "householder"])
+@pytest.mark.parametrize("orthogonalizer", ["cholesky_qr", "householder"])
 @given(seeds, st.integers(-18, 18))
 def test_refresh_sorts_and_takes_one_power_iteration(orthogonalizer, seed, exponent):
     """From any basis: the orthogonal factor of X Q with the columns of Q sorted."""
@@ -188,7 +188,7 @@ def test_what_is_kept_in_the_eigenbasis_follows_the_permutation(seed):
     q = orthogonal(rng)
     values = np.geomspace(1, 0.01, SIZE)
     shuffle = rng.permutation(SIZE)
-    got, order = REFRESH(np.float32(q * values @ q.T), np.float32(q[:, shuffle]), "panels")
+    got, order = REFRESH(np.float32(q * values @ q.T), np.float32(q[:, shuffle]), "cholesky_qr")
     np.testing.assert_array_equal(shuffle[order], np.arange(SIZE))
     np.testing.assert_allclose(values[shuffle][order], values)
     np.testing.assert_allclose(aligned(np.asarray(got), q), q, atol=2e-5)
@@ -201,7 +201,7 @@ def test_repeated_refreshes_reach_the_eigenbasis(seed):
     factor = np.float32(q * 0.5 ** np.arange(SIZE) @ q.T)
     basis = np.float32(orthogonal(rng))
     for _ in range(60):
-        basis, _ = REFRESH(factor, basis, "panels")
+        basis, _ = REFRESH(factor, basis, "cholesky_qr")
     np.testing.assert_allclose(aligned(np.asarray(basis), q), q, atol=2e-4)
 
 
@@ -209,14 +209,14 @@ def test_directions_without_curvature_stay():
     rng = np.random.default_rng(0)
     q = orthogonal(rng)
     factor = np.float32(q[:, :3] * [3.0, 2.0, 1.0] @ q[:, :3].T)
-    refreshed, order = REFRESH(factor, np.float32(q), "panels")
+    refreshed, order = REFRESH(factor, np.float32(q), "cholesky_qr")
     kept = np.asarray(order)[3:]
     np.testing.assert_array_equal(np.asarray(order)[:3], [0, 1, 2])
     np.testing.assert_allclose(aligned(np.asarray(refreshed)[:, :3], q[:, :3]), q[:, :3], atol=1e-5)
     null = q[:, kept]
     overlap = np.abs(np.sum(np.asarray(refreshed)[:, 3:] * null, axis=0))
     assert overlap.min() > 0.8
-    same, order = REFRESH(np.zeros((SIZE, SIZE), np.float32), np.float32(q), "panels")
+    same, order = REFRESH(np.zeros((SIZE, SIZE), np.float32), np.float32(q), "cholesky_qr")
     np.testing.assert_array_equal(order, np.arange(SIZE))
     np.testing.assert_allclose(aligned(np.asarray(same), q), q, atol=2e-6)
 
@@ -266,7 +266,7 @@ def test_the_trace_leaves_room_for_what_is_formed():
         stack = jnp.asarray(np.float32(sizes * factor))
     fits = np.asarray(trace_in_range(stack))
     assert fits.tolist() == [True, True, False, False]
-    basis = orthogonal_complement(jnp.full(8, 8**-0.5))
+    basis = complete_basis(jnp.full(8, 8**-0.5))
     assert np.isfinite(stack + stack.mT)[fits].all() and np.isfinite(stack @ basis)[fits].all()
     # Of a Kronecker product neither factor alone decides.
     rows, columns = (factor * np.float32(x)[:, None, None] for x in ([1e20] * 2, [1e17, 1e19]))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from jaxopt_lab.core.kronecker import kronecker_start
+from jaxopt_lab.core.kronecker import nearest_kronecker
 from jaxopt_lab.diagnostics import (
     FullFisher,
     ProbedFisher,
@@ -260,6 +260,6 @@ def test_softmax_hessian_is_the_second_derivative_of_the_loss():
 def test_one_gradient_is_approximated_best_by_its_start():
     grad = jnp.asarray(np.random.default_rng(0).standard_normal((M, N)), jnp.float32)
     sampled = SampledFisher(jnp.stack([grad] * SAMPLES), jnp.eye(SAMPLES, dtype=jnp.float32)[0])
-    best, start = BEST[SampledFisher](sampled), jax.jit(kronecker_start)(grad)
+    best, start = BEST[SampledFisher](sampled), jax.jit(nearest_kronecker)(grad)
     for got, wanted in zip(best, start, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-3)

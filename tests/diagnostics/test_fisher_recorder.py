@@ -52,7 +52,7 @@ def any_state(shape, *, one_sided=False, rank_one=False):
     return EigenbasisAdamState(
         count=np.zeros([], np.int32),
         age=zero,
-        rejected=zero,
+        notfinite_count=zero,
         mu={"w": np.zeros(shape, np.float32)},
         nu=unused if rank_one else positive[tuple(shape)],
         row_nu=positive[*batch, m] if rank_one else unused,

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
-from jaxopt_lab.core.norm_pairs import NORM_PAIRS
+from jaxopt_lab.core.dual_norms import DUAL_NORMS
 from jaxopt_lab.diagnostics import (
     Every,
     Smoothness,
@@ -71,7 +71,7 @@ def test_equals_numpy_on_every_matrix_of_the_model_and_no_vector():
     trees = draws()
     matrices = [[*tree["stack"], tree["kernel"], tree["embedding"]] for tree in trees]
     got = local_smoothness(*trees, matrix_axes=AXES)
-    assert list(got) == list(NORM_PAIRS)
+    assert list(got) == list(DUAL_NORMS)
     assert_close(got, reference(*matrices))
     # A table counts once, whether or not the optimizer sees a matrix in it.
     covered = {**AXES, "embedding": MuonDimensionNumbers()}
@@ -156,7 +156,7 @@ def test_on_a_quadratic_with_one_matrix_the_ratio_is_its_curvature(tx):
     np.testing.assert_allclose(ratios, 3.0, rtol=1e-11)
     losses = [record["loss_after"] for record in records.values()]
     assert losses == sorted(losses, reverse=True)
-    names = {f"{p}/{w}" for p in NORM_PAIRS for w in ("gradient_difference", "step_norm", "ratio")}
+    names = {f"{p}/{w}" for p in DUAL_NORMS for w in ("gradient_difference", "step_norm", "ratio")}
     assert set(records[1]) == {"loss_after", *names}
     assert all(type(value) is float for value in records[1].values())
 

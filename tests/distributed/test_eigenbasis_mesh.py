@@ -115,7 +115,7 @@ def test_equals_one_device_within_its_budget(method, layout, kind):
         chex.assert_trees_all_close(jax.device_get(got[0]), after[0], atol=2e-5)
         states = [find_states(state, EigenbasisAdamState) for state in (got[1], after[1])]
         for mine, wanted in zip(*states, strict=True):
-            for name in ("age", "rejected", "row_factor", "column_factor"):
+            for name in ("age", "notfinite_count", "row_factor", "column_factor"):
                 a, b = (jax.device_get(getattr(x, name)) for x in (mine, wanted))
                 chex.assert_trees_all_close(a, b, rtol=1e-4, atol=1e-5)
         assert jax.tree.map(lambda x: x.sharding, got[1]) == placed

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxopt_lab as jol
-from jaxopt_lab.core.norm_pairs import NormPair
+from jaxopt_lab.core.dual_norms import DualNorms
 from jaxopt_lab.schedules import Curvature, exact_peak_gap, fit_curvature, gap_rate, warmup_kappa
 from jaxopt_lab.schedules.peak_gap import OBJECTIVES
 from tests.golden.adaptive_warmup_decays import DECAY_OPTIONS, decay_options
@@ -20,7 +20,7 @@ CURVATURE_TOLERANCE = 1e-13
 # Rates from the coefficients cancel in the denominator.
 TABLE_TOLERANCE = dict.fromkeys(("eta", "eta_prime", "eta_second"), 1e-12)
 
-NORMS: dict[str, NormPair] = {
+NORMS: dict[str, DualNorms] = {
     **dict.fromkeys(("muon", "d-muon"), "spectral"),
     **dict.fromkeys(("lion", "signum", "signsgd", "sign-sgd"), "sign"),
     **dict.fromkeys(("normalized-sgd", "normalized_sgd", "normsgd"), "frobenius"),

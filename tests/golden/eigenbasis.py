@@ -96,7 +96,7 @@ def compare(
     label = f"{case.family}/{case.name}"
     infos = case.sidecar["params"]
     free = [p for p, info in infos.items() if info["free_run_ok"]]
-    householder, panels = recipe(case, "householder"), recipe(case, "panels")
+    householder, panels = recipe(case, "householder"), recipe(case, "cholesky_qr")
     note = "" if free else "single steps only"
     with jax.enable_x64(True):
         stored = Stored(case, np.float64)

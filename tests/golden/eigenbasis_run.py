@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxopt_lab.optim.kronecker.tensors import ModeSoapState
+from jaxopt_lab.optim.kronecker.tensors import TensorSoapState
 from jaxopt_lab.optim.kronecker.transform import EigenbasisAdamState
 from tests.golden.harness import Case, NotUnderstood
 from tests.golden.trajectory import find_states
@@ -198,7 +198,7 @@ def _difference(found: dict[str, Values], wanted: dict[str, Values]) -> str:
     return ", ".join(f"{p}: {' '.join(v)}" for p, v in names.items() if v)
 
 
-_KINDS = (EigenbasisAdamState, ModeSoapState)
+_KINDS = (EigenbasisAdamState, TensorSoapState)
 # Field of our state -> name of the stored array.
 _FIELDS = {
     EigenbasisAdamState: {
@@ -206,7 +206,7 @@ _FIELDS = {
         **{"row_factor": "factor0", "column_factor": "factor1"},
         **{"row_basis": "Q0", "column_basis": "Q1"},
     },
-    ModeSoapState: {"mu": "mu", "nu": "exp_avg_sq", "factors": "factor", "bases": "Q"},
+    TensorSoapState: {"mu": "mu", "nu": "exp_avg_sq", "factors": "factor", "bases": "Q"},
 }
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_lab.core.kronecker import INTEGRATORS, kronecker_start, rearrange
+from jaxopt_lab.core.kronecker import INTEGRATORS, nearest_kronecker, rearrange
 from jaxopt_lab.core.spectral import eigenbasis
 from jaxopt_lab.diagnostics.fisher import FullFisher
 from tests.golden.harness import Case, Check, NotUnderstood, Result
@@ -120,7 +120,7 @@ def _run(grads, decay, weight):
 
     # The first gradient has weight one, and the start is not stepped with it again.
     zeros = jnp.zeros((m * n, m * n)), (jnp.zeros((m, m)), jnp.zeros((n, n)))
-    pair = kronecker_start(grads[0])
+    pair = nearest_kronecker(grads[0])
     first = advance((*zeros, dict.fromkeys(OURS, pair)), grads[0], 0.0, 1.0)
     _, rest = jax.lax.scan(step, first, grads[1:])
     states = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rest)

@@ -44,7 +44,7 @@ def test_dtypes_of_moments_and_update():
     g = jnp.ones(3, jnp.bfloat16)
     tx = jol.scale_by_adamw_fallback(mu_dtype="float32")
     step, state = tx.update(g, tx.init(g))
-    assert (state.mu.dtype, state.nu.dtype, step.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    assert (state.mu.dtype, state.nu.dtype, step.dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
 
 
 def test_extreme_decays_and_zero_gradients_are_finite():

@@ -31,7 +31,7 @@ def test_roles_rules_and_bytes_of_the_default_routing():
         "excluded": ("matrix", "lion_muon", 4 * 24),
         "kernel": ("matrix", "lion_muon", 4 * 24),
         "scale": ("vector", "adamw", 2 * 4),
-        "stack": ("uncovered", "adamw", 2 * 4 * 48),
+        "stack": ("unspecified", "adamw", 2 * 4 * 48),
     }
     assert found.shared_bytes == 8, "one counter a group"
     assert found.total_bytes == 8 + sum(r.state_bytes for r in found.rows)

@@ -129,7 +129,7 @@ def test_the_released_configuration_spelled_out():
 
 
 @pytest.mark.parametrize("factory", [jol.dykaf, jol.soap])
-@pytest.mark.parametrize("orthogonalizer", ["panels", "householder"])
+@pytest.mark.parametrize("orthogonalizer", ["cholesky_qr", "householder"])
 def test_tensors_and_vectors_follow_the_choice_of_orthogonalizer(factory, orthogonalizer):
     """Only Householder's method has a QR decomposition."""
     params = {"scale": jnp.zeros(4), "tensor": jnp.zeros((2, 3, 4))}
@@ -153,7 +153,7 @@ def test_describe_counts_factors_and_bases_with_their_leaf():
         assert found.total_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         return {r.path[2:-2]: (r.rule, r.state_bytes // 4) for r in found.rows}
 
-    numbers = 2  # age and rejected, one of each a matrix
+    numbers = 2  # age and notfinite_count, one of each a matrix
     matrix = 2 * 24 + 1.5 * (16 + 36) + numbers  # factors in float32, bases in bfloat16
     assert rows(max_precond_dim=10) == {
         "bias": ("adamw", 2 * 6 + numbers),

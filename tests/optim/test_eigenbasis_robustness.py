@@ -14,7 +14,7 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 import jaxopt_lab as jol
-from jaxopt_lab.optim.kronecker.tensors import scale_by_mode_soap
+from jaxopt_lab.optim.kronecker.tensors import scale_by_tensor_soap
 from tests.quick_compile import OPTIONS
 
 VARIANTS = {
@@ -109,7 +109,7 @@ def test_finite_and_bounded(
 
 def fields(state, index):
     """What a state holds of one matrix of each stack; counters apart."""
-    trees = state._replace(count=None, rejected=None)
+    trees = state._replace(count=None, notfinite_count=None)
     return jax.tree.map(lambda x: x[:, index], trees)
 
 
@@ -141,7 +141,7 @@ def test_refused_gradients(variant, step, row, column, bad):
     for name in SHAPES:
         counts = np.zeros((STEPS, 2), int)
         counts[step:, 1] = 1
-        np.testing.assert_array_equal(states.rejected[name], counts)
+        np.testing.assert_array_equal(states.notfinite_count[name], counts)
         np.testing.assert_array_equal(updates[name][step, 1], 0)
         moved = [np.abs(np.asarray(u[1], np.float32)).max() > 0.01 for u in updates[name]]
         # The first gradient that is taken only starts.
@@ -192,7 +192,7 @@ SUMS = {
     "ksl": jol.scale_by_dykaf(factor_decay=1.0, precondition_frequency=FREQUENCY),
     "parallel": jol.scale_by_dykaf(factor_decay=1.0, integrator="parallel"),
     "one side": jol.scale_by_dykaf(one_sided="code", max_precond_dim=5),
-    "modes": scale_by_mode_soap(factor_decay=1.0, precondition_frequency=FREQUENCY),
+    "modes": scale_by_tensor_soap(factor_decay=1.0, precondition_frequency=FREQUENCY),
 }
 
 
@@ -219,9 +219,9 @@ def test_a_gradient_that_would_make_a_sum_overflow_is_refused(name):
     assert_finite(states)
     if name == "soap, traced":
         states = states.inner_state
-    rejected, age = states.rejected, states.age
-    assert rejected[0] == 0 and rejected[-1] > 5
-    refused = np.diff(rejected) == 1
+    notfinite_count, age = states.notfinite_count, states.age
+    assert notfinite_count[0] == 0 and notfinite_count[-1] > 5
+    refused = np.diff(notfinite_count) == 1
     np.testing.assert_array_equal(np.any(updates[1:], axis=(1, 2)), ~refused)
     np.testing.assert_array_equal(np.diff(age), ~refused)
     assert not refused[-1]

@@ -37,7 +37,7 @@ def test_default_rule_goes_by_shape():
         "['bias']": "vector",
         "['gain']": "vector",
         "['head']": "embedding",
-        "['stack']": "uncovered",
+        "['stack']": "unspecified",
     }
     assert roles(shaped({"head": (9_999, 3)})) == {"['head']": "matrix"}
 
@@ -45,7 +45,9 @@ def test_default_rule_goes_by_shape():
 @pytest.mark.parametrize(("size", "role"), [(12, "embedding"), (13, "matrix")])
 def test_vocabulary_size_moves_the_border(size, role):
     for shape in ((12, 5), (5, 12)):
-        assert roles(shaped({"w": shape}), vocabulary_size=size) == {"['w']": role}
+        assert roles(shaped({"w": shape}), routing=jol.Routing(vocabulary_size=size)) == {
+            "['w']": role
+        }
 
 
 @pytest.mark.parametrize("library", TREES)
@@ -75,7 +77,7 @@ def test_an_uncovered_leaf_falls_back_or_is_refused_by_name():
         strict.init(params)
     covered = {**dict.fromkeys(SHAPES), "stack": Axes(1, 2)}
     jol.lion_muon(1e-3, on_uncovered="error", matrix_axes=covered).init(params)
-    with pytest.raises(ValueError, match="on_uncovered is 'ignore'"):
+    with pytest.raises(ValueError, match="on_uncovered: got 'ignore'"):
         jol.lion_muon(1e-3, on_uncovered="ignore").init(params)
 
 

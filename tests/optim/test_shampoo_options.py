@@ -43,10 +43,10 @@ def test_refused_gradients_leave_no_trace(bad):
         update, state = step({"w": grads[t]}, state)
         if t == 1:
             assert (update["w"][0] == 0).all() and (update["w"][1] != 0).all()
-            kept, old = (jax.tree.map(lambda x: x[0], s._replace(count=0, rejected=0)[3:])
+            kept, old = (jax.tree.map(lambda x: x[0], s._replace(count=0, notfinite_count=0)[3:])
                          for s in (state, before))  # fmt: skip
             chex.assert_trees_all_equal(kept, old)
-    assert state.rejected["w"].tolist() == [1, 0] and int(state.count) == 3 and finite(state)
+    assert state.notfinite_count["w"].tolist() == [1, 0] and int(state.count) == 3 and finite(state)
     # As if that gradient had never come.
     clean = tx.init({"w": grads[0]})
     for t in (0, 2):
@@ -66,8 +66,8 @@ def test_gradients_are_refused_that_would_make_factors_overflow(option):
     for grad in grads:
         before = state
         update, state = step({"w": grad}, state)
-        refused.append(int(state.rejected["w"][0] - before.rejected["w"][0]))
-        assert (update["w"][1] != 0).all() and state.rejected["w"][1] == 0
+        refused.append(int(state.notfinite_count["w"][0] - before.notfinite_count["w"][0]))
+        assert (update["w"][1] != 0).all() and state.notfinite_count["w"][1] == 0
         assert finite(state) and finite(update)
         assert (update["w"][0] == 0).all() == bool(refused[-1])
     assert not refused[0] and 0 < sum(refused) and not refused[-1]
@@ -107,7 +107,7 @@ def test_finite_whatever_comes(seed, size, spread, rank, idle_row, zero_steps):
         g[:zero_steps] = 0
     updates, state = go({k: jnp.asarray(10**size * g, "bfloat16") for k, g in grads.items()})
     assert finite(updates) and finite(state)
-    assert state.rejected["matrix"] == 0 and updates["matrix"].dtype == jnp.bfloat16
+    assert state.notfinite_count["matrix"] == 0 and updates["matrix"].dtype == jnp.bfloat16
     for k, u in updates.items():
         assert u.shape == (4, *shapes[k])
         # Adam's steps are of the order of 1, and so are those of a block with their norm.

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optax.contrib import MuonDimensionNumbers
 
-from jaxopt_lab.core.norm_pairs import NORM_PAIRS, dual_norm, matrix_norm
+from jaxopt_lab.core.dual_norms import DUAL_NORMS, dual_norm, matrix_norm
 from jaxopt_lab.schedules.gap_rate import (
     Curvature,
     fit_curvature,
@@ -104,7 +104,7 @@ def test_peak_of_any_exponent(k0, k1, k_rho, rho):
 
 def test_kappa_of_models():
     params = [jnp.zeros(shape) for shape in SHAPES] + [jnp.zeros(7)]
-    assert [warmup_kappa(params, norm) for norm in NORM_PAIRS] == [96, 6272, 4]
+    assert [warmup_kappa(params, norm) for norm in DUAL_NORMS] == [96, 6272, 4]
     mixed = warmup_kappa(params, {"spectral": 0.5, "sign": 0.5})
     assert mixed == (96 + 6272) / 2
     stacked = {"w": jax.ShapeDtypeStruct((3, 8, 4), jnp.float32), "embedding": jnp.zeros((9, 4))}
@@ -115,7 +115,7 @@ def test_kappa_of_models():
         warmup_kappa(params, "nuclear")
 
 
-@pytest.mark.parametrize("pair", NORM_PAIRS)
+@pytest.mark.parametrize("pair", DUAL_NORMS)
 def test_kappa_is_the_largest_dual_norm(pair):
     rng = np.random.default_rng(0)
 

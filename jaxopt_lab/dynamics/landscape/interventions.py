@@ -22,7 +22,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from jaxopt_lab.optim.routing import Scalar
+from jaxopt_lab.core.numerics import Scalar
 
 DirectionKind = Literal["flat", "sharp", "theory", "random"]
 

@@ -5,10 +5,10 @@ from typing import Any, TypeGuard
 
 import jax.numpy as jnp
 
+from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.core.orthogonalization import ORTHOGONALIZERS
 from jaxopt_lab.core.precision import PRODUCT_PRECISIONS
 from jaxopt_lab.optim.kronecker.step import EigenbasisAdam
-from jaxopt_lab.optim.routing import Scalar
 
 
 def check_method(method: EigenbasisAdam, max_precond_dim: int | None) -> None:

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxopt_lab.core.kronecker import INTEGRATORS, StartScale, kronecker_start
-from jaxopt_lab.core.ordering import after
+from jaxopt_lab.core.kronecker import INTEGRATORS, StartScale, nearest_kronecker
+from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.core.ordering import serialize_after
 from jaxopt_lab.core.precision import ProductPrecision, gram
-from jaxopt_lab.core.spectral import eigenbasis, orthogonal_complement, trace_in_range
+from jaxopt_lab.core.spectral import complete_basis, eigenbasis, trace_in_range
 from jaxopt_lab.optim.kronecker.sides import Pair, Side
-from jaxopt_lab.optim.routing import Scalar
 
 # Frobenius norm of the start "eps" of the released code.
 _EPS_START = 1e-3
@@ -104,7 +104,7 @@ class GramFactors:
         if rows is not None:
             rows = eigenbasis(gram(grad, self.precision))
         if columns is not None:
-            columns = eigenbasis(after(gram(grad, self.precision, transpose=True), rows))
+            columns = eigenbasis(serialize_after(gram(grad, self.precision, transpose=True), rows))
         return rows, columns
 
 
@@ -143,7 +143,7 @@ class KroneckerFactors:
         """See `FactorRule`."""
         if self.init == "eps" or _is_single(factors):
             return factors
-        return kronecker_start(grad, self.kron_init_scale)
+        return nearest_kronecker(grad, self.kron_init_scale)
 
     def step(self, factors: Pair, grad: Array) -> Pair:
         """See `FactorRule`."""
@@ -167,7 +167,7 @@ class KroneckerFactors:
             return self.single.bases(factors, grad)
         # The step after this start keeps its rank of one: a column is the eigenvector, and of the
         # bases of the rest the one nearest to the identity is taken.
-        rows, columns = (orthogonal_complement(_leading_column(x)) for x in factors)
+        rows, columns = (complete_basis(_leading_column(x)) for x in factors)
         return rows, columns
 
 

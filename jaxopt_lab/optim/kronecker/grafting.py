@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxopt_lab.optim.fallback import one_minus_power
-from jaxopt_lab.optim.routing import Scalar
+from jaxopt_lab.core.numerics import Scalar, one_minus_power
 
 # What lends its step size to a block; None: nothing does.
 GRAFTS = ("adam", "rmsprop", "adagrad", "sgd", None)

@@ -7,17 +7,12 @@ import jax
 import optax
 
 from jaxopt_lab.core.modes import merged_shape
+from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.core.orthogonalization import Orthogonalizer
-from jaxopt_lab.optim.kronecker.tensors import scale_by_mode_soap
+from jaxopt_lab.optim.kronecker.tensors import scale_by_tensor_soap
 from jaxopt_lab.optim.kronecker.transform import MAX_PRECOND_DIM, preconditioned_sides
-from jaxopt_lab.optim.routing import (
-    FALLBACK_LABEL,
-    MatrixAxesSpec,
-    OnUncovered,
-    Route,
-    Scalar,
-    route,
-)
+from jaxopt_lab.optim.options import Routing
+from jaxopt_lab.optim.routing import FALLBACK_LABEL, MatrixAxesSpec, Route, route
 
 Uncovered = Literal["adamw", "error", "modes"]
 
@@ -61,7 +56,7 @@ def on_whole_model(
         raise ValueError(f"on_uncovered is {on_uncovered!r}; choose 'adamw', 'error' or 'modes'")
 
     def by_modes(limit: int | None) -> optax.GradientTransformation:
-        return scale_by_mode_soap(
+        return scale_by_tensor_soap(
             b1=b1,
             b2=b2,
             factor_decay=factor_decay,
@@ -100,7 +95,7 @@ def _labels(
     vocabulary_size: int | None,
 ) -> Callable[[optax.Params], Any]:
     limit = MAX_PRECOND_DIM if max_precond_dim is None else max_precond_dim
-    otherwise: OnUncovered = "error" if on_uncovered == "error" else "adamw"
+    routing = Routing(vocabulary_size or 10_000, on_uncovered)  # pyright: ignore
 
     def name(r: Route, shape: tuple[int, ...]) -> str:
         if r.axes is not None:
@@ -109,14 +104,14 @@ def _labels(
                 return FALLBACK_LABEL
             merges = merge_dims and not r.axes.batch and len(merged_shape(shape, limit)) == 1
             return MODES_LABEL if merges else label
-        if r.role == "uncovered" and on_uncovered == "modes":
+        if r.role == "unspecified" and on_uncovered == "modes":
             return MODES_LABEL
         if len(shape) == 1 and precondition_1d and shape[0] <= limit:
             return MODES_LABEL
         return FALLBACK_LABEL
 
     def labels(params: optax.Params) -> Any:
-        routes = route(params, matrix_axes, on_uncovered=otherwise, vocabulary_size=vocabulary_size)
+        routes = route(params, matrix_axes, routing)
         shapes = [x.shape for x in jax.tree.leaves(params)]
         names = [name(r, shape) for r, shape in zip(routes, shapes, strict=True)]
         return jax.tree.unflatten(jax.tree.structure(params), names)

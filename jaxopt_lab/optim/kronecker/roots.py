@@ -16,13 +16,13 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.inverse_roots import inverse_root
 from jaxopt_lab.core.matrices import batch_first, group_by, undo_batch_first
-from jaxopt_lab.core.ordering import after
+from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.core.ordering import serialize_after
 from jaxopt_lab.core.precision import PrecisionName, ProductPrecision
 from jaxopt_lab.core.stacks import Item, ReplicatedWork, map_stacks
 from jaxopt_lab.core.whole_matrices import on_whole_matrices
 from jaxopt_lab.optim.kronecker.blocks import Blocks, block_gram, block_product
 from jaxopt_lab.optim.kronecker.shampoo_problems import Problem
-from jaxopt_lab.optim.routing import Scalar
 
 # Factors or inverse roots: a list a leaf, holding an array (*batch, blocks, d, d) a mode.
 Factors = Sequence[Sequence[Array]]
@@ -151,7 +151,7 @@ def refreshed_roots(
             jnp.concatenate([_flat(roots[i][k]) for i, k in members]),
         )
         if problems[i].mesh is None:
-            operands = (after(operands[0], new), *operands[1:])
+            operands = (serialize_after(operands[0], new), *operands[1:])
         new = compute(*operands) if share is None else part_of_stack(compute, *operands, share)
         start = 0
         for i, k in members:

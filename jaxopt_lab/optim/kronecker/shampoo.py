@@ -7,12 +7,14 @@ from typing import Any
 import jax
 import optax
 
+from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.core.stacks import ReplicatedWork
 from jaxopt_lab.optim.fallback import with_adamw_fallback
 from jaxopt_lab.optim.kronecker.shampoo_guard import zip_strict
 from jaxopt_lab.optim.kronecker.shampoo_transform import ShampooState, scale_by_shampoo
+from jaxopt_lab.optim.options import Routing
 from jaxopt_lab.optim.rates import check_rates, scaled_rate
-from jaxopt_lab.optim.routing import FALLBACK_LABEL, MatrixAxesSpec, Scalar, route
+from jaxopt_lab.optim.routing import FALLBACK_LABEL, MatrixAxesSpec, route
 
 __all__ = ["ShampooState", "scale_by_shampoo", "shampoo"]
 
@@ -217,7 +219,7 @@ def _labels(
         raise ValueError(f"on_uncovered is {on_uncovered!r}; choose 'adamw', 'modes' or 'error'")
     roles = {"matrix"}
     if on_uncovered == "modes":
-        roles.add("uncovered")
+        roles.add("unspecified")
     if precondition_1d:
         roles.add("vector")
 
@@ -225,8 +227,7 @@ def _labels(
         routes = route(
             params,
             matrix_axes,
-            on_uncovered="error" if on_uncovered == "error" else "adamw",
-            vocabulary_size=vocabulary_size,
+            Routing(vocabulary_size or 10_000, on_uncovered),  # pyright: ignore
         )
         leaves, treedef = jax.tree.flatten(params)
         chosen = [r.role in roles and len(x.shape) > 0 for r, x in zip_strict(routes, leaves)]

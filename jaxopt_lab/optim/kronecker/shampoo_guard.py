@@ -7,9 +7,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxopt_lab.optim.fallback import one_minus_power
+from jaxopt_lab.core.numerics import Scalar, one_minus_power
 from jaxopt_lab.optim.kronecker.shampoo_problems import Problem
-from jaxopt_lab.optim.routing import Scalar
 
 Leaves = list[Array]
 zip_strict = functools.partial(zip, strict=True)
@@ -20,7 +19,7 @@ class Guard(NamedTuple):
 
     accepted: Leaves  # bool, (*batch) with 1 for the axes of the problem: broadcasts to the leaf
     age: Leaves  # the same shape: gradients accepted so far, this one included; at least 1
-    rejected: Leaves  # (*batch,) int32: gradients refused so far
+    notfinite_count: Leaves  # (*batch,) int32: gradients refused so far
 
     @classmethod
     def of(
@@ -28,7 +27,7 @@ class Guard(NamedTuple):
         problems: Sequence[Problem],
         gradients: Sequence[Array],
         count: Array,
-        rejected: Sequence[Array],
+        notfinite_count: Sequence[Array],
     ) -> "Guard":
         """Look at this step's gradients.
 
@@ -36,10 +35,10 @@ class Guard(NamedTuple):
           problems: One a leaf.
           gradients: One a leaf, in the dtype of the computation.
           count: () steps, this one included.
-          rejected: The last counters.
+          notfinite_count: The last counters.
         """
         accepted, ages, refused = [], [], []
-        for p, g, r in zip_strict(problems, gradients, rejected):
+        for p, g, r in zip_strict(problems, gradients, notfinite_count):
             # The sum of squares bounds every entry of the Gram matrices, so that these are finite.
             total = jnp.sum(jnp.square(g), axis=p.inner_axes, keepdims=True)
             accepted.append(jnp.isfinite(total))

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxopt_lab.core.inverse_roots import check_root
-from jaxopt_lab.core.ordering import run_if
+from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.core.ordering import cond_without_copy
 from jaxopt_lab.core.precision import PRODUCT_PRECISIONS, PrecisionName, ProductPrecision
 from jaxopt_lab.core.spectral import trace_in_range
 from jaxopt_lab.core.stacks import ReplicatedWork
@@ -28,7 +29,6 @@ from jaxopt_lab.optim.kronecker.roots import (
 )
 from jaxopt_lab.optim.kronecker.shampoo_guard import Guard, Leaves, zip_strict
 from jaxopt_lab.optim.kronecker.shampoo_problems import MAX_ORDER, Problem
-from jaxopt_lab.optim.routing import Scalar
 
 
 class ShampooRule(NamedTuple):
@@ -194,9 +194,11 @@ class ShampooRule(NamedTuple):
         if isinstance(first, int) and first == 1 and not self.stagger:
             return all_of_them(roots)
         if self.stagger:
-            return run_if(t > first, a_part, run_if(t == first, all_of_them, roots))
+            return cond_without_copy(
+                t > first, a_part, cond_without_copy(t == first, all_of_them, roots)
+            )
         due = (t == first) | ((t > first) & (t % frequency == 0))
-        return run_if(due, all_of_them, roots)
+        return cond_without_copy(due, all_of_them, roots)
 
     def directions(
         self,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.core.precision import PrecisionName, ProductPrecision
 from jaxopt_lab.core.stacks import ReplicatedWork
 from jaxopt_lab.optim.kronecker.blocks import DEFAULT_MAX_DIM
@@ -16,7 +17,7 @@ from jaxopt_lab.optim.kronecker.shampoo_guard import Guard, Leaves, zip_strict
 from jaxopt_lab.optim.kronecker.shampoo_problems import MAX_ORDER, Problem, problems_of
 from jaxopt_lab.optim.kronecker.shampoo_rule import ShampooRule
 from jaxopt_lab.optim.rates import check_rates
-from jaxopt_lab.optim.routing import MatrixAxesSpec, Scalar, broadcast_prefix
+from jaxopt_lab.optim.routing import MatrixAxesSpec, broadcast_prefix
 
 
 class ShampooState(NamedTuple):
@@ -27,7 +28,7 @@ class ShampooState(NamedTuple):
     """
 
     count: Array  # shape=(), dtype=int32: gradients seen
-    rejected: optax.Updates  # (*batch,) int32: gradients refused: not finite, or too large
+    notfinite_count: optax.Updates  # (*batch,) int32: gradients refused: not finite, or too large
     mu: optax.Updates  # shapes of the parameters: first moment
     squares: Any  # shapes of the parameters: second moment of the graft; MaskedNode() without one
     velocity: Any  # shapes of the parameters: momentum of the direction; MaskedNode() without it
@@ -86,7 +87,7 @@ def scale_by_shampoo(
     $P_k$ are refreshed every `precondition_frequency` steps, inside a conditional.
 
     A gradient that is not finite (or whose square overflows, or makes the factors overflow) leaves
-    the problem it belongs to as it was: its update is zero, `rejected` counts it, the other
+    the problem it belongs to as it was: its update is zero, `notfinite_count` counts it, the other
     problems go on.
 
     Args:
@@ -192,7 +193,7 @@ def scale_by_shampoo(
         absent = optax.MaskedNode()
         return ShampooState(
             count=jnp.zeros([], jnp.int32),
-            rejected=treedef.unflatten([p.zero_counter() for p in problems]),
+            notfinite_count=treedef.unflatten([p.zero_counter() for p in problems]),
             mu=_zeros(params),
             squares=_zeros(params) if keeps_squares(graft) else absent,
             velocity=absent if momentum is None else _zeros(params),
@@ -221,7 +222,7 @@ def scale_by_shampoo(
         if decay and weight_decay_type == "l2":
             g = [x + z for x, z in zip_strict(g, decay)]
         t = jnp.asarray(optax.safe_increment(state.count))
-        guard = Guard.of(problems, g, t, treedef.flatten_up_to(state.rejected))
+        guard = Guard.of(problems, g, t, treedef.flatten_up_to(state.notfinite_count))
         g = guard.or_zero(g)
         factors, roots = (_by_leaf(treedef, problems, x) for x in (state.factors, state.roots))
         guard, factors = rule.accumulate(problems, guard, g, factors, roots)
@@ -235,7 +236,7 @@ def scale_by_shampoo(
         unflatten = treedef.unflatten
         return unflatten(out), ShampooState(
             count=t,
-            rejected=unflatten(guard.rejected),
+            notfinite_count=unflatten(guard.notfinite_count),
             mu=unflatten(mu),
             squares=unflatten(squares) if keeps_squares(graft) else state.squares,
             velocity=state.velocity if momentum is None else unflatten(velocity),

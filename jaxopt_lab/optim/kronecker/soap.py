@@ -4,6 +4,7 @@ from typing import Any
 
 import optax
 
+from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.core.orthogonalization import Orthogonalizer
 from jaxopt_lab.core.precision import ProductPrecision
 from jaxopt_lab.core.stacks import ReplicatedWork
@@ -13,7 +14,7 @@ from jaxopt_lab.optim.kronecker.groups import on_whole_model
 from jaxopt_lab.optim.kronecker.step import EigenbasisAdam
 from jaxopt_lab.optim.kronecker.transform import eigenbasis_transform
 from jaxopt_lab.optim.rates import check_rates
-from jaxopt_lab.optim.routing import MatrixAxesSpec, Scalar
+from jaxopt_lab.optim.routing import MatrixAxesSpec
 
 
 def scale_by_soap(
@@ -30,7 +31,7 @@ def scale_by_soap(
     normalize_grads: bool = False,
     skip_first_step: bool = True,
     stagger: bool = False,
-    orthogonalizer: Orthogonalizer = "panels",
+    orthogonalizer: Orthogonalizer = "cholesky_qr",
     factor_precision: ProductPrecision = "bf16_x3",
     rotation_precision: ProductPrecision = "bfloat16",
     weight_decay: Scalar = 0.0,
@@ -75,7 +76,7 @@ def scale_by_soap(
       stagger: Refresh a share of the matrices at every step instead of all at once. No step then
         pays for all of them, and which matrix has its turn when depends on how they are distributed
         over devices; `precondition_frequency` must be a plain integer.
-      orthogonalizer: "panels" (matrix products) or "householder".
+      orthogonalizer: "cholesky_qr" (matrix products) or "householder".
       factor_precision: Of the products that form factors and bases.
       rotation_precision: Of the products that rotate into the bases and back. With "bfloat16" the
         bases of float32 matrices are kept in bfloat16 as well: nothing else reads them.
@@ -93,7 +94,7 @@ def scale_by_soap(
     Returns:
       A transformation with state `EigenbasisAdamState`. A gradient that is not finite, or too large
       to be squared or added to sums of squares, leaves its matrix, factors and moments as they are
-      and counts in `rejected`; a refresh of the bases that is due is made all the same.
+      and counts in `notfinite_count`; a refresh of the bases that is due is made all the same.
 
     Raises:
       ValueError: An option is unknown or out of range, or a leaf is not a matrix.
@@ -158,7 +159,7 @@ def soap(
     merge_dims: bool = False,
     on_uncovered: str = "adamw",
     vocabulary_size: int | None = None,
-    orthogonalizer: Orthogonalizer = "panels",
+    orthogonalizer: Orthogonalizer = "cholesky_qr",
     factor_precision: ProductPrecision = "bf16_x3",
     rotation_precision: ProductPrecision = "bfloat16",
     param_shardings: Any = None,
@@ -191,7 +192,7 @@ def soap(
       normalize_grads: Divide every direction by its root mean square.
       skip_first_step: Take no step at the first gradient, in any leaf.
       stagger: As for `scale_by_soap`.
-      precondition_1d: Give vectors a factor as well; see `scale_by_mode_soap`.
+      precondition_1d: Give vectors a factor as well; see `scale_by_tensor_soap`.
       merge_dims: Merge neighbouring axes while their product is within `max_precond_dim`, in leaves
         of more than two axes that no layout covers, and in matrices that become a vector.
       on_uncovered: A leaf of more than two axes without a layout: "adamw", "error", or "modes" for

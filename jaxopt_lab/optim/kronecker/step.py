@@ -16,16 +16,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxopt_lab.core.kronecker import rank_one_step, symmetric
-from jaxopt_lab.core.ordering import after, run_if
+from jaxopt_lab.core.numerics import Scalar, one_minus_power
+from jaxopt_lab.core.ordering import cond_without_copy, serialize_after
 from jaxopt_lab.core.orthogonalization import Orthogonalizer
 from jaxopt_lab.core.precision import ProductPrecision, matmul
 from jaxopt_lab.core.spectral import refresh_eigenbasis
 from jaxopt_lab.core.stacks import ReplicatedWork
-from jaxopt_lab.optim.fallback import one_minus_power
 from jaxopt_lab.optim.kronecker.factors import STATIC, FactorRule
 from jaxopt_lab.optim.kronecker.leaves import FactorLeaf, branch, map_leaves, map_sides
 from jaxopt_lab.optim.kronecker.sides import Side, permuted, select, spread
-from jaxopt_lab.optim.routing import Scalar
 
 SecondMoment = Literal["full", "rank_one", "factored"]
 
@@ -96,9 +95,11 @@ class EigenbasisAdam:
         # times before they work and not afterwards, so that the device has work while the host
         # prepares the next program. The bases stay outside of the last branch, which would copy
         # what it hands on.
-        leaves = branch(partial(run_if, starting), self._start, leaves, (*FACTORS, *BASES))
+        leaves = branch(
+            partial(cond_without_copy, starting), self._start, leaves, (*FACTORS, *BASES)
+        )
         moved = ("status", "direction", *MOMENTS, *FACTORS)
-        leaves = branch(partial(run_if, due), move_and_refresh, leaves, (*moved, *BASES))
+        leaves = branch(partial(cond_without_copy, due), move_and_refresh, leaves, (*moved, *BASES))
         leaves = branch(partial(lax.cond, due, lambda arrays: arrays), self._move, leaves, moved)
         directions = [leaf.layout.undo_view(self._scaled(leaf)) for leaf in leaves]
         leaves = [leaf.having(age=self._grown(leaf)) for leaf in leaves]
@@ -301,7 +302,7 @@ class EigenbasisAdam:
 
         rows, new_rows, row_order = refresh(rows, row_basis)
         if columns is not None:
-            columns = after(columns, new_rows)
+            columns = serialize_after(columns, new_rows)
         columns, new_columns, column_order = refresh(columns, column_basis)
         moments = self._re_express(
             mu, nu, row_nu, column_nu, row_basis, column_basis, new_rows, new_columns, row_order,
@@ -332,6 +333,6 @@ def _in_turn(turns: int):
                 for x, y in zip(arrays, new, strict=True)
             )
 
-        return run_if(first < batch, part_done, tuple(arrays))
+        return cond_without_copy(first < batch, part_done, tuple(arrays))
 
     return share_of

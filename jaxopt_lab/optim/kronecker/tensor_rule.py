@@ -11,18 +11,17 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxopt_lab.core.modes import merged_shape, mode_gram, mode_product
-from jaxopt_lab.core.ordering import after
+from jaxopt_lab.core.numerics import Scalar, one_minus_power
+from jaxopt_lab.core.ordering import serialize_after
 from jaxopt_lab.core.orthogonalization import ORTHOGONALIZERS, Orthogonalizer
 from jaxopt_lab.core.spectral import eigenbasis, refresh_eigenbasis, trace_in_range
-from jaxopt_lab.optim.fallback import one_minus_power
 from jaxopt_lab.optim.kronecker.checks import check_choice, gradient_weight
-from jaxopt_lab.optim.routing import Scalar
 
 # One array for each axis that has a factor, `optax.MaskedNode()` for the others.
 Modes = tuple[Any, ...]
 
 
-class ModeLeaf(NamedTuple):
+class TensorLeaf(NamedTuple):
     """One leaf in its merged shape while it is updated."""
 
     age: Array
@@ -36,8 +35,8 @@ class ModeLeaf(NamedTuple):
     moves: Array  # applies an update
 
 
-class ModeRule(NamedTuple):
-    """The options, named as in `scale_by_mode_soap`, and what one step does with each leaf."""
+class TensorRule(NamedTuple):
+    """The options, named as in `scale_by_tensor_soap`, and what one step does with each leaf."""
 
     b1: Scalar
     b2: Scalar
@@ -76,8 +75,8 @@ class ModeRule(NamedTuple):
         return merged_shape(x.shape, self.max_precond_dim) if merges else x.shape
 
     def step(
-        self, count: Array, grads: list[Array], leaves: list[ModeLeaf]
-    ) -> tuple[list[Array], list[ModeLeaf]]:
+        self, count: Array, grads: list[Array], leaves: list[TensorLeaf]
+    ) -> tuple[list[Array], list[TensorLeaf]]:
         """Take one gradient.
 
         Args:
@@ -97,7 +96,7 @@ class ModeRule(NamedTuple):
         new = _if_due(refreshing, self.refreshed, [leaf for _, leaf in pairs])
         return [direction for direction, _ in pairs], new
 
-    def take_up(self, grad: Array, leaf: ModeLeaf) -> tuple[Array, ModeLeaf]:
+    def take_up(self, grad: Array, leaf: TensorLeaf) -> tuple[Array, TensorLeaf]:
         """The gradient, zero if refused, and the leaf with its factors advanced."""
         finite = jnp.isfinite(jnp.sum(jnp.square(grad)))
         clean = jnp.where(finite, grad, 0)
@@ -116,15 +115,15 @@ class ModeRule(NamedTuple):
             factors=_where(runs | starts, factors, leaf.factors),
         )
 
-    def started(self, leaf: ModeLeaf, earlier: Array | None) -> tuple[ModeLeaf, Array]:
+    def started(self, leaf: TensorLeaf, earlier: Array | None) -> tuple[TensorLeaf, Array]:
         """The leaf with its first bases, and the last decomposition."""
         bases = list(leaf.bases)
         for k, x in _present(leaf.factors):
-            earlier = bases[k] = eigenbasis(after(x, earlier))
+            earlier = bases[k] = eigenbasis(serialize_after(x, earlier))
         assert earlier is not None
         return leaf._replace(bases=_where(leaf.starts, tuple(bases), leaf.bases)), earlier
 
-    def moved(self, grad: Array, leaf: ModeLeaf) -> tuple[Array, ModeLeaf]:
+    def moved(self, grad: Array, leaf: TensorLeaf) -> tuple[Array, TensorLeaf]:
         """The direction, and the leaf with its moments advanced."""
         in_basis = _into(leaf.bases, grad)
         mu = self.b1 * leaf.mu + (1 - self.b1) * in_basis
@@ -143,12 +142,12 @@ class ModeRule(NamedTuple):
             nu=jnp.where(leaf.moves, nu, leaf.nu),
         )
 
-    def refreshed(self, leaf: ModeLeaf, earlier: Array | None) -> tuple[ModeLeaf, Array]:
+    def refreshed(self, leaf: TensorLeaf, earlier: Array | None) -> tuple[TensorLeaf, Array]:
         """The leaf in new bases, and the last decomposition."""
         nu, bases = leaf.nu, list(leaf.bases)
         for k, x in _present(leaf.factors):
             earlier, order = refresh_eigenbasis(
-                after(x, earlier),
+                serialize_after(x, earlier),
                 leaf.bases[k],
                 orthogonalizer=self.orthogonalizer,
                 precision="highest",
@@ -162,9 +161,9 @@ class ModeRule(NamedTuple):
 
 def _if_due(
     due: Array,
-    fn: Callable[[ModeLeaf, Array | None], tuple[ModeLeaf, Array]],
-    leaves: list[ModeLeaf],
-) -> list[ModeLeaf]:
+    fn: Callable[[TensorLeaf, Array | None], tuple[TensorLeaf, Array]],
+    leaves: list[TensorLeaf],
+) -> list[TensorLeaf]:
     """`fn` of the leaves that have a factor, one after the other, if `due`.
 
     The others stay outside of the branch, which would copy them.
@@ -173,7 +172,7 @@ def _if_due(
     if not having:
         return leaves
 
-    def in_turn(old: list[ModeLeaf]) -> list[ModeLeaf]:
+    def in_turn(old: list[TensorLeaf]) -> list[TensorLeaf]:
         new, earlier = [], None
         for leaf in old:
             leaf, earlier = fn(leaf, earlier)

@@ -14,27 +14,28 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.core.orthogonalization import Orthogonalizer
 from jaxopt_lab.core.whole_matrices import known_sharding
-from jaxopt_lab.optim.kronecker.tensor_rule import ModeLeaf, ModeRule, Modes
+from jaxopt_lab.optim.kronecker.tensor_rule import Modes, TensorLeaf, TensorRule
 from jaxopt_lab.optim.kronecker.transform import MAX_PRECOND_DIM, decayed
 from jaxopt_lab.optim.rates import check_rates
-from jaxopt_lab.optim.routing import Scalar, broadcast_prefix
+from jaxopt_lab.optim.routing import broadcast_prefix
 
 
-class ModeSoapState(NamedTuple):
-    """State of `scale_by_mode_soap`; float32 or wider."""
+class TensorSoapState(NamedTuple):
+    """State of `scale_by_tensor_soap`; float32 or wider."""
 
     count: Array  # shape=(), dtype=int32: gradients seen
     age: Any  # a leaf (), int32: 0 before its first gradient, then 1 + updates applied
-    rejected: Any  # a leaf (), int32: gradients refused: not finite, or too large
+    notfinite_count: Any  # a leaf (), int32: gradients refused: not finite, or too large
     mu: Any  # shapes of the parameters: first moment in the current eigenbases
     nu: Any  # shapes of the parameters: second moment in the eigenbases
     factors: Any  # a leaf: a tuple, (d, d) for each (merged) axis, or MaskedNode()
     bases: Any  # the same: eigenvectors as columns, by decreasing eigenvalue
 
 
-def scale_by_mode_soap(
+def scale_by_tensor_soap(
     *,
     b1: Scalar = 0.95,
     b2: Scalar = 0.95,
@@ -46,7 +47,7 @@ def scale_by_mode_soap(
     correct_bias: bool = True,
     normalize_grads: bool = False,
     skip_first_step: bool = True,
-    orthogonalizer: Orthogonalizer = "panels",
+    orthogonalizer: Orthogonalizer = "cholesky_qr",
     weight_decay: Scalar = 0.0,
     mask: Any = None,
     decay_rate: optax.ScalarOrSchedule | None = None,
@@ -85,7 +86,7 @@ def scale_by_mode_soap(
       correct_bias: Adam's bias correction.
       normalize_grads: Divide the direction by its root mean square, before the bias correction.
       skip_first_step: Only take up the first gradient into the factors: no update, no decay.
-      orthogonalizer: "panels" or "householder".
+      orthogonalizer: "cholesky_qr" or "householder".
       weight_decay: $\lambda$; $\lambda W$ is added to the direction.
       mask: Which leaves decay: a tree of bools, a prefix of one, or a function of the parameters.
       decay_rate: The learning rate $\eta$, a number or a schedule. When given, the decay acts on
@@ -93,7 +94,7 @@ def scale_by_mode_soap(
         $W \leftarrow (1 - \eta \lambda) (W - \eta U)$.
 
     Returns:
-      A transformation with state `ModeSoapState`; follow it with `optax.scale_by_learning_rate`.
+      A transformation with state `TensorSoapState`; follow it with `optax.scale_by_learning_rate`.
 
     Raises:
       ValueError: An option is unknown or out of range.
@@ -105,7 +106,7 @@ def scale_by_mode_soap(
     dtype of the parameters; $\beta = 1$ sums the Grams (released: the factors stay zero).
     """
     limit = MAX_PRECOND_DIM if max_precond_dim is None else max_precond_dim
-    rule = ModeRule(
+    rule = TensorRule(
         b1=b1,
         b2=b2,
         factor_decay=b2 if factor_decay is None else factor_decay,
@@ -150,7 +151,7 @@ def scale_by_mode_soap(
     return optax.GradientTransformationExtraArgs(functools.partial(_initial, rule), update)
 
 
-def _initial(rule: ModeRule, params: optax.Params) -> ModeSoapState:
+def _initial(rule: TensorRule, params: optax.Params) -> TensorSoapState:
     def modes(make: Callable[[int, Any], Array]) -> Any:
         def tuple_of(x: Any) -> Modes:
             return tuple(
@@ -160,10 +161,10 @@ def _initial(rule: ModeRule, params: optax.Params) -> ModeSoapState:
 
         return jax.tree.map(tuple_of, params)
 
-    return ModeSoapState(
+    return TensorSoapState(
         count=jnp.zeros([], jnp.int32),
         age=jax.tree.map(lambda _: jnp.zeros([], jnp.int32), params),
-        rejected=jax.tree.map(lambda _: jnp.zeros([], jnp.int32), params),
+        notfinite_count=jax.tree.map(lambda _: jnp.zeros([], jnp.int32), params),
         mu=jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_wide(x)), params),
         nu=jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_wide(x)), params),
         factors=modes(lambda d, dtype: jnp.zeros((d, d), dtype)),
@@ -171,28 +172,30 @@ def _initial(rule: ModeRule, params: optax.Params) -> ModeSoapState:
     )
 
 
-def _unpack(state: ModeSoapState, treedef, shapes: list[tuple[int, ...]]) -> list[ModeLeaf]:
+def _unpack(state: TensorSoapState, treedef, shapes: list[tuple[int, ...]]) -> list[TensorLeaf]:
     columns = (state.age, state.mu, state.nu, state.factors, state.bases)
     rows = zip(*map(treedef.flatten_up_to, columns), shapes, strict=True)
     no = jnp.array(False)
     return [
-        ModeLeaf(
+        TensorLeaf(
             age, _whole(mu, xs).reshape(shape), _whole(nu, xs).reshape(shape), xs, qs, *[no] * 4
         )
         for age, mu, nu, xs, qs, shape in rows
     ]
 
 
-def _pack(state: ModeSoapState, treedef, leaves: list[ModeLeaf]) -> ModeSoapState:
+def _pack(state: TensorSoapState, treedef, leaves: list[TensorLeaf]) -> TensorSoapState:
     def like(old: Any, new: list[Array]) -> Any:
         pairs = zip(treedef.flatten_up_to(old), new, strict=True)
         return treedef.unflatten([_laid_out_like(y.reshape(x.shape), x) for x, y in pairs])
 
-    refused = [r + ~x.finite for r, x in zip(jax.tree.leaves(state.rejected), leaves, strict=True)]
-    return ModeSoapState(
+    refused = [
+        r + ~x.finite for r, x in zip(jax.tree.leaves(state.notfinite_count), leaves, strict=True)
+    ]
+    return TensorSoapState(
         count=jnp.asarray(optax.safe_increment(state.count)),
         age=treedef.unflatten([leaf.age for leaf in leaves]),
-        rejected=treedef.unflatten(refused),
+        notfinite_count=treedef.unflatten(refused),
         mu=like(state.mu, [leaf.mu for leaf in leaves]),
         nu=like(state.nu, [leaf.nu for leaf in leaves]),
         factors=treedef.unflatten([leaf.factors for leaf in leaves]),

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
+from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.core.stacks import LeafLayout
 from jaxopt_lab.core.whole_matrices import known_sharding
 from jaxopt_lab.optim.kronecker.checks import check_method
@@ -16,12 +17,7 @@ from jaxopt_lab.optim.kronecker.leaves import FactorLeaf, slot_of
 from jaxopt_lab.optim.kronecker.step import BASES, FACTORS, REFUSED, EigenbasisAdam
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves
 from jaxopt_lab.optim.rates import check_rates
-from jaxopt_lab.optim.routing import (
-    MatrixAxesSpec,
-    Scalar,
-    broadcast_prefix,
-    require_matrices,
-)
+from jaxopt_lab.optim.routing import MatrixAxesSpec, broadcast_prefix, require_matrices
 
 # The published limit: it keeps vocabularies out.
 MAX_PRECOND_DIM = 10_000
@@ -40,7 +36,7 @@ class EigenbasisAdamState(NamedTuple):
 
     count: Array  # shape=(), dtype=int32: gradients seen
     age: optax.Updates  # (*batch), int32: 0 before a matrix has started, then 1 + updates applied
-    rejected: optax.Updates  # (*batch), int32: gradients refused: not finite, or too large
+    notfinite_count: optax.Updates  # (*batch), int32: gradients refused: not finite, or too large
     mu: optax.Updates  # (*batch, m, n): first moment in the eigenbases
     nu: Any  # (*batch, m, n): second moment in the eigenbases
     row_nu: Any  # (*batch, m): factored second moment, rows
@@ -99,7 +95,7 @@ def eigenbasis_transform(
         trees |= {name: optax.MaskedNode() for name in unused}
         return EigenbasisAdamState(
             count=jnp.zeros([], jnp.int32),
-            rejected=jax.tree.map(jnp.zeros_like, trees["age"]),
+            notfinite_count=jax.tree.map(jnp.zeros_like, trees["age"]),
             **trees,
         )
 
@@ -132,10 +128,12 @@ def eigenbasis_transform(
             leaf.layout.undo_flat((status == REFUSED).astype(jnp.int32))
             for leaf, status in zip(leaves, statuses, strict=True)
         ]
-        rejected = jax.tree.leaves(state.rejected)
+        notfinite_count = jax.tree.leaves(state.notfinite_count)
         return out, state._replace(
             count=jnp.asarray(optax.safe_increment(state.count)),
-            rejected=unflatten([a + b for a, b in zip(rejected, refused, strict=True)]),
+            notfinite_count=unflatten(
+                [a + b for a, b in zip(notfinite_count, refused, strict=True)]
+            ),
             **_stored(state, leaves, unflatten),
         )
 

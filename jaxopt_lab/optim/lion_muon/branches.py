@@ -18,10 +18,10 @@ from jaxopt_lab.core.descent import (
     spectral_scale,
 )
 from jaxopt_lab.core.newton_schulz import COEFFICIENTS, newton_schulz
+from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.core.spectral import stable_rank
 from jaxopt_lab.core.stacks import ReplicatedWork
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves
-from jaxopt_lab.optim.routing import Scalar
 
 Leaves = list[Array]
 

@@ -9,10 +9,11 @@ from typing import Any
 import optax
 from jax.typing import DTypeLike
 
+from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.fallback import with_adamw_fallback
 from jaxopt_lab.optim.lion_muon.transform import scale_by_lion_muon
 from jaxopt_lab.optim.rates import check_rates, scaled_rate
-from jaxopt_lab.optim.routing import MatrixAxesSpec, Scalar
+from jaxopt_lab.optim.routing import MatrixAxesSpec
 
 
 def legacy_sign_muon(

@@ -8,18 +8,14 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.core.stacks import ReplicatedWork
 from jaxopt_lab.optim.fallback import with_adamw_fallback
 from jaxopt_lab.optim.lion_muon.branches import Family, zip_strict
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves
+from jaxopt_lab.optim.options import OnUncovered
 from jaxopt_lab.optim.rates import check_rates, scaled_rate
-from jaxopt_lab.optim.routing import (
-    MatrixAxesSpec,
-    OnUncovered,
-    Scalar,
-    broadcast_prefix,
-    require_matrices,
-)
+from jaxopt_lab.optim.routing import MatrixAxesSpec, broadcast_prefix, require_matrices
 
 
 class LionMuonState(NamedTuple):

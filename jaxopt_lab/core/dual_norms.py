@@ -21,20 +21,20 @@ from jaxtyping import Array, Float
 
 from jaxopt_lab.core.spectral import nuclear_norm, spectral_norm
 
-NormPair = Literal["spectral", "sign", "frobenius"]
-NORM_PAIRS: tuple[NormPair, ...] = get_args(NormPair)
+DualNorms = Literal["spectral", "sign", "frobenius"]
+DUAL_NORMS: tuple[DualNorms, ...] = get_args(DualNorms)
 
 
-def matrix_norm(x: Float[Array, "*batch m n"], pair: NormPair) -> Float[Array, "*batch"]:
+def matrix_norm(x: Float[Array, "*batch m n"], pair: DualNorms) -> Float[Array, "*batch"]:
     """The norm of each matrix.
 
     >>> x = jnp.array([[3.0, 0.0], [0.0, -4.0]])
-    >>> [float(matrix_norm(x, pair)) for pair in NORM_PAIRS]
+    >>> [float(matrix_norm(x, pair)) for pair in DUAL_NORMS]
     [4.0, 4.0, 5.0]
 
     Args:
       x: Matrices, float32 or wider.
-      pair: One of `NORM_PAIRS`.
+      pair: One of `DUAL_NORMS`.
 
     Raises:
       ValueError: The pair is unknown.
@@ -43,16 +43,16 @@ def matrix_norm(x: Float[Array, "*batch m n"], pair: NormPair) -> Float[Array, "
     return _PAIRS[pair].norm(x)
 
 
-def dual_norm(x: Float[Array, "*batch m n"], pair: NormPair) -> Float[Array, "*batch"]:
+def dual_norm(x: Float[Array, "*batch m n"], pair: DualNorms) -> Float[Array, "*batch"]:
     """The dual norm of each matrix.
 
     >>> x = jnp.array([[3.0, 0.0], [0.0, -4.0]])
-    >>> [round(float(dual_norm(x, pair)), 5) for pair in NORM_PAIRS]
+    >>> [round(float(dual_norm(x, pair)), 5) for pair in DUAL_NORMS]
     [7.0, 7.0, 5.0]
 
     Args:
       x: Matrices, float32 or wider.
-      pair: One of `NORM_PAIRS`.
+      pair: One of `DUAL_NORMS`.
 
     Raises:
       ValueError: The pair is unknown.
@@ -61,10 +61,10 @@ def dual_norm(x: Float[Array, "*batch m n"], pair: NormPair) -> Float[Array, "*b
     return _PAIRS[pair].dual(x)
 
 
-def largest_dual(rows: int, columns: int, pair: NormPair) -> int:
+def largest_dual(rows: int, columns: int, pair: DualNorms) -> int:
     """The largest dual norm of a matrix whose norm is 1.
 
-    >>> [largest_dual(100, 16, pair) for pair in NORM_PAIRS]
+    >>> [largest_dual(100, 16, pair) for pair in DUAL_NORMS]
     [16, 1600, 1]
 
     Raises:
@@ -80,8 +80,8 @@ def check_pair(pair: str) -> None:
     Raises:
       ValueError: The pair is unknown.
     """
-    if pair not in NORM_PAIRS:
-        raise ValueError(f"norm is {pair!r}; choose one of {', '.join(NORM_PAIRS)}")
+    if pair not in DUAL_NORMS:
+        raise ValueError(f"norm is {pair!r}; choose one of {', '.join(DUAL_NORMS)}")
 
 
 def _largest_entry(x: Array) -> Array:
@@ -102,7 +102,7 @@ class _Pair(NamedTuple):
     largest_dual: Callable[[int, int], int]  # of rows and columns
 
 
-_PAIRS: dict[NormPair, _Pair] = {
+_PAIRS: dict[DualNorms, _Pair] = {
     "spectral": _Pair(spectral_norm, nuclear_norm, min),
     "sign": _Pair(_largest_entry, _sum_of_entries, lambda rows, columns: rows * columns),
     "frobenius": _Pair(_frobenius, _frobenius, lambda rows, columns: 1),

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxopt_lab.core.norm_pairs import (
-    NORM_PAIRS,
+from jaxopt_lab.core.dual_norms import (
+    DUAL_NORMS,
     check_pair,
     dual_norm,
     largest_dual,
@@ -17,12 +17,12 @@ SHAPES = [(64, 32), (32, 32), (100, 16), (16, 100)]
 TOTALS = {"spectral": 96, "sign": 6272, "frobenius": 4}
 
 
-@pytest.mark.parametrize("pair", NORM_PAIRS)
+@pytest.mark.parametrize("pair", DUAL_NORMS)
 def test_largest_duals_of_the_reference_shapes(pair):
     assert sum(largest_dual(m, n, pair) for m, n in SHAPES) == TOTALS[pair]
 
 
-@pytest.mark.parametrize("pair", NORM_PAIRS)
+@pytest.mark.parametrize("pair", DUAL_NORMS)
 @given(seed=st.integers(0, 1000))
 def test_duality(pair, seed):
     rng = np.random.default_rng(seed)

@@ -1,0 +1,55 @@
+"""Small pieces of floating-point arithmetic that every method uses."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+Scalar = int | float | jax.Array
+
+
+def wide_dtype(x: Any) -> Any:
+    """The dtype in which a method computes with `x`: float32, or wider if `x` is."""
+    return jnp.promote_types(jnp.result_type(x), jnp.float32)
+
+
+def widened(x: Array) -> Array:
+    """`x` in `wide_dtype`."""
+    return x.astype(wide_dtype(x))
+
+
+def safe_divide(x: Array, y: Array) -> Array:
+    """`x / y`, and 0 where `y` is 0."""
+    nonzero = y != 0
+    return jnp.where(nonzero, x / jnp.where(nonzero, y, 1), 0)
+
+
+def frobenius_norm(x: Array, axes: Sequence[int] | int | None = None) -> Array:
+    """The root of the sum of squares along `axes` (None: all), which stay with size 1."""
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
+
+
+def scale_to_unit(x: Array, axes: Sequence[int] | int) -> Array:
+    """`x` times a power of two that brings its largest entry along `axes` to [1, 2).
+
+    Squares of the result neither overflow nor vanish, and multiplying by a power of two rounds
+    nothing. Zeros and what is not finite stay as they are.
+    """
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+    usable = (largest > 0) & jnp.isfinite(largest)
+    exponent = jnp.where(usable, jnp.frexp(jnp.where(usable, largest, 1))[1] - 1, 0)
+    # In two halves: 2**-exponent itself may overflow where x is subnormal.
+    half = exponent // 2
+    return jnp.ldexp(jnp.ldexp(x, -half), half - exponent)
+
+
+def one_minus_power(b: Scalar, t: Array) -> Array:
+    """`1 - b**t` without the cancellation that costs float32 five digits at b = 0.999, t = 1."""
+    if isinstance(b, int | float):
+        log_b = math.log(b) if b > 0 else -math.inf
+    else:
+        log_b = jnp.log(b)
+    return -jnp.expm1(t * log_b)
