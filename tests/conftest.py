@@ -1,6 +1,7 @@
 """Shared test set-up: eight CPU devices, shape annotations enforced, reproducible examples.
 
-Programs are released after each module, and a worker that holds too many fails the run.
+Programs are released after each module, and within one that compiles very many; a worker that holds
+too many fails the run.
 """
 
 import os
@@ -38,9 +39,12 @@ def pytest_runtest_teardown(item, nextitem):
     # Outside of all fixtures, so that what they hold is gone.
     outcome = yield
     record = item.config.stash[_RECORDS]["this process"]
-    record.measure(item.nodeid)
-    if nextitem is None or nextitem.path != item.path:
-        programs.release()
+    try:
+        record.measure(item.nodeid)
+    finally:
+        last = nextitem is None or nextitem.path != item.path
+        if last or programs.memory_maps() > record.limit // 2:
+            programs.release()
     return outcome
 
 

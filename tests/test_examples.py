@@ -49,7 +49,7 @@ def test_every_property_test_follows_the_profile(request):
     for item in request.session.items:
         if item.get_closest_marker("hypothesis"):
             own = item.obj._hypothesis_internal_use_settings
-            same = ("derandomize", "deadline", "database", "suppress_health_check")
+            same = ("derandomize", "deadline", "database")
             assert all(getattr(own, k) == getattr(default, k) for k in same), item.nodeid
 
 
