@@ -21,14 +21,14 @@ def loaded():
 def test_release_drops_programs_and_their_functions_go_on():
     kept = [jax.jit(lambda x, i=i: jnp.sin(x) * i) for i in range(20)]
     programs.release()
-    loaded_before, maps_before = loaded(), programs.memory_maps()
+    before = loaded()
     wanted = [float(f(1.0)) for f in kept]
-    assert loaded() >= loaded_before + 20
-    if maps_before:
-        assert programs.memory_maps() >= maps_before + 20
+    assert loaded() >= before + 20
+    most = programs.memory_maps()
     programs.release()
-    assert loaded() == loaded_before
-    assert programs.memory_maps() < maps_before + 20
+    assert loaded() == before
+    if most:
+        assert programs.memory_maps() <= most - 20
     assert [float(f(1.0)) for f in kept] == wanted
 
 
@@ -48,7 +48,7 @@ def run(directory, *options, **tests):
         (directory / f"test_{name}.py").write_text(source)
     command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml")]
     command += ["-p", "no:cacheprovider", f"--rootdir={directory}", *options, str(directory)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
 KILLED = "import os, signal\ndef test_killed(): os.kill(os.getpid(), signal.SIGSEGV)\n"
