@@ -1,4 +1,4 @@
-"""The examples in the docstrings of every room that needs no corpus."""
+"""The examples in the docstrings of every package that needs no corpus."""
 
 import doctest
 import importlib
@@ -9,14 +9,14 @@ import pytest
 import jaxopt_lab
 
 ROOT = pathlib.Path(jaxopt_lab.__file__).parent
-ROOMS = (
-    *("core", "optim", "schedules", "diagnostics", "report", "models", "sweep", "train", "bench"),
-    *("dynamics", "dynamics/landscape", "dynamics/loop"),
+PACKAGES = (
+    *("core", "optim", "parity", "schedules", "diagnostics", "report", "models", "sweep", "train"),
+    *("bench", "dynamics"),
 )
 MODULES = sorted(
     ".".join(("jaxopt_lab", *path.relative_to(ROOT).with_suffix("").parts))
-    for room in ROOMS
-    for path in (ROOT / room).glob("*.py")
+    for package in PACKAGES
+    for path in (ROOT / package).rglob("*.py")
     if ">>>" in path.read_text()
 )
 

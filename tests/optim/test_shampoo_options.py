@@ -18,6 +18,7 @@ from optax.contrib import MuonDimensionNumbers
 import jaxopt_lab as jol
 from jaxopt_lab.optim import AdamW, Graft, InverseRoot, Routing
 from jaxopt_lab.optim.kronecker.roots import part_of_stack
+from tests.examples import examples
 from tests.optim.runs import fast_jit, normal, run, scan
 
 STACK = MuonDimensionNumbers(1, 2)
@@ -141,7 +142,7 @@ def robust_run():
     return shapes, fast_jit(go)
 
 
-@hypothesis.settings(max_examples=200)
+@examples(200)
 @hypothesis.given(
     seed=st.integers(0, 10**6),
     size=st.floats(-20, 15),
