@@ -182,6 +182,8 @@ def shampoo(
         ),
         mask=mask,
         matrix_axes=matrix_axes,
+        on_uncovered=on_uncovered,
+        vocabulary_size=vocabulary_size,
         labels=_labels(matrix_axes, precondition_1d, on_uncovered, vocabulary_size),
     )
 
@@ -217,11 +219,11 @@ def _labels(
     """Label function of the partition: matrices, and what else shall be preconditioned."""
     if on_uncovered not in ("adamw", "modes", "error"):
         raise ValueError(f"on_uncovered is {on_uncovered!r}; choose 'adamw', 'modes' or 'error'")
-    roles = {"matrix"}
+    roles = ("matrix",)  # a closure that reads it must hash
     if on_uncovered == "modes":
-        roles.add("unspecified")
+        roles += ("unspecified",)
     if precondition_1d:
-        roles.add("vector")
+        roles += ("vector",)
 
     def labels(params: optax.Params) -> Any:
         routes = route(
