@@ -1,8 +1,9 @@
-"""The examples in the docstrings of every package that needs no corpus."""
+"""The examples in the docstrings of every package that needs no corpus, and those of the guide."""
 
 import doctest
 import importlib
 import pathlib
+import re
 
 import pytest
 
@@ -24,4 +25,17 @@ MODULES = sorted(
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
     results = doctest.testmod(importlib.import_module(name))
+    assert results.attempted and not results.failed
+
+
+GUIDE = ROOT.parent / "docs" / "guide"
+PAGES = sorted(path.name for path in GUIDE.glob("*.md") if ">>>" in path.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_of_the_guide(page):
+    # The fences would be read as output.
+    text = re.sub(r"^ *```.*$", "", (GUIDE / page).read_text(), flags=re.MULTILINE)
+    examples = doctest.DocTestParser().get_doctest(text, {}, page, page, 0)
+    results = doctest.DocTestRunner().run(examples)
     assert results.attempted and not results.failed

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.rates import check_rates, scaled_rate
+from jaxopt_lab.optim.routing import float_leaves
 
 InitBuffer = Literal["zeros", "params"]
 
@@ -55,7 +56,8 @@ def scale_by_normalized_heavy_ball(
         raise ValueError(f"init_buffer is {init_buffer!r}; choose 'zeros' or 'params'")
 
     def init(params: optax.Params) -> HeavyBallState:
-        return HeavyBallState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
+        zeros = optax.tree.zeros_like(float_leaves(params))
+        return HeavyBallState(jnp.zeros([], jnp.int32), zeros)
 
     def direction(gradient: Array, trace: Array, start: Array) -> tuple[Array, Array]:
         wide = jnp.promote_types(gradient.dtype, jnp.float32)
@@ -70,7 +72,7 @@ def scale_by_normalized_heavy_ball(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        g, treedef = jax.tree.flatten(updates)
+        g, treedef = jax.tree.flatten(float_leaves(updates))
         starts = [jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32)) for x in g]
         if init_buffer == "params":
             if params is None:
