@@ -121,9 +121,16 @@ class NewtonSchulz:
     dtype: DTypeLike = "bfloat16"
     """Dtype of the iterates; products accumulate in float32 or wider."""
 
+    eps: float = 0.0
+    """Added to the Frobenius norm by which a matrix is divided. Released codes take 1e-7, which
+    makes the update of a matrix depend on its scale."""
+
     def __post_init__(self) -> None:
         """Checks the fields."""
         _require(self, "steps", _is_integer(self.steps, 1), "an integer >= 1")
+        _require(self, "eps", _in_range(self.eps, 0, math.inf), "a finite number >= 0")
+        renamed = "'you_jiacheng', the name of these coefficients after their source"
+        _require(self, "coefficients", self.coefficients != "dion", renamed)
         _require_choice(self, "coefficients", tuple(COEFFICIENTS))
         _require(self, "dtype", _is_floating(self.dtype), "a floating-point dtype")
 

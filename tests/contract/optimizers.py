@@ -21,7 +21,7 @@ OPTIMIZERS = {
     "sign_muon": Entry(jol.sign_muon, {"learning_rate": 1e-2}),
     "legacy_sign_muon": Entry(
         jol.legacy_sign_muon,
-        {"learning_rate": 1e-2, "adam_learning_rate": 1e-2, "adam_weight_decay": 0.0},
+        {"learning_rate": 1e-2, "fallback": jol.AdamW(learning_rate=1e-2, weight_decay=0.0)},
     ),
     "soap": Entry(jol.soap, {"learning_rate": 1e-2, "weight_decay": 0.0}),
     "dykaf": Entry(jol.dykaf, {"learning_rate": 1e-2, "weight_decay": 0.0}),

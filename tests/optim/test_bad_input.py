@@ -1,5 +1,6 @@
 """Options that cannot be meant: refused by name, before anything compiles."""
 
+import functools
 import math
 
 import equinox as eqx
@@ -13,24 +14,19 @@ import jaxopt_lab as jol
 
 NAN = float("nan")
 
+stable_rank = functools.partial(jol.scale_by_stable_rank, 0.1)
+
 OUT_OF_RANGE = [
     *((jol.lion_muon, "period", value) for value in (0, -1, 2.5, NAN, -math.inf)),
     (jol.sign_muon, "period", 0),
     (jol.legacy_sign_muon, "period", 0),
     (jol.scale_by_lion_muon, "period", 0),
-    (jol.lion_muon, "ns_steps", 0),
-    (jol.lion_muon, "ns_steps", 2.5),
-    (jol.scale_by_lion_muon, "cheap_ns_steps", 0),
-    (jol.lion_muon, "ns_dtype", "int32"),
-    (jol.lion_muon, "ns_dtype", "bfloat17"),
     *((jol.lion_muon, "stable_rank_threshold", value) for value in (0, -0.1, NAN)),
-    *((jol.scale_by_lion_muon, name, NAN) for name in ("spectral_rate", "sign_rate")),
+    *((stable_rank, name, NAN) for name in ("spectral_rate", "sign_rate")),
 ]
 RATES = [
-    *((jol.lion_muon, name) for name in ("sign_learning_rate", "adam_learning_rate")),
-    *((jol.lion_muon, name) for name in ("sign_lr_ratio", "adam_lr_ratio")),
-    *((jol.legacy_sign_muon, name) for name in ("cheap_learning_rate", "adam_learning_rate")),
-    (jol.muon, "adam_lr_ratio"),
+    (jol.lion_muon, "sign_learning_rate"),
+    (jol.legacy_sign_muon, "sign_learning_rate"),
 ]
 READY = (
     jol.lion_muon,
@@ -44,7 +40,7 @@ READY = (
 
 
 def call(factory, **options):
-    needs_rate = factory is not jol.scale_by_lion_muon
+    needs_rate = factory not in (jol.scale_by_lion_muon, stable_rank)
     return factory(**({"learning_rate": 1e-3} if needs_rate else {}) | options)
 
 
@@ -62,29 +58,49 @@ def test_rates_that_are_no_rates(value):
             call(factory, **{name: value})
 
 
+def test_unknown_choices_are_told_the_known_ones():
+    with pytest.raises(ValueError, match="^spectral_scale is 'other'; choose one of .*, "):
+        jol.scale_by_lion_muon(spectral_scale="other")
+    for name in ("cheap_mode", "sign_scaling"):
+        with pytest.raises(ValueError, match=f"^{name} is 'other'; choose one of .*, "):
+            jol.legacy_sign_muon(**{name: "other"})
+    with pytest.raises(ValueError, match="norm is 'other'; choose"):
+        jol.scale_by_normalized_heavy_ball(norm="other")
+
+
+def test_coefficients_under_the_wrong_name_are_told_the_right_one():
+    with pytest.raises(ValueError, match="NewtonSchulz.coefficients: got 'dion', wanted 'you_jia"):
+        jol.NewtonSchulz(coefficients="dion")
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("factory", "keyword", "place"),
     [
-        "momentum",
-        "heavy_ball_direction",
-        "ns_coefficients",
-        "spectral_scale",
-        "cheap_mode",
-        "sign_scaling",
-        "replicated_work",
+        (jol.lion_muon, "weight_decay_mask", "mask="),
+        (jol.lion_muon, "beta", "b1="),
+        (jol.lion_muon, "nesterov", "b1=beta"),
+        (jol.lion_muon, "consistent_rms", "spectral_scale="),
+        (jol.lion_muon, "ns_coeffs", "NewtonSchulz"),
+        (jol.lion_muon, "ns_steps", "NewtonSchulz"),
+        (jol.lion_muon, "adam_b1", "AdamW"),
+        (jol.lion_muon, "on_uncovered", "Routing"),
+        (jol.lion_muon, "sign_lr_ratio", "sign_learning_rate="),
+        (jol.lion_muon, "first_step_spectral", "period="),
+        (jol.lion_muon, "key", "scale_by_stable_rank"),
+        (jol.sign_muon, "b2", "lion_muon"),
+        (jol.scale_by_lion_muon, "weight_decay", "add_decayed_weights"),
+        (jol.scale_by_lion_muon, "sign_rate", "branch_rate"),
+        (jol.scale_by_lion_muon, "cheap_mode", "parity"),
+        (jol.muon, "beta", "momentum="),
+        (jol.d_muon, "ns_dtype", "NewtonSchulz"),
+        (jol.legacy_sign_muon, "cheap_learning_rate", "sign_learning_rate="),
+        (jol.signum, "init_buffer", "parity"),
+        (jol.normalized_sgd, "b1", "momentum="),
     ],
 )
-def test_unknown_choices_are_told_the_known_ones(name):
-    with pytest.raises(ValueError, match=f"^{name} is 'other'; choose one of .*, "):
-        jol.scale_by_lion_muon(**{name: "other"})
-
-
-def test_unknown_choices_of_the_heavy_ball():
-    for name in ("norm", "init_buffer"):
-        with pytest.raises(ValueError, match=f"{name} is 'other'; choose"):
-            jol.scale_by_normalized_heavy_ball(**{"norm": "sign", name: "other"})
-    with pytest.raises(ValueError, match="needs update"):
-        jol.signum(1.0, init_buffer="params").update({}, jol.signum(1.0).init({}))
+def test_other_names_of_an_option_are_told_where_it_is(factory, keyword, place):
+    with pytest.raises(TypeError, match=f"no argument '{keyword}'; write .*{place}"):
+        factory(**{keyword: None})
 
 
 WHOLE_MODEL = (*READY, jol.soap, jol.dykaf, jol.shampoo)

@@ -106,13 +106,13 @@ def test_an_uncovered_leaf_falls_back_or_is_refused_by_name():
         jol.lion_muon(1e-3).init(params)
     rules = {r.path: r.rule for r in jol.describe(jol.lion_muon(1e-3), params).rows}
     assert rules["['stack']"] == "adamw" and rules["['kernel']"] == "lion_muon"
-    strict = jol.lion_muon(1e-3, on_uncovered="error")
+    strict = jol.lion_muon(1e-3, routing=jol.Routing(on_uncovered="error"))
     with pytest.raises(ValueError, match=r"\['stack'\] of shape \(2, 3, 4\).*matrix_axes"):
         strict.init(params)
     covered = {**dict.fromkeys(SHAPES), "stack": Axes(1, 2)}
-    jol.lion_muon(1e-3, on_uncovered="error", matrix_axes=covered).init(params)
+    jol.lion_muon(1e-3, routing=jol.Routing(on_uncovered="error"), matrix_axes=covered).init(params)
     with pytest.raises(ValueError, match="on_uncovered: got 'ignore'"):
-        jol.lion_muon(1e-3, on_uncovered="ignore").init(params)
+        jol.Routing(on_uncovered="ignore")
 
 
 MODEL = {
@@ -320,7 +320,9 @@ def test_the_bare_transform_refuses_what_is_no_matrix(shape):
 
 
 def spectral(axes):
-    return jol.scale_by_lion_muon(period=1, ns_dtype="float32", ns_steps=1, matrix_axes=axes)
+    return jol.scale_by_lion_muon(
+        period=1, newton_schulz=jol.NewtonSchulz(steps=1, dtype="float32"), matrix_axes=axes
+    )
 
 
 def test_every_head_is_its_own_matrix():
