@@ -15,7 +15,7 @@ from jaxopt_lab.optim.rates import check_rates, decayed_weights
 Norm = Literal["sign", "frobenius"]
 
 _KEYWORDS = dict.fromkeys(("b1", "beta", "decay"), "momentum=...") | dict.fromkeys(
-    ("dampening", "init_buffer"), "the method of this name in jaxopt_lab.parity.lion_muon"
+    ("dampening", "init_buffer"), "jaxopt_lab.parity.lion_muon.released_heavy_ball"
 )
 
 
