@@ -108,8 +108,9 @@ def _soap(matrix_axes: Any) -> optax.GradientTransformation:
 
 
 def _shampoo(matrix_axes: Any) -> optax.GradientTransformation:
-    return jol.scale_by_shampoo(
-        **KRONECKER, graft="adam", weight_decay=WEIGHT_DECAY, matrix_axes=matrix_axes
+    return optax.chain(
+        jol.scale_by_shampoo(**KRONECKER, matrix_axes=matrix_axes),
+        optax.add_decayed_weights(WEIGHT_DECAY),
     )
 
 

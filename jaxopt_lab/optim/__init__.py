@@ -2,6 +2,7 @@
 
 from jaxopt_lab.optim.describe import Description, describe
 from jaxopt_lab.optim.fallback import scale_by_adamw_fallback
+from jaxopt_lab.optim.flax_layouts import flax_matrix_axes
 from jaxopt_lab.optim.kronecker.dykaf import dykaf, dykaf_official, scale_by_dykaf
 from jaxopt_lab.optim.kronecker.shampoo import ShampooState, scale_by_shampoo, shampoo
 from jaxopt_lab.optim.kronecker.soap import scale_by_soap, soap
@@ -46,6 +47,7 @@ __all__ = [
     "describe",
     "dykaf",
     "dykaf_official",
+    "flax_matrix_axes",
     "lion_muon",
     "muon",
     "normalized_sgd",

@@ -11,7 +11,7 @@ from jax.tree_util import KeyPath, keystr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Shaped
 
-from jaxopt_lab.core.keys import leaf_key
+from jaxopt_lab.core.keys import leaf_keys
 from jaxopt_lab.core.matrices import MatrixAxes
 from jaxopt_lab.core.stacks import map_matrices
 from jaxopt_lab.core.whole_matrices import known_sharding, nan_matrices
@@ -94,8 +94,8 @@ class MatrixLeaves(NamedTuple):
         shapes = [self.matrix_shape(i, g)[:2] for i, g in enumerate(gradients)]
         if draws is None:
             return [
-                jax.random.normal(leaf_key(key, path), s, jnp.promote_types(g.dtype, jnp.float32))
-                for path, s, g in zip(self.paths, shapes, gradients, strict=True)
+                jax.random.normal(own_key, s, jnp.promote_types(g.dtype, jnp.float32))
+                for own_key, s, g in zip(leaf_keys(key, self.paths), shapes, gradients, strict=True)
             ]
         supplied = jax.tree.leaves(draws)
         if len(supplied) != len(shapes):

@@ -11,6 +11,7 @@ from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.nonfinite import finite_entries, guarded
 from jaxopt_lab.optim.options import Routing
 from jaxopt_lab.optim.rates import check_rates, decayed_weights
+from jaxopt_lab.optim.routing import float_leaves
 
 Norm = Literal["sign", "frobenius"]
 
@@ -64,6 +65,7 @@ def normalized_direction(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
+        updates = float_leaves(updates)
         new: Any
         d, new = trace.update(jax.tree.map(widened, updates), state, params)
         leaves = map(jax.tree.leaves, (updates, d, new.trace, state.trace))
@@ -73,7 +75,10 @@ def normalized_direction(
         )
         return u, new._replace(trace=kept)
 
-    return optax.GradientTransformationExtraArgs(trace.init, update)
+    def init(params: optax.Params) -> Any:
+        return trace.init(float_leaves(params))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 @explains_keywords(**_KEYWORDS)

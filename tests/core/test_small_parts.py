@@ -1,13 +1,17 @@
+from typing import NamedTuple
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.lax import DotAlgorithmPreset, Precision
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from jax.tree_util import tree_leaves_with_path
+from jax.tree_util import DictKey, GetAttrKey, tree_leaves_with_path
 
-from jaxopt_lab.core.keys import leaf_key
+from jaxopt_lab.core.keys import leaf_key, leaf_keys
 from jaxopt_lab.core.numerics import frobenius_unit
 from jaxopt_lab.core.precision import dot_precision
 from jaxopt_lab.core.spectral import power_iteration, stable_rank
@@ -69,6 +73,37 @@ def test_leaf_keys_depend_on_the_path_alone():
     ((path, _),) = tree_leaves_with_path({"b": {"c": jnp.ones(1)}})
     assert leaf_key(key, path) == keys[str(path)]
     assert len({tuple(jax.random.key_data(k).tolist()) for k in keys.values()}) == 2
+
+
+class Box(NamedTuple):
+    """A container whose paths are made of fields."""
+
+    b: dict
+
+
+def test_leaf_keys_are_the_same_in_every_container_and_version():
+    key = jax.random.key(0)
+    (path, _), *_ = tree_leaves_with_path({"layers": [{"kernel": jnp.ones(1)}]})
+    drawn = jax.random.key_data(leaf_key(key, path)).tolist()
+    # BLAKE2b of "6:layers1:06:kernel", folded in as two words.
+    words = (0xC997C734, 0x16C7A2DD)
+    folded = jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])
+    assert drawn == jax.random.key_data(folded).tolist()
+    state = nnx.state(nnx.Dict(b=nnx.Dict(c=nnx.Param(jnp.ones(1)))), nnx.Param)
+    boxed = {"b": {"c": nn.Partitioned(jnp.ones(1), names=(None,))}}
+    trees = ({"b": {"c": 0.0}}, Box({"c": 0.0}), state, boxed)
+    keys = [jax.random.key_data(leaf_key(key, tree_leaves_with_path(t)[0][0])) for t in trees]
+    assert len({tuple(k.tolist()) for k in keys}) == 1
+
+
+def test_paths_that_look_alike_draw_apart():
+    key = jax.random.key(0)
+    tree = {"ab": {"c": 0, "": {"c": 0}}, "a": {"bc": 0}, "a/b": {"c": 0}, "['a']": 0, "1:a": 0}
+    paths = [path for path, _ in tree_leaves_with_path(tree)]
+    keys = {tuple(jax.random.key_data(k).tolist()) for k in leaf_keys(key, paths)}
+    assert len(keys) == len(paths)
+    with pytest.raises(ValueError, match=r"leaves \['x'\] and \.x would draw the same noise"):
+        leaf_keys(key, [(DictKey("x"),), (GetAttrKey("x"),)])
 
 
 def test_split_precisions_exist_where_they_run():

@@ -3,7 +3,12 @@
 import functools
 import math
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 import jaxopt_lab as jol
 
@@ -96,3 +101,59 @@ def test_coefficients_under_the_wrong_name_are_told_the_right_one():
 def test_other_names_of_an_option_are_told_where_it_is(factory, keyword, place):
     with pytest.raises(TypeError, match=f"no argument '{keyword}'; write .*{place}"):
         factory(**{keyword: None})
+
+
+WHOLE_MODEL = (*READY, jol.soap, jol.dykaf, jol.shampoo)
+BARE = (jol.scale_by_lion_muon, jol.scale_by_soap, jol.scale_by_dykaf)
+OTHER = (jol.scale_by_adamw_fallback, jol.scale_by_normalized_heavy_ball)
+
+
+def make(factory):
+    if factory is jol.scale_by_normalized_heavy_ball:
+        return factory(norm="sign")
+    return factory(1e-3) if factory in WHOLE_MODEL else factory()
+
+
+@pytest.mark.parametrize("factory", (*WHOLE_MODEL, *BARE, *OTHER))
+def test_leaves_that_no_rule_fits_are_named(factory):
+    tx, filters = make(factory), "eqx.filter.*is_inexact_array"
+    good = {"w": jnp.ones((4, 6))}
+    bad = [
+        ({"v": jnp.ones((4, 6), jnp.complex64)}, r"\['v'\]: got dtype complex64, wanted real"),
+        ({"v": {"b": jnp.ones((2, 3), int)}}, rf"\['v'\]\['b'\]: got dtype int32.*{filters}"),
+        ({"v": jax.nn.relu}, rf"\['v'\]: got .*, wanted arrays of floating.*{filters}"),
+        ({"v": "adam"}, rf"\['v'\]: got str.*{filters}"),
+        ({"v": 3}, rf"\['v'\]: got int.*{filters}"),
+        ({"v": jax.random.key(0)}, rf"\['v'\]: got dtype key.*{filters}"),
+    ]
+    for leaves, message in bad:
+        with pytest.raises(TypeError, match=f"leaf {message}"):
+            tx.init(good | leaves)
+    with pytest.raises(TypeError, match=r"leaf \.activation: got"):
+        tx.init(eqx.nn.MLP(4, 3, 6, 2, key=jax.random.key(0)))
+
+
+@pytest.mark.parametrize("factory", WHOLE_MODEL)
+def test_complex_vectors_and_filtered_modules(factory):
+    tx = make(factory)
+    with pytest.raises(TypeError, match=r"leaf \['b'\]: got dtype complex64"):
+        tx.init({"b": jnp.ones(4, jnp.complex64)})
+    model = eqx.nn.MLP(4, 3, 6, 2, key=jax.random.key(0))
+    params = eqx.filter(model, eqx.is_inexact_array)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    state = nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Param)
+    tx.update(state, tx.init(state), state)
+
+
+@pytest.mark.parametrize("factory", WHOLE_MODEL)
+def test_python_and_numpy_numbers_are_scalars(factory):
+    tx = make(factory)
+    numbers = {"w": jnp.ones((4, 6)), "x": 0.5, "y": np.float32(0.5), "z": np.ones(3, np.float32)}
+    arrays = jax.tree.map(lambda x: jnp.asarray(x, "float32"), numbers)
+    state, wanted = tx.init(numbers), tx.init(arrays)
+    for _ in range(2):
+        updates, state = tx.update(numbers, state, numbers)
+        expected, wanted = tx.update(arrays, wanted, arrays)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, wanted)

@@ -43,6 +43,25 @@ def test_layouts_change_roles():
     assert rows["stack"] == ("matrix", "lion_muon", 2 * 48 + 4 * 2)
 
 
+def test_a_layout_beats_what_a_name_says():
+    params = {k: jax.ShapeDtypeStruct((4, 6), "float32") for k in ("bias", "embedding", "head")}
+    by_name = jol.describe(jol.lion_muon(1e-3), params).rows
+    assert [(r.role, r.rule) for r in by_name] == [
+        ("vector", "adamw"), ("embedding", "adamw"), ("head", "adamw")
+    ]  # fmt: skip
+    told = jol.describe(jol.lion_muon(1e-3, matrix_axes=Axes()), params).rows
+    assert {(r.role, r.rule) for r in told} == {("matrix", "lion_muon")}
+
+
+def test_groups_within_groups():
+    labels = {k: "slow" for k in SHAPES} | {"kernel": "frozen"}
+    groups = {"slow": jol.lion_muon(1e-3, matrix_axes=AXES), "frozen": optax.set_to_zero()}
+    rows, _ = table(optax.partition(groups, labels))
+    assert rows["kernel"] == ("matrix", "stateless", 0)
+    assert rows["stack"][:2] == ("matrix", "slow/lion_muon")
+    assert rows["excluded"][:2] == ("excluded", "slow/adamw")
+
+
 def test_the_text_says_what_to_do_about_an_uncovered_leaf():
     lines = str(jol.describe(jol.lion_muon(1e-3), PARAMS)).splitlines()
     assert lines[0].split() == ["path", "shape", "dtype", "role", "rule", "state", "bytes"]

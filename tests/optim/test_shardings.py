@@ -1,5 +1,6 @@
 """A sharding for every leaf of the state of any transformation."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -60,6 +61,27 @@ def test_key_data_can_be_placed():
     state = jax.jit(tx.init, out_shardings=placed)(params)
     key = optax.tree.get(state, "key_data")
     assert key.dtype == jnp.uint32 and len(key.devices()) == 8
+
+
+@pytest.mark.parametrize("factory", [jol.lion_muon, jol.soap, jol.shampoo])
+def test_boxed_linen_parameters(factory):
+    mesh = shardings()["kernel"].mesh
+    kernel = nn.with_partitioning(nn.initializers.lecun_normal(), ("fsdp", "tensor"))
+    model = nn.Dense(8, kernel_init=kernel)
+    abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 16)))["params"]
+    given = nn.get_sharding(abstract, mesh)
+    tx = factory(1e-3)
+    placed = jol.state_shardings(tx, abstract, given)
+    params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), abstract)
+    # Some states hold one number or one factor a leaf, in boxes with the axis names of its
+    # parameter: nn.get_sharding(state, mesh) asks for more axes than they have.
+    state = jax.jit(tx.init, out_shardings=placed)(params)
+    specs = {x.sharding.spec for x in jax.tree.leaves(state) if x.shape == (16, 8)}
+    assert specs == {P("fsdp", "tensor")}
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, nn.get_sharding(params, mesh))
+        _, new = jax.jit(tx.update)(params, state, params)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
 
 
 def test_one_sharding_may_stand_for_a_subtree():
