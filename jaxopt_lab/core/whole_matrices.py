@@ -8,6 +8,7 @@ an all-gather a product instead.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,7 @@ from jaxopt_lab.core.matrices import MatrixAxes
 AxisNames = tuple[str, ...]
 
 
-def known_sharding(
-    x: Array | jax.ShapeDtypeStruct, given: NamedSharding | None
-) -> NamedSharding | None:
+def known_sharding(x: Any, given: NamedSharding | None) -> NamedSharding | None:
     """The sharding under which `x` is laid out, where that can be known while tracing.
 
     Explicit mesh axes carry it in the type. Auto axes do not, so it must be `given`. None when it

@@ -68,6 +68,12 @@ class MatrixLeaves(NamedTuple):
         shape = [leaf.shape[a] if a in axes.batch else 1 for a in order]
         return values.reshape(shape).transpose([order.index(a) for a in range(len(order))])
 
+    def whole_axes(self, index: int) -> tuple[int, ...]:
+        """The axes that span the matrices of a leaf, none where one of them is sharded."""
+        inner, sharding = self.inner_axes(index), self.shardings[index]
+        spec = () if sharding is None else sharding.spec
+        return () if any(a < len(spec) and spec[a] is not None for a in inner) else inner
+
     def refused(self, index: int, direction: Array) -> Bool[Array, "..."]:
         """Which matrices (*batch) of a leaf are NaN as a whole."""
         return nan_matrices(direction, self.axes[index], self.shardings[index])
