@@ -1,4 +1,4 @@
-"""Prepares docstrings for Markdown: doctests become code blocks, `.. math::` display math."""
+"""Prepares docstrings for Markdown: doctests become code blocks, comments on fields are shown."""
 
 import re
 from typing import Any
@@ -7,7 +7,8 @@ import griffe
 
 # From a prompt to the next blank line: input, continuation and output.
 _DOCTEST = re.compile(r"^([ \t]*)>>> .*(?:\n\1[^\n]*\S[^\n]*)*", re.MULTILINE)
-_MATH = re.compile(r"^([ \t]*)\.\. math::[ \t]*\n\n?((?:\1[ \t]+\S[^\n]*(?:\n|\Z))+)", re.MULTILINE)
+# The comment behind a field of a class: `mu: optax.Updates  # shapes of the parameters`.
+_COMMENT = re.compile(r"^[^#\"']*#\s*(.*)$")
 
 
 class Docstrings(griffe.Extension):
@@ -15,16 +16,24 @@ class Docstrings(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called by griffe for each module, class, function and attribute."""
-        if obj.docstring is not None:
-            text = _DOCTEST.sub(_fence, obj.docstring.value)
-            obj.docstring.value = _MATH.sub(_display, text)
+        if obj.docstring is None and obj.is_attribute and obj.parent and obj.parent.is_class:
+            comment = _comment(obj)
+            if comment:
+                obj.docstring = griffe.Docstring(comment, parent=obj)
+        elif obj.docstring is not None:
+            obj.docstring.value = _DOCTEST.sub(_fence, obj.docstring.value)
+
+
+def _comment(field: griffe.Object) -> str:
+    """What is said behind a field or, in lines of its own, above it."""
+    if field.lineno is None or not field.source:
+        return ""
+    behind = _COMMENT.match(field.lines[0] if len(field.lines) == 1 else field.lines[-1])
+    if behind:
+        return behind[1]
+    return ""
 
 
 def _fence(match: re.Match[str]) -> str:
     indent = match[1]
     return f"\n{indent}```pycon\n{match[0]}\n{indent}```"
-
-
-def _display(match: re.Match[str]) -> str:
-    indent = match[1]
-    return f"{indent}$$\n{match[2].rstrip()}\n{indent}$$\n"

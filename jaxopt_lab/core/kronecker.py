@@ -6,17 +6,19 @@ rank-one matrices, $\mathcal R(L \otimes R) = \operatorname{vec}(L) \operatornam
 keeps the Frobenius norm; so the best $L \otimes R$ is the best rank-one approximation of
 $\mathcal R(F)$. For one gradient the products with it are matrix products of the size of $G$:
 
-.. math::
-  \mathcal R(\operatorname{vec} G \operatorname{vec} G^\top) \operatorname{vec} X
-    = \operatorname{vec}(G X G^\top), \qquad
-  \mathcal R(\operatorname{vec} G \operatorname{vec} G^\top)^\top \operatorname{vec} Y
-    = \operatorname{vec}(G^\top Y G)
+$$
+\mathcal R(\operatorname{vec} G \operatorname{vec} G^\top) \operatorname{vec} X
+  = \operatorname{vec}(G X G^\top), \qquad
+\mathcal R(\operatorname{vec} G \operatorname{vec} G^\top)^\top \operatorname{vec} Y
+  = \operatorname{vec}(G^\top Y G)
+$$
 
 An integrator advances $(L, R)$ towards the target
 
-.. math::
-  A = \beta \operatorname{vec}(L) \operatorname{vec}(R)^\top
-    + w \, \mathcal R(\operatorname{vec} G \operatorname{vec} G^\top)
+$$
+A = \beta \operatorname{vec}(L) \operatorname{vec}(R)^\top
+  + w \, \mathcal R(\operatorname{vec} G \operatorname{vec} G^\top)
+$$
 
 and returns a balanced pair: $\lVert L \rVert = \lVert R \rVert$, both symmetric and positive
 semidefinite. Everything is computed from matrices of norm at most 1 and two such weights, so that
@@ -108,9 +110,10 @@ def ksl_step(
 
     The backward S-step cancels all but the overlap of the new left factor with the old one:
 
-    .. math::
-      U = \frac{A \operatorname{vec} R}{\lVert A \operatorname{vec} R \rVert}, \qquad
-      L' \otimes R' = U \otimes \left(\beta \langle U, L \rangle R + w \, G^\top U G\right)
+    $$
+    U = \frac{A \operatorname{vec} R}{\lVert A \operatorname{vec} R \rVert}, \qquad
+    L' \otimes R' = U \otimes \left(\beta \langle U, L \rangle R + w \, G^\top U G\right)
+    $$
 
     That is an orthogonal projection of the target: the right factor is the best one for $U$.
 
@@ -153,9 +156,10 @@ def parallel_step(
 ) -> tuple[Float[Array, "*batch m m"], Float[Array, "*batch n n"]]:
     r"""One step of basis update and Galerkin: both factors from the old ones, then one number.
 
-    .. math::
-      U \propto A \operatorname{vec} R, \qquad V \propto A^\top \operatorname{vec} L, \qquad
-      L' \otimes R' = \left(\operatorname{vec}(U)^\top A \operatorname{vec}(V)\right) U \otimes V
+    $$
+    U \propto A \operatorname{vec} R, \qquad V \propto A^\top \operatorname{vec} L, \qquad
+    L' \otimes R' = \left(\operatorname{vec}(U)^\top A \operatorname{vec}(V)\right) U \otimes V
+    $$
 
     What the released code of DyKAF runs; never more accurate than `ksl_step` from the same state.
     Arguments and results as there.

@@ -181,8 +181,9 @@ def _corrected(block: Array, upper: Array, scale: Array, coarse: ProductPrecisio
     With the columns scaled to length 1 their Gram matrix is $I + E = R^\top R$. Up to the third
     power of $E$, and with $U$ its upper triangle,
 
-    .. math::
-      R^{-1} = I - U + U^2 + \mathrm{upper}(U^\top U) + \tfrac12 \mathrm{diag}(U^\top U)
+    $$
+    R^{-1} = I - U + U^2 + \mathrm{upper}(U^\top U) + \tfrac12 \mathrm{diag}(U^\top U)
+    $$
     """
     # Of the small second order few digits are enough.
     second = matmul(upper, upper, "bfloat16", transpose_a=True)

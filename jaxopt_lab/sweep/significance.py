@@ -44,8 +44,9 @@ class Difference(NamedTuple):
 def seed_noise(losses: Sequence[Sequence[float]]) -> float:
     r"""Standard deviation between seeds, pooled over optimizers.
 
-    .. math::
-      s^2 = \frac{\sum_i \sum_j (x_{ij} - \bar x_i)^2}{\sum_i (n_i - 1)}
+    $$
+    s^2 = \frac{\sum_i \sum_j (x_{ij} - \bar x_i)^2}{\sum_i (n_i - 1)}
+    $$
 
     Args:
       losses: For each optimizer the final losses of its seeds; non-finite ones do not count, and
@@ -68,7 +69,7 @@ def seed_noise(losses: Sequence[Sequence[float]]) -> float:
 def difference(first: Sequence[float], second: Sequence[float], noise: float) -> Difference:
     r"""Compares the mean losses of two optimizers with the noise between seeds.
 
-    The difference counts when :math:`|\bar x_1 - \bar x_2| > 2 s \sqrt{1/n_1 + 1/n_2}`.
+    The difference counts when $|\bar x_1 - \bar x_2| > 2 s \sqrt{1/n_1 + 1/n_2}$.
 
     Args:
       first: Final losses of the seeds of one optimizer.

@@ -15,6 +15,7 @@ from optax.contrib import MuonDimensionNumbers
 
 import jaxopt_lab as jol
 from jaxopt_lab.optim.kronecker.tensors import scale_by_tensor_soap
+from tests.examples import examples
 from tests.quick_compile import OPTIONS
 
 VARIANTS = {
@@ -69,7 +70,7 @@ def assert_finite(tree):
 
 
 @every_variant
-@hypothesis.settings(max_examples=100)
+@examples(100)
 @hypothesis.given(
     seed=st.integers(0, 10**6),
     size=st.floats(-18, 18),
@@ -123,7 +124,7 @@ def undisturbed(variant):
 
 
 @every_variant
-@hypothesis.settings(max_examples=20)
+@examples(20)
 @hypothesis.given(
     step=st.integers(0, STEPS - 1),
     row=st.integers(0, 3),

@@ -3,9 +3,10 @@ r"""Closed forms along one eigendirection: growth, variance after n steps, stati
 With curvature $\lambda$, its variance $\Gamma$ and the variance $d$ of the slope, all of a batch,
 the variance along a direction of a critical point obeys $\Pi' = \rho \Pi + \eta^2 d$ with
 
-.. math::
-  \rho = (1 - \eta \lambda)^2 + \eta^2 \Gamma, \qquad
-  \rho - 1 = -2 \eta \lambda + \eta^2 (\lambda^2 + \Gamma)
+$$
+\rho = (1 - \eta \lambda)^2 + \eta^2 \Gamma, \qquad
+\rho - 1 = -2 \eta \lambda + \eta^2 (\lambda^2 + \Gamma)
+$$
 
 The excess $\rho - 1$ is always formed as on the right: near 1 the difference has no digits left.
 The Langevin equation of the same noise, observed at the times $n \eta$ and cut off after second
@@ -118,8 +119,9 @@ def variance_at(
     The mean $\mu_k = (1 - \eta \lambda)^k \mu_0$ is a source of variance through $\Gamma$; with
     $q = 1 - \eta \lambda$ in the exact case its sum is a difference of powers:
 
-    .. math::
-      \Pi(n) = \rho^n \Pi_0 + \eta^2 d \frac{\rho^n - 1}{\rho - 1} + \mu_0^2 (\rho^n - q^{2n})
+    $$
+    \Pi(n) = \rho^n \Pi_0 + \eta^2 d \frac{\rho^n - 1}{\rho - 1} + \mu_0^2 (\rho^n - q^{2n})
+    $$
 
     >>> float(variance_at(2, learning_rate=0.5, curvature=1.0, gradient_variance=4.0))
     1.25
@@ -272,8 +274,9 @@ def drift_spreading(
 ) -> Array:
     r"""A flat direction with a mean slope: the variance grows as the cube of the time.
 
-    .. math::
-      \Pi(n) \approx \eta^2 d n + \tfrac13 \eta^4 \Gamma \bar g^2 n^3
+    $$
+    \Pi(n) \approx \eta^2 d n + \tfrac13 \eta^4 \Gamma \bar g^2 n^3
+    $$
 
     The mean $-\eta \bar g n$ runs away and the curvature noise acts on it. The variance already
     there is not fed back: `independent.direction_moments` has all of it.

@@ -4,11 +4,12 @@ The master equation of SGD is $\mathrm E \varphi(w') = \mathrm E_w \mathrm E_k \
 \nabla L_k(w))$, exactly. To second order in $\eta$, with $\bar g$ the mean and $C$ the covariance
 of the gradient at $w$:
 
-.. math::
-  \mathrm E \varphi(w') - \mathrm E \varphi(w) =
-    \mathrm E_w\left[-\eta \, \bar g_i \partial_i \varphi
-    + \tfrac{\eta^2}{2} (C_{ij} + \bar g_i \bar g_j) \, \partial_i \partial_j \varphi\right]
-    + O(\eta^3)
+$$
+\mathrm E \varphi(w') - \mathrm E \varphi(w) =
+  \mathrm E_w\left[-\eta \, \bar g_i \partial_i \varphi
+  + \tfrac{\eta^2}{2} (C_{ij} + \bar g_i \bar g_j) \, \partial_i \partial_j \varphi\right]
+  + O(\eta^3)
+$$
 
 The raw second moment $C + \bar g \bar g^\top$ stands there; the standard Langevin equation has the
 centred $C$ alone, an error of order $\eta^2$. On quadratic losses the raw form is exact for every
@@ -96,10 +97,11 @@ def increment_traces(
 ) -> IncrementTraces:
     r"""Second moments of one increment, by the gradients of all samples at one point.
 
-    .. math::
-      \operatorname{tr} \mathrm{Cov} = \eta^2 f \operatorname{tr} C, \qquad
-      \mathrm E \lVert w' - w \rVert^2
-        = \eta^2 (f \operatorname{tr} C + \lVert \bar g \rVert^2)
+    $$
+    \operatorname{tr} \mathrm{Cov} = \eta^2 f \operatorname{tr} C, \qquad
+    \mathrm E \lVert w' - w \rVert^2
+      = \eta^2 (f \operatorname{tr} C + \lVert \bar g \rVert^2)
+    $$
 
     Both are $\eta^2$ exactly. With the batch the first falls as $1/B$, while the second has the
     floor $\eta^2 \lVert \bar g \rVert^2$.

@@ -3,8 +3,9 @@ r"""Variances along eigendirections when the fluctuations of slope and curvature
 In the eigenbasis of the mean Hessian, with independent entries of the fluctuating slope (variances
 $d_i$) and Hessian (variances $\Gamma_{ij}$), a diagonal covariance stays diagonal:
 
-.. math::
-  \Pi_i' = (1 - \eta \lambda_i)^2 \Pi_i + \eta^2 \sum_j \Gamma_{ij} (\Pi_j + \mu_j^2) + \eta^2 d_i
+$$
+\Pi_i' = (1 - \eta \lambda_i)^2 \Pi_i + \eta^2 \sum_j \Gamma_{ij} (\Pi_j + \mu_j^2) + \eta^2 d_i
+$$
 
 With a diagonal $\Gamma$ every direction is alone: `direction_moments`, and `closed_forms`. The
 Langevin equation of the same noise, read off at the times $n \eta$ and cut off after second order,
@@ -47,10 +48,11 @@ def direction_moments(
 ) -> DirectionMoments:
     r"""Each direction alone, with the mean as a source of noise.
 
-    .. math::
-      \mu' = (1 - \eta \lambda) \mu - \eta \bar g, \qquad
-      \Pi' = \rho \Pi + \eta^2 (\Gamma \mu^2 + 2 c \mu + d), \qquad
-      \rho = (1 - \eta \lambda)^2 + \eta^2 \Gamma
+    $$
+    \mu' = (1 - \eta \lambda) \mu - \eta \bar g, \qquad
+    \Pi' = \rho \Pi + \eta^2 (\Gamma \mu^2 + 2 c \mu + d), \qquad
+    \rho = (1 - \eta \lambda)^2 + \eta^2 \Gamma
+    $$
 
     All arguments but `steps` and `truncated` broadcast against each other.
 
@@ -137,9 +139,10 @@ def coupled_covariance(
 
     For $i \ne j$ they obey
 
-    .. math::
-      \Pi_{ij}' = (1 - \eta \lambda_i)(1 - \eta \lambda_j) \Pi_{ij}
-        + \eta^2 \Gamma_{ij} (\Pi_{ij} + \mu_i \mu_j) + \eta^2 C_{ij}.
+    $$
+    \Pi_{ij}' = (1 - \eta \lambda_i)(1 - \eta \lambda_j) \Pi_{ij}
+      + \eta^2 \Gamma_{ij} (\Pi_{ij} + \mu_i \mu_j) + \eta^2 C_{ij}.
+    $$
 
     Args:
       learning_rate: $\eta$.

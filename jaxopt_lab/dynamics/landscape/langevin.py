@@ -2,10 +2,11 @@ r"""Langevin counterparts of SGD, and the noise-free flow that one step approxim
 
 For the mean gradient $\bar g(w)$ and the covariance $C(w)$ of the gradient of a batch:
 
-.. math::
-  dw = -\bar g \, dt + \sqrt\eta \, C^{1/2} dW \quad\text{(standard)}, \qquad
-  dw = -\left(\bar g + \tfrac\eta2 H \bar g\right) dt + \sqrt\eta \, C^{1/2} dW
-  \quad\text{(drift-corrected)}
+$$
+dw = -\bar g \, dt + \sqrt\eta \, C^{1/2} dW \quad\text{(standard)}, \qquad
+dw = -\left(\bar g + \tfrac\eta2 H \bar g\right) dt + \sqrt\eta \, C^{1/2} dW
+\quad\text{(drift-corrected)}
+$$
 
 with $H$ the mean Hessian: descent on $\bar L + \frac\eta4 \lVert \nabla \bar L \rVert^2$, which
 follows the steps of size $\eta$ to one order more. The raw second moment $C + \bar g \bar g^\top$

@@ -52,9 +52,10 @@ def finite_time_variance(
 ) -> Float[np.ndarray, "*records k"]:
     r"""P2, the variance after n steps from one point.
 
-    .. math::
-      \Pi_i(n) = \eta^2 d_i \frac{\rho_i^n - 1}{\rho_i - 1}, \qquad
-      \rho_i = (1 - \eta \lambda_i)^2 + \eta^2 \Gamma_i
+    $$
+    \Pi_i(n) = \eta^2 d_i \frac{\rho_i^n - 1}{\rho_i - 1}, \qquad
+    \rho_i = (1 - \eta \lambda_i)^2 + \eta^2 \Gamma_i
+    $$
 
     Off a critical point the mean moves, and with it a part $\eta^2 \Gamma \mu(n)^2$ of the noise.
 

@@ -4,10 +4,11 @@ The loss of sample $k$ is $L_k(w) = g_k \cdot w + \frac12 w^\top H_k w$; a step 
 the losses of a batch. With $A = 1 - \eta \bar H$ and the deviations $\tilde H_k = H_k - \bar H$,
 $\tilde g_k = g_k - \bar g$, the mean $\mu$ and the covariance $\Pi$ of $w$ over batches obey
 
-.. math::
-  \mu' = A \mu - \eta \bar g, \qquad
-  \Pi' = A \Pi A^\top + \eta^2 f \, \mathrm E_k\left[\tilde H_k \Pi \tilde H_k
-    + (\tilde H_k \mu + \tilde g_k)(\tilde H_k \mu + \tilde g_k)^\top\right]
+$$
+\mu' = A \mu - \eta \bar g, \qquad
+\Pi' = A \Pi A^\top + \eta^2 f \, \mathrm E_k\left[\tilde H_k \Pi \tilde H_k
+  + (\tilde H_k \mu + \tilde g_k)(\tilde H_k \mu + \tilde g_k)^\top\right]
+$$
 
 with the factor $f$ of `batch_factor`. Nothing is assumed about the joint law of $H$ and $g$; the
 batches of different steps must be independent.

@@ -2,9 +2,10 @@ r"""A rough landscape on a line: non-quadratic mean, noise that depends on the p
 
 The mean gradient is $4 w^3 - 0.6 w + 0.15$. A batch adds
 
-.. math::
-  (1 + 0.1 w^2) \sum_{k=1}^{20} a_k A_k \cos(2 \pi k w / \ell + \pi \phi_k), \qquad
-  a_k = \frac{1}{2 k^2}, \quad A_k, \phi_k \sim U(-1, 1), \quad \ell = 2
+$$
+(1 + 0.1 w^2) \sum_{k=1}^{20} a_k A_k \cos(2 \pi k w / \ell + \pi \phi_k), \qquad
+a_k = \frac{1}{2 k^2}, \quad A_k, \phi_k \sim U(-1, 1), \quad \ell = 2
+$$
 
 whose variance is $(1 + 0.1 w^2)^2 \sum_k a_k^2 / 6$.
 

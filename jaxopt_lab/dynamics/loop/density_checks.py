@@ -1,6 +1,6 @@
 r"""The theorems about the canonical family of densities as executable checks.
 
-Each check evaluates both sides of a statement about :math:`D f(x) = \psi^n f(\psi x)` by quadrature
+Each check evaluates both sides of a statement about $D f(x) = \psi^n f(\psi x)$ by quadrature
 in float64 and returns numbers: errors of equalities, and margins of inequalities, which are
 negative where the inequality fails.
 
@@ -74,7 +74,7 @@ class AutonomyCheck(NamedTuple):
 def check_transformation(
     density: Density, psi: float, *, support: tuple[float, float], dimension: int = 1
 ) -> TransformationCheck:
-    r"""Theorem on transformations: :math:`\int Df = 1`, :math:`Df \ge 0`, the inverse is 1/ψ.
+    r"""Theorem on transformations: $\int Df = 1$, $Df \ge 0$, the inverse is 1/ψ.
 
     Args:
       density: f, a density.
@@ -111,14 +111,14 @@ def check_limit_set(
 ) -> LimitSetCheck:
     r"""Theorem on the limit set: the integrals of f_t φ go to φ(0) for ψ → ∞, to 0 for ψ → 0.
 
-    The test function is :math:`\phi(x) = e^{1 - 1/(1 - |x|^2)}` on the unit ball, φ(0) = 1. It
+    The test function is $\phi(x) = e^{1 - 1/(1 - |x|^2)}$ on the unit ball, φ(0) = 1. It
     cannot see mass that leaves every bounded set: that is the "zero distribution".
 
     Args:
       density: f_0.
       psi: ψ_t for every t.
       support: Ends of the cube outside which f_0 is negligible.
-      envelope: g with :math:`f_t(x) \le \psi^n |g(\psi x)|`; f_0 by default.
+      envelope: g with $f_t(x) \le \psi^n |g(\psi x)|$; f_0 by default.
       dimension: n.
 
     >>> from jaxopt_lab.dynamics.loop.density_family import normal_density
@@ -163,11 +163,13 @@ def check_moments(
 ) -> MomentsCheck:
     r"""Lemma on moments, in one dimension.
 
-    Equality :math:`\nu_k^t = \psi^{-k}\nu_k^0` for odd and even k; the bound
-    :math:`\nu_{2k}^t \le \psi^{-2k}\int y^{2k}|g|` under an envelope g; and for ψ > 1, with
-    :math:`1/p' + 1/q = 1`,
+    Equality $\nu_k^t = \psi^{-k}\nu_k^0$ for odd and even k; the bound
+    $\nu_{2k}^t \le \psi^{-2k}\int y^{2k}|g|$ under an envelope g; and for ψ > 1, with
+    $1/p' + 1/q = 1$,
 
-    .. math:: \sum_k |\nu_k^t| \le (\psi^{p'} - 1)^{-1/p'}\,\lVert\nu^0\rVert_q
+    $$
+    \sum_k |\nu_k^t| \le (\psi^{p'} - 1)^{-1/p'}\,\lVert\nu^0\rVert_q
+    $$
 
     (factor 1/ψ for q = 1). Sum and norm run over the same finite number of orders, for which
     the inequality holds just as well.
@@ -221,7 +223,7 @@ def check_norms(
     half_width: float = 1.0,
     dimension: int = 1,
 ) -> NormsCheck:
-    r"""Lemma on norms: :math:`\lVert D\rVert_q \ge \int_A D f_A` with f_A uniform on A.
+    r"""Lemma on norms: $\lVert D\rVert_q \ge \int_A D f_A$ with f_A uniform on A.
 
     D contracts no L_q norm, q > 1, as long as some uniform density keeps its mass inside its
     support: a positive loop shrinks moments and *grows* L_q norms.

@@ -2,7 +2,9 @@ r"""The canonical family of densities of repeated learning.
 
 The density of the residuals moves under scaling operators,
 
-.. math:: D_{1..t} f(x) = \psi_t^n f(\psi_t x), \qquad \psi_t > 0,
+$$
+D_{1..t} f(x) = \psi_t^n f(\psi_t x), \qquad \psi_t > 0,
+$$
 
 which says that a residual e becomes e/ψ_t. The theorems about it are in `density_checks`.
 
@@ -92,7 +94,7 @@ def values_at(function: Density, points: np.ndarray) -> np.ndarray:
 
 
 def scale_density(density: Density, psi: float, *, dimension: int = 1) -> Density:
-    r"""The operator: :math:`D f(x) = \psi^n f(\psi x)`. Its inverse is the same with 1/ψ.
+    r"""The operator: $D f(x) = \psi^n f(\psi x)$. Its inverse is the same with 1/ψ.
 
     Args:
       density: f.
@@ -112,7 +114,7 @@ def scale_density(density: Density, psi: float, *, dimension: int = 1) -> Densit
 
 
 def psi_from_center(center: ArrayLike, initial: ArrayLike, *, dimension: int = 1) -> np.ndarray:
-    r"""ψ_t from densities at zero, :math:`(f_t(0)/f_0(0))^{1/n}`.
+    r"""ψ_t from densities at zero, $(f_t(0)/f_0(0))^{1/n}$.
 
     >>> float(psi_from_center(8.0, 2.0, dimension=2))
     2.0
@@ -121,7 +123,7 @@ def psi_from_center(center: ArrayLike, initial: ArrayLike, *, dimension: int = 1
 
 
 def scaled_mass(distribution: Density, psi: float, kappa: float) -> float:
-    r"""Mass in [-κ, κ] after scaling: :math:`F_0(\kappa\psi) - F_0(-\kappa\psi)`.
+    r"""Mass in [-κ, κ] after scaling: $F_0(\kappa\psi) - F_0(-\kappa\psi)$.
 
     Args:
       distribution: F_0, the cumulative distribution function of the start.
@@ -137,7 +139,7 @@ def scaled_mass(distribution: Density, psi: float, kappa: float) -> float:
 
 
 def scaled_moment(moment: ArrayLike, psi: ArrayLike, order: ArrayLike) -> np.ndarray:
-    r"""Moment of order k after scaling, :math:`\psi^{-k}\nu_k`, odd orders too.
+    r"""Moment of order k after scaling, $\psi^{-k}\nu_k$, odd orders too.
 
     >>> float(scaled_moment(1.0, 2.0, 3))
     0.125
@@ -146,7 +148,7 @@ def scaled_moment(moment: ArrayLike, psi: ArrayLike, order: ArrayLike) -> np.nda
 
 
 def scaled_norm(norm: ArrayLike, psi: ArrayLike, q: ArrayLike, *, dimension: int = 1) -> np.ndarray:
-    r"""L_q norm after scaling, :math:`\psi^{n(1-1/q)}\lVert f\rVert_q`; q may be infinite.
+    r"""L_q norm after scaling, $\psi^{n(1-1/q)}\lVert f\rVert_q$; q may be infinite.
 
     >>> float(scaled_norm(1.0, 4.0, 2.0))
     2.0

@@ -2,11 +2,11 @@ r"""Mean-field closed forms of the repeated-learning loop.
 
 The estimation error of the regressor is neglected (its relative size is (d + 1) / n_train). What
 remains are linear equations for the scale of the residuals of the active set. With
-:math:`c = \sqrt{2/\pi}`, the mean absolute value of a standard normal, the label that replaces an
-item has residual scale :math:`g\,x`, where
+$c = \sqrt{2/\pi}$, the mean absolute value of a standard normal, the label that replaces an
+item has residual scale $g\,x$, where
 
-- under the rule "mae" x is the mean absolute residual and the gain is :math:`g = s c`,
-- under the rule "var" x is the variance of the residuals and the gain is :math:`g = s`.
+- under the rule "mae" x is the mean absolute residual and the gain is $g = s c$,
+- under the rule "var" x is the variance of the residuals and the gain is $g = s$.
 
 The loop is that of Veprikov, Afanasiev, Khritankov, "A Mathematical Model of the Hidden Feedback
 Loop Effect in Machine Learning Systems", arXiv 2405.02726; the closed forms are derived here, the
@@ -59,9 +59,9 @@ def critical_adherence(
 ) -> float:
     r"""The adherence s* at which the scale of the residuals changes its direction.
 
-    Growth means that the scale ends above its start: :math:`g = 1`, in both set-ups and whatever
-    the usage, that is :math:`\sqrt{\pi/2}` under "mae" and 1 under "var". Divergence means that no
-    stationary scale exists: the same in the sampling set-up, :math:`p g = 1` in the window, because
+    Growth means that the scale ends above its start: $g = 1$, in both set-ups and whatever
+    the usage, that is $\sqrt{\pi/2}$ under "mae" and 1 under "var". Divergence means that no
+    stationary scale exists: the same in the sampling set-up, $p g = 1$ in the window, because
     fresh labels keep coming.
 
     Args:
@@ -99,20 +99,22 @@ def sampling_scale(
 ) -> ResidualScale:
     r"""Scale of the residuals in the sampling set-up.
 
-    Every item is relabelled at rate one in :math:`\tau = p t / N`. Under "mae", with
-    :math:`a = s c - 1`,
+    Every item is relabelled at rate one in $\tau = p t / N$. Under "mae", with
+    $a = s c - 1$,
 
-    .. math::
-      m(\tau) = m_0 e^{a\tau},\qquad
-      V(\tau) = e^{-\tau}\Big[V_0 + s^2 m_0^2 \frac{e^{(2a+1)\tau} - 1}{2a + 1}\Big],
+    $$
+    m(\tau) = m_0 e^{a\tau},\qquad
+    V(\tau) = e^{-\tau}\Big[V_0 + s^2 m_0^2 \frac{e^{(2a+1)\tau} - 1}{2a + 1}\Big],
+    $$
 
-    and under "var", with :math:`b = (s + 1)/2`,
+    and under "var", with $b = (s + 1)/2$,
 
-    .. math::
-      V(\tau) = V_0 e^{(s-1)\tau},\qquad
-      m(\tau) = e^{-\tau}\Big[m_0 + c\sqrt{s V_0}\,\frac{e^{b\tau} - 1}{b}\Big].
+    $$
+    V(\tau) = V_0 e^{(s-1)\tau},\qquad
+    m(\tau) = e^{-\tau}\Big[m_0 + c\sqrt{s V_0}\,\frac{e^{b\tau} - 1}{b}\Big].
+    $$
 
-    The quotients are evaluated so that they keep their limit :math:`\tau` at a zero denominator.
+    The quotients are evaluated so that they keep their limit $\tau$ at a zero denominator.
 
     Args:
       tau: Relabelled fraction p t / N, any shape.
@@ -149,10 +151,10 @@ def sampling_slope(
 ) -> Float[Array, "..."]:
     r"""Slope of ln f_t(0) per step in the sampling set-up, for large t and s > s*.
 
-    It is minus the growth rate of the scale: :math:`-p(sc - 1)/N` under "mae", and
-    :math:`-p(s - 1)/(2N)` under "var". It speaks of a density estimate whose resolution follows the
+    It is minus the growth rate of the scale: $-p(sc - 1)/N$ under "mae", and
+    $-p(s - 1)/(2N)$ under "var". It speaks of a density estimate whose resolution follows the
     spread of the residuals, as the histogram of the paper does: the exact density at zero of the
-    mixture cannot fall faster than :math:`e^{-pt/N}`, the fraction of labels never touched.
+    mixture cannot fall faster than $e^{-pt/N}$, the fraction of labels never touched.
 
     >>> round(float(sampling_slope(usage=1.0, adherence=3.0, items=2000, rule="mae")) * 1e4, 2)
     -6.97
@@ -167,7 +169,7 @@ def obedient_mass(
     r"""Mass of the residuals in [-κ, κ] under exact obedience, s = 0.
 
     A replaced label has no residual, so only the others can lie outside:
-    :math:`1 - (1 - F_0)(1 - p\min(t/W, 1))` in the window, :math:`1 - (1 - F_0)e^{-pt/N}` in the
+    $1 - (1 - F_0)(1 - p\min(t/W, 1))$ in the window, $1 - (1 - F_0)e^{-pt/N}$ in the
     sampling set-up. Accurate while the error of the fit is small against κ.
 
     Args:
@@ -227,7 +229,7 @@ def relative_deviation(
 
     Under "var" the same as `relative_scale`. Under "mae", with normal residuals at the start, the
     variance is that of :func:`sampling_scale`, or in the window the mean of the variances
-    :math:`(1-p)V_0 + p s^2 m(u)^2` of the labels of the last W steps.
+    $(1-p)V_0 + p s^2 m(u)^2$ of the labels of the last W steps.
 
     Args:
       steps: Number of steps.

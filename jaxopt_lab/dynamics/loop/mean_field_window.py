@@ -24,13 +24,15 @@ def window_scale(
 ) -> Float[Array, "times ..."]:
     r"""Scale of the residuals in the sliding window after 0, 1, ..., `steps` steps.
 
-    A label that enters at time u has scale :math:`L(u) = (1-p)x_0 + p g x(u)`, and
-    :math:`L(u) = x_0` for u < 0. Per step,
+    A label that enters at time u has scale $L(u) = (1-p)x_0 + p g x(u)$, and
+    $L(u) = x_0$ for u < 0. Per step,
 
-    .. math:: x(t+1) = x(t) + \frac{L(t) - L(t-W)}{W};
+    $$
+    x(t+1) = x(t) + \frac{L(t) - L(t-W)}{W};
+    $$
 
-    in continuous time :math:`x(t) = W^{-1}\int_{t-W}^{t} L`, whose delay equation is integrated by
-    the trapezoidal rule over steps of one (error about :math:`p g t/W\,(pg/W)^2/12`).
+    in continuous time $x(t) = W^{-1}\int_{t-W}^{t} L$, whose delay equation is integrated by
+    the trapezoidal rule over steps of one (error about $p g t/W\,(pg/W)^2/12$).
 
     Args:
       steps: Number of steps.
@@ -88,8 +90,8 @@ def window_first_pass(
 ) -> Float[Array, "..."]:
     r"""The integral form in closed form while the first labels are being replaced, t <= W.
 
-    From :math:`x' = (p/W)(g x - x_0)`:
-    :math:`x(t) = x_0\big[1 + (g-1)\frac{p}{W}\,\frac{e^{kt}-1}{k}\big]` with :math:`k = pg/W`.
+    From $x' = (p/W)(g x - x_0)$:
+    $x(t) = x_0\big[1 + (g-1)\frac{p}{W}\,\frac{e^{kt}-1}{k}\big]$ with $k = pg/W$.
 
     >>> round(float(window_first_pass(600, window=600, usage=1.0, gain=0.0)), 6)
     0.0
@@ -102,7 +104,7 @@ def window_first_pass(
 def window_stationary(
     *, usage: ArrayLike, gain: ArrayLike, start: ArrayLike = 1.0
 ) -> Float[Array, "..."]:
-    r"""Stationary scale :math:`(1-p)x_0/(1-pg)` of the window; infinite where :math:`pg\ge 1`.
+    r"""Stationary scale $(1-p)x_0/(1-pg)$ of the window; infinite where $pg\ge 1$.
 
     At p = g = 1 labels come back at the scale they had, and the start is the answer.
 
@@ -121,8 +123,8 @@ def window_growth_rate(
 ) -> Float[Array, "..."]:
     r"""Growth rate γ per step of the window far from its start.
 
-    The rate of :math:`x \propto e^{\gamma t}` solves :math:`\gamma W = G(1 - e^{-\gamma W})` with
-    :math:`G = p g`: positive above G = 1, negative below (decay to the stationary value), zero at
+    The rate of $x \propto e^{\gamma t}$ solves $\gamma W = G(1 - e^{-\gamma W})$ with
+    $G = p g$: positive above G = 1, negative below (decay to the stationary value), zero at
     it, and minus infinity at G = 0, where the first pass ends the transient.
 
     >>> round(float(window_growth_rate(gain=2.0, window=1)), 5)

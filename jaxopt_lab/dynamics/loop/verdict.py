@@ -2,7 +2,9 @@ r"""What a repeated-learning loop does to the residuals, from records over seeds
 
 The decision rule. For each seed let
 
-.. math:: G = \ln\frac{\mathrm{dev}_\mathrm{end}}{\mathrm{dev}_\mathrm{start}},
+$$
+G = \ln\frac{\mathrm{dev}_\mathrm{end}}{\mathrm{dev}_\mathrm{start}},
+$$
 
 where dev is the standard deviation of the residuals, its start that of the first fit and its end
 the geometric mean over the last twentieth of the records (at least one). With the two-sided t

@@ -12,7 +12,13 @@ from jaxopt_lab.core.orthogonalization import Orthogonalizer
 from jaxopt_lab.optim.kronecker.tensors import scale_by_tensor_soap
 from jaxopt_lab.optim.kronecker.transform import MAX_PRECOND_DIM, preconditioned_sides
 from jaxopt_lab.optim.options import Routing
-from jaxopt_lab.optim.routing import FALLBACK_LABEL, MatrixAxesSpec, Route, route
+from jaxopt_lab.optim.routing import (
+    FALLBACK_LABEL,
+    MatrixAxesSpec,
+    Route,
+    checks_leaves,
+    route,
+)
 
 Uncovered = Literal["adamw", "error", "modes"]
 
@@ -82,7 +88,8 @@ def on_whole_model(
         label, max_precond_dim, merge_dims, precondition_1d, matrix_axes, on_uncovered,
         vocabulary_size,
     )  # fmt: skip
-    return optax.chain(optax.partition(rules, labels), optax.scale_by_learning_rate(learning_rate))
+    tx = optax.chain(optax.partition(rules, labels), optax.scale_by_learning_rate(learning_rate))
+    return checks_leaves(tx, matrix_axes, Routing(vocabulary_size or 10_000, on_uncovered))  # pyright: ignore
 
 
 def _labels(
