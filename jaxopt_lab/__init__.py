@@ -17,7 +17,6 @@ from jaxopt_lab.optim import (
     d_muon,
     describe,
     dykaf,
-    dykaf_official,
     legacy_sign_muon,
     lion_muon,
     muon,
@@ -36,6 +35,7 @@ from jaxopt_lab.optim import (
     state_shardings,
     track_params_ema,
 )
+from jaxopt_lab.parity.dykaf import dykaf_official
 from jaxopt_lab.schedules import adaptive_warmup
 
 __all__ = [

@@ -13,6 +13,7 @@ from jaxopt_lab.optim.kronecker.dykaf import dykaf
 from jaxopt_lab.optim.kronecker.shampoo import shampoo
 from jaxopt_lab.optim.kronecker.soap import soap
 from jaxopt_lab.optim.lion_muon.transform import lion_muon
+from jaxopt_lab.optim.options import Eigenbasis, MeshWork
 from jaxopt_lab.schedules.adaptive_warmup import adaptive_warmup
 
 # The rate changes nothing about the time of a step; a small one keeps the numbers ordinary.
@@ -135,13 +136,17 @@ def _kronecker(name: str, family: str, frequency: int, stagger: bool) -> Method:
     factory, products = _KRONECKER_METHODS[family]
 
     def build(axes: Any, param_shardings: Any = None) -> optax.GradientTransformation:
+        numbers = {"precondition_frequency": frequency, "weight_decay": _DECAY}
+        if family == "shampoo":
+            return shampoo(
+                _RATE, **numbers, stagger=stagger, matrix_axes=axes, param_shardings=param_shardings
+            )
         return factory(
             _RATE,
-            precondition_frequency=frequency,
-            stagger=stagger,
-            weight_decay=_DECAY,
+            **numbers,
             matrix_axes=axes,
-            param_shardings=param_shardings,
+            eigenbasis=Eigenbasis(stagger=stagger),
+            mesh=MeshWork(param_shardings),
         )
 
     def period_flops(params: Any, axes: Any) -> float:

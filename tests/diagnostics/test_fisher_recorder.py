@@ -67,7 +67,8 @@ def any_state(shape, *, one_sided=False, rank_one=False):
 def test_all_gradients_of_a_small_layer():
     grads = {"w": gradients(6, (M, N)), "b": gradients(6, (N,))}
     recorder = FisherErrors(6, window=None, decay=DECAY)
-    tx = jol.dykaf(0.0, b2=DECAY, precondition_frequency=2, orthogonalizer="householder")
+    basis = jol.Eigenbasis(orthogonalizer="householder")
+    tx = jol.dykaf(0.0, b2=DECAY, precondition_frequency=2, eigenbasis=basis)
     params = jax.tree.map(lambda g: jnp.zeros(g.shape[1:]), grads)
     records, state = run(recorder, grads, tx.init(params), tx)
     assert all(records[step] == {} for step in range(1, 6))
