@@ -14,10 +14,11 @@ from jaxopt_lab.optim import (
     MeshWork,
     NewtonSchulz,
     Routing,
+    branch_rate,
     d_muon,
     describe,
     dykaf,
-    legacy_sign_muon,
+    flax_matrix_axes,
     lion_muon,
     muon,
     normalized_sgd,
@@ -28,6 +29,7 @@ from jaxopt_lab.optim import (
     scale_by_normalized_heavy_ball,
     scale_by_shampoo,
     scale_by_soap,
+    scale_by_stable_rank,
     shampoo,
     sign_muon,
     signum,
@@ -36,6 +38,7 @@ from jaxopt_lab.optim import (
     track_params_ema,
 )
 from jaxopt_lab.parity.dykaf import dykaf_official
+from jaxopt_lab.parity.lion_muon import legacy_sign_muon
 from jaxopt_lab.schedules import adaptive_warmup
 
 __all__ = [
@@ -47,12 +50,14 @@ __all__ = [
     "NewtonSchulz",
     "Routing",
     "adaptive_warmup",
+    "branch_rate",
     "d_muon",
     "describe",
     "diagnostics",
     "dynamics",
     "dykaf",
     "dykaf_official",
+    "flax_matrix_axes",
     "legacy_sign_muon",
     "lion_muon",
     "muon",
@@ -63,6 +68,7 @@ __all__ = [
     "scale_by_lion_muon",
     "scale_by_normalized_heavy_ball",
     "scale_by_soap",
+    "scale_by_stable_rank",
     "scale_by_shampoo",
     "schedules",
     "shampoo",

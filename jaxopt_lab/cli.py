@@ -1,6 +1,6 @@
 """`jaxopt-lab VERB`: every verb is one call into the library.
 
-Rooms are imported by the verb that needs them, so that `--help` answers at once.
+Packages are imported by the verb that needs them, so that `--help` answers at once.
 """
 
 import argparse
@@ -266,7 +266,7 @@ def _overview() -> str:
 
 
 def _is_ours(error: Exception) -> bool:
-    # If the training room was never imported, nobody can have raised one of its errors.
+    # If the training package was never imported, nobody can have raised one of its errors.
     errors: Any = sys.modules.get("jaxopt_lab.train.errors")
     if errors is None:
         return False

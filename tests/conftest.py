@@ -1,4 +1,8 @@
-"""Shared test set-up: eight CPU devices, shape annotations enforced, reproducible examples."""
+"""Shared test set-up: eight CPU devices, shape annotations enforced, reproducible examples.
+
+Programs are released after each module, and within one that compiles very many; a worker that holds
+too many fails the run.
+"""
 
 import os
 
@@ -13,13 +17,55 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # start inherit it; "0" and XLA_FLAGS of one's own compile as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-import hypothesis
 import jaxtyping
+import pytest
+
+from tests import examples, programs
 
 # Annotations of `core`, array shapes included, are enforced while the tests run.
 jaxtyping.install_import_hook("jaxopt_lab.core", "beartype.beartype")
 
-hypothesis.settings.register_profile(
-    "ci", deadline=None, derandomize=True, max_examples=25, print_blob=True
-)
-hypothesis.settings.load_profile("ci")
+examples.register_profiles()
+
+_RECORDS = pytest.StashKey[dict[str, programs.Record]]()
+
+
+def pytest_configure(config):
+    config.stash[_RECORDS] = {"this process": programs.Record()}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    # Outside of all fixtures, so that what they hold is gone.
+    outcome = yield
+    record = item.config.stash[_RECORDS]["this process"]
+    try:
+        record.measure(item.nodeid)
+    finally:
+        last = nextitem is None or nextitem.path != item.path
+        if last or programs.memory_maps() > record.limit // 2:
+            programs.release()
+    return outcome
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        record = session.config.stash[_RECORDS]["this process"]
+        session.config.workeroutput["programs"] = vars(record)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    if found := getattr(node, "workeroutput", {}).get("programs"):
+        record = programs.Record()
+        vars(record).update(found)
+        node.config.stash[_RECORDS][node.gateway.id] = record
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for name, record in config.stash[_RECORDS].items():
+        if record.maps_after:
+            terminalreporter.write_line(
+                f"{name}: at most {record.maps} memory maps of {record.limit} (after "
+                f"{record.maps_after}), {record.threads} threads (after {record.threads_after})"
+            )

@@ -140,16 +140,18 @@ def _is_layout(node: Any) -> bool:
 
 
 def _muon(matrix_axes: Any) -> optax.GradientTransformation:
-    return jol.scale_by_lion_muon(
-        period=1, b1=0.9, b2=0.9, weight_decay=WEIGHT_DECAY, matrix_axes=matrix_axes
+    return optax.chain(
+        jol.scale_by_lion_muon(period=1, b1=0.9, b2=0.9, matrix_axes=matrix_axes),
+        optax.add_decayed_weights(WEIGHT_DECAY),
     )
 
 
 def _lion_muon(matrix_axes: Any) -> optax.GradientTransformation:
-    return jol.scale_by_lion_muon(
-        period=2, b1=0.9, b2=0.99, sign_rate=SIGN_RATIO, weight_decay=WEIGHT_DECAY,
-        matrix_axes=matrix_axes,
-    )  # fmt: skip
+    return optax.chain(
+        jol.scale_by_lion_muon(period=2, b1=0.9, b2=0.99, matrix_axes=matrix_axes),
+        optax.add_decayed_weights(WEIGHT_DECAY),
+        optax.scale_by_schedule(jol.branch_rate(2, 1.0, SIGN_RATIO)),
+    )
 
 
 def _lion(matrix_axes: Any) -> optax.GradientTransformation:

@@ -49,23 +49,20 @@ class Method:
             nowhere = jax.tree.map(lambda _: None, matrix_axes, is_leaf=_is_layout)
             tx = jol.lion_muon(
                 follow(adam_rate),
-                adam_b1=ADAM_B1,
-                adam_b2=ADAM_B2,
                 weight_decay=WEIGHT_DECAY,
                 matrix_axes=nowhere,
+                fallback=jol.AdamW(b1=ADAM_B1, b2=ADAM_B2),
             )
         else:
             tx = jol.lion_muon(
                 follow(spectral_rate),
                 sign_learning_rate=follow(sign_rate),
-                adam_learning_rate=follow(adam_rate),
                 period=self.period,
                 b2=self.b2,
-                ns_steps=NS_STEPS,
-                adam_b1=ADAM_B1,
-                adam_b2=ADAM_B2,
                 weight_decay=WEIGHT_DECAY,
                 matrix_axes=matrix_axes,
+                newton_schulz=jol.NewtonSchulz(steps=NS_STEPS),
+                fallback=jol.AdamW(learning_rate=follow(adam_rate), b1=ADAM_B1, b2=ADAM_B2),
             )
         return optax.chain(optax.clip_by_global_norm(CLIP), tx)
 

@@ -12,8 +12,8 @@ from jaxopt_lab.core.flops import refresh_flops, rotation_flops, spectral_step_f
 from jaxopt_lab.optim.kronecker.dykaf import dykaf
 from jaxopt_lab.optim.kronecker.shampoo import shampoo
 from jaxopt_lab.optim.kronecker.soap import soap
-from jaxopt_lab.optim.lion_muon.transform import lion_muon
-from jaxopt_lab.optim.options import Eigenbasis, MeshWork
+from jaxopt_lab.optim.lion_muon.lion_muon import lion_muon
+from jaxopt_lab.optim.options import Eigenbasis, InverseRoot, MeshWork, NewtonSchulz
 from jaxopt_lab.schedules.adaptive_warmup import adaptive_warmup
 
 # The rate changes nothing about the time of a step; a small one keeps the numbers ordinary.
@@ -94,10 +94,10 @@ def _lion_muon(name: str, given: str, adaptive: bool) -> Method:
         tx = lion_muon(
             _RATE,
             period=period,
-            ns_steps=_NS_STEPS,
             weight_decay=_DECAY,
             matrix_axes=axes,
-            param_shardings=param_shardings,
+            newton_schulz=NewtonSchulz(steps=_NS_STEPS),
+            mesh=MeshWork(param_shardings),
         )
         return _with_warmup(tx, axes) if adaptive else tx
 
@@ -136,14 +136,19 @@ def _kronecker(name: str, family: str, frequency: int, stagger: bool) -> Method:
     factory, products = _KRONECKER_METHODS[family]
 
     def build(axes: Any, param_shardings: Any = None) -> optax.GradientTransformation:
-        numbers = {"precondition_frequency": frequency, "weight_decay": _DECAY}
         if family == "shampoo":
             return shampoo(
-                _RATE, **numbers, stagger=stagger, matrix_axes=axes, param_shardings=param_shardings
+                _RATE,
+                precondition_frequency=frequency,
+                weight_decay=_DECAY,
+                matrix_axes=axes,
+                inverse_root=InverseRoot(stagger=stagger),
+                mesh=MeshWork(param_shardings),
             )
         return factory(
             _RATE,
-            **numbers,
+            precondition_frequency=frequency,
+            weight_decay=_DECAY,
             matrix_axes=axes,
             eigenbasis=Eigenbasis(stagger=stagger),
             mesh=MeshWork(param_shardings),

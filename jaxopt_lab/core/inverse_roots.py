@@ -101,7 +101,7 @@ def _by_eigh(x: Array, exponent: ArrayLike, eps: Array, relative: bool, precisio
 
 def _by_newton(x: Array, exponent, eps: Array, relative: bool, precision: PrecisionName) -> Array:
     q = round(1 / exponent)
-    identity = jnp.eye(x.shape[-1], dtype=x.dtype)
+    identity = _identity_like(x)
     scaled, scale = _unit_norm(x, 0 * eps if relative else eps)
     lower, upper = _largest_eigenvalue(scaled, precision)
     ridge = eps * lower if relative else eps / scale
@@ -150,6 +150,10 @@ def _largest_eigenvalue(x: Array, precision: PrecisionName) -> tuple[Array, Arra
     return lower, jnp.maximum(upper, lower)
 
 
+def _identity_like(x: Array) -> Array:
+    return jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
+
+
 def _square(x: Array, precision: PrecisionName) -> Array:
     return matmul(x, x, precision)
 
@@ -159,8 +163,7 @@ def _coupled_newton(m: Array, smallest: Array, q: int, precision: PrecisionName)
 
     With the map $f(\mu) = \mu ((q + 1 - \mu) / q)^q$, whose maximum is $f(1) = 1$, iterate
 
-    .. math::
-      T = ((q + 1) I - c M) / q, \qquad X \leftarrow c^{1/q} X T, \qquad M \leftarrow T^q c M
+    $$T = ((q + 1) I - c M) / q, \qquad X \leftarrow c^{1/q} X T, \qquad M \leftarrow T^q c M$$
 
     until $M = I$. The scale $c$ would best send the smallest eigenvalue $l$ and the largest, 1, to
     one value, $c = (q + 1) (1 - l^{1/q}) / (1 - l^{1 + 1/q})$; a limit on it keeps the largest ones
@@ -170,7 +173,7 @@ def _coupled_newton(m: Array, smallest: Array, q: int, precision: PrecisionName)
     when it got worse, in which case the iterate before is kept.
     """
     n = m.shape[-1]
-    identity = jnp.eye(n, dtype=m.dtype)
+    identity = _identity_like(m)
     tolerance = jnp.finfo(m.dtype).eps * math.sqrt(n)
 
     def error_of(m: Array) -> Array:
@@ -207,9 +210,8 @@ def _coupled_newton(m: Array, smallest: Array, q: int, precision: PrecisionName)
         return (carry[0] < _NEWTON_ITERATIONS) & jnp.any(carry[-1])
 
     error = error_of(m)
-    root = jnp.broadcast_to(identity, m.shape)
     active = jnp.isfinite(error) & (error > tolerance)
-    return lax.while_loop(unfinished, body, (0, m, root, smallest, error, active))[2]
+    return lax.while_loop(unfinished, body, (0, m, identity, smallest, error, active))[2]
 
 
 def _newton_scale(smallest: Array, q: int) -> Array:

@@ -4,13 +4,14 @@ Each step applies an odd polynomial to the singular values,
 $X \leftarrow a X + (b A + c A^2) X$ with $A = X X^\top$.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from jaxopt_lab.core.numerics import frobenius_unit, wide_dtype
 
 
 class Coefficients(NamedTuple):
@@ -48,8 +49,9 @@ COEFFICIENTS: dict[str, Coefficients] = {
         ),
         1.01,
     ),
-    # Ahn et al., "Dion", arXiv 2504.05295, as released in microsoft/dion and in Optax.
-    "dion": Coefficients(
+    # Jiacheng You, https://x.com/YouJiacheng/status/1905861218138804534 (29 March 2025): five
+    # polynomials tuned together. Optax calls them "dion", other libraries "quintic".
+    "you_jiacheng": Coefficients(
         (
             (4.0848, -6.8946, 2.9270),
             (3.9505, -6.3029, 2.6377),
@@ -68,10 +70,11 @@ def newton_schulz(
     steps: int = 5,
     coefficients: str = "quintic",
     compute_dtype: DTypeLike | None = None,
-    eps: float = 1e-7,
-    round_every_op: bool = False,
+    eps: float = 0.0,
 ) -> Float[Array, "*batch m n"]:
-    r"""Approximate the polar factor $U V^\top$ of $X = U S V^\top$.
+    r"""Approximate the polar factor $U V^\top$ of $X = U S V^\top$, whatever the scale of $X$.
+
+    A zero matrix stays zero; one with an entry that is not finite becomes NaN.
 
     Args:
       x: Matrices; leading axes are batch.
@@ -79,10 +82,8 @@ def newton_schulz(
       coefficients: A name in `COEFFICIENTS`.
       compute_dtype: Dtype of the iterates and of the result; None keeps that of `x`. Products
         accumulate in float32 (or wider) whatever this is.
-      eps: Added to the Frobenius norm before dividing; an all-zero matrix stays zero.
-      round_every_op: Round to bfloat16 after every elementary operation, as PyTorch does for the
-        released bfloat16 implementations, which this then reproduces bit for bit. Slower, and
-        coarser than the default, which rounds once a product.
+      eps: Added to the Frobenius norm before dividing. Released codes take 1e-7, which shortens the
+        update of a matrix whose norm is not much larger.
 
     Returns:
       Matrices of the shape of `x` in `compute_dtype`.
@@ -99,10 +100,14 @@ def newton_schulz(
     # The iteration commutes with transposition; the Gram matrix of the short side is the cheap one.
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    if round_every_op:
-        y = _iterate_rounded(x, polynomials, table.norm_factor, eps).astype(dtype)
-    else:
-        y = _iterate(x.astype(dtype), polynomials, table.norm_factor, eps)
+    wide = wide_dtype(jnp.zeros((), dtype))
+    y = frobenius_unit(x.astype(dtype).astype(wide), (-2, -1), factor=table.norm_factor, eps=eps)
+    y = y.astype(dtype)
+    for a, b, c in polynomials:
+        gram = _matmul(y, y.mT)
+        square = _matmul(gram, gram)
+        inner = (b * gram.astype(wide) + c * square.astype(wide)).astype(dtype)
+        y = (a * y.astype(wide) + _matmul(inner, y).astype(wide)).astype(dtype)
     return y.mT if tall else y
 
 
@@ -119,29 +124,3 @@ def newton_schulz_flops(m: int, n: int, steps: int) -> int:
 def _matmul(x: Array, y: Array) -> Array:
     # HIGHEST: without it float32 products run in TF32 on a GPU. It does not affect bfloat16.
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
-
-
-def _iterate(x: Array, polynomials, norm_factor: float, eps: float) -> Array:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    norm = jnp.sqrt(jnp.sum(jnp.square(x.astype(wide)), axis=(-2, -1), keepdims=True))
-    x = (x.astype(wide) / (norm_factor * norm + eps)).astype(x.dtype)
-    for a, b, c in polynomials:
-        gram = _matmul(x, x.mT)
-        square = _matmul(gram, gram)
-        inner = (b * gram.astype(wide) + c * square.astype(wide)).astype(x.dtype)
-        x = (a * x.astype(wide) + _matmul(inner, x).astype(wide)).astype(x.dtype)
-    return x
-
-
-def _iterate_rounded(x: Array, polynomials, norm_factor: float, eps: float) -> Array:
-    # bfloat16 values carried in float32: reduce_precision is the one rounding that XLA may not
-    # optimise away, and float32 products of bfloat16 values are exact before they are summed.
-    rounded = functools.partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
-    x = rounded(x.astype(jnp.float32))
-    norm = rounded(jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True)))
-    x = rounded(x / rounded(norm_factor * norm + eps))
-    for a, b, c in polynomials:
-        gram = rounded(_matmul(x, x.mT))
-        inner = rounded(rounded(b * gram) + rounded(_matmul(rounded(c * gram), gram)))
-        x = rounded(rounded(a * x) + rounded(_matmul(inner, x)))
-    return x

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 Scalar = int | float | jax.Array
@@ -38,12 +39,31 @@ def scale_to_unit(x: Array, axes: Sequence[int] | int) -> Array:
     Squares of the result neither overflow nor vanish, and multiplying by a power of two rounds
     nothing. Zeros and what is not finite stay as they are.
     """
-    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+    # The power is piecewise constant: no derivative passes through it.
+    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0))
     usable = (largest > 0) & jnp.isfinite(largest)
     exponent = jnp.where(usable, jnp.frexp(jnp.where(usable, largest, 1))[1] - 1, 0)
     # In two halves: 2**-exponent itself may overflow where x is subnormal.
-    half = exponent // 2
-    return jnp.ldexp(jnp.ldexp(x, -half), half - exponent)
+    half, one = exponent // 2, jnp.ones_like(largest)
+    return x * jnp.ldexp(one, -half) * jnp.ldexp(one, half - exponent)
+
+
+def frobenius_unit(
+    x: Array, axes: Sequence[int] | int, *, factor: float = 1.0, eps: float = 0.0
+) -> Array:
+    r"""$X / (f \lVert X \rVert_F)$, whatever the scale of $X$; zero stays zero, NaN spreads.
+
+    Args:
+      x: Arrays whose entries along `axes` belong together.
+      axes: The axes of the norm.
+      factor: $f$.
+      eps: Added to the denominator, as released codes do: the result then depends on the scale.
+    """
+    if eps:
+        return x / (factor * frobenius_norm(x, axes) + eps)
+    x = scale_to_unit(x, axes)
+    square = jnp.sum(jnp.square(x), axis=axes, keepdims=True)
+    return x / (factor * jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
 def one_minus_power(b: Scalar, t: Array) -> Array:

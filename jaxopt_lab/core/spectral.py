@@ -9,6 +9,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxopt_lab.core.numerics import frobenius_unit, safe_divide, scale_to_unit
 from jaxopt_lab.core.orthogonalization import Orthogonalizer, orthonormal
 from jaxopt_lab.core.precision import ProductPrecision, matmul
 
@@ -28,42 +29,45 @@ def power_iteration(
     start: Float[Array, "*batch n"],
     *,
     iterations: int = 3,
-    eps: float = 1e-7,
+    eps: float = 0.0,
 ) -> Float[Array, "*batch"]:
     r"""Estimate the largest singular value from below.
 
-    Each round takes $u = X v / (\lVert X v \rVert + \epsilon)$ and then
-    $v = X^\top u / (\lVert X^\top u \rVert + \epsilon)$; the estimate is $\lVert X v \rVert$.
+    Each round takes $u = X v / \lVert X v \rVert$ and then $v = X^\top u / \lVert X^\top u \rVert$;
+    the estimate is $\lVert X v \rVert$.
 
     Args:
       x: Matrices; leading axes are batch.
       start: One start vector a matrix; a Gaussian draw is never orthogonal to the leading one.
       iterations: Number of rounds (static).
-      eps: Added to the norms, so that a zero matrix gives 0.
+      eps: Added to the norms, as released codes do.
     """
     v = start[..., None]
     for _ in range(iterations):
-        u = x @ v
-        u = u / (jnp.linalg.norm(u, axis=-2, keepdims=True) + eps)
-        v = x.mT @ u
-        v = v / (jnp.linalg.norm(v, axis=-2, keepdims=True) + eps)
+        u = frobenius_unit(x @ v, (-2, -1), eps=eps)
+        v = frobenius_unit(x.mT @ u, (-2, -1), eps=eps)
     return jnp.linalg.norm(x @ v, axis=(-2, -1))
 
 
 def stable_rank(
-    x: Float[Array, "*batch m n"], start: Float[Array, "*batch n"], *, iterations: int = 3
+    x: Float[Array, "*batch m n"],
+    start: Float[Array, "*batch n"],
+    *,
+    iterations: int = 3,
 ) -> Float[Array, "*batch"]:
-    r"""Stable rank $\lVert X \rVert_F^2 / (\sigma_1^2 + 10^{-12})$, with $\sigma_1$ estimated.
+    r"""Stable rank $\lVert X \rVert_F^2 / \sigma_1^2$ with $\sigma_1$ estimated; 0 for zero.
 
-    Power iteration underestimates $\sigma_1$, so this overestimates the stable rank.
+    Power iteration underestimates $\sigma_1$, so this overestimates the stable rank. The scale of
+    $X$ does not matter.
 
     Args:
       x: Matrices; leading axes are batch.
       start: Start vectors of the power iteration.
       iterations: Rounds of the power iteration (static).
     """
+    x = scale_to_unit(x, (-2, -1))
     sigma = power_iteration(x, start, iterations=iterations)
-    return jnp.sum(jnp.square(x), axis=(-2, -1)) / (jnp.square(sigma) + 1e-12)
+    return safe_divide(jnp.sum(jnp.square(x), axis=(-2, -1)), jnp.square(sigma))
 
 
 # Compiled as one: outside `jit` every loop would be compiled anew.

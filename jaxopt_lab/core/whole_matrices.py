@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Bool
+
+from jaxopt_lab.core.matrices import MatrixAxes
 
 AxisNames = tuple[str, ...]
 
@@ -91,6 +93,35 @@ def on_whole_matrices(
         # Results of replicated operands are replicated by construction; the checker cannot see it.
         check_vma=False,
     )(*operands, *scalars)
+
+
+def nan_matrices(x: Array, axes: MatrixAxes, sharding: NamedSharding | None) -> Bool[Array, "..."]:
+    """Which matrices of a leaf are NaN, (*batch), where a matrix is NaN as a whole or not at all.
+
+    Every device looks at its own part of each matrix: nothing is communicated.
+
+    Args:
+      x: The leaf.
+      axes: Which of its axes form the matrices.
+      sharding: Of the leaf, where it is known.
+    """
+    inner = axes.reduction + axes.output
+
+    def local(part: Array) -> Array:
+        corner = part[tuple(slice(1) if a in inner else slice(None) for a in range(x.ndim))]
+        return jnp.any(jnp.isnan(corner), axis=inner)
+
+    if sharding is None:
+        return local(x)
+    spec = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+    # All parts of a matrix tell the same; the checker cannot see it.
+    return jax.shard_map(
+        local,
+        mesh=sharding.mesh,
+        in_specs=sharding.spec,
+        out_specs=PartitionSpec(*(spec[a] for a in axes.batch)),
+        check_vma=False,
+    )(x)
 
 
 def _names(entry) -> AxisNames:

@@ -2,16 +2,18 @@
 
 from jaxopt_lab.optim.describe import Description, describe
 from jaxopt_lab.optim.fallback import scale_by_adamw_fallback
+from jaxopt_lab.optim.flax_layouts import flax_matrix_axes
 from jaxopt_lab.optim.kronecker.dykaf import dykaf, scale_by_dykaf
 from jaxopt_lab.optim.kronecker.shampoo import ShampooState, scale_by_shampoo, shampoo
 from jaxopt_lab.optim.kronecker.soap import scale_by_soap, soap
 from jaxopt_lab.optim.kronecker.transform import EigenbasisAdamState
-from jaxopt_lab.optim.lion_muon.muon import d_muon, legacy_sign_muon, muon
+from jaxopt_lab.optim.lion_muon.lion_muon import lion_muon, sign_muon
+from jaxopt_lab.optim.lion_muon.muon import d_muon, muon
+from jaxopt_lab.optim.lion_muon.stable_rank import StableRankState, scale_by_stable_rank
 from jaxopt_lab.optim.lion_muon.transform import (
     LionMuonState,
-    lion_muon,
+    branch_rate,
     scale_by_lion_muon,
-    sign_muon,
 )
 from jaxopt_lab.optim.options import (
     AdamW,
@@ -39,10 +41,12 @@ __all__ = [
     "EigenbasisAdamState",
     "LionMuonState",
     "ShampooState",
+    "StableRankState",
+    "branch_rate",
     "d_muon",
     "describe",
     "dykaf",
-    "legacy_sign_muon",
+    "flax_matrix_axes",
     "lion_muon",
     "muon",
     "normalized_sgd",
@@ -54,6 +58,7 @@ __all__ = [
     "scale_by_normalized_heavy_ball",
     "scale_by_shampoo",
     "scale_by_soap",
+    "scale_by_stable_rank",
     "shampoo",
     "sign_muon",
     "signum",

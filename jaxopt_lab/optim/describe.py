@@ -1,6 +1,7 @@
 """What an optimizer does with each leaf, and how much state it keeps for it."""
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +17,8 @@ class Row(NamedTuple):
     path: str
     shape: tuple[int, ...]
     dtype: str
-    role: str  # matrix, vector, embedding, excluded, unspecified
-    rule: str  # the group that updates it, or the state that does
+    role: str  # matrix, vector, embedding, head, excluded, unspecified
+    rule: str  # the group that updates it ("outer/inner" in a partition), or the state that does
     state_bytes: int
 
 
@@ -56,7 +57,8 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Descript
     """Tabulate which leaf gets which rule, and the bytes of state it costs.
 
     The rule is read off the state itself, so this works for any Optax chain: a leaf belongs to the
-    `optax.partition` group that keeps state for it or, without a partition, to the states that do.
+    `optax.partition` group that keeps state for it (`outer/inner` where partitions are nested) or,
+    without a partition, to the states that do.
 
     Args:
       tx: Any transformation.
@@ -74,11 +76,13 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Descript
       ['kernel']  4x8    float32  matrix  ScaleByAdam          256
       total state 324 bytes, of which 4 shared
     """
-    state = jax.eval_shape(tx.init, params)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the notes say it
+        state = jax.eval_shape(tx.init, params)
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda p: p, params))
     owners = {path: i for i, (path, _) in enumerate(leaves)}
     sizes: list[int] = [0] * len(leaves)
-    rules: list[dict[str, None]] = [{} for _ in leaves]  # a dict keeps the order of appearance
+    rules: list[dict[str, bool]] = [{} for _ in leaves]  # a dict keeps the order of appearance
     shared = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         owner = next((owners[path[k:]] for k in range(len(path)) if path[k:] in owners), None)
@@ -86,9 +90,13 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Descript
             shared += _bytes(leaf)
         else:
             sizes[owner] += _bytes(leaf)
-            rules[owner][_rule(path, state)] = None
+            rule, of_matrices = _rule(path, state)
+            rules[owner][rule] = of_matrices
     names = [", ".join(rule) or "stateless" for rule in rules]
-    roles = [_role(r.role, name) for r, name in zip(route(params), names, strict=True)]
+    roles = [
+        "matrix" if len(x.shape) > 1 and any(rule.values()) else _role(r.role, name)
+        for r, (_, x), rule, name in zip(route(params), leaves, rules, names, strict=True)
+    ]
     rows = tuple(
         Row(keystr(path), tuple(x.shape), str(x.dtype), role, name, size)
         for (path, x), role, name, size in zip(leaves, roles, names, sizes, strict=True)
@@ -106,23 +114,28 @@ def _bytes(leaf: Any) -> int:
     return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
-def _role(by_shape: str, rule: str) -> str:
+def _role(by_default: str, rule: str) -> str:
     """The default role, corrected where the optimizer was told otherwise."""
-    if rule == FALLBACK_LABEL:
-        return "excluded" if by_shape == "matrix" else by_shape
-    return "matrix" if by_shape == "unspecified" else by_shape
+    *_, group = rule.split("/")
+    if group == FALLBACK_LABEL:
+        return "excluded" if by_default == "matrix" else by_default
+    return "matrix" if by_default == "unspecified" else by_default
 
 
-def _rule(path: KeyPath, state: Any) -> str:
-    """The partition group on the way to a state leaf or, without one, its innermost state."""
-    node, name = state, ""
+def _rule(path: KeyPath, state: Any) -> tuple[str, bool]:
+    """The partition groups on the way to a state leaf or, without one, its innermost state.
+
+    And whether the innermost group holds the matrices of a method: its other group is AdamW's.
+    """
+    node, name, groups, of_matrices = state, "", [], False
     for depth, entry in enumerate(path):
         if isinstance(node, optax.transforms.PartitionState):
-            return str(getattr(path[depth + 1], "key", path[depth + 1]))
+            groups.append(str(getattr(path[depth + 1], "key", path[depth + 1])))
+            of_matrices = FALLBACK_LABEL in node.inner_states and groups[-1] != FALLBACK_LABEL
         if type(node).__name__.endswith("State"):
             name = type(node).__name__.removesuffix("State")
         node = _children(node)[entry]
-    return name
+    return "/".join(groups) or name, of_matrices
 
 
 def _children(node: Any) -> dict[Any, Any]:

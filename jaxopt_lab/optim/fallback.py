@@ -12,7 +12,12 @@ from jaxopt_lab.core.numerics import Scalar, one_minus_power, wide_dtype, widene
 from jaxopt_lab.optim.nonfinite import finite_entries, guarded
 from jaxopt_lab.optim.options import AdamW, Routing
 from jaxopt_lab.optim.rates import decayed_weights, scaled_rate
-from jaxopt_lab.optim.routing import FALLBACK_LABEL, MatrixAxesSpec, partition_labels
+from jaxopt_lab.optim.routing import (
+    FALLBACK_LABEL,
+    MatrixAxesSpec,
+    checks_leaves,
+    partition_labels,
+)
 
 
 def scale_by_adamw_fallback(
@@ -149,7 +154,8 @@ def with_fallback(
     adamw = guarded(direction, decay, optax.scale_by_learning_rate(rate))
     if labels is None:
         labels = partition_labels(label, matrix_axes, routing)
-    return optax.partition({label: matrix_tx, FALLBACK_LABEL: adamw, **others}, labels)
+    tx = optax.partition({label: matrix_tx, FALLBACK_LABEL: adamw, **others}, labels)
+    return checks_leaves(tx, matrix_axes, routing)
 
 
 def with_adamw_fallback(
@@ -188,10 +194,11 @@ def with_adamw_fallback(
     adamw = optax.chain(
         scale_by_adamw_fallback(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype),
         # Also for a decay of zero: the structure of the state must not depend on a number.
-        optax.add_decayed_weights(weight_decay, mask),
+        decayed_weights(weight_decay, mask, Routing()),
         optax.scale_by_learning_rate(learning_rate),
     )
+    routing = Routing(vocabulary_size or 10_000, on_uncovered)
     if labels is None:
-        routing = Routing(vocabulary_size or 10_000, on_uncovered)
         labels = partition_labels(label, matrix_axes, routing)
-    return optax.partition({label: matrix_tx, FALLBACK_LABEL: adamw}, labels)
+    tx = optax.partition({label: matrix_tx, FALLBACK_LABEL: adamw}, labels)
+    return checks_leaves(tx, matrix_axes, routing)

@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath, keystr
-from jaxtyping import Array, Shaped
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Shaped
 
-from jaxopt_lab.core.keys import leaf_key
+from jaxopt_lab.core.keys import leaf_keys
 from jaxopt_lab.core.matrices import MatrixAxes
 from jaxopt_lab.core.stacks import map_matrices
-from jaxopt_lab.core.whole_matrices import known_sharding
+from jaxopt_lab.core.whole_matrices import known_sharding, nan_matrices
 from jaxopt_lab.optim.routing import MatrixAxesSpec, broadcast_prefix, require_matrices
 
 
@@ -67,6 +68,10 @@ class MatrixLeaves(NamedTuple):
         shape = [leaf.shape[a] if a in axes.batch else 1 for a in order]
         return values.reshape(shape).transpose([order.index(a) for a in range(len(order))])
 
+    def refused(self, index: int, direction: Array) -> Bool[Array, "..."]:
+        """Which matrices (*batch) of a leaf are NaN as a whole."""
+        return nan_matrices(direction, self.axes[index], self.shardings[index])
+
     def start_vectors(
         self, gradients: Sequence[Array], key: Array, draws: optax.Updates | None = None
     ) -> list[Array]:
@@ -83,8 +88,8 @@ class MatrixLeaves(NamedTuple):
         shapes = [self.matrix_shape(i, g)[:2] for i, g in enumerate(gradients)]
         if draws is None:
             return [
-                jax.random.normal(leaf_key(key, path), s, jnp.promote_types(g.dtype, jnp.float32))
-                for path, s, g in zip(self.paths, shapes, gradients, strict=True)
+                jax.random.normal(own_key, s, jnp.promote_types(g.dtype, jnp.float32))
+                for own_key, s, g in zip(leaf_keys(key, self.paths), shapes, gradients, strict=True)
             ]
         supplied = jax.tree.leaves(draws)
         if len(supplied) != len(shapes):
@@ -98,3 +103,26 @@ class MatrixLeaves(NamedTuple):
                     "one start vector for each matrix"
                 )
         return [v.reshape(s) for v, s in zip(supplied, shapes, strict=True)]
+
+
+def zeros_of_matrices(
+    params: optax.Params, matrix_axes: MatrixAxesSpec, dtype: DTypeLike
+) -> optax.Updates:
+    """A zero for each matrix: leaves (*batch), laid out as the batch axes of the parameters.
+
+    Raises:
+      ValueError: A leaf has no layout.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+
+    def zeros(x: Any, batch: Sequence[int]) -> Array:
+        array, sharding = jnp.zeros([x.shape[a] for a in batch], dtype), known_sharding(x, None)
+        if sharding is None:
+            return array
+        spec = (*sharding.spec, *[None] * (len(x.shape) - len(sharding.spec)))
+        placed = NamedSharding(sharding.mesh, PartitionSpec(*(spec[a] for a in batch)))
+        return jax.sharding.reshard(array, placed)
+
+    routes = require_matrices(params, matrix_axes)
+    batches = [r.axes.batch for r in routes if r.axes is not None]
+    return treedef.unflatten([zeros(*pair) for pair in zip(leaves, batches, strict=True)])

@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, Bool
 
 from jaxopt_lab.core.numerics import widened
+from jaxopt_lab.optim.routing import float_leaves
 
 
 def finite_entries(gradient: Array) -> Bool[Array, "..."]:
@@ -40,12 +41,15 @@ def guarded(
     tail = optax.with_extra_args_support(optax.chain(*(rest or (optax.identity(),))))
 
     def init(params: optax.Params) -> Any:
+        params = float_leaves(params)
         start = direction.init(params)
         others: Any = tail.init(params)
         return (start, *others) if rest else start
 
     def update(updates, state, params=None, **extra_args):
         first, others = (state[0], state[1:]) if rest else (state, (optax.EmptyState(),))
+        updates = float_leaves(updates)
+        params = None if params is None else float_leaves(params)
         steps, first = direction.update(updates, first, params, **extra_args)
         refused = jax.tree.map(jnp.isnan, steps)
         out = jax.tree.map(lambda u, no: jnp.where(no, 0, u), steps, refused)

@@ -121,9 +121,16 @@ class NewtonSchulz:
     dtype: DTypeLike = "bfloat16"
     """Dtype of the iterates; products accumulate in float32 or wider."""
 
+    eps: float = 0.0
+    """Added to the Frobenius norm by which a matrix is divided. Released codes take 1e-7, which
+    makes the update of a matrix depend on its scale."""
+
     def __post_init__(self) -> None:
         """Checks the fields."""
         _require(self, "steps", _is_integer(self.steps, 1), "an integer >= 1")
+        _require(self, "eps", _in_range(self.eps, 0, math.inf), "a finite number >= 0")
+        renamed = "'you_jiacheng', the name of these coefficients after their source"
+        _require(self, "coefficients", self.coefficients != "dion", renamed)
         _require_choice(self, "coefficients", tuple(COEFFICIENTS))
         _require(self, "dtype", _is_floating(self.dtype), "a floating-point dtype")
 
@@ -185,7 +192,7 @@ class InverseRoot:
     2 for a matrix."""
 
     method: Literal["newton", "eigh"] = "newton"
-    """"newton" (matrix products) or "eigh"; see `core.inverse_roots`."""
+    """"newton" (matrix products) or "eigh", which takes any exponent; see `core.inverse_roots`."""
 
     relative_eps: bool = False
     """Measure the ridge `eps` in units of each factor's largest eigenvalue."""
@@ -202,15 +209,25 @@ class InverseRoot:
 
     def __post_init__(self) -> None:
         """Checks the fields."""
-        given = self.exponent
-        for value in given.values() if isinstance(given, Mapping) else [given]:
-            holds = value is None or (isinstance(value, int | float) and 0 < value < math.inf)
-            _require(self, "exponent", holds, "> 0")
         _require_choice(self, "method", ("newton", "eigh"))
+        given = self.exponent if isinstance(self.exponent, Mapping) else {1: self.exponent}
+        _require(self, "exponent", set(given) <= {1, 2, 3, 4}, "orders from 1 to 4")
+        for value in given.values():
+            holds = value is None or (isinstance(value, int | float) and 0 < value < math.inf)
+            _require(self, "exponent", holds, "Python numbers > 0")
+            holds = value is None or math.isclose(1 / value, round(1 / value))
+            wanted = 'inverses of integers, unless method="eigh"'
+            _require(self, "exponent", holds or self.method == "eigh", wanted)
         _require_choice(self, "precision", get_args(PrecisionName))
         _require(self, "max_precond_dim", _is_integer(self.max_precond_dim, 1), "an integer >= 1")
         for field in ("relative_eps", "stagger"):
             _require(self, field, isinstance(getattr(self, field), bool), "True or False")
+
+    def of_order(self, order: int) -> float:
+        """The exponent for blocks of an order."""
+        given = self.exponent
+        value = given.get(order) if isinstance(given, Mapping) else given
+        return 1 / (2 * order) if value is None else float(value)
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,7 +47,7 @@ def track_params_ema(
         raise ValueError(f"decay is {decay}; it must be in [0, 1)")
 
     def wide(x: Any):
-        return jnp.dtype(dtype) if dtype else jnp.promote_types(x.dtype, jnp.float32)
+        return jnp.dtype(dtype) if dtype else jnp.promote_types(jnp.result_type(x), jnp.float32)
 
     def init(params: optax.Params) -> ParamsEmaState:
         def start(x):
@@ -64,7 +64,7 @@ def track_params_ema(
         d = jnp.minimum(decay, (1 + t) / (10 + t))
 
         def average(e: jax.Array, w: jax.Array, u: jax.Array) -> jax.Array:
-            new = w.astype(e.dtype) + u.astype(e.dtype)
+            new = jnp.asarray(w, e.dtype) + jnp.asarray(u, e.dtype)
             return d.astype(e.dtype) * e + (1 - d).astype(e.dtype) * new
 
         ema = jax.tree.map(average, state.ema, params, updates)

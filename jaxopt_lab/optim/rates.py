@@ -10,6 +10,7 @@ import optax
 
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.options import Routing
+from jaxopt_lab.optim.routing import broadcast_prefix
 
 
 def scaled_rate(rate: optax.ScalarOrSchedule, ratio: Scalar) -> optax.ScalarOrSchedule:
@@ -48,4 +49,13 @@ def decayed_weights(
         raise ValueError("give either mask or Routing.decay_mask, not both")
     if isinstance(weight_decay, np.generic):  # its dtype must not become that of the updates
         weight_decay = jnp.asarray(weight_decay)
-    return optax.add_decayed_weights(weight_decay, routing.decay_mask if mask is None else mask)
+    mask = routing.decay_mask if mask is None else mask
+    if mask is None:
+        return optax.add_decayed_weights(weight_decay)
+
+    def matched(params: optax.Params) -> Any:
+        # A prefix, or a tree with entries beneath what an outer mask hides.
+        entries = broadcast_prefix("mask", mask, params)
+        return jax.tree.structure(params).unflatten(entries)
+
+    return optax.add_decayed_weights(weight_decay, matched)

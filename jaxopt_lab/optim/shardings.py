@@ -1,5 +1,6 @@
 """Shardings of optimizer state."""
 
+import warnings
 from typing import Any
 
 import jax
@@ -59,7 +60,8 @@ def state_shardings(
     shardings = broadcast_prefix("param_shardings", param_shardings, abstract_params)
     leaves, treedef = jax.tree.flatten(abstract_params)
     params = treedef.unflatten(map(typed, leaves, shardings))
-    with jax.sharding.use_abstract_mesh(typed_mesh):
+    with jax.sharding.use_abstract_mesh(typed_mesh), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # `init` itself will say it
         state = jax.eval_shape(tx.init, params)
 
     def placed(leaf: Any) -> NamedSharding:

@@ -160,7 +160,7 @@ def _with_slopes(rate: _Rate, target: _Target) -> _Function:
 
 
 def _quad(function: _Function, low: float, high: float) -> float:
-    # Here because SciPy's integrators take longer to import than the rest of this room.
+    # Here because SciPy's integrators take longer to import than the rest of this package.
     from scipy.integrate import quad
 
     # The full output comes without warnings; that the tolerance may be missed is known.

@@ -5,7 +5,7 @@ A new optimizer joins the trainer and the command line by one class and one row 
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import optax
 from jaxtyping import Array, PyTree
@@ -78,7 +78,20 @@ class LionMuonConfig(OptimizerConfig):
 
     def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
         """See the base class."""
-        return optim.lion_muon(rate, b2=self.b2, **self._arguments(model))
+        return optim.lion_muon(
+            rate,
+            sign_learning_rate=lambda count: self.sign_lr_ratio * rate(count),
+            period=math.inf if self.period == "inf" else self.period,
+            b1=self.b1,
+            b2=self.b2,
+            weight_decay=self.weight_decay,
+            matrix_axes=model.matrix_axes,
+            mu_dtype=self.mu_dtype,
+            newton_schulz=optim.NewtonSchulz(steps=self.ns_steps, dtype=self.ns_dtype),
+            routing=optim.Routing(on_uncovered="error"),
+            fallback=optim.AdamW(lr_ratio=self.adam_lr_ratio),
+            mesh=optim.MeshWork(model.param_shardings, self.replicated_work),
+        )
 
     def rates(self, rate: Array) -> dict[str, Array]:
         """Reports the rates of all three branches."""
@@ -95,22 +108,6 @@ class LionMuonConfig(OptimizerConfig):
 
     def _spectral_share(self) -> float:
         return 0.0 if self.period == "inf" else 1 / self.period
-
-    def _arguments(self, model: ModelInfo) -> dict[str, Any]:
-        return {
-            "sign_lr_ratio": self.sign_lr_ratio,
-            "adam_lr_ratio": self.adam_lr_ratio,
-            "period": math.inf if self.period == "inf" else self.period,
-            "b1": self.b1,
-            "ns_steps": self.ns_steps,
-            "ns_dtype": self.ns_dtype,
-            "mu_dtype": self.mu_dtype,
-            "weight_decay": self.weight_decay,
-            "matrix_axes": model.matrix_axes,
-            "param_shardings": model.param_shardings,
-            "on_uncovered": "error",
-            "replicated_work": self.replicated_work,
-        }
 
 
 @dataclass(frozen=True)

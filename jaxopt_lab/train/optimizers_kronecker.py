@@ -153,13 +153,13 @@ class ShampooConfig(KroneckerConfig):
     b2: float = 0.999
     """Average of the factors and of the graft's squares; above 0."""
 
-    epsilon: float = 1e-12
+    eps: float = 1e-12
     """Ridge of the factors."""
 
     graft: Literal["adam", "rmsprop", "adagrad", "sgd"] | None = "adam"
     """Method whose step size every block takes; None: that of Shampoo itself."""
 
-    max_preconditioner_dim: int = 1024
+    max_precond_dim: int = 1024
     """Longest edge of a block; longer sides are cut."""
 
     def validate(self) -> None:
@@ -167,11 +167,11 @@ class ShampooConfig(KroneckerConfig):
         super().validate()
         if self.b2 == 0:
             raise ConfigError("optimizer.b2", self.b2, "expected an average in (0, 1)")
-        if self.epsilon < 0:
-            raise ConfigError("optimizer.epsilon", self.epsilon, "expected at least 0")
-        edge = self.max_preconditioner_dim
+        if self.eps < 0:
+            raise ConfigError("optimizer.eps", self.eps, "expected at least 0")
+        edge = self.max_precond_dim
         if edge < 1:
-            raise ConfigError("optimizer.max_preconditioner_dim", edge, "expected at least 1")
+            raise ConfigError("optimizer.max_precond_dim", edge, "expected at least 1")
 
     def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
         """See the base class."""
@@ -179,16 +179,16 @@ class ShampooConfig(KroneckerConfig):
             rate,
             b1=self.b1,
             b2=self.b2,
-            epsilon=self.epsilon,
-            graft=self.graft,
-            max_preconditioner_dim=self.max_preconditioner_dim,
+            eps=self.eps,
             precondition_frequency=self.precondition_frequency,
-            stagger=self.stagger,
-            replicated_work=self.replicated_work,
             weight_decay=self.weight_decay,
             matrix_axes=model.matrix_axes,
-            param_shardings=model.param_shardings,
-            on_uncovered="error",
+            inverse_root=optim.InverseRoot(
+                stagger=self.stagger, max_precond_dim=self.max_precond_dim
+            ),
+            graft=optim.Graft(self.graft),
+            routing=optim.Routing(on_uncovered="error"),
+            mesh=optim.MeshWork(model.param_shardings, self.replicated_work),
         )
 
     def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
@@ -200,7 +200,7 @@ class ShampooConfig(KroneckerConfig):
         """
 
         def of_matrix(m: int, n: int) -> float:
-            blocks = Blocks.of((m, n), self.max_preconditioner_dim, "never")
+            blocks = Blocks.of((m, n), self.max_precond_dim)
             rows, columns = min(m, blocks.edges[0]), min(n, blocks.edges[-1])
             roots = newton_root_flops(rows) + newton_root_flops(columns)
             every_step = 2 * two_sided_flops(rows, columns)

@@ -21,11 +21,11 @@ OPTIMIZERS = {
     "sign_muon": Entry(jol.sign_muon, {"learning_rate": 1e-2}),
     "legacy_sign_muon": Entry(
         jol.legacy_sign_muon,
-        {"learning_rate": 1e-2, "adam_learning_rate": 1e-2, "adam_weight_decay": 0.0},
+        {"learning_rate": 1e-2, "fallback": jol.AdamW(learning_rate=1e-2, weight_decay=0.0)},
     ),
     "soap": Entry(jol.soap, {"learning_rate": 1e-2, "weight_decay": 0.0}),
     "dykaf": Entry(jol.dykaf, {"learning_rate": 1e-2, "weight_decay": 0.0}),
-    "shampoo": Entry(jol.shampoo, {"learning_rate": 1e-2, "root_method": "eigh"}),
+    "shampoo": Entry(jol.shampoo, {"learning_rate": 1e-2}),
     "muon": Entry(jol.muon, {"learning_rate": 1e-2}),
     "d_muon": Entry(jol.d_muon, {"learning_rate": 1e-2, "weight_decay": 0.0}),
     "signum": Entry(jol.signum, {"learning_rate": 1e-3}),

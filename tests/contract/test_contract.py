@@ -16,14 +16,15 @@ import jaxopt_lab as jol
 from tests.contract.optimizers import OPTIMIZERS
 from tests.contract.trees import TREES, plain
 
+TWO_STEPS = jol.NewtonSchulz(steps=2)
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def options(name):
     entry = OPTIMIZERS[name]
     # Two iterations compile in half the time and obey the same contract.
-    takes_ns_steps = "ns_steps" in inspect.signature(entry.factory).parameters
-    return entry.kwargs | ({"ns_steps": 2} if takes_ns_steps else {})
+    takes_newton_schulz = "newton_schulz" in inspect.signature(entry.factory).parameters
+    return entry.kwargs | ({"newton_schulz": TWO_STEPS} if takes_newton_schulz else {})
 
 
 @functools.cache

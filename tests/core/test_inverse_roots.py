@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxopt_lab.core.inverse_roots import ROOT_METHODS, inverse_root
+from tests.examples import examples
 from tests.reference import shampoo as reference
 
 METHODS = tuple(ROOT_METHODS)
@@ -74,7 +75,7 @@ def test_commutes_with_a_change_of_basis(method):
         np.testing.assert_allclose(turned, q.T @ np.asarray(y) @ q, atol=1e-9)
 
 
-@hypothesis.settings(max_examples=200)
+@examples(200)
 @hypothesis.given(
     seed=st.integers(0, 10**6),
     condition=st.floats(0, 12),

@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from jaxopt_lab.core import kronecker
+from tests.examples import examples
 from tests.reference import kronecker as reference
 
 SHAPES = [(3, 4), (4, 2)]  # few: every shape is compiled once
@@ -84,7 +85,7 @@ def test_rearrangement(seed):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=50)
+@examples(50)
 @given(states())
 def test_equals_the_generic_step_on_the_full_matrices(name, case):
     left, right = step(name, *case)
@@ -94,7 +95,7 @@ def test_equals_the_generic_step_on_the_full_matrices(name, case):
         np.testing.assert_allclose(got, wanted, atol=tolerance * np.linalg.norm(wanted))
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(states())
 def test_ksl_lies_between_the_best_and_the_parallel_step(case):
     matrix, v = reference.target(*case), case[1].ravel() / np.linalg.norm(case[1])
@@ -343,7 +344,7 @@ def hard_states(draw):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=300)
+@examples(300)
 @given(hard_states())
 def test_float32_stays_finite_semidefinite_and_near_float64(name, case):
     left, right, grad, decay, weight = case
@@ -369,7 +370,7 @@ def test_float32_stays_finite_semidefinite_and_near_float64(name, case):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=50)
+@examples(50)
 @given(st.data())
 def test_float32_streams_stay_sound(name, data):
     """Twenty steps from the start of a hard first gradient."""

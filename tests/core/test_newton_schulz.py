@@ -24,7 +24,7 @@ def test_maps_singular_values_by_the_polynomial_and_keeps_the_vectors(shape):
         x, _ = with_singular_values(values, m, n)
         for name, table in COEFFICIENTS.items():
             y = np.asarray(newton_schulz(jnp.asarray(x), steps=3, coefficients=name))
-            s = values / (table.norm_factor * np.linalg.norm(values) + 1e-7)
+            s = values / (table.norm_factor * np.linalg.norm(values))
             for a, b, c in table.steps[:3] if len(table.steps) > 1 else table.steps * 3:
                 s = a * s + b * s**3 + c * s**5
             expected, _ = with_singular_values(s, m, n)
@@ -39,7 +39,7 @@ def test_quintic_ends_in_its_documented_interval():
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "error"), [("polar_express", 8, 1e-6), ("dion", 12, 0.05)]
+    ("name", "steps", "error"), [("polar_express", 8, 1e-6), ("you_jiacheng", 12, 0.05)]
 )
 def test_better_coefficients_reach_the_polar_factor(name, steps, error):
     with jax.enable_x64(True):
@@ -72,9 +72,8 @@ def test_batch_equals_single_and_transposition_commutes(seed, dtype):
 
 def test_zero_and_empty_matrices_stay():
     for shape in [(3, 4), (0, 4), (2, 0, 0), (0, 3, 3)]:
-        for rounded in (False, True):
-            y = newton_schulz(jnp.zeros(shape), compute_dtype="bfloat16", round_every_op=rounded)
-            assert y.shape == shape and not np.isnan(y.astype("float32")).any() and not y.any()
+        y = newton_schulz(jnp.zeros(shape), compute_dtype="bfloat16")
+        assert y.shape == shape and not np.isnan(y.astype("float32")).any() and not y.any()
 
 
 def test_products_accumulate_wider_than_bfloat16():

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from jaxopt_lab.core.orthogonalization import ORTHOGONALIZERS, orthonormal
 from jaxopt_lab.core.spectral import refresh_eigenbasis
+from tests.examples import examples
 
 SIZE = 12
 # One column a panel gives several blocks of panels; 5 does not divide the size; 12 is all of it.
@@ -78,7 +79,7 @@ def test_methods_agree_up_to_column_signs(panel, dtype):
     np.testing.assert_allclose(aligned(panelled, householder), householder, atol=tolerance)
 
 
-@settings(max_examples=400)
+@examples(400)
 @given(hard_matrices(), panels)
 def test_panels_are_orthogonal_for_any_input(x, panel):
     q = np.asarray(COMPILED[panel](x), np.float64)
@@ -102,7 +103,7 @@ def test_columns_of_zeros_stay_zero_and_the_others_are_orthonormal(seed, panel, 
         np.testing.assert_allclose(q.T @ q, np.diag(~zeros), atol=ORTHOGONALITY)
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(seeds, panels, st.floats(0, 5), st.booleans())
 def test_independent_columns_become_orthogonal_and_keep_their_spans(seed, panel, decades, scaled):
     rng = np.random.default_rng(seed)
@@ -156,7 +157,7 @@ def factors_with_basis(draw):
 
 
 @pytest.mark.parametrize("name", ORTHOGONALIZERS)
-@settings(max_examples=200)
+@examples(200)
 @given(factors_with_basis())
 def test_a_refreshed_basis_is_orthogonal(name, case):
     factor, basis = case
@@ -165,7 +166,7 @@ def test_a_refreshed_basis_is_orthogonal(name, case):
     assert sorted(np.asarray(order).tolist()) == list(range(SIZE))
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(factors_with_basis(), panels)
 def test_what_a_refresh_orthogonalises_becomes_orthogonal_in_any_panels(case, panel):
     factor, basis = case

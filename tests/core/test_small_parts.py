@@ -1,17 +1,23 @@
+from typing import NamedTuple
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.lax import DotAlgorithmPreset, Precision
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from jax.tree_util import tree_leaves_with_path
+from jax.tree_util import DictKey, GetAttrKey, tree_leaves_with_path
 
-from jaxopt_lab.core.descent import frobenius_direction, sign_scale, spectral_scale
-from jaxopt_lab.core.keys import leaf_key
+from jaxopt_lab.core.keys import leaf_key, leaf_keys
+from jaxopt_lab.core.numerics import frobenius_unit
 from jaxopt_lab.core.precision import dot_precision
 from jaxopt_lab.core.spectral import power_iteration, stable_rank
 from jaxopt_lab.core.whole_matrices import on_whole_matrices
+from jaxopt_lab.optim.lion_muon.transform import SPECTRAL_SCALES
+from jaxopt_lab.parity.lion_muon import SIGN_SCALES
 
 
 def test_power_iteration_approaches_from_below():
@@ -31,18 +37,36 @@ def test_stable_rank_of_known_matrices():
     assert stable_rank(jnp.zeros((2, 5, 5)), v).tolist() == [0.0, 0.0]
 
 
+def test_the_scale_of_a_matrix_does_not_matter_to_its_stable_rank():
+    x, v = (jax.random.normal(jax.random.key(k), (2, 5, 5)[k:]) for k in (0, 1))
+    for scale in (1e-30, 1e18):
+        np.testing.assert_allclose(stable_rank(scale * x, v), stable_rank(x, v), rtol=1e-5)
+
+
 def test_scales():
-    assert spectral_scale("match_rms", 4, 9) == pytest.approx(0.6)
-    assert spectral_scale("fan", 4, 16) == 2 and spectral_scale("fan", 16, 4) == 1
-    assert spectral_scale("none", 4, 9) == sign_scale("none", 4, 9) == 1
-    assert sign_scale("frob", 4, 16) == 0.25 and sign_scale("muon", 4, 16) == 0.5
-    assert spectral_scale("match_rms", 0, 3) == 1
+    fan, rms, frob = SPECTRAL_SCALES["fan"], SPECTRAL_SCALES["match_rms"], SIGN_SCALES["frob"]
+    assert rms(4, 9) == pytest.approx(0.6) and fan(4, 16) == 2 and fan(16, 4) == 1
+    assert SPECTRAL_SCALES["none"](4, 9) == SIGN_SCALES["none"](4, 9) == 1
+    assert frob(4, 16) == 0.25 and SIGN_SCALES["muon"](4, 16) == 0.5
 
 
-def test_frobenius_direction_has_the_norm_of_an_orthogonal_matrix():
-    x = jax.random.normal(jax.random.key(0), (3, 4, 6))
-    u = frobenius_direction(x, (1, 2), 4, 6)
-    np.testing.assert_allclose(np.linalg.norm(u, axis=(1, 2)), 2 * np.sqrt(6 / 4), rtol=1e-5)
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1.0, 1e18, 1e37])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_unit_of_the_frobenius_norm_at_any_scale(scale, dtype):
+    x = (scale * jax.random.normal(jax.random.key(0), (3, 4, 6))).astype(dtype)
+    u = frobenius_unit(x.astype("float32"), (1, 2))
+    np.testing.assert_allclose(np.linalg.norm(u, axis=(1, 2)), 1, rtol=1e-5)
+    # Powers of two round nothing.
+    again = frobenius_unit(x.astype("float32") * 0.25, (1, 2))
+    if scale > 1e-35:
+        np.testing.assert_array_equal(again, u)
+
+
+def test_a_unit_of_zero_is_zero_and_nan_spreads():
+    x = jnp.zeros((3, 2, 2)).at[1, 0, 1].set(jnp.nan).at[2, 1, 1].set(jnp.inf)
+    u = frobenius_unit(x, (1, 2))
+    assert not u[0].any() and jnp.isnan(u[1:]).all()
+    assert not jax.grad(lambda x: frobenius_unit(x, (0, 1)).sum())(jnp.zeros((2, 2))).any()
 
 
 def test_leaf_keys_depend_on_the_path_alone():
@@ -52,6 +76,37 @@ def test_leaf_keys_depend_on_the_path_alone():
     ((path, _),) = tree_leaves_with_path({"b": {"c": jnp.ones(1)}})
     assert leaf_key(key, path) == keys[str(path)]
     assert len({tuple(jax.random.key_data(k).tolist()) for k in keys.values()}) == 2
+
+
+class Box(NamedTuple):
+    """A container whose paths are made of fields."""
+
+    b: dict
+
+
+def test_leaf_keys_are_the_same_in_every_container_and_version():
+    key = jax.random.key(0)
+    (path, _), *_ = tree_leaves_with_path({"layers": [{"kernel": jnp.ones(1)}]})
+    drawn = jax.random.key_data(leaf_key(key, path)).tolist()
+    # BLAKE2b of "6:layers1:06:kernel", folded in as two words.
+    words = (0xC997C734, 0x16C7A2DD)
+    folded = jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])
+    assert drawn == jax.random.key_data(folded).tolist()
+    state = nnx.state(nnx.Dict(b=nnx.Dict(c=nnx.Param(jnp.ones(1)))), nnx.Param)
+    boxed = {"b": {"c": nn.Partitioned(jnp.ones(1), names=(None,))}}
+    trees = ({"b": {"c": 0.0}}, Box({"c": 0.0}), state, boxed)
+    keys = [jax.random.key_data(leaf_key(key, tree_leaves_with_path(t)[0][0])) for t in trees]
+    assert len({tuple(k.tolist()) for k in keys}) == 1
+
+
+def test_paths_that_look_alike_draw_apart():
+    key = jax.random.key(0)
+    tree = {"ab": {"c": 0, "": {"c": 0}}, "a": {"bc": 0}, "a/b": {"c": 0}, "['a']": 0, "1:a": 0}
+    paths = [path for path, _ in tree_leaves_with_path(tree)]
+    keys = {tuple(jax.random.key_data(k).tolist()) for k in leaf_keys(key, paths)}
+    assert len(keys) == len(paths)
+    with pytest.raises(ValueError, match=r"leaves \['x'\] and \.x would draw the same noise"):
+        leaf_keys(key, [(DictKey("x"),), (GetAttrKey("x"),)])
 
 
 def test_split_precisions_exist_where_they_run():

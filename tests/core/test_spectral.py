@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from jaxopt_lab.core.precision import PRODUCT_PRECISIONS, matmul
 from jaxopt_lab.core.spectral import (
@@ -17,6 +17,7 @@ from jaxopt_lab.core.spectral import (
     spectral_norm,
     trace_in_range,
 )
+from tests.examples import examples
 
 SIZE = 8
 seeds = st.integers(0, 2**32 - 1)
@@ -89,7 +90,7 @@ def test_norms_at_the_ends_of_the_range(norm):
     assert np.isnan(norm(jnp.array([[jnp.inf, 1.0], [0.0, 1.0]])))
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(
     st.sampled_from([(3, 5), (5, 3), (4, 4)]),
     seeds,
@@ -108,7 +109,7 @@ def test_leading_triple_equals_the_decomposition(shape, seed, ratio, exponent):
     np.testing.assert_allclose(np.outer(u, v), np.outer(left[:, 0], right[0]), atol=tolerance)
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(seeds, st.integers(-18, 18), st.sampled_from([1.0, 0.9999, 0.999999]))
 def test_between_tied_values_the_triple_is_one_of_the_leading_space(seed, exponent, ratio):
     rng = np.random.default_rng(seed)

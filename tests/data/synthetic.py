@@ -1,4 +1,4 @@
-"""Small corpora for the tests of this room."""
+"""Small corpora for the tests of `data`."""
 
 import hashlib
 from collections.abc import Sequence

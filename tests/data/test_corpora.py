@@ -262,8 +262,8 @@ def test_two_processes_prepare_the_same_corpus(prepared, tmp_path):
     outputs = [process.communicate(timeout=120) for process in processes]
     expected = corpus.summary()["train_tokens_sha256"]
     assert [output for output, _ in outputs] == [expected + "\n"] * 2, outputs
-    for room in ("tokens", "documents"):
-        names = [path.name for path in (tmp_path / room).iterdir()]
+    for folder in ("tokens", "documents"):
+        names = [path.name for path in (tmp_path / folder).iterdir()]
         assert len(names) == 2 and not [name for name in names if name.startswith(".")]
 
 

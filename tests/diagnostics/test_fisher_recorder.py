@@ -150,7 +150,7 @@ def test_matrices_without_a_factor_are_left_out(factory):
 
     def record(layers, limit=5):
         rate = () if factory is jol.scale_by_dykaf else (0.0,)
-        state = factory(*rate, max_precond_dim=limit).init(params)
+        state = factory(*rate, eigenbasis=jol.Eigenbasis(max_precond_dim=limit)).init(params)
         return run(FisherErrors(2, layers, window=1, decay=DECAY), grads, state)[0][2]
 
     assert {name.split("/")[0] for name in record(None)} == {"one", "w"}

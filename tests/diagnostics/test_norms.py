@@ -9,9 +9,10 @@ from optax.contrib import MuonDimensionNumbers
 
 from jaxopt_lab.diagnostics import Every, NormRatios, Snapshot, direction_of, norm_ratios
 from jaxopt_lab.diagnostics.norms import RATIOS
-from jaxopt_lab.optim import lion_muon
+from jaxopt_lab.optim import NewtonSchulz, lion_muon
 from tests.reference import norm_ratios as reference
 
+FLOAT32 = NewtonSchulz(dtype="float32")
 PARAMS = {"stack": (3, 4, 5), "kernel": (5, 5), "bias": (5,)}
 AXES = {
     "stack": MuonDimensionNumbers(reduction_axis=1, output_axis=2),
@@ -98,7 +99,7 @@ def test_a_missing_matrix_is_named():
 
 def train(recorder, steps, period=2, decay=0.5):
     """A loop as a trainer would write it: a snapshot is made on recorded steps alone."""
-    options = {"period": period, "matrix_axes": AXES, "ns_dtype": "float32"}
+    options = {"period": period, "matrix_axes": AXES, "newton_schulz": FLOAT32}
     tx = lion_muon(0.01, weight_decay=decay, **options)
     params = draw(np.random.default_rng(0))
     grads = draw(np.random.default_rng(1))
@@ -114,7 +115,7 @@ def train(recorder, steps, period=2, decay=0.5):
 
 
 def recorder_of(every, period=2):
-    undecayed = lion_muon(0.01, period=period, matrix_axes=AXES, ns_dtype="float32")
+    undecayed = lion_muon(0.01, period=period, matrix_axes=AXES, newton_schulz=FLOAT32)
     return NormRatios(every, direction_of(undecayed), matrix_axes=AXES)
 
 

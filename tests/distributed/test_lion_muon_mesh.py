@@ -77,14 +77,14 @@ def random_tree(seed):
     return {k: jax.random.normal(key, s) for key, (k, s) in zip(keys, SHAPES.items(), strict=True)}
 
 
-def make(shardings, **options):
+def make(shardings, replicated_work="repeat", **options):
     given = None if shardings is None else dict(shardings)
     return jol.lion_muon(
         1e-2,
         weight_decay=0.1,
         matrix_axes=AXES,
-        ns_dtype="float32",
-        param_shardings=given,
+        newton_schulz=jol.NewtonSchulz(dtype="float32"),
+        mesh=jol.MeshWork(given, replicated_work),
         **options,
     )
 
@@ -154,7 +154,7 @@ def test_leaves_of_one_layout_share_their_exchange():
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     params = {name: jnp.ones((16, 32)) for name in ("a", "b", "c")}
     shardings = dict.fromkeys(params, NamedSharding(mesh, P("fsdp")))
-    tx = jol.lion_muon(1e-2, period=1, param_shardings=shardings)
+    tx = jol.lion_muon(1e-2, period=1, mesh=jol.MeshWork(shardings))
     compiled, _ = compile_step(tx, jax.device_put(params, shardings), shardings)
     assert counts(compiled) == {"all-to-all": 2}
 
@@ -166,7 +166,7 @@ def test_replicated_work_is_repeated_or_shared_by_choice(kind):
     params, grads = random_tree(0), random_tree(1)
     results, found, flops = {}, {}, {}
     for choice in ("repeat", "share"):
-        tx = make(shardings, period=1, replicated_work=choice)
+        tx = make(shardings, choice, period=1)
         with jax.set_mesh(mesh):
             on_mesh = jax.device_put(params, shardings)
             compiled, state = compile_step(tx, on_mesh, shardings)
@@ -185,7 +185,7 @@ def test_stable_rank_trigger_on_whole_matrices(kind):
     params, grads = random_tree(0), random_tree(1)
     low_rank = jnp.linspace(1, 2, 16)[:, None] * jnp.ones((16, 32))
     grads["stack"] = grads["stack"].at[::2].set(low_rank)
-    options = {"stable_rank_threshold": 0.15, "key": jax.random.key(3)}
+    options = {"stable_rank_threshold": 0.15}
     single = make(None, **options)
     expected, _ = jax.jit(single.update)(grads, single.init(params), params)
     with jax.set_mesh(mesh):
@@ -206,7 +206,7 @@ def test_unknown_layout_is_an_error():
     tx = jol.scale_by_lion_muon(
         period=1,
         matrix_axes=MuonDimensionNumbers(2, 3),
-        param_shardings={"w": NamedSharding(mesh, P(None, "fsdp"))},
+        mesh=jol.MeshWork({"w": NamedSharding(mesh, P(None, "fsdp"))}),
     )
     with pytest.raises(ValueError, match="first batch axis"):
         tx.update(params, tx.init(params))

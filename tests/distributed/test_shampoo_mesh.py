@@ -26,7 +26,8 @@ AXES = {
 }
 SHAPES = {"stack": (3, 16, 24), "heads": (16, 8, 2), "bias": (16,)}
 # Blocks of 8: two by three of them in a layer of the stack.
-OPTIONS = {"weight_decay": 0.1, "max_preconditioner_dim": 8, "epsilon": 1e-6}
+BLOCKS = jol.InverseRoot(max_precond_dim=8)
+OPTIONS = {"weight_decay": 0.1, "inverse_root": BLOCKS, "eps": 1e-6}
 
 LAYOUTS = {
     "rows": ({"fsdp": 8}, {"stack": P(None, "fsdp"), "heads": P("fsdp"), "bias": P("fsdp")}),
@@ -50,7 +51,8 @@ def random_tree(seed):
 
 
 def make(shardings, **options):
-    return jol.shampoo(1e-2, matrix_axes=AXES, param_shardings=shardings, **OPTIONS, **options)
+    mesh = jol.MeshWork(shardings)
+    return jol.shampoo(1e-2, matrix_axes=AXES, mesh=mesh, **OPTIONS, **options)
 
 
 def step(tx):
@@ -117,10 +119,9 @@ def test_replicated_roots_are_repeated_or_shared():
     for choice in ("repeat", "share"):
         tx = jol.scale_by_shampoo(
             precondition_frequency=1,
-            max_preconditioner_dim=8,
+            inverse_root=BLOCKS,
             matrix_axes=MuonDimensionNumbers(1, 2),
-            param_shardings=shardings,
-            replicated_work=choice,
+            mesh=jol.MeshWork(shardings, choice),
         )
         with jax.set_mesh(mesh):
             params = jax.device_put(params, shardings)
@@ -145,3 +146,37 @@ def test_one_bad_layer_stays_alone_on_a_mesh():
     same = np.asarray(new["stack"] == random_tree(0)["stack"]).all(axis=(1, 2))
     assert same.tolist() == [False, True, False]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state)))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_stack_split_between_matrices_needs_no_collective(kind):
+    mesh = jax.make_mesh((4,), ("f",), axis_types=(kind,), devices=jax.devices()[:4])
+    shardings = {"w": NamedSharding(mesh, P("f"))}
+    tx = jol.shampoo(
+        1e-2,
+        matrix_axes=MuonDimensionNumbers((1,), (2,)),
+        precondition_frequency=2,
+        mesh=jol.MeshWork(shardings),
+    )
+    alone = jol.shampoo(
+        1e-2, matrix_axes=MuonDimensionNumbers((1,), (2,)), precondition_frequency=2
+    )
+    grads = jax.random.normal(jax.random.key(0), (3, 4, 8, 8))
+    grads *= jnp.array([1, 1e-3, 1, 1e3])[:, None, None]  # each stops its iteration by itself
+    params = {"w": grads[0]}
+    expected, expected_state = params, alone.init(params)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, shardings)
+        placed = jol.state_shardings(tx, params, shardings)
+        state = jax.jit(tx.init, out_shardings=placed)(params)
+        compiled = jax.jit(step(tx), out_shardings=(shardings, placed))
+        compiled = compiled.lower(params, state, params).compile()
+        for g in grads:
+            params, state = compiled(params, state, jax.device_put({"w": g}, shardings))
+    for g in grads:
+        expected, expected_state = jax.jit(step(alone))(expected, expected_state, {"w": g})
+    assert "while(" in compiled.as_text()
+    assert not collectives(compiled.as_text())
+    chex.assert_trees_all_close(*map(jax.device_get, (params, expected)), atol=1e-5)
+    (found,) = find_states(state, ShampooState)
+    assert found.roots[0]["w"].sharding.spec[0] == "f"

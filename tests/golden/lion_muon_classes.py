@@ -4,6 +4,7 @@ Hyperparameters that a sidecar leaves out have the defaults of the released clas
 this library's. Weights are (out, in), so the output axis is 0 and all others are reduced.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -13,6 +14,9 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from jaxopt_lab import optim
+from jaxopt_lab.optim.lion_muon.muon import heavy_ball
+from jaxopt_lab.optim.lion_muon.transform import averaged
+from jaxopt_lab.parity import lion_muon as parity
 from tests.golden.harness import Case, NotUnderstood
 from tests.golden.trajectory import Plan
 
@@ -100,13 +104,8 @@ class Settings(NamedTuple):
             given, scheduled = self.h["cheap_lr"], self.constant
             default = (0.25 if self.h["cheap_mode"] in ("sign", "norm") else 1.0) * self.h["lr"]
             return scheduled * (default if given is None else given)
-        return self.rates * self.sign_lr_ratio
-
-    @property
-    def sign_lr_ratio(self) -> float:
-        """Sign rate over scheduled rate; for the classes that schedule both."""
         lion_lr = self.h.get("lion_lr")
-        return 0.01 if lion_lr is None else lion_lr / self.h["lr"]
+        return self.rates * (0.01 if lion_lr is None else lion_lr / self.h["lr"])
 
     def plan(self, precision: Precision) -> Plan:
         """The optimizer of this library that this case is to be replayed with."""
@@ -145,52 +144,60 @@ def _layouts(case: Case, kind: str) -> dict[str, MuonDimensionNumbers | None]:
     }
 
 
-def matrices_and_adamw(
-    *,
-    learning_rate,
-    sign_learning_rate,
-    adam_learning_rate,
-    adam_b1,
-    adam_b2,
-    adam_eps,
-    adam_weight_decay,
-    matrix_axes,
-    **options,
-) -> optax.GradientTransformation:
-    """A member of the family for the matrices, AdamW for the rest, each with its own schedule.
+def _built(factory: Callable[..., Any]) -> Callable[..., optax.GradientTransformation]:
+    """A factory from flat numbers: the option objects are made inside of the compiled function."""
 
-    The ready optimizers leave out what only a reproduction needs, such as the rounding.
-    """
-    matrices = optim.scale_by_lion_muon(
-        spectral_rate=learning_rate,
-        sign_rate=sign_learning_rate,
-        matrix_axes=matrix_axes,
-        **options,
-    )
-    adamw = optax.chain(
-        optim.scale_by_adamw_fallback(b1=adam_b1, b2=adam_b2, eps=adam_eps),
-        optax.add_decayed_weights(adam_weight_decay),
-        optax.scale_by_learning_rate(adam_learning_rate),
-    )
-    labels = {p: "adamw" if axes is None else "matrix" for p, axes in matrix_axes.items()}
-    chains = {"matrix": optax.chain(matrices, optax.scale(-1.0)), "adamw": adamw}
-    return optax.partition(chains, labels)
+    @functools.wraps(factory)
+    def build(
+        learning_rate: Any, *, ns_steps: int, ns_dtype: str, adam_learning_rate: Any, adam_b1: Any,
+        adam_b2: Any, adam_eps: Any, adam_weight_decay: Any, **options: Any,
+    ) -> optax.GradientTransformation:  # fmt: skip
+        return factory(
+            learning_rate,
+            newton_schulz=optim.NewtonSchulz(ns_steps, dtype=ns_dtype, eps=1e-7),
+            fallback=optim.AdamW(
+                adam_learning_rate,
+                b1=adam_b1,
+                b2=adam_b2,
+                eps=adam_eps,
+                weight_decay=adam_weight_decay,
+            ),
+            **options,
+        )
+
+    return build
+
+
+def _released(b1: Any, *, average: str, b2: Any = None, **options: Any):
+    """`parity.released_muon` with a momentum rule by name."""
+    rule = {
+        "averaged": lambda: averaged(b1, b2),
+        "nesterov": lambda: heavy_ball(b1, True),
+        "buffer": lambda: heavy_ball(b1, False),
+        "gradient": lambda: parity.raw_gradient(b1),
+    }[average]()
+    return parity.released_muon(average=rule, **options)
+
+
+lion_muon, legacy_sign_muon, muon, d_muon = map(
+    _built, (optim.lion_muon, parity.legacy_sign_muon, optim.muon, optim.d_muon)
+)
+released = _built(
+    lambda learning_rate, **options: _released(learning_rate=learning_rate, **options)
+)
 
 
 def _lion_muon(s: Settings, precision: Precision) -> Plan:
     h = s.h
-    adam = h["adamw_lr"] / h["lr"]
     numbers = _numbers(h, h["adamw_wd"]) | {"b1": h["beta1"], "b2": h["beta2"]} | _trigger(h)
-    numbers["period"] = h["muon_every_k"]
     # The released infinity is a large period: its step 0 is spectral.
-    options = {"ns_steps": h["ns_steps"], "first_step_spectral": True}
+    numbers["period"] = min(h["muon_every_k"], 2**30)
+    options = {"ns_steps": h["ns_steps"]}
     options |= _rounding(precision, "float32" if s.kind == "LiDMuon" else "bfloat16")
+    rates = _rates(s, s.rates * (h["adamw_lr"] / h["lr"]))
     if precision == "float64":
-        # One schedule drives all three rates through their ratios.
-        ratios = {"sign_lr_ratio": s.sign_lr_ratio, "adam_lr_ratio": adam}
-        rates = {"learning_rate": s.rates}
-        return Plan(optim.lion_muon, options, numbers | ratios, rates, s.layouts)
-    return Plan(matrices_and_adamw, options, numbers, _rates(s, s.rates * adam), s.layouts)
+        return Plan(lion_muon, options, numbers, rates, s.layouts)
+    return Plan(released, options | {"average": "averaged"}, numbers, rates, s.layouts)
 
 
 def _sign_muon(s: Settings, precision: Precision) -> Plan:
@@ -200,32 +207,28 @@ def _sign_muon(s: Settings, precision: Precision) -> Plan:
     options["period"] = h["muon_every_k"]
     options |= _rounding(precision, "float32" if s.kind == "SignDMuon" else "bfloat16")
     # The defect of this class: only the spectral rate is scheduled.
-    adam_rates = s.constant * h["adamw_lr"]
+    rates = _rates(s, s.constant * h["adamw_lr"])
     if precision == "float64" and h["cheap_ns_steps"] == 2 and not _trigger(h):
         options["nesterov"], numbers["momentum"] = h["nesterov"], h["momentum"]
-        rates = {
-            "learning_rate": s.rates,
-            "cheap_learning_rate": s.sign_rates,
-            "adam_learning_rate": adam_rates,
-        }
-        return Plan(optim.legacy_sign_muon, options, numbers, rates, s.layouts)
-    options |= _heavy_ball_options(h, "buffer") | {"cheap_ns_steps": h["cheap_ns_steps"]}
+        return Plan(legacy_sign_muon, options, numbers, rates, s.layouts)
+    options |= {"average": "nesterov" if h["nesterov"] else "buffer", "measures_momentum": True}
+    options["cheap_ns_steps"] = h["cheap_ns_steps"]
     numbers |= {"b1": h["momentum"]} | _trigger(h)
-    return Plan(matrices_and_adamw, options, numbers, _rates(s, adam_rates), s.layouts)
+    return Plan(released, options, numbers, rates, s.layouts)
 
 
 def _muon(s: Settings, precision: Precision) -> Plan:
     h = s.h
-    adam = h["adamw_lr"] / h["lr"]
     numbers = _numbers(h, h["adamw_wd"])
     options = {"ns_steps": h["ns_steps"]} | _rounding(precision, "bfloat16")
-    if precision == "float64":
-        options["nesterov"] = h["nesterov"]
-        numbers |= {"momentum": h["momentum"], "adam_lr_ratio": adam}
-        return Plan(optim.muon, options, numbers, {"learning_rate": s.rates}, s.layouts)
-    options |= _heavy_ball_options(h, "gradient") | {"period": 1, "spectral_scale": "fan"}
+    rates = _rates(s, s.rates * (h["adamw_lr"] / h["lr"]))
+    del rates["sign_learning_rate"]
+    if precision == "float64" and h["nesterov"]:
+        numbers["momentum"] = h["momentum"]
+        return Plan(muon, options, numbers, rates, s.layouts)
+    options |= {"average": "nesterov" if h["nesterov"] else "gradient", "spectral_scale": "fan"}
     numbers["b1"] = h["momentum"]
-    return Plan(matrices_and_adamw, options, numbers, _rates(s, s.rates * adam), s.layouts)
+    return Plan(released, options, numbers, rates, s.layouts)
 
 
 def _d_muon(s: Settings, precision: Precision) -> Plan:
@@ -234,17 +237,17 @@ def _d_muon(s: Settings, precision: Precision) -> Plan:
     options = {"ns_steps": h["ns_steps"]} | _rounding(precision, "bfloat16")
     # Our factor is 0.2: another is another rate of the matrices, which their decay must not see.
     factor = h["matched_adamw_rms"] / 0.2
+    rates = _rates(s, s.rates) | {"learning_rate": factor * s.rates}
+    del rates["sign_learning_rate"]
     if precision == "float64" and factor == 1:
         options["nesterov"], numbers["momentum"] = h["nesterov"], h["momentum"]
-        del numbers["adam_weight_decay"]  # one decay for all leaves
-        return Plan(optim.d_muon, options, numbers, {"learning_rate": s.rates}, s.layouts)
-    options |= _heavy_ball_options(h, "buffer") | {"period": 1}
+        return Plan(d_muon, options, numbers, rates, s.layouts)
+    options["average"] = "nesterov" if h["nesterov"] else "buffer"
     if precision == "as-is":
         # This class converts back to float32 before it scales.
         options["round_update"] = False
     numbers |= {"b1": h["momentum"], "weight_decay": h["weight_decay"] / factor}
-    rates = _rates(s, s.rates) | {"learning_rate": factor * s.rates}
-    return Plan(matrices_and_adamw, options, numbers, rates, s.layouts)
+    return Plan(released, options, numbers, rates, s.layouts)
 
 
 def _lion(s: Settings, precision: Precision) -> Plan:
@@ -256,15 +259,10 @@ def _lion(s: Settings, precision: Precision) -> Plan:
 
 def _heavy_ball(s: Settings, precision: Precision) -> Plan:
     del precision
-    factory = optim.signum if s.kind == "Signum" else optim.normalized_sgd
-    options = {"nesterov": bool(s.h["nesterov"]), "init_buffer": "params"}
+    factory = parity.signum if s.kind == "Signum" else parity.normalized_sgd
+    options = {"nesterov": bool(s.h["nesterov"])}
     numbers = {name: s.h[name] for name in ("momentum", "dampening", "weight_decay")}
     return Plan(factory, options, numbers, {"learning_rate": s.rates})
-
-
-def _heavy_ball_options(h: Hyperparameters, without_nesterov: str) -> dict[str, str]:
-    direction = "nesterov" if h["nesterov"] else without_nesterov
-    return {"momentum": "heavy_ball", "heavy_ball_direction": direction}
 
 
 def _rates(s: Settings, adam_rates: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Replay of the Shampoo family through the public API."""
+"""Replay of the Shampoo family: our rule with what only the released code does."""
 
 import functools
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import jaxopt_lab as jol
-from jaxopt_lab.optim import ShampooState
+from jaxopt_lab.optim import Graft, InverseRoot, ShampooState
+from jaxopt_lab.parity.shampoo import distributed_shampoo
 from tests.golden.harness import Case, Check, NotUnderstood, Result
 from tests.golden.trajectory import find_states
 
@@ -21,10 +21,9 @@ PARAM_TOLERANCE = 1e-10
 
 # Hyperparameters of the released class -> our option, where nothing but the name differs.
 RENAMED = {
-    "epsilon": "epsilon",
+    "epsilon": "eps",
     "weight_decay": "weight_decay",
     "weight_decay_type": "weight_decay_type",
-    "max_preconditioner_dim": "max_preconditioner_dim",
     "precondition_frequency": "precondition_frequency",
     "use_bias_correction": "bias_correction",
     "beta3": "b3",
@@ -33,6 +32,7 @@ RENAMED = {
     "use_nesterov": "nesterov",
 }
 TRANSLATED = {"lr", "betas", "start_preconditioning_step", "grafting", "inverse_exponent_override"}
+TRANSLATED |= {"max_preconditioner_dim"}
 METHOD, CLASS = "distributed shampoo", "DistributedShampoo"
 PARAM_ARRAYS = {"param_init", "grads", "params"}
 
@@ -63,7 +63,7 @@ def replay(case: Case) -> list[Result]:
 
 
 def options(case: Case) -> dict[str, Any]:
-    """Keyword arguments of `jaxopt_lab.shampoo` for a case.
+    """Keyword arguments of `distributed_shampoo` for a case.
 
     Raises:
       NotUnderstood: The sidecar describes something else, or has a hyperparameter without a
@@ -87,14 +87,15 @@ def options(case: Case) -> dict[str, Any]:
     chosen["learning_rate"] = float(np.float32(h["lr"]))
     chosen["b1"], chosen["b2"] = h["betas"]
     chosen["start_preconditioning_step"] = _start(h)
-    chosen |= _graft(h.get("grafting"))
+    chosen["graft"] = _graft(h.get("grafting"))
     override = h.get("inverse_exponent_override") or {}
     if not isinstance(override, Mapping):
         raise NotUnderstood(f"inverse_exponent_override {override!r}")
-    # A tuple of pairs, so that it can be a static argument.
-    chosen["exponent"] = tuple((int(order), float(p)) for order, p in override.items())
-    if chosen.get("momentum") == 0:
-        chosen["momentum"] = None
+    chosen["inverse_root"] = InverseRoot(
+        exponent={int(order): float(p) for order, p in override.items()},
+        method="eigh",
+        max_precond_dim=h.get("max_preconditioner_dim", 1024),
+    )
     if chosen.get("b3") in (-1, -1.0):
         chosen["b3"] = None
     if chosen.get("weight_decay_type", "decoupled") not in ("decoupled", "l2"):
@@ -111,31 +112,24 @@ def _start(h: Mapping[str, Any]) -> int | None:
     raise NotUnderstood(f"start_preconditioning_step {start!r}")
 
 
-def _graft(grafting: Any) -> dict[str, Any]:
+def _graft(grafting: Any) -> Graft:
     if grafting is None:
-        return {"graft": None}
+        return Graft(kind=None)
     if not isinstance(grafting, Mapping) or set(grafting) - {"type", "beta2", "epsilon"}:
         raise NotUnderstood(f"grafting {grafting!r}")
     kind = str(grafting.get("type", "adam")).lower()
     if kind not in ("adam", "adagrad", "rmsprop", "sgd"):
         raise NotUnderstood(f"grafting of type {kind!r}")
-    chosen: dict[str, Any] = {"graft": kind}
-    if "beta2" in grafting:
-        chosen["graft_b2"] = grafting["beta2"]
-    if "epsilon" in grafting:
-        chosen["graft_eps"] = grafting["epsilon"]
-    return chosen
+    names = {"beta2": "b2", "epsilon": "eps"}
+    numbers = {ours: grafting[theirs] for theirs, ours in names.items() if theirs in grafting}
+    return Graft(kind, **numbers)  # pyright: ignore[reportArgumentType]
 
 
 @functools.partial(
     jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
 )
 def _run(chosen: tuple[tuple[str, Any], ...], params: Any, grads: Any) -> tuple[Any, Any]:
-    keywords = dict(chosen)
-    keywords["exponent"] = dict(keywords["exponent"])
-    tx = jol.shampoo(
-        **keywords, merge="always", root_method="eigh", precondition_1d=True, on_uncovered="modes"
-    )
+    tx = distributed_shampoo(**dict(chosen))
 
     def step(carry: Any, grad: Any):
         params, state = carry

@@ -1,31 +1,32 @@
 """Options that cannot be meant: refused by name, before anything compiles."""
 
+import functools
 import math
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 import jaxopt_lab as jol
 
 NAN = float("nan")
+
+stable_rank = functools.partial(jol.scale_by_stable_rank, 0.1)
 
 OUT_OF_RANGE = [
     *((jol.lion_muon, "period", value) for value in (0, -1, 2.5, NAN, -math.inf)),
     (jol.sign_muon, "period", 0),
     (jol.legacy_sign_muon, "period", 0),
     (jol.scale_by_lion_muon, "period", 0),
-    (jol.lion_muon, "ns_steps", 0),
-    (jol.lion_muon, "ns_steps", 2.5),
-    (jol.scale_by_lion_muon, "cheap_ns_steps", 0),
-    (jol.lion_muon, "ns_dtype", "int32"),
-    (jol.lion_muon, "ns_dtype", "bfloat17"),
     *((jol.lion_muon, "stable_rank_threshold", value) for value in (0, -0.1, NAN)),
-    *((jol.scale_by_lion_muon, name, NAN) for name in ("spectral_rate", "sign_rate")),
+    *((stable_rank, name, NAN) for name in ("spectral_rate", "sign_rate")),
 ]
 RATES = [
-    *((jol.lion_muon, name) for name in ("sign_learning_rate", "adam_learning_rate")),
-    *((jol.lion_muon, name) for name in ("sign_lr_ratio", "adam_lr_ratio")),
-    *((jol.legacy_sign_muon, name) for name in ("cheap_learning_rate", "adam_learning_rate")),
-    (jol.muon, "adam_lr_ratio"),
+    (jol.lion_muon, "sign_learning_rate"),
+    (jol.legacy_sign_muon, "sign_learning_rate"),
 ]
 READY = (
     jol.lion_muon,
@@ -39,7 +40,7 @@ READY = (
 
 
 def call(factory, **options):
-    needs_rate = factory is not jol.scale_by_lion_muon
+    needs_rate = factory not in (jol.scale_by_lion_muon, stable_rank)
     return factory(**({"learning_rate": 1e-3} if needs_rate else {}) | options)
 
 
@@ -57,26 +58,102 @@ def test_rates_that_are_no_rates(value):
             call(factory, **{name: value})
 
 
+def test_unknown_choices_are_told_the_known_ones():
+    with pytest.raises(ValueError, match="^spectral_scale is 'other'; choose one of .*, "):
+        jol.scale_by_lion_muon(spectral_scale="other")
+    for name in ("cheap_mode", "sign_scaling"):
+        with pytest.raises(ValueError, match=f"^{name} is 'other'; choose one of .*, "):
+            jol.legacy_sign_muon(**{name: "other"})
+    with pytest.raises(ValueError, match="norm is 'other'; choose"):
+        jol.scale_by_normalized_heavy_ball(norm="other")
+
+
+def test_coefficients_under_the_wrong_name_are_told_the_right_one():
+    with pytest.raises(ValueError, match="NewtonSchulz.coefficients: got 'dion', wanted 'you_jia"):
+        jol.NewtonSchulz(coefficients="dion")
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("factory", "keyword", "place"),
     [
-        "momentum",
-        "heavy_ball_direction",
-        "ns_coefficients",
-        "spectral_scale",
-        "cheap_mode",
-        "sign_scaling",
-        "replicated_work",
+        (jol.lion_muon, "weight_decay_mask", "mask="),
+        (jol.lion_muon, "beta", "b1="),
+        (jol.lion_muon, "nesterov", "b1=beta"),
+        (jol.lion_muon, "consistent_rms", "spectral_scale="),
+        (jol.lion_muon, "ns_coeffs", "NewtonSchulz"),
+        (jol.lion_muon, "ns_steps", "NewtonSchulz"),
+        (jol.lion_muon, "adam_b1", "AdamW"),
+        (jol.lion_muon, "on_uncovered", "Routing"),
+        (jol.lion_muon, "sign_lr_ratio", "sign_learning_rate="),
+        (jol.lion_muon, "first_step_spectral", "period="),
+        (jol.lion_muon, "key", "scale_by_stable_rank"),
+        (jol.sign_muon, "b2", "lion_muon"),
+        (jol.scale_by_lion_muon, "weight_decay", "add_decayed_weights"),
+        (jol.scale_by_lion_muon, "sign_rate", "branch_rate"),
+        (jol.scale_by_lion_muon, "cheap_mode", "parity"),
+        (jol.muon, "beta", "momentum="),
+        (jol.d_muon, "ns_dtype", "NewtonSchulz"),
+        (jol.legacy_sign_muon, "cheap_learning_rate", "sign_learning_rate="),
+        (jol.signum, "init_buffer", "parity"),
+        (jol.normalized_sgd, "b1", "momentum="),
     ],
 )
-def test_unknown_choices_are_told_the_known_ones(name):
-    with pytest.raises(ValueError, match=f"^{name} is 'other'; choose one of .*, "):
-        jol.scale_by_lion_muon(**{name: "other"})
+def test_other_names_of_an_option_are_told_where_it_is(factory, keyword, place):
+    with pytest.raises(TypeError, match=f"no argument '{keyword}'; write .*{place}"):
+        factory(**{keyword: None})
 
 
-def test_unknown_choices_of_the_heavy_ball():
-    for name in ("norm", "init_buffer"):
-        with pytest.raises(ValueError, match=f"{name} is 'other'; choose"):
-            jol.scale_by_normalized_heavy_ball(**{"norm": "sign", name: "other"})
-    with pytest.raises(ValueError, match="needs update"):
-        jol.signum(1.0, init_buffer="params").update({}, jol.signum(1.0).init({}))
+WHOLE_MODEL = (*READY, jol.soap, jol.dykaf, jol.shampoo)
+BARE = (jol.scale_by_lion_muon, jol.scale_by_soap, jol.scale_by_dykaf)
+OTHER = (jol.scale_by_adamw_fallback, jol.scale_by_normalized_heavy_ball)
+
+
+def make(factory):
+    if factory is jol.scale_by_normalized_heavy_ball:
+        return factory(norm="sign")
+    return factory(1e-3) if factory in WHOLE_MODEL else factory()
+
+
+@pytest.mark.parametrize("factory", (*WHOLE_MODEL, *BARE, *OTHER))
+def test_leaves_that_no_rule_fits_are_named(factory):
+    tx, filters = make(factory), "eqx.filter.*is_inexact_array"
+    good = {"w": jnp.ones((4, 6))}
+    bad = [
+        ({"v": jnp.ones((4, 6), jnp.complex64)}, r"\['v'\]: got dtype complex64, wanted real"),
+        ({"v": {"b": jnp.ones((2, 3), int)}}, rf"\['v'\]\['b'\]: got dtype int32.*{filters}"),
+        ({"v": jax.nn.relu}, rf"\['v'\]: got .*, wanted arrays of floating.*{filters}"),
+        ({"v": "adam"}, rf"\['v'\]: got str.*{filters}"),
+        ({"v": 3}, rf"\['v'\]: got int.*{filters}"),
+        ({"v": jax.random.key(0)}, rf"\['v'\]: got dtype key.*{filters}"),
+    ]
+    for leaves, message in bad:
+        with pytest.raises(TypeError, match=f"leaf {message}"):
+            tx.init(good | leaves)
+    with pytest.raises(TypeError, match=r"leaf \.activation: got"):
+        tx.init(eqx.nn.MLP(4, 3, 6, 2, key=jax.random.key(0)))
+
+
+@pytest.mark.parametrize("factory", WHOLE_MODEL)
+def test_complex_vectors_and_filtered_modules(factory):
+    tx = make(factory)
+    with pytest.raises(TypeError, match=r"leaf \['b'\]: got dtype complex64"):
+        tx.init({"b": jnp.ones(4, jnp.complex64)})
+    model = eqx.nn.MLP(4, 3, 6, 2, key=jax.random.key(0))
+    params = eqx.filter(model, eqx.is_inexact_array)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    state = nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Param)
+    tx.update(state, tx.init(state), state)
+
+
+@pytest.mark.parametrize("factory", WHOLE_MODEL)
+def test_python_and_numpy_numbers_are_scalars(factory):
+    tx = make(factory)
+    numbers = {"w": jnp.ones((4, 6)), "x": 0.5, "y": np.float32(0.5), "z": np.ones(3, np.float32)}
+    arrays = jax.tree.map(lambda x: jnp.asarray(x, "float32"), numbers)
+    state, wanted = tx.init(numbers), tx.init(arrays)
+    for _ in range(2):
+        updates, state = tx.update(numbers, state, numbers)
+        expected, wanted = tx.update(arrays, wanted, arrays)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, wanted)

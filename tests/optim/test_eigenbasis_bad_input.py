@@ -62,7 +62,7 @@ def test_unknown_choices_are_told_the_known_ones():
         ("weight_decay_mask", "mask="),
         ("beta", "b1="),
         ("correct_bias", "jaxopt_lab.parity"),
-        ("skip_first_step", "no such option"),
+        ("skip_first_step", "nothing: the first"),
     ],
 )
 def test_keywords_of_earlier_versions_and_of_optax_are_told_their_place(name, place):

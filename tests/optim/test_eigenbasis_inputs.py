@@ -163,7 +163,7 @@ def test_modules_of_nnx_with_one_factor_an_axis(factory):
 
 @each_method
 def test_boxes_of_linen_on_a_mesh(factory):
-    """Numbers per leaf stay in boxes named for the parameter: layouts come from `state_shardings`."""
+    """Numbers a leaf stay in boxes with its names: layouts come from `state_shardings`."""
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     init = nn.with_partitioning(nn.initializers.normal(), (None, "fsdp"))
     variables = nn.Dense(16, kernel_init=init).init(jax.random.key(0), jnp.ones((1, 8)))

@@ -20,6 +20,7 @@ from jaxopt_lab.optim.kronecker.step import LARGEST_RATIO
 from jaxopt_lab.optim.kronecker.transform import eigenbasis_direction
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.parity.dykaf import with_quirks
+from tests.examples import examples
 from tests.optim.eigenbasis_runs import scale_by_tensor_soap
 from tests.quick_compile import OPTIONS
 
@@ -75,7 +76,7 @@ def assert_finite(tree):
 
 
 @every_variant
-@hypothesis.settings(max_examples=100)
+@examples(100)
 @hypothesis.given(
     seed=st.integers(0, 10**6),
     size=st.floats(-18, 18),
@@ -129,7 +130,7 @@ def undisturbed(variant):
 
 
 @every_variant
-@hypothesis.settings(max_examples=20)
+@examples(20)
 @hypothesis.given(
     step=st.integers(0, STEPS - 1),
     row=st.integers(0, 3),

@@ -32,72 +32,61 @@ def adamw(learning_rate, decay, b1=0.8, b2=0.999):
     )
 
 
-def heavy_ball(**options):
-    return jol.scale_by_lion_muon(momentum="heavy_ball", b1=0.95, **options)
+def parts(direction, decay, rate, period=1, sign_rate=0.0):
+    return optax.chain(
+        direction,
+        optax.add_decayed_weights(decay),
+        optax.scale_by_learning_rate(jol.branch_rate(period, rate, sign_rate)),
+    )
+
+
+def heavy_ball(scale, steps, nesterov=True):
+    """Muon from Optax's trace: an orthogonalised direction without a momentum of its own."""
+    return optax.chain(
+        optax.trace(0.95, nesterov),
+        jol.scale_by_lion_muon(
+            period=1, b1=0.0, spectral_scale=scale, newton_schulz=jol.NewtonSchulz(steps=steps)
+        ),
+    )
 
 
 # Every preset with its defaults, and the same written out.
 ASSEMBLED = {
-    "legacy_sign_muon": (
-        jol.legacy_sign_muon(rate, weight_decay=0.2),
-        optax.chain(
-            heavy_ball(
-                period=5,
-                ns_steps=6,
-                cheap_mode="norm",
-                spectral_rate=rate,
-                sign_rate=lambda t: 0.25 * rate(t),
-                weight_decay=0.2,
-            ),
-            optax.scale(-1.0),
-        ),
-        adamw(3e-4, 0.1),
-    ),
-    "legacy_sign_muon, sign": (
-        jol.legacy_sign_muon(0.02, cheap_mode="sign", nesterov=False, adam_learning_rate=rate),
-        optax.chain(
-            heavy_ball(
-                period=5,
-                ns_steps=6,
-                heavy_ball_direction="buffer",
-                sign_scaling="muon",
-                spectral_rate=0.02,
-                sign_rate=0.005,
-            ),
-            optax.scale(-1.0),
-        ),
-        adamw(rate, 0.1),
-    ),
     "muon": (
         jol.muon(rate, weight_decay=0.2),
-        optax.chain(
-            heavy_ball(period=1, ns_steps=6, spectral_scale="fan", weight_decay=0.2),
-            optax.scale_by_learning_rate(rate),
-        ),
+        parts(heavy_ball("fan", 6), 0.2, rate),
+        adamw(rate, 0.2),
+    ),
+    "muon, no nesterov": (
+        jol.muon(rate, nesterov=False),
+        parts(heavy_ball("fan", 6, nesterov=False), 0.0, rate),
         adamw(rate, 0.0),
     ),
     "d_muon": (
         jol.d_muon(rate),
-        optax.chain(
-            heavy_ball(period=1, ns_steps=5, weight_decay=0.1), optax.scale_by_learning_rate(rate)
-        ),
+        parts(heavy_ball("match_rms", 5), 0.1, rate),
         adamw(rate, 0.1, b1=0.95, b2=0.95),
     ),
     "lion_muon": (
         jol.lion_muon(rate),
-        optax.chain(
-            jol.scale_by_lion_muon(period=2, b1=0.9, b2=0.99, ns_steps=5, sign_rate=0.05),
-            optax.scale_by_learning_rate(rate),
+        parts(
+            jol.scale_by_lion_muon(period=2, b1=0.9, b2=0.99),
+            0.0,
+            rate,
+            2,
+            lambda t: 0.05 * rate(t),
         ),
         adamw(rate, 0.0),
     ),
     "sign_muon": (
-        jol.sign_muon(rate, weight_decay=0.2),
-        optax.chain(
-            jol.scale_by_lion_muon(b1=0.9, b2=0.9, weight_decay=0.2),
-            optax.scale_by_learning_rate(rate),
-        ),
+        jol.sign_muon(rate, weight_decay=0.2, sign_learning_rate=1e-3),
+        parts(jol.scale_by_lion_muon(b1=0.9, b2=0.9), 0.2, rate, 2, 1e-3),
         adamw(rate, 0.2),
+    ),
+    "legacy_sign_muon": (
+        jol.legacy_sign_muon(0.02, period=1, nesterov=False),
+        parts(heavy_ball("match_rms", 6, nesterov=False), 0.0, 0.02),
+        adamw(3e-4, 0.1),
     ),
 }
 
@@ -114,7 +103,7 @@ def test_preset_is_its_parts(name):
 
 def test_sign_muon_that_is_never_spectral_is_averaged_signum():
     params, grads = tree(2, {"w": (3, 4)})
-    tx = jol.sign_muon(0.1, period=math.inf, b1=0.8, sign_lr_ratio=0.5, weight_decay=0.3)
+    tx = jol.sign_muon(0.1, period=math.inf, b1=0.8, sign_learning_rate=0.05, weight_decay=0.3)
     _, ours, _ = run(tx, params, grads)
     w, m = np.asarray(params["w"], float), np.zeros((3, 4))
     for g in np.asarray(grads["w"], float):
@@ -127,7 +116,7 @@ def test_lion_muon_that_is_never_spectral_is_lion_on_matrices():
     params, grads = tree(4, {"wide": (3, 5), "tall": (5, 3)})
     options = {"weight_decay": 0.3, "b1": 0.8, "b2": 0.95}
     ours, _, _ = run(
-        jol.lion_muon(rate, period=math.inf, sign_lr_ratio=1.0, **options), params, grads
+        jol.lion_muon(rate, period=math.inf, sign_learning_rate=rate, **options), params, grads
     )
     theirs, _, _ = run(optax.lion(rate, **options), params, grads)
     chex.assert_trees_all_close(ours, theirs, rtol=1e-5)
@@ -145,7 +134,8 @@ def optax_muon(**options):
 
 
 def ours_as_muon(learning_rate=rate, **options):
-    fixed = {"period": 1, "b2": BETA, "ns_dtype": "float32", "matrix_axes": AXES, "adam_b1": 0.9}
+    fixed = {"period": 1, "b2": BETA, "matrix_axes": AXES, "fallback": jol.AdamW(b1=0.9)}
+    fixed["newton_schulz"] = jol.NewtonSchulz(dtype="float32")
     return jol.lion_muon(learning_rate, **(fixed | options))
 
 
@@ -177,7 +167,11 @@ def test_with_nesterov_they_agree_once_the_bias_correction_has_faded():
 
 def test_heavy_ball_muon_is_the_averaged_one_with_b1_squared():
     params, grads = tree(10, {"wide": (3, 5), "tall": (5, 3)})
-    ours, _, _ = run(jol.muon(rate, momentum=BETA, ns_dtype="float32", ns_steps=5), params, grads)
+    ours, _, _ = run(
+        jol.muon(rate, momentum=BETA, newton_schulz=jol.NewtonSchulz(dtype="float32")),
+        params,
+        grads,
+    )
     averaged, _, _ = run(
         ours_as_muon(b1=BETA**2, matrix_axes=None, spectral_scale="fan"), params, grads
     )
@@ -186,7 +180,7 @@ def test_heavy_ball_muon_is_the_averaged_one_with_b1_squared():
 
 def test_a_rate_of_the_fan_scale_converts_by_the_fan_in():
     params, grads = tree(12, {"wide": (6, 9), "tall": (6, 3)}, steps=2)
-    options = {"b1": 0.9, "matrix_axes": None, "ns_steps": 2}
+    options = {"b1": 0.9, "matrix_axes": None}
     fan, _, _ = run(ours_as_muon(spectral_scale="fan", **options), params, grads)
     converted = ours_as_muon(lambda t: 5 / math.sqrt(6) * rate(t), **options)
     rms, _, _ = run(converted, params, grads)

@@ -10,43 +10,59 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 import jaxopt_lab as jol
+from jaxopt_lab.optim import Graft, InverseRoot
 from jaxopt_lab.optim.kronecker.blocks import Blocks
+from jaxopt_lab.parity.shampoo import distributed_shampoo
 from tests.optim.runs import fast_jit, run, scan
 from tests.reference import shampoo as reference
 
 RATE, STEPS, LIMIT = 0.05, 7, 6
-# (2, 3, 7) merges to (6, 7), "stack" is two matrices by its layout, (5, 1) is a vector.
-SHAPES = {"vec": (5, 1), "tensor": (2, 3, 7), "stack": (2, 3, 10)}
-LAYOUTS = {"vec": None, "tensor": None, "stack": MuonDimensionNumbers(1, 2)}
+# (2, 3, 7) merges to (6, 7), (4, 5, 7) does not, "stack" is two matrices by its layout, (5, 1) is a
+# vector.
+SHAPES = {"vec": (5, 1), "tensor": (2, 3, 7), "order3": (4, 5, 7), "stack": (2, 3, 10)}
+LAYOUTS = {k: MuonDimensionNumbers(1, 2) if k == "stack" else None for k in SHAPES}
+NUMBERS = {"b1": 0.9, "b2": 0.95, "eps": 1e-4}
 
-# Our options, and those of the reference where they have other names.
+# What the optimizer is made with: numbers, `Graft`, `InverseRoot`; and the reference, beyond them.
 CASES = {
-    "late start, look-ahead": (
-        {"graft": "adam", "graft_b2": 0.9, "b3": 0.5, "precondition_frequency": 2}
-        | {"start_preconditioning_step": 3, "weight_decay": 0.1},
-        {"frequency": 2, "start": 3, "decay": 0.1},
+    "Adam": (
+        {"precondition_frequency": 2},
+        Graft(b2=0.9),
+        {},
+        {"graft": "adam", "graft_b2": 0.9, "frequency": 2},
     ),
-    "momentum, all merged": (
-        {"graft": "rmsprop", "graft_b2": 0.8, "momentum": 0.6, "dampening": 0.3}
-        | {"bias_correction": False, "merge": "always", "precondition_frequency": 3},
-        {"frequency": 3},
+    "RMSprop": (
+        {"precondition_frequency": 3},
+        Graft("rmsprop", b2=0.8),
+        {},
+        {"graft": "rmsprop", "graft_b2": 0.8, "frequency": 3},
     ),
-    "sums, nesterov, l2": (
-        {"graft": "adagrad", "graft_eps": 1e-3, "momentum": 0.5, "nesterov": True, "b2": 1.0}
-        | {"weight_decay": 0.2, "weight_decay_type": "l2"},
-        {"decay": 0.2, "decay_type": "l2"},
+    "sums and AdaGrad": (
+        {"b2": 1.0},
+        Graft("adagrad", eps=1e-3),
+        {},
+        {"graft": "adagrad", "graft_eps": 1e-3},
     ),
-    "KL factors, other exponent": (
-        {"graft": "sgd", "kl_factors": True, "exponent": 0.4, "b1": 0.0},
-        {"kl": True},
+    "norm of the average, other exponent": (
+        {"b1": 0.0},
+        Graft("sgd"),
+        {"exponent": 0.4},
+        {"graft": "sgd", "exponent": 0.4},
     ),
-    "order 3, trace scaling, relative ridge": (
-        {"graft": None, "trace_scaling": True, "relative_epsilon": True, "merge": "never"},
-        {"relative": True},
-    ),
+    "relative ridge": ({}, Graft(None), {"relative_eps": True}, {"relative": True}),
 }
-SAME = ("graft", "graft_b2", "graft_eps", "b1", "b2", "b3", "bias_correction", "momentum")
-SAME += ("dampening", "nesterov", "exponent", "trace_scaling", "weight_decay_type")
+
+# What only the released code does, and the reference calls by the names of the released code.
+RELEASED = {
+    "late start, look-ahead": {"b3": 0.5, "weight_decay": 0.1, "start_preconditioning_step": 3}
+    | {"precondition_frequency": 2, "graft": Graft("adam", b2=0.9)},
+    "momentum": {"momentum": 0.6, "dampening": 0.3, "bias_correction": False}
+    | {"precondition_frequency": 3, "graft": Graft("rmsprop", b2=0.8)},
+    "sums, nesterov, l2": {"momentum": 0.5, "nesterov": True, "b2": 1.0, "weight_decay": 0.2}
+    | {"weight_decay_type": "l2", "graft": Graft("adagrad", eps=1e-3)},
+}
+RENAMED = {"precondition_frequency": "frequency", "start_preconditioning_step": "start"}
+RENAMED |= {"weight_decay": "decay", "weight_decay_type": "decay_type"}
 
 
 def normal(seed, shapes, *lead):
@@ -54,10 +70,11 @@ def normal(seed, shapes, *lead):
     return {k: jnp.asarray(rng.normal(size=(*lead, *s))) for k, s in shapes.items()}
 
 
-def scaled(*, rate=RATE, **options):
-    options = {"b1": 0.9, "b2": 0.95, "epsilon": 1e-4, "precondition_frequency": 1} | options
-    options = {"root_method": "eigh"} | options
-    return optax.chain(jol.scale_by_shampoo(**options), optax.scale_by_learning_rate(rate))
+def scaled(*, rate=RATE, root=None, **options):
+    options = NUMBERS | {"precondition_frequency": 1} | options
+    root = InverseRoot(**{"method": "eigh", "max_precond_dim": LIMIT} | (root or {}))
+    direction = jol.scale_by_shampoo(inverse_root=root, **options)
+    return optax.chain(direction, optax.scale_by_learning_rate(rate))
 
 
 def weights(tx, params, grads):
@@ -66,58 +83,82 @@ def weights(tx, params, grads):
     return jax.device_get(params), jax.device_get(state)
 
 
-def wanted(name, w, grads, ours, theirs):
-    options = {k: v for k, v in ours.items() if k in SAME and k != "weight_decay_type"}
-    options = {"b1": 0.9, "b2": 0.95, "epsilon": 1e-4, "rate": RATE} | options | theirs
-    rule = ours.get("merge", "tensors")
-    merge = rule == "always" or (rule == "tensors" and name == "tensor")
-    return reference.trajectory(w, grads, limit=LIMIT, merge=merge, **options)[-1]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_reference(case):
-    ours, theirs = CASES[case]
+    numbers, graft, root, theirs = CASES[case]
     with jax.enable_x64(True):
         params, grads = normal(0, SHAPES), normal(1, SHAPES, STEPS)
-        got, _ = weights(
-            scaled(matrix_axes=LAYOUTS, max_preconditioner_dim=LIMIT, **ours), params, grads
-        )
+        tx = scaled(matrix_axes=LAYOUTS, graft=graft, root=root, **numbers)
+        got, _ = weights(tx, params, grads)
+    numbers = {k: v for k, v in numbers.items() if k not in RENAMED}
+    options = NUMBERS | numbers | theirs | {"rate": RATE, "limit": LIMIT}
     params, grads = jax.device_get((params, grads))
     for name, w in params.items():
         pairs = [(w, grads[name])]
         if name == "stack":
             pairs = [(w[i], grads[name][:, i]) for i in range(len(w))]
-        expected = np.stack([wanted(name, *pair, ours, theirs) for pair in pairs])
-        np.testing.assert_allclose(got[name], expected.reshape(w.shape), atol=1e-9, err_msg=name)
+        merge = name != "stack"
+        expected = [reference.trajectory(*pair, merge=merge, **options)[-1] for pair in pairs]
+        expected = np.stack(expected).reshape(w.shape)
+        np.testing.assert_allclose(got[name], expected, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("case", RELEASED)
+def test_the_released_rule_equals_the_reference(case):
+    ours, shapes = RELEASED[case], {"small": (2, 3), "tall": (7, 3), "tensor": (2, 3, 7)}
+    with jax.enable_x64(True):
+        params, grads = normal(0, shapes), normal(1, shapes, STEPS)
+        root = InverseRoot(method="eigh", max_precond_dim=LIMIT)
+        tx = distributed_shampoo(RATE, inverse_root=root, **NUMBERS | ours)
+        got, _ = weights(tx, params, grads)
+    options = {RENAMED.get(k, k): v for k, v in (NUMBERS | ours).items()}
+    graft = options.pop("graft")
+    options |= {"graft": graft.kind, "graft_b2": graft.b2, "graft_eps": graft.eps, "rate": RATE}
+    params, grads = jax.device_get((params, grads))
+    for name, w in params.items():
+        path = reference.trajectory(w, grads[name], limit=LIMIT, merge=True, **options)
+        np.testing.assert_allclose(got[name], path[-1], atol=1e-9, err_msg=name)
+
+
+def test_the_released_roots_do_not_start_before_their_first_refresh():
+    with pytest.raises(ValueError, match="start_preconditioning_step is 3; it must be at least"):
+        distributed_shampoo(1e-3, precondition_frequency=10, start_preconditioning_step=3)
 
 
 def test_newton_steers_as_the_eigendecomposition_does():
     with jax.enable_x64(True):
         params, grads = normal(0, {"w": (5, 4)}), normal(1, {"w": (5, 4)}, STEPS)
-        got, _ = weights(scaled(root_method="newton", precondition_frequency=2), params, grads)
-    options = {"b1": 0.9, "b2": 0.95, "epsilon": 1e-4, "rate": RATE, "frequency": 2}
+        got, _ = weights(scaled(root={"method": "newton"}, precondition_frequency=2), params, grads)
+    options = {"b1": 0.9, "b2": 0.95, "eps": 1e-4, "rate": RATE, "frequency": 2}
     options |= {"graft": "adam", "graft_b2": 0.95, "limit": LIMIT, "merge": False}
     expected = reference.trajectory(*map(np.asarray, (params["w"], grads["w"])), **options)
     np.testing.assert_allclose(got["w"], expected[-1], atol=1e-9)
 
 
 def test_blocks_are_cut_and_joined():
-    for shape, limit in (((6, 40), 16), ((5,), 3), ((3, 4, 5), 2), ((1, 1), 4), ((), 2)):
-        blocks = Blocks.of(shape, limit, "never")
+    for shape, limit in (
+        ((6, 40), 16),
+        ((5,), 3),
+        ((3, 4, 5), 2),
+        ((2, 3, 7), 6),
+        ((1, 1), 4),
+        ((), 2),
+    ):
+        blocks = Blocks.of(shape, limit)
         x = np.random.default_rng(0).normal(size=(2, *blocks.dims))
         pieces = blocks.split(jnp.asarray(x))
         assert pieces.shape == (2 * blocks.number, *blocks.edges)
         np.testing.assert_array_equal(blocks.join(pieces), np.asarray(x, np.float32))
     assert Blocks.of((2, 1, 3, 7), 6).dims == (6, 7)
     assert Blocks.of((8, 12), 1024).dims == (8, 12)
-    assert Blocks.of((8, 12), 1024, "always").dims == (96,)
+    assert Blocks.of((8, 12), 1024, merge_matrices=True).dims == (96,)
     assert Blocks.of((4, 0), 8).number == 0
 
 
 def test_one_mode_of_sums_is_full_matrix_adagrad():
     with jax.enable_x64(True):
         params, grads = normal(0, {"w": (6,)}), normal(1, {"w": (6,)}, STEPS)
-        tx = scaled(b1=0.0, b2=1.0, graft=None)
+        tx = scaled(b1=0.0, b2=1.0, graft=Graft(None))
         got, _ = weights(tx, params, grads)
     w, total = np.asarray(params["w"]), np.zeros((6, 6))
     for g in np.asarray(grads["w"]):
@@ -129,7 +170,7 @@ def test_one_mode_of_sums_is_full_matrix_adagrad():
 def test_blocks_of_one_entry_are_diagonal_adagrad():
     with jax.enable_x64(True):
         params, grads = normal(0, {"w": (3, 4)}), normal(1, {"w": (3, 4)}, STEPS)
-        tx = scaled(b1=0.0, b2=1.0, graft=None, max_preconditioner_dim=1)
+        tx = scaled(b1=0.0, b2=1.0, graft=Graft(None), root={"max_precond_dim": 1})
         got, _ = weights(tx, params, grads)
     w, total = np.asarray(params["w"]), np.zeros((3, 4))
     for g in np.asarray(grads["w"]):
@@ -147,7 +188,9 @@ def test_before_the_first_roots_it_is_the_graft():
 
 def test_blocks_take_the_norm_of_the_graft():
     params, grads = normal(0, {"w": (8, 6)}), normal(1, {"w": (8, 6)}, STEPS)
-    tx = jol.scale_by_shampoo(b2=0.9, max_preconditioner_dim=4, precondition_frequency=1)
+    tx = jol.scale_by_shampoo(
+        b2=0.9, precondition_frequency=1, inverse_root=InverseRoot(max_precond_dim=4)
+    )
     ours, _, _ = run(tx, params, grads)
     adam, _, _ = scan(optax.scale_by_adam(0.9, 0.9), params, grads)
     blocks = Blocks.of((8, 6), 4)
@@ -161,7 +204,7 @@ def test_constant_gradient_gives_the_polar_factor():
     u, v = (np.linalg.qr(rng.normal(size=(n, 2)))[0] for n in (5, 4))
     with jax.enable_x64(True):
         grads = {"w": jnp.broadcast_to(jnp.asarray((u * [3.0, 0.5]) @ v.T), (STEPS, 5, 4))}
-        tx = scaled(rate=-1.0, b1=0.0, b2=1.0, graft=None, epsilon=1e-10)
+        tx = scaled(rate=-1.0, b1=0.0, b2=1.0, graft=Graft(None), eps=1e-10)
         updates, _, _ = run(tx, {"w": jnp.zeros((5, 4))}, grads)
         polar = (u @ v.T) / np.sqrt(np.arange(1, STEPS + 1))[:, None, None]
         np.testing.assert_allclose(updates["w"], polar, atol=1e-4)
@@ -172,9 +215,9 @@ def test_commutes_with_orthogonal_changes_of_basis():
     p, q = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (5, 4))
     with jax.enable_x64(True):
         trees = [normal(0, {"w": (5, 4)}), normal(1, {"w": (5, 4)}, STEPS)]
-        trees = [{"plain": x["w"], "turned": p @ x["w"] @ q} for x in trees]
-        got, _ = weights(scaled(graft="sgd"), *trees)
-    np.testing.assert_allclose(got["turned"], p @ got["plain"] @ q, atol=1e-9)
+        trees = [{"plain": x["w"], "rotated": p @ x["w"] @ q} for x in trees]
+        got, _ = weights(scaled(graft=Graft("sgd")), *trees)
+    np.testing.assert_allclose(got["rotated"], p @ got["plain"] @ q, atol=1e-9)
 
 
 EPS = 1e-2
@@ -183,7 +226,7 @@ EPS = 1e-2
 @functools.cache
 def online_steps():
     """Directions and final state of Shampoo with sums and exponent 1/4, compiled once."""
-    tx = scaled(rate=1.0, b1=0.0, b2=1.0, graft=None, epsilon=EPS)
+    tx = scaled(rate=1.0, b1=0.0, b2=1.0, graft=Graft(None), eps=EPS)
     return fast_jit(functools.partial(scan, tx, {"w": jnp.zeros((3, 4))}))
 
 

@@ -1,5 +1,6 @@
 """A sharding for every leaf of the state of any transformation."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -24,7 +25,7 @@ TRANSFORMS = {
     "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=4),
     "prodigy": optax.contrib.prodigy(),
     "schedule_free": optax.contrib.schedule_free_adamw(1e-3),
-    "typed key": jol.lion_muon(1e-3, stable_rank_threshold=0.1),
+    "key": jol.lion_muon(1e-3, stable_rank_threshold=0.1),
     "cached": jol.legacy_sign_muon(cheap_mode="cached", mu_dtype="bfloat16"),
     "average": optax.chain(jol.d_muon(1e-3), jol.track_params_ema(0.9)),
 }
@@ -53,13 +54,34 @@ def test_state_lies_where_its_parameter_does(name, kind):
     assert () in found and (SHAPES["kernel"] in found or name == "adafactor")
 
 
-def test_typed_keys_can_be_placed():
-    tx, given = TRANSFORMS["typed key"], shardings()
+def test_key_data_can_be_placed():
+    tx, given = TRANSFORMS["key"], shardings()
     placed = jol.state_shardings(tx, PARAMS, given)
     params = {k: jnp.ones(s) for k, s in SHAPES.items()}
     state = jax.jit(tx.init, out_shardings=placed)(params)
-    key = state.inner_states["lion_muon"].inner_state[0].key
-    assert jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and len(key.devices()) == 8
+    key = optax.tree.get(state, "key_data")
+    assert key.dtype == jnp.uint32 and len(key.devices()) == 8
+
+
+@pytest.mark.parametrize("factory", [jol.lion_muon, jol.soap, jol.shampoo])
+def test_boxed_linen_parameters(factory):
+    mesh = shardings()["kernel"].mesh
+    kernel = nn.with_partitioning(nn.initializers.lecun_normal(), ("fsdp", "tensor"))
+    model = nn.Dense(8, kernel_init=kernel)
+    abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 16)))["params"]
+    given = nn.get_sharding(abstract, mesh)
+    tx = factory(1e-3)
+    placed = jol.state_shardings(tx, abstract, given)
+    params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), abstract)
+    # Some states hold one number or one factor a leaf, in boxes with the axis names of its
+    # parameter: nn.get_sharding(state, mesh) asks for more axes than they have.
+    state = jax.jit(tx.init, out_shardings=placed)(params)
+    specs = {x.sharding.spec for x in jax.tree.leaves(state) if x.shape == (16, 8)}
+    assert specs == {P("fsdp", "tensor")}
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, nn.get_sharding(params, mesh))
+        _, new = jax.jit(tx.update)(params, state, params)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
 
 
 def test_one_sharding_may_stand_for_a_subtree():

@@ -14,9 +14,9 @@ from tests.optim.runs import fast_jit
 
 
 def triggered(threshold=0.5, **options):
-    return jol.scale_by_lion_muon(
-        stable_rank_threshold=threshold, b1=0.0, b2=0.0, ns_steps=1, sign_rate=1.0, **options
-    )
+    one_step = jol.NewtonSchulz(steps=1)
+    fixed = {"b1": 0.0, "b2": 0.0, "newton_schulz": one_step, "sign_rate": 1.0}
+    return jol.scale_by_stable_rank(threshold, **(fixed | options))
 
 
 def by_sign(update):
@@ -31,7 +31,7 @@ def test_supplied_draws_replace_sampling(batched):
     if batched:
         draws = jax.tree.map(lambda v: v[None], draws)
     tx = triggered()
-    updates, _ = fast_jit(tx.update)(grads, tx.init(grads), draws=draws)
+    updates, _ = fast_jit(tx.update)(grads, tx.init(grads), grads, draws=draws)
     assert not np.array_equal(updates["a"], np.sign(grads["a"]))
     np.testing.assert_array_equal(updates["b"], np.sign(grads["b"]))
 
@@ -40,11 +40,11 @@ def test_draws_start_on_the_reduction_side_and_are_checked():
     grads = {"w": jnp.ones((3, 5))}
     tx = triggered()
     state = tx.init(grads)
-    jax.eval_shape(tx.update, grads, state, draws={"w": jnp.ones(3)})
+    jax.eval_shape(tx.update, grads, state, grads, draws={"w": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"draws of leaf \['w'\] has shape \(5,\).*\(1, 3\)"):
-        tx.update(grads, state, draws={"w": jnp.ones(5)})
+        tx.update(grads, state, grads, draws={"w": jnp.ones(5)})
     with pytest.raises(ValueError, match="draws has 0 leaves; the tree has 1"):
-        tx.update(grads, state, draws={})
+        tx.update(grads, state, grads, draws={})
 
 
 # Singular values close together: where the power iteration ends depends on where it starts.
@@ -64,7 +64,7 @@ def update_twins():
 
 def decisions(state, update=None):
     """Which matrices took the sign step, and the next state."""
-    updates, state = (update or update_twins())(TWINS, state)
+    updates, state = (update or update_twins())(TWINS, state, TWINS)
     return {k: by_sign(u) for k, u in updates.items()}, state
 
 

@@ -53,7 +53,7 @@ def block_trajectory(
     rate,
     b1,
     b2,
-    epsilon,
+    eps,
     relative=False,
     frequency=1,
     start=None,
@@ -68,8 +68,6 @@ def block_trajectory(
     nesterov=False,
     decay=0.0,
     decay_type="decoupled",
-    trace_scaling=False,
-    kl=False,
 ):
     """(T, *shape) weights of one block after each step."""
     order, start = w.ndim, frequency if start is None else start
@@ -82,18 +80,13 @@ def block_trajectory(
         if decay_type == "l2":
             g = g + decay * w
         for k in range(order):
-            h = g
-            if kl:
-                for j in range(order):
-                    h = h if j == k else along(h, roots[j], j)
             others = [j for j in range(order) if j != k]
-            gram = np.tensordot(h, h, (others, others))
+            gram = np.tensordot(g, g, (others, others))
             factors[k] = factors[k] + gram if b2 == 1 else b2 * factors[k] + (1 - b2) * gram
         if t == start or (t > start and t % frequency == 0):
             for k in range(order):
                 x = factors[k] / (1 - b2**t) if bias_correction and b2 < 1 else factors[k]
-                x = x / np.sqrt(np.trace(x)) if trace_scaling else x
-                roots[k] = inverse_root(x, p, epsilon, relative)
+                roots[k] = inverse_root(x, p, eps, relative)
         if graft == "adagrad":
             squares = squares + g**2
         elif graft in ("adam", "rmsprop"):
@@ -105,19 +98,21 @@ def block_trajectory(
         else:
             average, filled = b3 * look_ahead + (1 - b3) * g, 1 - b3 * b1 ** (t - 1)
         average = average / filled if bias_correction else average
-        lent = average
+        grafted = average
         if graft == "adam":
-            lent = average / (np.sqrt(squares / (1 - graft_b2**t)) + graft_eps)
+            grafted = average / (np.sqrt(squares / (1 - graft_b2**t)) + graft_eps)
         elif graft in ("adagrad", "rmsprop"):
-            lent = average / (np.sqrt(squares) + graft_eps)
+            grafted = average / (np.sqrt(squares) + graft_eps)
         if graft and t < start:
-            direction = lent
+            direction = grafted
         else:
             direction = average
             for k in range(order):
                 direction = along(direction, roots[k], k)
             if graft:
-                direction = direction * np.linalg.norm(lent) / (np.linalg.norm(direction) + 1e-16)
+                direction = (
+                    direction * np.linalg.norm(grafted) / (np.linalg.norm(direction) + 1e-16)
+                )
         if decay_type == "decoupled":
             direction = direction + decay * w
         if momentum:

@@ -25,7 +25,9 @@ from tests.schedules.warmup_runs import NOISY, PARAMS, PEAK, STEPS, TARGET, make
 TREE = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6), "embedding": jnp.ones((8, 4))}
 BEHIND = {
     "sgd": lambda: optax.sgd(PEAK),
-    "lion_muon": lambda: jol.lion_muon(PEAK, period=1, ns_steps=2, ns_dtype="float32"),
+    "lion_muon": lambda: jol.lion_muon(
+        PEAK, period=1, newton_schulz=jol.NewtonSchulz(steps=2, dtype="float32")
+    ),
 }
 
 

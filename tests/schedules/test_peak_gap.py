@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
 
@@ -18,6 +18,7 @@ from jaxopt_lab.schedules.peak_gap import (
     peak_gap_scores,
 )
 from jaxopt_lab.schedules.quadrature_peak_gap import quadrature_peak_gap
+from tests.examples import examples
 
 # Loss at the start less the target, kappa, div_factor, peak rates, what the released code finds for
 # each of them, accurate minimum of the same objective.
@@ -82,7 +83,7 @@ def test_both_rules_agree_for_wide_weights(objective, target):
     np.testing.assert_allclose(exact, official, rtol=1e-12)
 
 
-@settings(max_examples=6)
+@examples(6)
 @given(st.floats(1.0, 10.0), st.floats(1e-4, 0.1), st.floats(2.0, 200.0))
 def test_published_objective_agrees_for_wide_weights(gap, kappa_sigma, div):
     with jax.enable_x64(True):

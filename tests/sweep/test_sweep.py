@@ -17,11 +17,14 @@ from jaxopt_lab.sweep import Program, Run, StepCost, Tuned, cost, lanes_that_fit
 from tests.sweep.tasks import STEPS, TASK, batches
 
 RATES = (3e-2, 3e-1, 3.0)
+TWO_STEPS = jol.NewtonSchulz(steps=2)
 SETTINGS = {"sweep_seed": 0, "seeds": (1, 2)}
 
 
 def lion_muon(rate):
-    return jol.lion_muon(lambda count: rate * (1 - count / STEPS), period=2, ns_steps=2)
+    return jol.lion_muon(
+        lambda count: rate * (1 - count / STEPS), period=2, newton_schulz=TWO_STEPS
+    )
 
 
 @pytest.fixture(scope="module")

@@ -173,7 +173,7 @@ def test_flops_of_a_step():
     # Two blocks of 4 x 4 instead of one of 8 x 4.
     square = 3 * 2 * 2 * 4 * 4 * (4 + 4)
     roots = 3 * 2 * 10 * 8 * (2 * 4**3)
-    np.testing.assert_allclose(flops("shampoo", max_preconditioner_dim=4), 2 * square + roots / 10)
+    np.testing.assert_allclose(flops("shampoo", max_precond_dim=4), 2 * square + roots / 10)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,8 @@ def test_flops_of_a_step():
         (DyKAFConfig(eps=-1e-8), "optimizer.eps: got -1e-08"),
         (DyKAFConfig(max_precond_dim=-1), "optimizer.max_precond_dim: got -1"),
         (ShampooConfig(b2=0.0), "optimizer.b2: got 0.0, expected an average in \\(0, 1\\)"),
-        (ShampooConfig(epsilon=-1.0), "optimizer.epsilon: got -1.0"),
-        (ShampooConfig(max_preconditioner_dim=0), "optimizer.max_preconditioner_dim: got 0"),
+        (ShampooConfig(eps=-1.0), "optimizer.eps: got -1.0"),
+        (ShampooConfig(max_precond_dim=0), "optimizer.max_precond_dim: got 0"),
         (ShampooConfig(precondition_frequency=-1), "optimizer.precondition_frequency: got -1"),
     ],
 )

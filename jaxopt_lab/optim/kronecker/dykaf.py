@@ -9,7 +9,7 @@ from jaxopt_lab.core.kronecker import INTEGRATORS
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.kronecker.factors import GramFactors, KroneckerFactors
-from jaxopt_lab.optim.kronecker.soap import soap_method
+from jaxopt_lab.optim.kronecker.soap import MOVED, soap_method
 from jaxopt_lab.optim.kronecker.step import EigenbasisAdam
 from jaxopt_lab.optim.kronecker.transform import eigenbasis_direction, eigenbasis_optimizer
 from jaxopt_lab.optim.nonfinite import guarded
@@ -18,10 +18,14 @@ from jaxopt_lab.optim.routing import MatrixAxesSpec
 
 Integrator = Literal["ksl", "parallel"]
 
-_INIT = "eigenbasis=Eigenbasis(init=...)"
+_MOVED = MOVED | {
+    "init": "eigenbasis=Eigenbasis(init=...)",
+    "kron_init_scale": "it with jaxopt_lab.parity.dykaf",
+    "rank1_eps_in_denominator": "it with jaxopt_lab.parity.dykaf",
+}
 
 
-@explains_keywords(init=_INIT)
+@explains_keywords(**_MOVED)
 def scale_by_dykaf(
     *,
     b1: Scalar = 0.95,
@@ -81,7 +85,7 @@ def scale_by_dykaf(
     return guarded(eigenbasis_direction(method, matrix_axes, eigenbasis, mesh))
 
 
-@explains_keywords(init=_INIT)
+@explains_keywords(**_MOVED)
 def dykaf(
     learning_rate: optax.ScalarOrSchedule,
     *,

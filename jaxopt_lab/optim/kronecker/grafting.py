@@ -1,21 +1,28 @@
-"""The elementwise parts of a Shampoo step: averages of the gradient and grafting directions."""
+"""The elementwise parts of a Shampoo step: the averaged gradient, and the graft's direction."""
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxopt_lab.core.numerics import Scalar, one_minus_power
-
-# What lends its step size to a block; None: nothing does.
-GRAFTS = ("adam", "rmsprop", "adagrad", "sgd", None)
+from jaxopt_lab.core.numerics import Scalar, frobenius_norm, one_minus_power, safe_divide
+from jaxopt_lab.optim.options import Graft
 
 
-def keeps_squares(graft: str | None) -> bool:
+def keeps_squares(graft: Graft) -> bool:
     """Whether a grafting method has a second moment."""
-    return graft not in ("sgd", None)
+    return graft.kind not in ("sgd", None)
+
+
+def graft_decay(graft: Graft, b2: Scalar) -> Scalar:
+    """Decay of the second moment: its own or that of the factors, unless these are sums."""
+    if graft.b2 is not None:
+        return graft.b2
+    if isinstance(b2, int | float):
+        return 0.999 if b2 == 1 else b2
+    return jnp.where(b2 == 1, 0.999, b2)
 
 
 def average_gradient(
-    mu: Array, g: Array, age: Array, *, b1: Scalar, b3: Scalar | None, bias_correction: bool
+    mu: Array, g: Array, steps: Array, *, b1: Scalar, b3: Scalar | None, bias_correction: bool
 ) -> tuple[Array, Array]:
     r"""The averaged gradient to descend along, and the next first moment.
 
@@ -25,46 +32,48 @@ def average_gradient(
     Args:
       mu: $m_{t-1}$.
       g: $G_t$, in the dtype of the computation.
-      age: $t$: gradients accepted so far, this one included; broadcasts against `g`.
+      steps: $t$: gradients taken in so far, this one included; broadcasts against `g`.
       b1: Decay.
       b3: Decay of the look-ahead.
       bias_correction: Whether to divide.
     """
     new = b1 * mu + (1 - b1) * g
-    average, correction = new, one_minus_power(b1, age)
+    average, filled = new, one_minus_power(b1, steps)
     if b3 is not None:
         # Without a first moment there is nothing to look ahead from.
         average = jnp.where(b1 == 0, g, b3 * mu + (1 - b3) * g)
-        correction = jnp.where(b1 == 0, 1, 1 - b3 * (1 - one_minus_power(b1, age - 1)))
-    return (average / correction if bias_correction else average), new
+        filled = jnp.where(b1 == 0, 1, 1 - b3 * (1 - one_minus_power(b1, steps - 1)))
+    return (average / filled if bias_correction else average), new
 
 
 def graft_direction(
-    kind: str | None,
-    average: Array,
-    squares: Array,
-    g: Array,
-    age: Array,
-    *,
-    b2: Scalar,
-    eps: Scalar,
+    graft: Graft, average: Array, nu: Array, g: Array, steps: Array, *, b2: Scalar
 ) -> tuple[Array, Array]:
-    """The direction whose norm is lent to the blocks, and the next second moment.
+    """The direction whose norm the blocks take, and the next second moment.
 
     Args:
-      kind: One of `GRAFTS`.
+      graft: The grafting method.
       average: The averaged gradient.
-      squares: The last second moment; anything where `keeps_squares` is false.
+      nu: The last second moment; anything where `keeps_squares` is false.
       g: The gradient.
-      age: Gradients accepted so far, this one included.
-      b2: Decay of "adam" and "rmsprop".
-      eps: Added to the root of the second moment.
+      steps: Gradients taken in so far, this one included; broadcasts against `g`.
+      b2: `graft_decay`.
     """
-    if not keeps_squares(kind):
-        return average, squares
-    if kind == "adagrad":
-        new = squares + jnp.square(g)
+    if not keeps_squares(graft):
+        return average, nu
+    if graft.kind == "adagrad":
+        new = nu + jnp.square(g)
     else:
-        new = b2 * squares + (1 - b2) * jnp.square(g)
-    second = new / one_minus_power(b2, age) if kind == "adam" else new
-    return average / (jnp.sqrt(second) + eps), new
+        new = b2 * nu + (1 - b2) * jnp.square(g)
+    second = new / one_minus_power(b2, steps) if graft.kind == "adam" else new
+    return safe_divide(average, jnp.sqrt(second) + graft.eps), new
+
+
+def with_norm_of(x: Array, other: Array) -> Array:
+    """`x` with the norm of `other`, each entry of the first axis for itself; zero stays zero."""
+    axes = tuple(range(1, x.ndim))
+    # Roots of tiny gradients make a direction of 1e24 from one of 1e18. A power of two keeps its
+    # squares within float32, and loses directions below 1e-11, which only gradients far below the
+    # epsilon of a graft have.
+    norm = frobenius_norm(x * 2.0**-24, axes) * 2.0**24
+    return safe_divide(x, norm) * frobenius_norm(other, axes)

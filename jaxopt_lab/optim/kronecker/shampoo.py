@@ -1,122 +1,104 @@
 """Shampoo: inverse roots of Kronecker factors on every side, with the step size of Adam."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
 from jaxopt_lab.core.numerics import Scalar
-from jaxopt_lab.core.stacks import ReplicatedWork
-from jaxopt_lab.optim.fallback import with_adamw_fallback
-from jaxopt_lab.optim.kronecker.shampoo_guard import zip_strict
-from jaxopt_lab.optim.kronecker.shampoo_transform import ShampooState, scale_by_shampoo
-from jaxopt_lab.optim.options import Routing
-from jaxopt_lab.optim.rates import check_rates, scaled_rate
+from jaxopt_lab.optim.fallback import with_fallback
+from jaxopt_lab.optim.keywords import explains_keywords
+from jaxopt_lab.optim.kronecker.grafting import graft_decay
+from jaxopt_lab.optim.kronecker.shampoo_step import ShampooRule, ShampooState, shampoo_direction
+from jaxopt_lab.optim.nonfinite import guarded
+from jaxopt_lab.optim.options import AdamW, Graft, InverseRoot, MeshWork, Routing
+from jaxopt_lab.optim.rates import check_rates, decayed_weights
 from jaxopt_lab.optim.routing import FALLBACK_LABEL, MatrixAxesSpec, route
 
 __all__ = ["ShampooState", "scale_by_shampoo", "shampoo"]
 
+_GONE = "no such option"
+_MERGE = f"{_GONE}: axes merge in leaves of more than two axes only"
+_explains_keywords = explains_keywords(
+    relative_epsilon="inverse_root=InverseRoot(relative_eps=True)",
+    exponent="inverse_root=InverseRoot(exponent=...)",
+    root_method="inverse_root=InverseRoot(method=...)",
+    root_precision="inverse_root=InverseRoot(precision=...)",
+    stagger="inverse_root=InverseRoot(stagger=True)",
+    max_preconditioner_dim="inverse_root=InverseRoot(max_precond_dim=...)",
+    max_precond_dim="inverse_root=InverseRoot(max_precond_dim=...)",
+    block_size="inverse_root=InverseRoot(max_precond_dim=...)",
+    graft_b2="graft=Graft(b2=...)",
+    graft_eps="graft=Graft(eps=...)",
+    grafting="graft=Graft(kind=...)",
+    momentum="b1=... for the average of the gradient; for momentum of the direction, optax.trace "
+    "in a chain behind scale_by_shampoo",
+    nesterov="optax.trace(..., nesterov=True) in a chain behind scale_by_shampoo",
+    dampening="optax.scale(1 - dampening) before optax.trace, in a chain behind scale_by_shampoo",
+    weight_decay_type='optax.add_decayed_weights in a chain: before shampoo for "l2", behind '
+    "scale_by_shampoo with a schedule for the others",
+    max_learning_rate="a schedule as weight_decay",
+    start_preconditioning_step="precondition_frequency=...: the first roots come at that step",
+    bias_correction=f"{_GONE}: moments and factors are always corrected",
+    b3=f"{_GONE}: the averaged gradient of b1 is what is used",
+    trace_scaling="inverse_root=InverseRoot(relative_eps=True), a ridge that follows the factors",
+    kl_factors=f"{_GONE}: factors are averages of Gram matrices",
+    merge=_MERGE,
+    merge_dims=_MERGE,
+    factor_precision=f'{_GONE}: Gram products are formed in "bf16_x3"',
+    direction_precision=f"{_GONE}: it is that of jax.default_matmul_precision",
+    precondition_1d="matrix_axes=...: a vector is a matrix if it has a layout, or lies in a stack",
+)
 
+
+@_explains_keywords
 def shampoo(
-    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    learning_rate: optax.ScalarOrSchedule,
     *,
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    adam_lr_ratio: Scalar = 1.0,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
-    epsilon: Scalar = 1e-12,
-    relative_epsilon: bool = False,
+    eps: Scalar = 1e-12,
     precondition_frequency: Scalar = 10,
-    start_preconditioning_step: Scalar | None = None,
-    exponent: float | Mapping[int, float] | None = None,
-    bias_correction: bool = True,
-    graft: str | None = "adam",
-    graft_b2: Scalar | None = None,
-    graft_eps: Scalar = 1e-8,
-    b3: Scalar | None = None,
-    momentum: Scalar | None = None,
-    dampening: Scalar = 0.0,
-    nesterov: bool = False,
-    weight_decay: Scalar = 0.0,
-    weight_decay_type: str = "decoupled",
-    max_learning_rate: Scalar | None = None,
-    adam_weight_decay: Scalar | None = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
-    trace_scaling: bool = False,
-    kl_factors: bool = False,
-    max_preconditioner_dim: int | None = None,
-    merge: str = "tensors",
     matrix_axes: MatrixAxesSpec = None,
-    precondition_1d: bool = False,
-    on_uncovered: str = "adamw",
-    vocabulary_size: int | None = None,
-    root_method: str = "newton",
-    stagger: bool = False,
-    adam_b1: Scalar = 0.9,
-    adam_b2: Scalar = 0.999,
-    adam_eps: Scalar = 1e-8,
-    param_shardings: Any = None,
-    replicated_work: ReplicatedWork = "repeat",
+    inverse_root: InverseRoot = InverseRoot(),
+    graft: Graft = Graft(),
+    routing: Routing = Routing(),
+    fallback: AdamW = AdamW(),
+    mesh: MeshWork = MeshWork(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shampoo for the matrices of a model, AdamW for everything else.
 
-    See `scale_by_shampoo` for the equations and for the options that are not explained here. To
-    start from a tuned AdamW keep its rate, betas and decay: with Adam grafting every block moves as
-    far as Adam would, in a better direction.
+    See `scale_by_shampoo` for the equations. To start from a tuned AdamW keep its rate, betas and
+    decay: with Adam grafting every block moves as far as Adam would, in a better direction.
 
     Args:
       learning_rate: A number or a schedule.
-      adam_learning_rate: Rate of the other leaves; None: `adam_lr_ratio * learning_rate`.
-      adam_lr_ratio: AdamW rate over Shampoo rate.
       b1: Decay of the first moment.
       b2: Decay of the factors; 1 accumulates sums.
-      epsilon: Ridge of the factors.
-      relative_epsilon: Measure the ridge in units of each factor's largest eigenvalue.
-      precondition_frequency: Steps from one refresh of the roots to the next.
-      start_preconditioning_step: Step of the first roots; None: `precondition_frequency`.
-      exponent: Of the inverse roots, a number or {order: number}; None: 1 / (2 order).
-      bias_correction: Divide moment and factors by what their decay has not yet filled.
-      graft: "adam", "rmsprop", "adagrad", "sgd" or None.
-      graft_b2: Decay of the graft's second moment; None: `b2`.
-      graft_eps: Epsilon of the graft.
-      b3: Look-ahead decay; None: `b1`.
-      momentum: Momentum of the direction; None: none.
-      dampening: Dampening of that momentum.
-      nesterov: Nesterov's form of it.
-      weight_decay: $\lambda$.
-      weight_decay_type: "decoupled" decays by $\eta \lambda W$, "l2" adds $\lambda W$ to the
-        gradient, "corrected" decays by $\eta^2 / \eta_{\max} \lambda W$ and "independent" by
-        $\eta / \eta_{\max} \lambda W$. The other leaves never take "l2" but "decoupled".
-      max_learning_rate: $\eta_{\max}$; None: `learning_rate`, if that is a number.
-      adam_weight_decay: Decay of the other leaves; None: the same.
-      mask: Which leaves decay.
-      trace_scaling: Divide factors by the roots of their traces.
-      kl_factors: Factors of KL-Shampoo.
-      max_preconditioner_dim: Longest block edge; None: 1024.
-      merge: "tensors", "always" or "never".
+      eps: Ridge of the factors.
+      precondition_frequency: Steps from one refresh of the roots to the next, and to the first.
+      weight_decay: Decoupled decay, a number or a schedule.
+      mask: Which leaves decay: a tree of bools, a prefix of one, or a function of the parameters.
       matrix_axes: `MuonDimensionNumbers` for the leaves that are matrices, None for those that are
-        not: a tree, a prefix, or a function of the parameters. None: leaves of two axes, except
-        embeddings and heads.
-      precondition_1d: Precondition vectors too, by one full factor of their blocks.
-      on_uncovered: For a leaf of more than two axes without a layout: "adamw", "modes" (one factor
-        an axis) or "error".
-      vocabulary_size: Without `matrix_axes`, an axis this long marks an embedding. None: 10 000.
-      root_method: "newton" or "eigh".
-      stagger: Spread the refresh over the steps.
-      adam_b1: First-moment decay of AdamW.
-      adam_b2: Second-moment decay of AdamW.
-      adam_eps: Epsilon of AdamW, on the uncorrected root.
-      param_shardings: Tree of `NamedSharding`, for meshes with Auto axes.
-      replicated_work: "repeat" or "share" the roots over replicas.
+        not: a tree, a prefix, or a function of the parameters. None: as `routing` says.
+      inverse_root: How factors become inverse roots, and how long a block may be.
+      graft: The method whose step size every block takes.
+      routing: Which leaves are matrices where `matrix_axes` does not say.
+      fallback: What AdamW does differently, for the leaves that are not matrices.
+      mesh: Where the parameters are laid out.
 
     Returns:
       A transformation whose state is an `optax.transforms.PartitionState` with the groups "shampoo"
       and "adamw".
 
     Raises:
-      ValueError: An option is unknown or out of range, or a layout does not fit.
+      ValueError: An option is out of range, or a layout does not fit.
+      TypeError: A keyword of an earlier version or of another library; the message says where the
+        option is.
 
     Example:
       >>> import jax.numpy as jnp
@@ -128,109 +110,145 @@ def shampoo(
 
     Source: Gupta, Koren and Singer, arXiv 1802.09568 (2018); Shi et al., arXiv 2309.06497 (2023).
 
-    Differs from the released code in: see `scale_by_shampoo`; vectors, embeddings and heads go to
-    AdamW.
+    Differs from the released code in: what `scale_by_shampoo` says; vectors, embeddings and heads
+    go to AdamW.
     """
-    check_rates(
-        learning_rate=learning_rate,
-        adam_learning_rate=adam_learning_rate,
-        adam_lr_ratio=adam_lr_ratio,
-        weight_decay=weight_decay,
-        adam_weight_decay=adam_weight_decay,
+    check_rates(learning_rate=learning_rate)
+    rule = _rule(b1, b2, eps, precondition_frequency, inverse_root, graft, mesh)
+    of_matrices = guarded(
+        shampoo_direction(rule, matrix_axes),
+        decayed_weights(weight_decay, mask, routing),
+        optax.scale_by_learning_rate(learning_rate),
     )
-    decay_scale = _decay_scale(weight_decay_type, learning_rate, max_learning_rate)
-    direction = scale_by_shampoo(
-        b1=b1,
-        b2=b2,
-        epsilon=epsilon,
-        relative_epsilon=relative_epsilon,
-        precondition_frequency=precondition_frequency,
-        start_preconditioning_step=start_preconditioning_step,
-        exponent=exponent,
-        bias_correction=bias_correction,
-        graft=graft,
-        graft_b2=graft_b2,
-        graft_eps=graft_eps,
-        b3=b3,
-        momentum=momentum,
-        dampening=dampening,
-        nesterov=nesterov,
-        weight_decay=scaled_rate(decay_scale, weight_decay),
-        weight_decay_type="l2" if weight_decay_type == "l2" else "decoupled",
-        mask=mask,
-        trace_scaling=trace_scaling,
-        kl_factors=kl_factors,
-        max_preconditioner_dim=max_preconditioner_dim,
-        merge=merge,
-        matrix_axes=matrix_axes,
-        root_method=root_method,
-        stagger=stagger,
-        param_shardings=param_shardings,
-        replicated_work=replicated_work,
-    )
-    return with_adamw_fallback(
+    return with_fallback(
         "shampoo",
-        optax.chain(direction, optax.scale_by_learning_rate(learning_rate)),
-        scaled_rate(learning_rate, adam_lr_ratio)
-        if adam_learning_rate is None
-        else adam_learning_rate,
-        b1=adam_b1,
-        b2=adam_b2,
-        eps=adam_eps,
-        weight_decay=scaled_rate(
-            decay_scale, weight_decay if adam_weight_decay is None else adam_weight_decay
-        ),
+        of_matrices,
+        learning_rate,
+        fallback,
+        b1=b1,
+        b2=graft_decay(graft, b2),
+        weight_decay=weight_decay,
         mask=mask,
         matrix_axes=matrix_axes,
-        labels=_labels(matrix_axes, precondition_1d, on_uncovered, vocabulary_size),
+        routing=routing,
+        labels=_labels(matrix_axes, routing),
     )
 
 
-def _decay_scale(
-    kind: str, learning_rate: optax.ScalarOrSchedule, maximum: Scalar | None
-) -> optax.ScalarOrSchedule:
-    """What multiplies the decay before the learning rate does."""
-    if kind in ("decoupled", "l2"):
-        return 1.0
-    if kind not in ("corrected", "independent"):
+@_explains_keywords
+def scale_by_shampoo(
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-12,
+    precondition_frequency: Scalar = 10,
+    matrix_axes: MatrixAxesSpec = None,
+    inverse_root: InverseRoot = InverseRoot(),
+    graft: Graft = Graft(),
+    mesh: MeshWork = MeshWork(),
+) -> optax.GradientTransformationExtraArgs:
+    r"""Direction of Shampoo, bias correction included.
+
+    A leaf is cut into blocks. For a block of order $o$ (2 for a matrix) with gradient $G$, first
+    moment $M$ and the Gram matrices $G_{(k)} G_{(k)}^\top$ of its modes,
+
+    $$X_k \leftarrow \beta_2 X_k + (1 - \beta_2) G_{(k)} G_{(k)}^\top, \qquad
+    P_k = \Bigl( \frac{X_k}{1 - \beta_2^t} + \epsilon I \Bigr)^{-1 / (2 o)}$$
+
+    $$D = \hat M \times_1 P_1 \cdots \times_o P_o, \qquad
+    D \leftarrow D \, \lVert D_g \rVert / \lVert D \rVert$$
+
+    where $\hat M$ is the bias-corrected first moment and $D_g$ the direction of the grafting
+    method, which alone steers before the first roots. $\beta_2 = 1$ accumulates sums. The roots
+    $P_k$ are refreshed every `precondition_frequency` steps, inside a conditional.
+
+    Each matrix refuses a gradient that is not finite, whose sum of squares overflows, or whose
+    squares make its factors overflow: the matrix stays as it was in all its blocks, its update is
+    zero, and `notfinite_count` counts it. The others go on.
+
+    A gradient times any number gives the same update as long as its entries are far above the
+    epsilon of the graft ($10^{-8}$, as in Adam) and $\sqrt\epsilon$, which is $10^{-6}$, and its
+    norm is below $10^{19}$. A ridge relative to the factors (`InverseRoot.relative_eps`) and a
+    graft without an epsilon leave float32 as the only limit: entries above $10^{-15}$.
+
+    Only forward-mode differentiation passes through an update. Roots come out of a loop whose
+    length is known at run time only, and JAX has no reverse mode for those: it raises an error.
+
+    Args:
+      b1: $\beta_1$, decay of the first moment.
+      b2: $\beta_2$, decay of the factors, in [0, 1]; 1: plain sums, which need no bias correction.
+      eps: $\epsilon$, the ridge.
+      precondition_frequency: Steps from one refresh of the roots to the next, and to the first.
+      matrix_axes: `MuonDimensionNumbers` for leaves that hold batches of matrices; see
+        `jaxopt_lab.optim.routing.route`. None, or None for a leaf: each of its axes is a mode.
+      inverse_root: How factors become inverse roots, and how long a block may be.
+      graft: The method whose step size every block takes.
+      mesh: Where the parameters are laid out.
+
+    Returns:
+      A transformation with state `ShampooState`. It returns the direction, not negated.
+
+    Raises:
+      ValueError: An option is out of range, or a layout does not fit its leaf.
+
+    Source: Gupta, Koren and Singer, "Shampoo: Preconditioned Stochastic Tensor Optimization", arXiv
+    1802.09568 (2018); Shi, Lee, Iwasaki, Gallego-Posada, Li, Rangadurai, Mudigere and Rabbat, "A
+    Distributed Data-Parallel PyTorch Implementation of the Distributed Shampoo Optimizer", arXiv
+    2309.06497 (2023), with its code.
+
+    Differs from the released code in: matrices are not merged into vectors; roots by Newton's
+    iteration, with a ridge of at least round-off; Adam grafting, f = 10 and b2 = 0.999 by default;
+    edge blocks are padded with zeros, which changes nothing; a block whose direction is zero stays
+    zero, where the released code adds 1e-16 to its norm. `jaxopt_lab.parity.shampoo` runs the
+    released rule.
+    """
+    rule = _rule(b1, b2, eps, precondition_frequency, inverse_root, graft, mesh)
+    return guarded(shampoo_direction(rule, matrix_axes))
+
+
+def _rule(
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+    precondition_frequency: Scalar,
+    inverse_root: InverseRoot,
+    graft: Graft,
+    mesh: MeshWork,
+) -> ShampooRule:
+    """Checks the numbers; `optax.inject_hyperparams` passes tracers, which are not looked at."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float)
+
+    if is_number(b1) and not 0 <= b1 < 1:
+        raise ValueError(f"b1 is {b1}; it must be in [0, 1)")
+    if is_number(b2) and not 0 <= b2 <= 1:
+        raise ValueError(f"b2 is {b2}; it must be in [0, 1], where 1 accumulates sums")
+    if is_number(eps) and not 0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps}; it must be a finite number of at least 0")
+    frequency = precondition_frequency
+    if is_number(frequency) and not (frequency >= 1 and float(frequency).is_integer()):
         raise ValueError(
-            f"weight_decay_type is {kind!r}; choose one of decoupled, l2, corrected, independent"
+            f"precondition_frequency is {frequency}; it must be an integer of at least 1"
         )
-    if maximum is None:
-        if callable(learning_rate):
-            raise ValueError(
-                f"max_learning_rate is None; weight_decay_type={kind!r} needs it where the "
-                "learning rate is a schedule"
-            )
-        maximum = learning_rate
-    if isinstance(maximum, int | float) and not 0 < maximum < math.inf:
-        raise ValueError(f"max_learning_rate is {maximum}; it must be a positive number")
-    return 1 / maximum if kind == "independent" else scaled_rate(learning_rate, 1 / maximum)
+    if inverse_root.stagger and not isinstance(frequency, int):
+        raise ValueError(
+            f"precondition_frequency is {frequency!r}; InverseRoot.stagger divides stacks into as "
+            "many shares, so it must be a Python integer (with optax.inject_hyperparams, one of "
+            "its static_args)"
+        )
+    return ShampooRule(b1, b2, eps, frequency, inverse_root, graft, mesh)
 
 
-def _labels(
-    matrix_axes: MatrixAxesSpec,
-    precondition_1d: bool,
-    on_uncovered: str,
-    vocabulary_size: int | None,
-) -> Callable[[optax.Params], Any]:
-    """Label function of the partition: matrices, and what else shall be preconditioned."""
-    if on_uncovered not in ("adamw", "modes", "error"):
-        raise ValueError(f"on_uncovered is {on_uncovered!r}; choose 'adamw', 'modes' or 'error'")
-    roles = {"matrix"}
-    if on_uncovered == "modes":
-        roles.add("unspecified")
-    if precondition_1d:
-        roles.add("vector")
+def _labels(matrix_axes: MatrixAxesSpec, routing: Routing) -> Callable[[optax.Params], Any]:
+    """Label function of the partition; with "modes" also for leaves without a layout."""
 
     def labels(params: optax.Params) -> Any:
-        routes = route(
-            params,
-            matrix_axes,
-            Routing(vocabulary_size or 10_000, on_uncovered),  # pyright: ignore
-        )
-        leaves, treedef = jax.tree.flatten(params)
-        chosen = [r.role in roles and len(x.shape) > 0 for r, x in zip_strict(routes, leaves)]
-        return treedef.unflatten(["shampoo" if c else FALLBACK_LABEL for c in chosen])
+        modes = routing.on_uncovered == "modes"
+        names = [
+            "shampoo" if r.axes or (modes and r.role == "unspecified") else FALLBACK_LABEL
+            for r in route(params, matrix_axes, routing)
+        ]
+        return jax.tree.structure(params).unflatten(names)
 
     return labels

@@ -13,8 +13,19 @@ from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import AdamW, Eigenbasis, MeshWork, Routing
 from jaxopt_lab.optim.routing import MatrixAxesSpec
 
+# Keywords of earlier versions.
+MOVED = {
+    "stagger": "eigenbasis=Eigenbasis(stagger=...)",
+    "max_precond_dim": "eigenbasis=Eigenbasis(max_precond_dim=...)",
+    "decay_rate": "jaxopt_lab.parity.soap.decayed_after_step in the chain",
+    "skip_first_step": "nothing: the first gradient only gives the bases",
+} | dict.fromkeys(
+    ("correct_bias", "normalize_grads", "decay_after_step", "merge_dims", "precondition_1d"),
+    "it with the optimizer of that name in jaxopt_lab.parity",
+)
 
-@explains_keywords()
+
+@explains_keywords(**MOVED)
 def scale_by_soap(
     *,
     b1: Scalar = 0.95,
@@ -77,7 +88,7 @@ def scale_by_soap(
     return guarded(eigenbasis_direction(method, matrix_axes, eigenbasis, mesh))
 
 
-@explains_keywords()
+@explains_keywords(**MOVED)
 def soap(
     learning_rate: optax.ScalarOrSchedule,
     *,

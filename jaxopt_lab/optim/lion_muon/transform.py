@@ -1,21 +1,36 @@
 """LionMuon: alternating spectral and sign descent on one momentum buffer."""
 
-from typing import Any, NamedTuple
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
+from jaxopt_lab.core import newton_schulz as iteration
 from jaxopt_lab.core.numerics import Scalar
-from jaxopt_lab.core.stacks import ReplicatedWork
-from jaxopt_lab.optim.fallback import with_adamw_fallback
-from jaxopt_lab.optim.lion_muon.branches import Family, zip_strict
-from jaxopt_lab.optim.matrix_leaves import MatrixLeaves
-from jaxopt_lab.optim.options import OnUncovered
-from jaxopt_lab.optim.rates import check_rates, scaled_rate
-from jaxopt_lab.optim.routing import MatrixAxesSpec, broadcast_prefix, require_matrices
+from jaxopt_lab.optim.keywords import explains_keywords
+from jaxopt_lab.optim.matrix_leaves import MatrixLeaves, zeros_of_matrices
+from jaxopt_lab.optim.nonfinite import guarded
+from jaxopt_lab.optim.options import MeshWork, NewtonSchulz
+from jaxopt_lab.optim.routing import MatrixAxesSpec
+
+# The typical root mean square of an AdamW update. Singular values of 1 alone give an m x n matrix
+# one of 1 / sqrt(max(m, n)).
+ADAMW_RMS = 0.2
+
+SPECTRAL_SCALES: dict[str, Callable[[int, int], float]] = {
+    "match_rms": lambda m, n: ADAMW_RMS * math.sqrt(max(m, n)),
+    "fan": lambda m, n: math.sqrt(max(1.0, n / max(m, 1))),
+    "none": lambda m, n: 1.0,
+}
+
+Average = Callable[[Array, Array], tuple[Array, Array]]  # (gradient, M) -> (direction, next M)
+zip_strict = functools.partial(zip, strict=True)
 
 
 class LionMuonState(NamedTuple):
@@ -23,90 +38,83 @@ class LionMuonState(NamedTuple):
 
     count: Array  # shape=(), dtype=int32: steps taken
     mu: optax.Updates  # momentum: shapes of the parameters, dtype mu_dtype
-    cached: Any  # last scaled spectral direction, with cheap_mode="cached" only
-    key: Any  # typed PRNG key, with the stable-rank trigger only
+    notfinite_count: optax.Updates  # (*batch) a leaf, int32: spectral steps refused to a matrix
 
 
+class Branch(NamedTuple):
+    """What a step makes of the directions. Where it is given NaN it returns NaN."""
+
+    apply: Callable[[Array], Array]  # (..., m, n) -> (..., m, n)
+    scale: Callable[[int, int], float]  # factor on the result for an m x n matrix
+    dtype: DTypeLike | None = None  # of the results; None: float32 or wider
+    whole: bool = True  # works on whole matrices, or entry by entry
+
+
+_RATES = (
+    "no such argument: rates follow the direction, optax.scale_by_learning_rate(branch_rate(...))"
+)
+_DECAY = "no such argument: decay follows the direction, optax.add_decayed_weights(...)"
+_PARITY = "jaxopt_lab.parity.lion_muon.released_direction"
+
+
+@explains_keywords(
+    spectral_rate=_RATES,
+    sign_rate=_RATES,
+    weight_decay=_DECAY,
+    mask=_DECAY,
+    stable_rank_threshold="scale_by_stable_rank(threshold)",
+    key="scale_by_stable_rank(key=...)",
+    first_step_spectral="a period that no run reaches, such as period=2**30: step 0 is spectral",
+    momentum=_PARITY,
+    heavy_ball_direction=_PARITY,
+    cheap_mode=_PARITY,
+    cheap_ns_steps=_PARITY,
+    sign_scaling=_PARITY,
+    round_newton_schulz=_PARITY,
+    round_update=_PARITY,
+)
 def scale_by_lion_muon(
     *,
     period: Scalar = 2,
     b1: Scalar = 0.9,
     b2: Scalar = 0.99,
-    ns_steps: int = 5,
-    spectral_rate: optax.ScalarOrSchedule = 1.0,
-    sign_rate: optax.ScalarOrSchedule = 0.05,
-    weight_decay: Scalar = 0.0,
-    mask: Any = None,
-    matrix_axes: MatrixAxesSpec = None,
     mu_dtype: DTypeLike | None = None,
-    ns_dtype: str = "bfloat16",
-    ns_coefficients: str = "quintic",
+    matrix_axes: MatrixAxesSpec = None,
     spectral_scale: str = "match_rms",
-    first_step_spectral: bool = False,
-    stable_rank_threshold: Scalar | None = None,
-    key: Array | None = None,
-    momentum: str = "ema",
-    heavy_ball_direction: str = "nesterov",
-    cheap_mode: str = "sign",
-    cheap_ns_steps: int = 2,
-    sign_scaling: str = "none",
-    round_newton_schulz: bool = False,
-    round_update: bool = False,
-    param_shardings: Any = None,
-    replicated_work: ReplicatedWork = "repeat",
+    newton_schulz: NewtonSchulz = NewtonSchulz(),
+    mesh: MeshWork = MeshWork(),
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Direction of LionMuon, with the rate ratio and the weight decay of the branch taken.
+    r"""Direction of LionMuon.
 
     With momentum $M$ and gradient $G$, step $t$ computes
 
-    .. math::
-      D_t = \beta_1 M_{t-1} + (1 - \beta_1) G_t, \qquad
-      M_t = \beta_2 M_{t-1} + (1 - \beta_2) G_t
+    $$D_t = \beta_1 M_{t-1} + (1 - \beta_1) G_t, \qquad
+    M_t = \beta_2 M_{t-1} + (1 - \beta_2) G_t$$
 
-      U_t = \begin{cases}
-        0.2 \sqrt{\max(m, n)} \, \mathrm{NS}(D_t) & t \bmod P = 0 \\
-        \operatorname{sign}(D_t) & \text{otherwise} \end{cases}
+    $$U_t = \begin{cases}
+      0.2 \sqrt{\max(m, n)} \, \mathrm{NS}(D_t) & t \bmod P = 0 \\
+      \operatorname{sign}(D_t) & \text{otherwise} \end{cases}$$
 
-    and returns $r_t (U_t + \lambda W)$, where $r_t$ is `spectral_rate` or `sign_rate`: one
-    scheduled rate after it is right for both branches. Every leaf must be a matrix; `lion_muon`
-    routes the others to AdamW.
+    and returns $U_t$. The two branches have rates of their own: `branch_rate` is the schedule that
+    alternates with them. Every leaf must be a matrix; `lion_muon` routes the others to AdamW.
+
+    A spectral step leaves out a matrix with a gradient that is not finite, or whose square is not,
+    and counts it; a sign step leaves out such entries.
 
     Args:
       period: $P$, an integer of at least 1. `math.inf`: no step is spectral.
-      b1: $\beta_1$; with heavy-ball momentum the only coefficient.
+      b1: $\beta_1$.
       b2: $\beta_2$.
-      ns_steps: Newton-Schulz iterations (static).
-      spectral_rate: Multiplies spectral steps; a number or a schedule of the step.
-      sign_rate: Multiplies the other steps.
-      weight_decay: $\lambda$, decoupled; it decays at the rate of the branch taken.
-      mask: Which leaves decay: a tree of bools, a prefix of one, or a function of the parameters.
+      mu_dtype: Dtype of the momentum; None: that of the parameters.
       matrix_axes: Layouts as for `optax.contrib.muon`; see `jaxopt_lab.optim.routing.route`. None:
         every leaf has two axes.
-      mu_dtype: Dtype of the momentum; None: that of the parameters.
-      ns_dtype: Dtype of the iterates; products accumulate in float32 or wider.
-      ns_coefficients: "quintic" (the paper's), "polar_express" or "dion".
       spectral_scale: "match_rms" is $0.2\sqrt{\max(m, n)}$ (the released code, under which the
         published rates hold), "fan" $\sqrt{\max(1, n/m)}$, "none" 1 (the paper's algorithm box).
-      first_step_spectral: Take step 0 spectrally also when the period is infinite.
-      stable_rank_threshold: $\alpha$. When given, `period` is ignored and each matrix is spectral
-        when its stable rank is at most $\alpha \min(m, n)$.
-      key: Key of the power iteration's start vectors; None: `jax.random.key(0)`.
-      momentum: "ema", or "heavy_ball" for the legacy $B \leftarrow \beta_1 B + G$.
-      heavy_ball_direction: "nesterov" ($G + \beta_1 B$), "buffer" ($B$) or "gradient" ($G$).
-      cheap_mode: What a step that is not spectral does: "sign"; "norm" (Frobenius-normalised);
-        "cheap_ns" (few iterations); "cached" (the last spectral direction again).
-      cheap_ns_steps: Iterations of "cheap_ns" (static).
-      sign_scaling: Factor on the sign: "none", "frob" or "muon".
-      round_newton_schulz: Reproduce the released bfloat16 iteration bit for bit.
-      round_update: Round scaled directions to bfloat16, as the released update buffer does.
-      param_shardings: Tree of `NamedSharding` of the parameters. Needed on meshes with Auto axes,
-        where types do not show the layout; without it GSPMD gathers inside Newton-Schulz.
-      replicated_work: On mesh axes that replicate the parameters, "repeat" the orthogonalisation
-        or "share" it for one all-gather of its results.
+      newton_schulz: The iteration NS.
+      mesh: Layout of the parameters, and who does the work.
 
     Returns:
-      A transformation with state `LionMuonState`. Its update takes an optional `draws=`: a tree
-      like the parameters with start vectors (batch, m) or (m,), which replaces sampling.
+      A transformation with state `LionMuonState`.
 
     Raises:
       ValueError: An option is unknown or out of range, or a leaf is not a matrix.
@@ -115,289 +123,176 @@ def scale_by_lion_muon(
     Alternating Spectral and Sign Descent for Efficient Training", arXiv 2605.19811.
 
     Differs from the released code in: an infinite period is never spectral (released: step 0 is);
-    leading axes are batch (released: flattened into the columns); bfloat16 rounds once a product.
+    leading axes are batch (released: flattened into the columns); bfloat16 rounds once a product;
+    nothing is added to the norm by which the iteration divides (released: 1e-7).
     """
-    family = Family(
-        b1=b1,
-        b2=b2,
-        momentum=momentum,
-        heavy_ball_direction=heavy_ball_direction,
-        ns_steps=ns_steps,
-        ns_dtype=ns_dtype,
-        ns_coefficients=ns_coefficients,
-        spectral_scale=spectral_scale,
-        cheap_mode=cheap_mode,
-        cheap_ns_steps=cheap_ns_steps,
-        sign_scaling=sign_scaling,
-        round_newton_schulz=round_newton_schulz,
-        round_update=round_update,
-        replicated_work=replicated_work,
-        period=period,
-        first_step_spectral=first_step_spectral,
-        stable_rank_threshold=stable_rank_threshold,
+    spectral = orthogonalized(newton_schulz, spectral_scale)
+    direction = alternating_direction(
+        averaged(b1, b2), spectral, signs(newton_schulz), period, mu_dtype, matrix_axes, mesh
     )
-    family.check()
-    check_rates(spectral_rate=spectral_rate, sign_rate=sign_rate)
-    triggered = stable_rank_threshold is not None
-    # A traced number (from inject_hyperparams) may be anything; only a plain zero skips the decay.
-    decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
+    return guarded(direction)
+
+
+def averaged(b1: Scalar, b2: Scalar) -> Average:
+    """Two averages: of the direction and of the buffer, which does not depend on the branch."""
+    return lambda g, m: (b1 * m + (1 - b1) * g, b2 * m + (1 - b2) * g)
+
+
+def orthogonalized(newton_schulz: NewtonSchulz, spectral_scale: str) -> Branch:
+    """The spectral branch."""
+    if spectral_scale not in SPECTRAL_SCALES:
+        known = ", ".join(SPECTRAL_SCALES)
+        raise ValueError(f"spectral_scale is {spectral_scale!r}; choose one of {known}")
+    polar = functools.partial(
+        iteration.newton_schulz,
+        steps=newton_schulz.steps,
+        coefficients=newton_schulz.coefficients,
+        compute_dtype=newton_schulz.dtype,
+        eps=newton_schulz.eps,
+    )
+    return Branch(polar, SPECTRAL_SCALES[spectral_scale], newton_schulz.dtype)
+
+
+def signs(newton_schulz: NewtonSchulz) -> Branch:
+    """The sign branch; its results have the dtype of the other one."""
+    return Branch(jnp.sign, lambda m, n: 1.0, newton_schulz.dtype, whole=False)
+
+
+def alternating_direction(
+    average: Average,
+    spectral: Branch,
+    cheap: Branch,
+    period: Scalar,
+    mu_dtype: DTypeLike | None,
+    matrix_axes: MatrixAxesSpec,
+    mesh: MeshWork,
+) -> optax.GradientTransformationExtraArgs:
+    """One branch at every `period`-th step, the other at all others; NaN where it is refused."""
+    _check_period(period)
 
     def init(params: optax.Params) -> LionMuonState:
-        require_matrices(params, matrix_axes)
-        absent = optax.MaskedNode()
-        return LionMuonState(
-            count=jnp.zeros([], jnp.int32),
-            mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-            cached=jax.tree.map(_zeros_wide, params) if cheap_mode == "cached" else absent,
-            key=(jax.random.key(0) if key is None else key) if triggered else absent,
-        )
+        return initial_state(params, mu_dtype, matrix_axes)
 
-    def update(updates, state, params=None, *, draws=None, **extra_args):
-        del extra_args
-        if decays and params is None:
-            raise ValueError("weight_decay needs the parameters: call update(grads, state, params)")
-        leaves = MatrixLeaves.of(updates, matrix_axes, param_shardings)
-        g, m, cached = map(jax.tree.leaves, (updates, state.mu, state.cached))
-        if triggered:
-            starts = leaves.start_vectors(g, jax.random.fold_in(state.key, state.count), draws)
-            u, new_mu, spectral = family.triggered_step(starts, leaves, g, m, cached)
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        leaves = MatrixLeaves.of(updates, matrix_axes, mesh.param_shardings)
+        is_spectral = is_spectral_step(state.count, period)
+
+        # The momentum belongs into the branches: computed outside, the direction would have to be
+        # written to memory and read again across the conditional.
+        def take(branch: Branch) -> Callable:
+            def step(gradients: list[Array], momenta: list[Array], counts: list[Array]):
+                d, new = advance(average, gradients, momenta)
+                if branch.whole:
+                    # Cast first: what crosses the mesh is then the small dtype, both ways.
+                    small = [x.astype(branch.dtype or x.dtype) for x in d]
+                    options = {"replicated_work": mesh.replicated_work, "transposable": True}
+                    (u,) = leaves.map_whole(lambda x: (branch.apply(x),), (small,), **options)
+                    refused = [leaves.refused(i, x) for i, x in enumerate(u)]
+                    counts = [c + r for c, r in zip_strict(counts, refused)]
+                else:
+                    u = [branch.apply(x) for x in d]
+                kept = [jnp.where(jnp.isnan(x), *m) for x, *m in zip_strict(u, momenta, new)]
+                u = [x.astype(cheap.dtype or g.dtype) for x, g in zip_strict(u, d)]
+                return u, kept, counts
+
+            return step
+
+        operands = [jax.tree.leaves(x) for x in (updates, state.mu, state.notfinite_count)]
+        if isinstance(is_spectral, bool):
+            u, mu, counts = take(spectral if is_spectral else cheap)(*operands)
         else:
-            u, new_mu, spectral = family.periodic_step(state.count, leaves, g, m, cached)
-        scaled = [
-            family.apply_scale(x, jnp.where(s, *family.scales(i, y, leaves)), _wide(y))
-            for i, (x, s, y) in enumerate(zip_strict(u, spectral, g))
-        ]
-        decayed = scaled
-        if decays:
-            decaying = broadcast_prefix("mask", True if mask is None else mask, updates)
-            decayed = [
-                x + weight_decay * w.astype(x.dtype) if d else x
-                for x, w, d in zip_strict(scaled, jax.tree.leaves(params), decaying)
-            ]
-        rates = [r(state.count) if callable(r) else r for r in (spectral_rate, sign_rate)]
-        out = [
-            (jnp.where(s, *rates) * x).astype(y.dtype)
-            for s, x, y in zip_strict(spectral, decayed, g)
-        ]
-        new_cached = [jnp.where(s, *pair) for s, *pair in zip_strict(spectral, scaled, cached or u)]
+            u, mu, counts = jax.lax.cond(is_spectral, take(spectral), take(cheap), *operands)
+        taken = [is_spectral] * len(u)
+        steps = scaled(operands[0], u, taken, spectral, cheap, leaves)
         unflatten = leaves.treedef.unflatten
-        return unflatten(out), LionMuonState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            mu=unflatten(new_mu),
-            cached=unflatten(new_cached) if cheap_mode == "cached" else state.cached,
-            key=state.key,
-        )
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return unflatten(steps), LionMuonState(count, unflatten(mu), unflatten(counts))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _wide(x: Any) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
+def initial_state(
+    params: optax.Params, mu_dtype: DTypeLike | None, matrix_axes: MatrixAxesSpec
+) -> LionMuonState:
+    """No momentum, and nothing refused."""
+    return LionMuonState(
+        count=jnp.zeros([], jnp.int32),
+        mu=optax.tree.zeros_like(params, dtype=mu_dtype),
+        notfinite_count=zeros_of_matrices(params, matrix_axes, jnp.int32),
+    )
 
 
-def _zeros_wide(x: Any) -> Array:
-    return jnp.zeros_like(x, dtype=_wide(x))
+def advance(average: Average, gradients: list[Array], momenta: list[Array]):
+    """Directions, NaN where the gradient is refused, in float32 or wider; and the next momenta."""
+    directions, new = [], []
+    for gradient, momentum in zip_strict(gradients, momenta):
+        wide = jnp.promote_types(gradient.dtype, jnp.float32)
+        g = gradient.astype(wide)
+        d, m = average(g, momentum.astype(wide))
+        new.append(m.astype(momentum.dtype))
+        # A narrow momentum may overflow where the gradient does not.
+        usable = jnp.isfinite(jnp.square(g)) & jnp.isfinite(new[-1])
+        directions.append(jnp.where(usable, d, jnp.nan))
+    return directions, new
 
 
-def lion_muon(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    sign_learning_rate: optax.ScalarOrSchedule | None = None,
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    sign_lr_ratio: Scalar = 0.05,
-    adam_lr_ratio: Scalar = 1.0,
-    period: Scalar = 2,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.99,
-    ns_steps: int = 5,
-    weight_decay: Scalar = 0.0,
-    adam_weight_decay: Scalar | None = None,
-    mask: Any = None,
-    matrix_axes: MatrixAxesSpec = None,
-    mu_dtype: DTypeLike | None = None,
-    ns_dtype: str = "bfloat16",
-    ns_coefficients: str = "quintic",
-    spectral_scale: str = "match_rms",
-    first_step_spectral: bool = False,
-    stable_rank_threshold: Scalar | None = None,
-    key: Array | None = None,
-    adam_b1: Scalar = 0.8,
-    adam_b2: Scalar = 0.999,
-    adam_eps: Scalar = 1e-8,
-    on_uncovered: OnUncovered = "adamw",
-    vocabulary_size: int | None = None,
-    param_shardings: Any = None,
-    replicated_work: ReplicatedWork = "repeat",
-) -> optax.GradientTransformationExtraArgs:
-    r"""LionMuon for the matrices of a model, AdamW for everything else.
+def scaled(
+    gradients: list[Array],
+    u: list[Array],
+    is_spectral: list,
+    spectral: Branch,
+    cheap: Branch,
+    leaves: MatrixLeaves,
+) -> list[Array]:
+    """Steps in float32 or wider, each with the scale of its branch."""
+    out = []
+    for i, (g, x, s) in enumerate(zip_strict(gradients, u, is_spectral)):
+        m, n = leaves.matrix_shape(i, g)[1:]
+        factor = jnp.where(s, spectral.scale(m, n), cheap.scale(m, n))
+        out.append(factor * x.astype(jnp.promote_types(g.dtype, jnp.float32)))
+    return out
 
-    Every `period`-th step a matrix moves along its orthogonalised momentum (Muon), at the other
-    steps along the sign (Lion). Both branches read and write one buffer, so the state of a matrix
-    is half of AdamW's. See `scale_by_lion_muon` for the equations. With defaults this is the
-    configuration of the paper's experiments, except for their weight decay of 0.1.
 
-    Three rates are involved: spectral, sign and AdamW. By default `learning_rate` drives all three
-    through `sign_lr_ratio` and `adam_lr_ratio`, so one schedule warms up and decays them together.
-    A rate given by itself stands alone: a number stays constant, a schedule is followed.
+def is_spectral_step(count: Array, period: Scalar) -> Array | bool:
+    """Whether step `count` is spectral; a Python bool where that is the same at every step."""
+    if isinstance(period, int | float):
+        if period == 1 or math.isinf(period):
+            return period == 1
+        return count % min(int(period), 2**31 - 1) == 0
+    # count % inf is count: step 0 must not look due.
+    return (count % period == 0) & jnp.isfinite(period)
 
-    Args:
-      learning_rate: Rate of the spectral steps, a number or a schedule.
-      sign_learning_rate: Rate of the sign steps; None: `sign_lr_ratio * learning_rate`.
-      adam_learning_rate: Rate of the other leaves; None: `adam_lr_ratio * learning_rate`.
-      sign_lr_ratio: Sign rate over spectral rate.
-      adam_lr_ratio: AdamW rate over spectral rate.
-      period: Steps from one spectral step to the next; `math.inf` is Lion, 1 is Muon.
-      b1: Averaging of the direction.
-      b2: Averaging of the momentum.
-      ns_steps: Newton-Schulz iterations (static).
-      weight_decay: Decoupled decay of the matrices, at the rate of the branch taken.
-      adam_weight_decay: Decay of the other leaves; None: the same.
-      mask: Which leaves decay: a tree of bools, a prefix of one, or a function of the parameters.
-      matrix_axes: `MuonDimensionNumbers` for the leaves that are matrices, None for those that are
-        not: a tree, a prefix, or a function of the parameters. None: leaves of two axes, except
-        embeddings and heads.
-      mu_dtype: Dtype of the momenta; None: that of the parameters.
-      ns_dtype: Dtype of the Newton-Schulz iterates.
-      ns_coefficients: "quintic", "polar_express" or "dion".
-      spectral_scale: "match_rms", "fan" or "none".
-      first_step_spectral: Take step 0 spectrally also when the period is infinite.
-      stable_rank_threshold: When given, each matrix decides alone by its stable rank.
-      key: Key of that decision's power iteration.
-      adam_b1: First-moment decay of AdamW.
-      adam_b2: Second-moment decay of AdamW.
-      adam_eps: Epsilon of AdamW, on the uncorrected root.
-      on_uncovered: "adamw" or "error" for a leaf of more than two axes without a layout.
-      vocabulary_size: Without `matrix_axes`, an axis this long marks an embedding. None: 10 000.
-      param_shardings: Tree of `NamedSharding`, for meshes with Auto axes.
-      replicated_work: "repeat" or "share" the orthogonalisation over replicas.
 
-    Returns:
-      A transformation whose state is an `optax.transforms.PartitionState` with the groups
-      "lion_muon" and "adamw".
+def _check_period(period: Scalar) -> None:
+    # Only Python numbers can be looked at: `optax.inject_hyperparams` passes tracers.
+    if isinstance(period, int | float) and not (
+        period == math.inf or (period >= 1 and period == int(period))
+    ):
+        raise ValueError(
+            f"period is {period!r}; it must be an integer of at least 1, or math.inf for no "
+            "spectral step at all"
+        )
 
-    Raises:
-      ValueError: A rate is NaN or negative, an option is unknown, or a layout does not fit.
+
+def branch_rate(
+    period: Scalar, spectral_rate: optax.ScalarOrSchedule, sign_rate: optax.ScalarOrSchedule
+) -> optax.Schedule:
+    """The schedule that alternates with the branches of `scale_by_lion_muon`.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> tx = optax.chain(optax.clip_by_global_norm(0.5), lion_muon(1e-3, weight_decay=0.1))
-      >>> params = {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}
-      >>> updates, _ = tx.update(params, tx.init(params), params)
-      >>> jax.tree.map(jnp.shape, updates)
-      {'bias': (8,), 'kernel': (4, 8)}
-
-    Source: Bolatov et al., "LionMuon: Alternating Spectral and Sign Descent for Efficient
-    Training", arXiv 2605.19811.
-
-    Differs from the released code in: see `scale_by_lion_muon`; the sign rate defaults to the ratio
-    of the experiments (released class: 0.01); the AdamW rate follows the schedule.
-    """
-    check_rates(
-        learning_rate=learning_rate,
-        sign_learning_rate=sign_learning_rate,
-        adam_learning_rate=adam_learning_rate,
-        sign_lr_ratio=sign_lr_ratio,
-        adam_lr_ratio=adam_lr_ratio,
-    )
-    coupled = sign_learning_rate is None
-    direction = scale_by_lion_muon(
-        period=period,
-        b1=b1,
-        b2=b2,
-        ns_steps=ns_steps,
-        spectral_rate=1.0 if coupled else learning_rate,
-        sign_rate=sign_lr_ratio if sign_learning_rate is None else sign_learning_rate,
-        weight_decay=weight_decay,
-        mask=mask,
-        matrix_axes=matrix_axes,
-        mu_dtype=mu_dtype,
-        ns_dtype=ns_dtype,
-        ns_coefficients=ns_coefficients,
-        spectral_scale=spectral_scale,
-        first_step_spectral=first_step_spectral,
-        stable_rank_threshold=stable_rank_threshold,
-        key=key,
-        param_shardings=param_shardings,
-        replicated_work=replicated_work,
-    )
-    return with_adamw_fallback(
-        "lion_muon",
-        optax.chain(direction, optax.scale_by_learning_rate(learning_rate if coupled else 1.0)),
-        scaled_rate(learning_rate, adam_lr_ratio)
-        if adam_learning_rate is None
-        else adam_learning_rate,
-        b1=adam_b1,
-        b2=adam_b2,
-        eps=adam_eps,
-        weight_decay=weight_decay if adam_weight_decay is None else adam_weight_decay,
-        mask=mask,
-        mu_dtype=mu_dtype,
-        matrix_axes=matrix_axes,
-        on_uncovered=on_uncovered,
-        vocabulary_size=vocabulary_size,
-    )
-
-
-def sign_muon(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    sign_learning_rate: optax.ScalarOrSchedule | None = None,
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    sign_lr_ratio: Scalar = 0.05,
-    adam_lr_ratio: Scalar = 1.0,
-    period: Scalar = 2,
-    b1: Scalar = 0.9,
-    ns_steps: int = 5,
-    weight_decay: Scalar = 0.0,
-    mask: Any = None,
-    matrix_axes: MatrixAxesSpec = None,
-    mu_dtype: DTypeLike | None = None,
-    ns_dtype: str = "bfloat16",
-    on_uncovered: OnUncovered = "adamw",
-    param_shardings: Any = None,
-    replicated_work: ReplicatedWork = "repeat",
-) -> optax.GradientTransformationExtraArgs:
-    """SignMuon: `lion_muon` with one averaging constant, so the direction is the momentum itself.
-
-    With period=1 this is Muon with averaged momentum, with period=math.inf it is Signum. For the
-    remaining options call `lion_muon` with b1 = b2.
+      >>> rate = branch_rate(2, 1e-2, lambda count: 1e-4 * count)
+      >>> [round(float(rate(jnp.array(count))), 4) for count in range(4)]
+      [0.01, 0.0001, 0.01, 0.0003]
 
     Args:
-      learning_rate: Rate of the spectral steps, a number or a schedule.
-      sign_learning_rate: As for `lion_muon`.
-      adam_learning_rate: As for `lion_muon`.
-      sign_lr_ratio: As for `lion_muon`.
-      adam_lr_ratio: As for `lion_muon`.
-      period: As for `lion_muon`.
-      b1: The averaging constant of direction and momentum.
-      ns_steps: As for `lion_muon`.
-      weight_decay: Decay of all leaves.
-      mask: As for `lion_muon`.
-      matrix_axes: As for `lion_muon`.
-      mu_dtype: As for `lion_muon`.
-      ns_dtype: As for `lion_muon`.
-      on_uncovered: As for `lion_muon`.
-      param_shardings: As for `lion_muon`.
-      replicated_work: As for `lion_muon`.
-
-    Source: Bolatov et al., arXiv 2605.19811 (the `_fixed` runs of the released code).
+      period: As for `scale_by_lion_muon`.
+      spectral_rate: Of the spectral steps, a number or a schedule.
+      sign_rate: Of the other steps.
     """
-    return lion_muon(
-        learning_rate,
-        sign_learning_rate=sign_learning_rate,
-        adam_learning_rate=adam_learning_rate,
-        sign_lr_ratio=sign_lr_ratio,
-        adam_lr_ratio=adam_lr_ratio,
-        period=period,
-        b1=b1,
-        b2=b1,
-        ns_steps=ns_steps,
-        weight_decay=weight_decay,
-        mask=mask,
-        matrix_axes=matrix_axes,
-        mu_dtype=mu_dtype,
-        ns_dtype=ns_dtype,
-        on_uncovered=on_uncovered,
-        param_shardings=param_shardings,
-        replicated_work=replicated_work,
-    )
+
+    def rate(count: ArrayLike) -> Array:
+        rates = [r(count) if callable(r) else r for r in (spectral_rate, sign_rate)]
+        return jnp.where(is_spectral_step(jnp.asarray(count), period), *rates)
+
+    return rate
