@@ -18,7 +18,6 @@ from jaxopt_lab.optim import (
     d_muon,
     describe,
     dykaf,
-    dykaf_official,
     flax_matrix_axes,
     lion_muon,
     muon,
@@ -38,6 +37,7 @@ from jaxopt_lab.optim import (
     state_shardings,
     track_params_ema,
 )
+from jaxopt_lab.parity.dykaf import dykaf_official
 from jaxopt_lab.parity.lion_muon import legacy_sign_muon
 from jaxopt_lab.schedules import adaptive_warmup
 
