@@ -95,7 +95,7 @@ def lion_muon(
       ValueError: A rate is NaN or negative, an option is unknown, or a layout does not fit.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> tx = optax.chain(optax.clip_by_global_norm(0.5), lion_muon(1e-3, weight_decay=0.1))
       >>> params = {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}
       >>> updates, _ = tx.update(params, tx.init(params), params)
