@@ -170,7 +170,9 @@ def _overlaps(block: Array, precision: ProductPrecision) -> tuple[Array, Array, 
     lost = jnp.max(jnp.where(squares > 0, 1 - squares, 0))
     scale = _reciprocal(jnp.sqrt(jnp.maximum(squares, 0)))
     upper = jnp.triu(scale[..., :, None] * gram * scale[..., None, :], 1)
-    left = jnp.max(jnp.sum(jnp.square(upper), axis=-1) + jnp.sum(jnp.square(upper), axis=-2))
+    left = jnp.sum(jnp.square(upper), axis=-1) + jnp.sum(jnp.square(upper), axis=-2)
+    # A matrix that is not finite compares false: it must not end the passes of the others.
+    left = jnp.max(jnp.where(left >= 0, left, 0))
     third_order = jnp.finfo(gram.dtype).eps ** (2 / 3) / 2
     return upper, scale, left < _NEAR, (lost > _LOST) | (left > third_order)
 

@@ -204,13 +204,17 @@ def complete_basis(u: Float[Array, "*batch n"]) -> Float[Array, "*batch n n"]:
 
 
 def eigenbasis(factor: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
-    """Eigenvectors of symmetric matrices as columns, by decreasing eigenvalue."""
+    """Eigenvectors of symmetric matrices as columns, by decreasing eigenvalue.
+
+    Where the decomposition fails, the identity, from which a refresh goes on.
+    """
     vectors = jnp.linalg.eigh((factor + factor.mT) / 2, symmetrize_input=False)[1]
+    found = jnp.isfinite(vectors).all(axis=(-2, -1), keepdims=True)
+    eye = jnp.eye(vectors.shape[-1], dtype=vectors.dtype)
+    vectors = jnp.where(found, jnp.flip(vectors, axis=-1), eye)
     # Decompositions return their results column by column. Left alone, compilers hand that layout
     # on to all who share a buffer with them, and every step of an optimizer copies its bases.
-    return with_layout_constraint(
-        jnp.flip(vectors, axis=-1), Layout(major_to_minor=tuple(range(vectors.ndim)))
-    )
+    return with_layout_constraint(vectors, Layout(major_to_minor=tuple(range(vectors.ndim))))
 
 
 def refresh_eigenbasis(
@@ -224,7 +228,8 @@ def refresh_eigenbasis(
 
     The columns of $Q$ are sorted by decreasing $\operatorname{diag}(Q^\top X Q)$ and replaced by
     the orthogonal factor of $X Q$. Directions in which a factor is zero to working precision stay
-    as they are: a small multiple of the norm of $X$ is added to its diagonal.
+    as they are: a small multiple of the norm of $X$ is added to its diagonal. A basis whose
+    successor is not finite stays as it is: moments and parameters would be lost with it for good.
 
     Args:
       factor: $X$, symmetric and positive semidefinite.
@@ -246,7 +251,10 @@ def refresh_eigenbasis(
     order = jnp.argsort(jnp.sum(basis.mT * rows, axis=-1), axis=-1, descending=True)
     rows = rows + _RIDGES[rows.dtype.name] * basis.mT
     rows = jnp.take_along_axis(rows, order[..., :, None], axis=-2)
-    return orthonormal(rows.mT, orthogonalizer, precision=precision), order
+    new = orthonormal(rows.mT, orthogonalizer, precision=precision)
+    usable = jnp.isfinite(new).all(axis=(-2, -1))[..., None]
+    order = jnp.where(usable, order, jnp.arange(order.shape[-1]))
+    return jnp.where(usable[..., None], new, basis), order
 
 
 def trace_in_range(*factors: Float[Array, "*batch _ _"]) -> Bool[Array, "*batch"]:

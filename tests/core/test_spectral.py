@@ -272,3 +272,25 @@ def test_the_trace_leaves_room_for_what_is_formed():
     # Of a Kronecker product neither factor alone decides.
     rows, columns = (factor * np.float32(x)[:, None, None] for x in ([1e20] * 2, [1e17, 1e19]))
     assert trace_in_range(jnp.asarray(rows), jnp.asarray(columns)).tolist() == [True, False]
+
+
+def test_a_basis_whose_successor_is_not_finite_is_kept():
+    rng = np.random.default_rng(0)
+    grads = rng.standard_normal((3, 12, 12)) * np.geomspace(1, 1e-3, 12)
+    factors = np.float32(grads @ grads.mT)
+    bases = np.float32(np.linalg.qr(rng.standard_normal((3, 12, 12)))[0])
+    # What a failed decomposition inside would leave.
+    broken = factors.copy()
+    broken[1] = np.nan
+    fine, order = REFRESH(factors, bases, "cholesky_qr")
+    kept, kept_order = REFRESH(broken, bases, "cholesky_qr")
+    np.testing.assert_array_equal(kept[1], bases[1])
+    np.testing.assert_array_equal(kept_order[1], np.arange(12))
+    np.testing.assert_array_equal(np.delete(kept, 1, 0), np.delete(fine, 1, 0))
+    np.testing.assert_array_equal(np.delete(kept_order, 1, 0), np.delete(order, 1, 0))
+
+
+def test_a_decomposition_that_fails_gives_the_identity():
+    factors = np.stack([np.diag([1.0, 2.0]), np.full((2, 2), np.nan)]).astype(np.float32)
+    bases = np.asarray(EIGENBASIS(factors))
+    np.testing.assert_array_equal(np.abs(bases), [np.eye(2)[::-1], np.eye(2)])
