@@ -26,8 +26,8 @@ from jaxopt_lab.train.config import (
     with_preset,
 )
 from jaxopt_lab.train.errors import ArgumentError, ConfigError
+from jaxopt_lab.train.io.run_directory import read_config
 from jaxopt_lab.train.optimizers import OPTIMIZERS
-from jaxopt_lab.train.run_directory import read_config
 from jaxopt_lab.train.schedules import SCHEDULES
 from jaxopt_lab.train.serialize import from_json, settings_from_json
 

@@ -18,14 +18,14 @@ from jaxopt_lab.train.compare_config import CompareConfig, Entrant, validate_com
 from jaxopt_lab.train.compare_report import CompareResult, Outcome, write_report
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
-from jaxopt_lab.train.mesh import MeshConfig, make_mesh
-from jaxopt_lab.train.optimizers import ModelInfo
-from jaxopt_lab.train.run_directory import (
+from jaxopt_lab.train.io.run_directory import (
     add_session,
     describe_session,
     open_comparison,
     write_json,
 )
+from jaxopt_lab.train.mesh import MeshConfig, make_mesh
+from jaxopt_lab.train.optimizers import ModelInfo
 from jaxopt_lab.train.serialize import encode, to_json
 from jaxopt_lab.train.text import open_text
 

@@ -12,15 +12,15 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from jaxopt_lab import data
-from jaxopt_lab.train.checkpoint import Checkpoints
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.diagnostics import take_record
 from jaxopt_lab.train.errors import TrainingError
 from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.interrupts import INTERRUPTED, StopRequests
+from jaxopt_lab.train.io.checkpoints import Checkpoints
+from jaxopt_lab.train.io.run_log import RunLog
 from jaxopt_lab.train.mesh import batch_slice, to_global
 from jaxopt_lab.train.program import Program, averaged_params
-from jaxopt_lab.train.run_log import RunLog
 from jaxopt_lab.train.step import SIGNALS, Batch, TrainState
 
 Status = Literal["finished", "terminated", "interrupted"]

@@ -16,11 +16,21 @@ from jax.experimental import multihost_utils
 from jaxopt_lab import data, models
 from jaxopt_lab.report.figures import loss_figure
 from jaxopt_lab.report.schedule_figure import schedule_figure
-from jaxopt_lab.train.checkpoint import Checkpoints
 from jaxopt_lab.train.config import PretrainConfig, validate
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
 from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
+from jaxopt_lab.train.io.checkpoints import Checkpoints
+from jaxopt_lab.train.io.run_directory import (
+    SUMMARY_FILE,
+    add_session,
+    describe_session,
+    discard_unstarted,
+    open_run,
+    resume_command,
+    write_json,
+)
+from jaxopt_lab.train.io.run_log import RunLog
 from jaxopt_lab.train.loop import Callback, Loop, Run, Status
 from jaxopt_lab.train.mesh import initialize_processes
 from jaxopt_lab.train.program import (
@@ -32,16 +42,6 @@ from jaxopt_lab.train.program import (
     cost_of,
     step_flops,
 )
-from jaxopt_lab.train.run_directory import (
-    SUMMARY_FILE,
-    add_session,
-    describe_session,
-    discard_unstarted,
-    open_run,
-    resume_command,
-    write_json,
-)
-from jaxopt_lab.train.run_log import RunLog
 from jaxopt_lab.train.smoothness import fit_run
 from jaxopt_lab.train.step import TrainState
 from jaxopt_lab.train.text import open_text

@@ -15,12 +15,12 @@ from jaxopt_lab import models, optim
 from jaxopt_lab.data import Tokenizer
 from jaxopt_lab.models import DecoderConfig, Params
 from jaxopt_lab.optim.params_ema import ParamsEmaState
-from jaxopt_lab.train.checkpoint import read_state, select_step
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.errors import CheckpointError, ConfigError
+from jaxopt_lab.train.io.checkpoints import read_state, select_step
+from jaxopt_lab.train.io.run_directory import TOKENIZER_FILE, read_config
 from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.program import build_program
-from jaxopt_lab.train.run_directory import TOKENIZER_FILE, read_config
 from jaxopt_lab.train.step import TrainState
 
 # Stands for a leaf that is not read; orbax's own placeholder.

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxopt_lab.train.checkpoint import Checkpoints, committed_steps, first_difference
 from jaxopt_lab.train.errors import CheckpointError
+from jaxopt_lab.train.io.checkpoints import Checkpoints, committed_steps, first_difference
 from jaxopt_lab.train.mesh import MeshConfig, make_mesh, to_global
 from jaxopt_lab.train.step import make_step
 from tests.train import stand_in

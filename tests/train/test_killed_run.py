@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from jaxopt_lab.train.checkpoint import committed_steps
 from jaxopt_lab.train.config import CheckpointConfig, EvalConfig
+from jaxopt_lab.train.io.checkpoints import committed_steps
 from jaxopt_lab.train.optimizers import AdamWConfig
 from jaxopt_lab.train.serialize import to_json
 from tests.train.tiny_run import losses_of, tiny_config, write_text

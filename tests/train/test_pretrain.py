@@ -15,10 +15,10 @@ from jaxopt_lab import cli, models
 from jaxopt_lab.data import TextFiles, Tokenizer
 from jaxopt_lab.optim import params_ema
 from jaxopt_lab.report.tracker import read_metrics
-from jaxopt_lab.train.checkpoint import committed_steps
 from jaxopt_lab.train.config import CheckpointConfig, EvalConfig
 from jaxopt_lab.train.diagnostics import DiagnosticsConfig
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
+from jaxopt_lab.train.io.checkpoints import committed_steps
 from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.optimizers import AdamWConfig, LionMuonConfig, OptaxMuonConfig
 from jaxopt_lab.train.pretrain import pretrain
