@@ -28,6 +28,8 @@ Status = Literal["finished", "terminated", "interrupted"]
 # The trace leaves out the first steps, which still warm up.
 _PROFILE_AFTER, _PROFILE_STEPS = 3, 3
 PROFILE_DIRECTORY = "profile"
+# One bad batch is no divergence; so many in a row with the same parameters are.
+_BAD_STEPS = 3
 
 
 class Callback(Protocol):
@@ -96,6 +98,8 @@ class Loop:
         self._log, self._callbacks = log, callbacks
         self._stop_code, self._save_now = 0, False
         self._saved_at = time.monotonic()
+        self._unverified: int | None = None  # label of the newest checkpoint, until a loss is read
+        self._bad_steps = 0  # steps in a row whose loss or gradient was not finite
         self._evaluated: dict[int, float] = {}
         self.last_metrics: dict[str, Any] = {}
         self.last_evaluation: dict[str, float] = {}
@@ -111,6 +115,7 @@ class Loop:
           TrainingError: If too many steps were skipped, or the parameters are not finite.
         """
         steps, step = self._config.steps, start
+        self._unverified = start or None
         taken: _Taken | None = None
         with self._batches(start) as batches, StopRequests(self._log.message) as stop:
             if start == 0:
@@ -159,8 +164,14 @@ class Loop:
                 f"checkpoints: {self._run.checkpoints.steps() or 'none'}"
             )
         position = {"step": step, **self._run.position}
-        loss = self._evaluated.get(step)
+        # Normalisation makes the held-out loss of parameters finite whose gradient is not.
+        loss = None if self._bad_steps else self._evaluated.get(step)
         self._run.checkpoints.save(step, state, position, held_out_loss=loss)
+        self._unverified = step
+        if self._bad_steps >= _BAD_STEPS:
+            self._run.checkpoints.verify(step, finite=False)
+        elif step == self._config.steps and loss is not None and np.isfinite(loss):
+            self._run.checkpoints.verify(step, finite=True)  # no step will follow
         self._saved_at, self._save_now = time.monotonic(), False
 
     def _batches(self, start: int) -> data.TrainBatches:
@@ -216,6 +227,7 @@ class Loop:
         finite, skipped = bool(metrics.pop("finite")), int(metrics["skipped"])
         self.last_metrics = metrics
         self._log.training(taken.step, {**metrics, **taken.extra})
+        self._judge_checkpoint(taken.step, finite)
         if not finite:
             self._log.message(
                 f"step {taken.step}: loss or gradient is not finite, the update was skipped "
@@ -227,6 +239,22 @@ class Loop:
                 f"{self._config.max_skipped}; stopped after step {taken.step}, "
                 f"checkpoints: {self._run.checkpoints.steps() or 'none'}"
             )
+
+    def _judge_checkpoint(self, step: int, finite: bool) -> None:
+        """Verifies the newest checkpoint by the step after it, or doubts it.
+
+        Steps that are skipped leave the parameters as they are, so every step after the checkpoint
+        tells about it, up to the first that is finite.
+        """
+        self._bad_steps = 0 if finite else self._bad_steps + 1
+        saved = self._unverified
+        if saved is None or step <= saved:
+            return
+        if finite:
+            self._run.checkpoints.verify(saved, finite=True)
+            self._unverified = None
+        elif self._bad_steps == _BAD_STEPS:
+            self._run.checkpoints.verify(saved, finite=False)
 
     def _is_due(self, step: int) -> bool:
         every = self._config.checkpoint.every_steps

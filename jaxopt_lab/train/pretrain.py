@@ -207,7 +207,7 @@ def _initial_state(run: Run, say: Message) -> tuple[TrainState, int]:
         return step.init(jax.random.key(run.config.seed)), 0
     if checkpoints.are_all_damaged():
         raise CheckpointError(f"{run.directory}: every checkpoint is damaged, nothing to resume")
-    if not checkpoints.steps():
+    if not checkpoints.exist():
         say("no checkpoint was saved yet: starting from the beginning")
         return step.init(jax.random.key(run.config.seed)), 0
     restored = checkpoints.restore(step.abstract_state)

@@ -389,6 +389,21 @@ def test_parameters_that_overflow_are_never_saved(text, tmp_path):
     assert committed_steps(tmp_path / "run/checkpoints") == []
 
 
+def test_divergence_leaves_the_last_good_checkpoints(finished, tmp_path):
+    config = copy_of(finished, tmp_path, steps=16)
+    good = config.optimizer
+    config = replace(config, checkpoint=CheckpointConfig(every_steps=3, keep_newest=2))
+    pretrain(replace(config, optimizer=replace(good, learning_rate=1e30)))
+    assert [row["skipped"] for row in read_metrics(tmp_path / "run") if "loss" in row][-1] > 5
+    # 16 is the last, and nothing newer than 6 displaces anything.
+    assert committed_steps(tmp_path / "run/checkpoints") == [3, 6, 16]
+    notes = []
+    pretrain(replace(config, optimizer=good, steps=7), message=notes.append)
+    assert any("resuming after step 6 of 7" in note for note in notes)
+    assert any("checkpoint 16 is deleted (the loss was not finite" in note for note in notes)
+    assert all(np.isfinite(loss) for loss in losses_of(tmp_path / "run").values())
+
+
 def test_options_together_on_a_mesh(text, tmp_path):
     seen = []
 
