@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Int
 
+from jaxopt_lab.report.files import naming
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -117,16 +119,29 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Tokenizer":
-        """Reads what `save` wrote."""
+        """Reads what `save` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is damaged; names the file.
+        """
         import tokenizers
 
-        return cls(tokenizers.Tokenizer.from_file(str(Path(directory, _FILE))))
+        path = Path(directory, _FILE)
+        content = path.read_bytes()
+        try:
+            return cls(tokenizers.Tokenizer.from_buffer(content))
+        except Exception as error:  # the library raises bare exceptions
+            raise ValueError(f"{path}: not a tokenizer file: {error}") from error
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Writes `tokenizer.json`, which Hugging Face libraries read; returns its path."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         path = Path(directory, _FILE)
-        self._model.save(str(path))
+        partial = path.with_name(_FILE + ".partial")
+        with naming(path):
+            partial.write_text(self._model.to_str(pretty=True), encoding="utf-8")
+            partial.replace(path)
         return path
 
     @property

@@ -17,6 +17,7 @@ import tyro
 
 from jaxopt_lab.data import Mixture, PreparedTfds, PythonSource, TextFiles
 from jaxopt_lab.models import PRESETS
+from jaxopt_lab.report.files import read_text
 from jaxopt_lab.train.config import (
     CORPORA,
     AnyRun,
@@ -116,9 +117,11 @@ def _parse(kind: type[Settings], default: Settings, arguments: list[str], verb: 
 
 def _config_text(path: str) -> str:
     try:
-        return Path(path).read_text()
+        return read_text(Path(path))
     except OSError as error:
         raise ConfigError("config", path, f"expected a file: {error}") from error
+    except ValueError as error:
+        raise ConfigError.inside("config", error) from error
 
 
 def _normalized(arguments: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from jaxopt_lab.train.errors import TrainingError
 from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.interrupts import INTERRUPTED, StopRequests
 from jaxopt_lab.train.io.checkpoints import Checkpoints
-from jaxopt_lab.train.io.run_log import RunLog
+from jaxopt_lab.train.io.run_log import RunLog, logged_at
 from jaxopt_lab.train.mesh import batch_slice, to_global
 from jaxopt_lab.train.program import Program, averaged_params
 from jaxopt_lab.train.step import SIGNALS, Batch, TrainState
@@ -28,6 +28,7 @@ Status = Literal["finished", "terminated", "interrupted"]
 # The trace leaves out the first steps, which still warm up.
 _PROFILE_AFTER, _PROFILE_STEPS = 3, 3
 PROFILE_DIRECTORY = "profile"
+_EVALUATION = ("validation_loss", "bits_per_byte", "validation_loss_ema", "bits_per_byte_ema")
 # One bad batch is no divergence; so many in a row with the same parameters are.
 _BAD_STEPS = 3
 
@@ -117,8 +118,10 @@ class Loop:
         steps, step = self._config.steps, start
         self._unverified = start or None
         taken: _Taken | None = None
+        if self._config.resume:
+            self._take_up(start)
         with self._batches(start) as batches, StopRequests(self._log.message) as stop:
-            if start == 0:
+            if start == 0 and 0 not in self._evaluated:
                 self.evaluate(0, state)
             for step in range(start + 1, steps + 1):
                 batch = self._global_batch(next(batches), stop.requested)
@@ -141,6 +144,16 @@ class Loop:
             self.save(step, state)
             self._run.checkpoints.wait()
         return state, self._status()
+
+    def _take_up(self, start: int) -> None:
+        """What was measured at `start` is not measured again: the state is the same bit for bit."""
+        logged = logged_at(self._run.directory, start)
+        measured = {k: v for k, v in logged.items() if k in _EVALUATION}
+        if measured:
+            loss = measured.get("validation_loss_ema", measured["validation_loss"])
+            self._evaluated, self.last_evaluation = {start: loss}, measured
+        if "loss" in logged:
+            self.last_metrics = {k: v for k, v in logged.items() if k not in _EVALUATION}
 
     def evaluate(self, step: int, state: TrainState) -> float:
         """Evaluates parameters and, if there is one, their average; logs, returns the loss."""

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from jaxopt_lab import data, models
 from jaxopt_lab.report.figures import loss_figure
+from jaxopt_lab.report.files import write_json
 from jaxopt_lab.report.schedule_figure import schedule_figure
 from jaxopt_lab.train.config import PretrainConfig, validate
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
@@ -25,10 +26,9 @@ from jaxopt_lab.train.io.run_directory import (
     SUMMARY_FILE,
     add_session,
     describe_session,
-    discard_unstarted,
     open_run,
     resume_command,
-    write_json,
+    write_config,
 )
 from jaxopt_lab.train.io.run_log import RunLog
 from jaxopt_lab.train.loop import Callback, Loop, Run, Status
@@ -73,7 +73,9 @@ def pretrain(
 ) -> RunResult:
     """Pretrains a decoder as configured and writes a run directory.
 
-    On SIGTERM or Ctrl-C the run finishes its step, saves and returns; it can be resumed.
+    On SIGTERM or Ctrl-C the run finishes its step, saves and returns; it can be resumed. Before the
+    first step and after the last, KeyboardInterrupt is raised instead, by SIGTERM its subclass
+    `interrupts.Terminated`, and a new directory is removed again.
 
     Args:
       config: The run.
@@ -95,22 +97,20 @@ def pretrain(
     if config.dry_run:
         program = build_program(config)
         return RunResult("dry-run", cost=cost_of(config, _compile(config, program, say)))
-    directory = open_run(config)
-    say(f"run directory: {directory}")
-    if jax.process_count() > 1:
-        (message or _to_stderr)(_if_a_process_dies(config, directory))
-    try:
-        return _run(config, directory, callbacks, say)
-    except BaseException as error:
-        if jax.process_index() == 0 and not config.resume:
-            discard_unstarted(directory)
-        if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
-            raise
-        reason = " ".join(str(error).split())
-        raise TrainingError(
-            f"a computation of all processes failed: {reason}; if one of them died, start all "
-            f"of them again with: {resume_command(directory)}"
-        ) from error
+    with interrupt_by_the_end(), open_run(config) as directory:
+        say(f"run directory: {directory}")
+        if jax.process_count() > 1:
+            (message or _to_stderr)(_if_a_process_dies(config, directory))
+        try:
+            return _run(config, directory, callbacks, say)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            reason = " ".join(str(error).split())
+            raise TrainingError(
+                f"a computation of all processes failed: {reason}; if one of them died, start all "
+                f"of them again with: {resume_command(directory)}"
+            ) from error
 
 
 def _if_a_process_dies(config: PretrainConfig, directory: Path) -> str:
@@ -127,8 +127,6 @@ def _run(
 ) -> RunResult:
     with interrupt_by_the_end():
         corpus, held_out_batches = _prepare(config, say)
-    if jax.process_index() == 0:
-        corpus.tokenizer.save(directory)  # the model is of no use without it
     with interrupt_by_the_end(say):
         program = build_program(config, corpus.tokenizer.vocab_size, directory)
         held_out = HeldOut(corpus, held_out_batches, program.mesh, program.evaluate)
@@ -143,14 +141,12 @@ def _run(
 
 
 def _train(run: Run, callbacks: Sequence[Callback], say: Message) -> RunResult:
+    leader = jax.process_index() == 0
     with interrupt_by_the_end(say):
         state, start = _initial_state(run, say)
+        if leader:
+            _record_start(run, start)
         compiled = _compile(run.config, run.program, say)
-    leader = jax.process_index() == 0
-    if leader:
-        options = run.program.compiler_options
-        session = describe_session(run.program.mesh, start, run.corpus.summary(), options)
-        add_session(run.directory, session)
     held_out = run.held_out
     say(
         f"held out: {held_out.tokens:,} tokens; a unigram model reaches "
@@ -177,9 +173,20 @@ def _train(run: Run, callbacks: Sequence[Callback], say: Message) -> RunResult:
         "sample": _sample(run, state),
     }
     if leader:
-        summary |= _smoothness(run, say)
-        _report(run, summary, say)
+        with interrupt_by_the_end(say, "the report is written"):
+            summary |= _smoothness(run, say)
+            _report(run, summary, say)
     return RunResult(status, run.directory, summary)
+
+
+def _record_start(run: Run, start: int) -> None:
+    """Writes what a resumed run replaces, now that nothing will refuse it any more."""
+    if run.config.resume:
+        write_config(run.directory, run.config)
+    run.corpus.tokenizer.save(run.directory)  # the model is of no use without it
+    options = run.program.compiler_options
+    session = describe_session(run.program.mesh, start, run.corpus.summary(), options)
+    add_session(run.directory, session)
 
 
 def _schedule_outcome(run: Run, state: TrainState, say: Message) -> dict[str, Any]:
@@ -278,9 +285,14 @@ def _report(run: Run, summary: Mapping[str, Any], say: Message) -> None:
     write_json(run.directory / SUMMARY_FILE, finite)
     levels = {"unigram": run.held_out.unigram_nats}
     (run.directory / FIGURE).parent.mkdir(exist_ok=True)
-    loss_figure(run.directory, run.directory / FIGURE, levels=levels)
-    if run.program.outcome is not None:
-        schedule_figure(run.directory, run.directory / SCHEDULE_FIGURE)
+    try:
+        loss_figure(run.directory, run.directory / FIGURE, levels=levels)
+        if run.program.outcome is not None:
+            schedule_figure(run.directory, run.directory / SCHEDULE_FIGURE)
+    except ValueError as error:
+        raise TrainingError(
+            f"{error}; the run is finished and saved, only figures are missing"
+        ) from error
     if summary["sample"]:
         sample = summary["sample"]
         say(f"sample\n{sample['prompt']}\N{BLACK RIGHT-POINTING TRIANGLE}{sample['continuation']}")

@@ -57,11 +57,15 @@ def load_params(
     tokenizer_file = Path(run_directory) / TOKENIZER_FILE
     if not tokenizer_file.is_file():
         raise CheckpointError(f"{run_directory} has no {TOKENIZER_FILE}: no step was taken there")
+    try:
+        tokenizer = Tokenizer.load(run_directory)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     label = select_step(run_directory, step)
     abstract = build_program(replace(config, mesh=MeshConfig(1, 1, 1))).step.abstract_state
     state = read_state(run_directory, label, abstract, _target(config, abstract, average))
     params: Any = optim.params_ema(state.opt_state) if average else state.params
-    return config.model, params, Tokenizer.load(run_directory)
+    return config.model, params, tokenizer
 
 
 def export_run(

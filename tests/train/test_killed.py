@@ -87,9 +87,9 @@ def killed_at(moments, tmp_path):
             child.communicate()
 
 
-def test_killed_at_three_random_moments(tmp_path):
+def test_killed_at_five_random_moments(tmp_path):
     generator = random.Random(time.time_ns())
-    moments = [generator.uniform(0.0, 0.4) for _ in range(3)]
+    moments = [generator.uniform(0.0, 0.4) for _ in range(5)]
     print(f"moments: {moments}")  # shown when the test fails
     killed_at(moments, tmp_path)
 

@@ -1,5 +1,6 @@
 """The run directory: who may write to it, and the JSON files that describe the run."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -7,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import jaxopt_lab
-from jaxopt_lab.report.tracker import METRICS_FILE
+from jaxopt_lab.report.files import read_json, read_text, write_json
+from jaxopt_lab.report.tracker import METRICS_FILE, TENSORBOARD_DIRECTORY, read_metrics
 from jaxopt_lab.train.compare_config import CompareConfig
 from jaxopt_lab.train.config import PretrainConfig
-from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.errors import CheckpointError, ConfigError
+from jaxopt_lab.train.io.checkpoints import DAMAGED
+from jaxopt_lab.train.io.checkpoints import DIRECTORY as CHECKPOINTS
+from jaxopt_lab.train.io.lock import LOCK_FILE, only_writer
 from jaxopt_lab.train.mesh import DistributedConfig
+from jaxopt_lab.train.program import KERNEL_CHOICES
 from jaxopt_lab.train.serialize import from_json, name_of, to_json
 
 CONFIG_FILE = "config.json"
@@ -32,34 +38,77 @@ TOKENIZER_FILE = "tokenizer.json"
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 
-def open_run(config: PretrainConfig) -> Path:
-    """Creates the directory of a new run, or checks the one to be resumed.
+@contextlib.contextmanager
+def open_run(config: PretrainConfig) -> Iterator[Path]:
+    """Creates the directory of a new run, or checks the one to be resumed, and holds its lock.
+
+    A new run that ends with an exception before it has logged or saved anything is removed again:
+    it must not block the next start.
 
     Raises:
-      ConfigError: If a new run would write into a directory that is in use, or there is no run
-        to resume.
+      ConfigError: If a new run would write into a directory that is in use, there is no run to
+        resume, or another process writes to it.
     """
+    leads = jax.process_index() == 0
     if config.resume:
         directory = _existing_run(config)
-        if jax.process_index() == 0:
-            _write_config(directory, config)
-        return directory
-    if config.run_directory is None:
-        directory = Path("runs") / f"{config.preset}-{name_of(config.optimizer)}-{_start_time()}"
+        if leads:
+            _check_files(directory)
     else:
-        directory = Path(config.run_directory)
-    if jax.process_index() == 0:
-        if directory.is_dir() and any(directory.iterdir()):
-            raise ConfigError(
-                "run_directory",
-                str(directory),
-                "which is not empty: continue that run with --resume, or choose another directory",
-            )
-        directory.mkdir(parents=True, exist_ok=True)
-        _write_config(directory, config)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("the run directory exists")
-    return directory
+        directory = _new_name(config)
+        if leads:
+            _refuse_occupied(directory)
+            directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with only_writer(directory) if leads else contextlib.nullcontext():
+            try:
+                if leads and not config.resume:
+                    _refuse_occupied(directory)
+                    write_config(directory, config)
+                if jax.process_count() > 1:
+                    multihost_utils.sync_global_devices("the run directory exists")
+                yield directory
+            except BaseException:
+                if leads and not config.resume:
+                    discard_unstarted(directory)
+                raise
+    finally:
+        # What is left of a run that was discarded, or never began.
+        if leads and not config.resume:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+
+def _new_name(config: PretrainConfig) -> Path:
+    if config.run_directory is not None:
+        return Path(config.run_directory)
+    return Path("runs") / f"{config.preset}-{name_of(config.optimizer)}-{_start_time()}"
+
+
+def _refuse_occupied(directory: Path) -> None:
+    # A process that was killed while it began may have left these.
+    begun = {LOCK_FILE, f"{CONFIG_FILE}.partial"}
+    if directory.is_dir() and any(path.name not in begun for path in directory.iterdir()):
+        raise ConfigError(
+            "run_directory",
+            str(directory),
+            "which is not empty: continue that run with --resume, or choose another directory",
+        )
+
+
+def _check_files(directory: Path) -> None:
+    """Reads what a resumed run will go on writing, before anything expensive is done.
+
+    Raises:
+      CheckpointError: If a file is damaged; names it.
+      OSError: If one cannot be read.
+    """
+    try:
+        _read_manifest(directory)
+        if (directory / METRICS_FILE).is_file():
+            read_metrics(directory)
+    except ValueError as error:
+        raise CheckpointError(f"{error}; repair or remove that file") from error
 
 
 def open_comparison(config: CompareConfig) -> Path:
@@ -87,10 +136,22 @@ def open_comparison(config: CompareConfig) -> Path:
 
 
 def discard_unstarted(directory: Path) -> None:
-    """Removes a new run that ended before it logged anything: it must not block the next start."""
+    """Removes what a new run wrote that ended before it logged or saved anything.
+
+    Only files that a run writes itself are touched, and none once there is a checkpoint.
+    """
     log = directory / METRICS_FILE
-    if not log.is_file() or not log.stat().st_size:
-        shutil.rmtree(directory, ignore_errors=True)
+    logged = log.is_file() and log.stat().st_size
+    saved = [directory / name for name in (CHECKPOINTS, DAMAGED)]
+    if logged or any(path.is_dir() and any(path.iterdir()) for path in saved):
+        return
+    for name in (CONFIG_FILE, MANIFEST_FILE, TOKENIZER_FILE, METRICS_FILE):
+        (directory / name).unlink(missing_ok=True)
+    for name in (KERNEL_CHOICES, TENSORBOARD_DIRECTORY):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    for path in saved:
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def read_config(directory: str | os.PathLike[str]) -> PretrainConfig:
@@ -103,15 +164,27 @@ def read_config(directory: str | os.PathLike[str]) -> PretrainConfig:
     if not path.is_file():
         state = "is empty" if _is_empty(Path(directory)) else f"has no {CONFIG_FILE}"
         raise ConfigError("run_directory", str(directory), f"which {state}: there is no run there")
-    return from_json(path.read_text())
+    try:
+        return from_json(read_text(path))
+    except ConfigError as error:
+        raise ConfigError.inside(str(path), error) from error
+    except ValueError as error:
+        raise ConfigError.inside("run_directory", error) from error
 
 
 def add_session(directory: Path, session: Mapping[str, Any]) -> None:
     """Appends one start of the run to the manifest."""
-    path = directory / MANIFEST_FILE
-    manifest = json.loads(path.read_text()) if path.is_file() else {"sessions": []}
+    manifest = _read_manifest(directory)
     manifest["sessions"].append(dict(session))
-    write_json(path, manifest)
+    write_json(directory / MANIFEST_FILE, manifest)
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST_FILE
+    manifest = read_json(path) if path.is_file() else {"sessions": []}
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("sessions"), list):
+        raise ValueError(f"{path}: expected an object with a list of sessions")
+    return manifest
 
 
 def describe_session(
@@ -139,13 +212,6 @@ def describe_session(
     }
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file in one piece: readers see the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    partial.replace(path)
-
-
 def _existing_run(config: PretrainConfig) -> Path:
     if config.run_directory is None:
         raise ConfigError("run_directory", None, "expected the directory of the run to resume")
@@ -153,7 +219,8 @@ def _existing_run(config: PretrainConfig) -> Path:
     return Path(config.run_directory)
 
 
-def _write_config(directory: Path, config: PretrainConfig) -> None:
+def write_config(directory: Path, config: PretrainConfig) -> None:
+    """Writes the configuration of a run, so that it can be resumed and run again."""
     # Without the place: `--config` must start a new run, not collide with this one. And without
     # the processes: a later start may have others, or none.
     timeout = config.distributed.heartbeat_timeout_seconds

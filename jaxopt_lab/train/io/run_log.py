@@ -7,9 +7,23 @@ from typing import Any
 import jax
 
 from jaxopt_lab.report.progress import Progress
-from jaxopt_lab.report.tracker import Tracker
+from jaxopt_lab.report.tracker import METRICS_FILE, Tracker, read_metrics
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.program import step_flops
+
+# What `RunLog` adds to every row by itself.
+_ADDED = ("step", "time", "tokens", "optimizer_flops")
+
+
+def logged_at(directory: Path, step: int) -> dict[str, Any]:
+    """The metrics that an earlier process of the run has logged for a step, rows put together."""
+    if not (directory / METRICS_FILE).is_file():
+        return {}
+    row: dict[str, Any] = {}
+    for found in read_metrics(directory):
+        if found["step"] == step:
+            row |= found
+    return {name: value for name, value in row.items() if name not in _ADDED}
 
 
 class RunLog:
