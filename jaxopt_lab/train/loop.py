@@ -67,9 +67,30 @@ class Run:
     checkpoints: Checkpoints
 
     @property
-    def position(self) -> dict[str, Any]:
-        """What, besides the step, fixes which text comes next."""
-        return {"seed": self.config.seed, "corpus": self.corpus.hash}
+    def text(self) -> dict[str, Any]:
+        """What, besides the number of samples consumed, fixes which text comes next.
+
+        By the names of the settings, so that a change can be refused by name.
+        """
+        return {
+            "seed": self.config.seed,
+            "corpus": self.corpus.hash,
+            "corpus.weights": [part.weight for part in self.corpus.parts],
+            "validation_fraction": self.config.validation_fraction,
+            "tokenizer": self.corpus.tokenizer.hash,
+            "model.context": self.config.model.context,
+        }
+
+
+class Position(NamedTuple):
+    """How far a run has come."""
+
+    step: int
+    samples: int  # windows consumed; batches need not all have had the same size
+
+    def after(self, step: int, batch_size: int) -> "Position":
+        """The position at a later step, if batches have this size from here on."""
+        return Position(step, self.samples + (step - self.step) * batch_size)
 
 
 class Loop:
@@ -97,6 +118,7 @@ class Loop:
         """Does not start anything yet."""
         self._run, self._config, self._compiled = run, run.config, compiled
         self._log, self._callbacks = log, callbacks
+        self._start = Position(0, 0)
         self._stop_code, self._save_now = 0, False
         self._saved_at = time.monotonic()
         self._unverified: int | None = None  # label of the newest checkpoint, until a loss is read
@@ -105,8 +127,8 @@ class Loop:
         self.last_metrics: dict[str, Any] = {}
         self.last_evaluation: dict[str, float] = {}
 
-    def run(self, state: TrainState, start: int) -> tuple[TrainState, Status]:
-        """Trains from `start` to the configured number of steps, or until asked to stop.
+    def run(self, state: TrainState, position: Position) -> tuple[TrainState, Status]:
+        """Trains from a position to the configured number of steps, or until asked to stop.
 
         Returns:
           The last state, saved and committed, and how the loop ended.
@@ -115,13 +137,14 @@ class Loop:
           CheckpointError: If a checkpoint cannot be written.
           TrainingError: If too many steps were skipped, or the parameters are not finite.
         """
+        self._start, start = position, position.step
         steps, step = self._config.steps, start
         self._unverified = start or None
         taken: _Taken | None = None
-        if self._config.resume:
+        if start:
             self._take_up(start)
-        with self._batches(start) as batches, StopRequests(self._log.message) as stop:
-            if start == 0 and 0 not in self._evaluated:
+        with self._batches() as batches, StopRequests(self._log.message) as stop:
+            if start == 0:
                 self.evaluate(0, state)
             for step in range(start + 1, steps + 1):
                 batch = self._global_batch(next(batches), stop.requested)
@@ -176,7 +199,8 @@ class Loop:
                 f"the parameters are not finite after step {step}; nothing was saved, "
                 f"checkpoints: {self._run.checkpoints.steps() or 'none'}"
             )
-        position = {"step": step, **self._run.position}
+        samples = self._start.after(step, self._config.batch_size).samples
+        position = {"step": step, "samples": samples, **self._run.text}
         # Normalisation makes the held-out loss of parameters finite whose gradient is not.
         loss = None if self._bad_steps else self._evaluated.get(step)
         self._run.checkpoints.save(step, state, position, held_out_loss=loss)
@@ -187,7 +211,7 @@ class Loop:
             self._run.checkpoints.verify(step, finite=True)  # no step will follow
         self._saved_at, self._save_now = time.monotonic(), False
 
-    def _batches(self, start: int) -> data.TrainBatches:
+    def _batches(self) -> data.TrainBatches:
         config = self._config
         index, count = batch_slice(self._run.program.mesh, config.batch_size)
         return data.train_batches(
@@ -195,7 +219,8 @@ class Loop:
             batch_size=config.batch_size,
             context=config.model.context,
             seed=config.seed,
-            start_step=start,
+            start_step=self._start.step,
+            start_sample=self._start.samples,
             process_index=index,
             process_count=count,
             segment_ids=config.model.document_mask,

@@ -18,20 +18,23 @@ from jaxopt_lab.report.figures import loss_figure
 from jaxopt_lab.report.files import write_json
 from jaxopt_lab.report.schedule_figure import schedule_figure
 from jaxopt_lab.train.config import PretrainConfig, validate
-from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
+from jaxopt_lab.train.errors import CheckpointError, TrainingError
 from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
-from jaxopt_lab.train.io.checkpoints import Checkpoints
+from jaxopt_lab.train.io.checkpoints import Checkpoints, Restored
 from jaxopt_lab.train.io.run_directory import (
     SUMMARY_FILE,
     add_session,
+    as_stored,
     describe_session,
     open_run,
+    other_text,
+    read_config,
     resume_command,
     write_config,
 )
 from jaxopt_lab.train.io.run_log import RunLog
-from jaxopt_lab.train.loop import Callback, Loop, Run, Status
+from jaxopt_lab.train.loop import Callback, Loop, Position, Run, Status
 from jaxopt_lab.train.mesh import initialize_processes
 from jaxopt_lab.train.program import (
     Cost,
@@ -45,6 +48,7 @@ from jaxopt_lab.train.program import (
 from jaxopt_lab.train.smoothness import fit_run
 from jaxopt_lab.train.step import TrainState
 from jaxopt_lab.train.text import open_text
+from jaxopt_lab.train.trained import forked_params
 
 Message = Callable[[str], None]
 
@@ -143,9 +147,9 @@ def _run(
 def _train(run: Run, callbacks: Sequence[Callback], say: Message) -> RunResult:
     leader = jax.process_index() == 0
     with interrupt_by_the_end(say):
-        state, start = _initial_state(run, say)
+        state, position = _initial_state(run, say)
         if leader:
-            _record_start(run, start)
+            _record_start(run, position.step)
         compiled = _compile(run.config, run.program, say)
     held_out = run.held_out
     say(
@@ -153,9 +157,9 @@ def _train(run: Run, callbacks: Sequence[Callback], say: Message) -> RunResult:
         f"{held_out.unigram_nats:.4f} nats/token, {held_out.unigram_bits_per_byte:.4f} bits/byte"
     )
     before = time.monotonic()
-    with RunLog(run.config, run.directory, start) as log:
+    with RunLog(run.config, run.directory, *position) as log:
         loop = Loop(run, compiled, log, callbacks)
-        state, status = loop.run(state, start)
+        state, status = loop.run(state, position)
     if status != "finished":
         say(f"stopped and saved; continue with: {resume_command(run.directory)}")
         return RunResult(status, run.directory)
@@ -186,7 +190,7 @@ def _record_start(run: Run, start: int) -> None:
     run.corpus.tokenizer.save(run.directory)  # the model is of no use without it
     options = run.program.compiler_options
     session = describe_session(run.program.mesh, start, run.corpus.summary(), options)
-    add_session(run.directory, session)
+    add_session(run.directory, session | {"config": as_stored(run.config)})
 
 
 def _schedule_outcome(run: Run, state: TrainState, say: Message) -> dict[str, Any]:
@@ -208,22 +212,39 @@ def _prepare(config: PretrainConfig, say: Message) -> tuple[data.Corpus, list[da
     return corpus, held_out
 
 
-def _initial_state(run: Run, say: Message) -> tuple[TrainState, int]:
+def _initial_state(run: Run, say: Message) -> tuple[TrainState, Position]:
     step, checkpoints = run.program.step, run.checkpoints
-    if not run.config.resume:
-        return step.init(jax.random.key(run.config.seed)), 0
-    if checkpoints.are_all_damaged():
+    if run.config.resume and checkpoints.are_all_damaged():
         raise CheckpointError(f"{run.directory}: every checkpoint is damaged, nothing to resume")
-    if not checkpoints.exist():
+    if run.config.resume and checkpoints.exist():
+        restored = checkpoints.restore(step.abstract_state)
+        if int(restored.state.step) != restored.step:
+            raise CheckpointError(
+                f"checkpoint {restored.step} holds a state after {int(restored.state.step)} steps"
+            )
+        _refuse_other_text(run, restored.data)
+        say(f"resuming after step {restored.step} of {run.config.steps}")
+        return restored.state, Position(restored.step, _samples(run, restored))
+    if run.config.resume:
         say("no checkpoint was saved yet: starting from the beginning")
-        return step.init(jax.random.key(run.config.seed)), 0
-    restored = checkpoints.restore(step.abstract_state)
-    for name, value in run.position.items():
-        if restored.data[name] != value:
-            before = restored.data[name]
-            raise ConfigError(name, value, f"but the run to resume was trained with {before!r}")
-    say(f"resuming after step {restored.step} of {run.config.steps}")
-    return restored.state, restored.step
+    if run.config.fork_from is not None:
+        say(f"starting from the weights of {run.config.fork_from}")
+        return step.init_from(forked_params(run)), Position(0, 0)
+    return step.init(jax.random.key(run.config.seed)), Position(0, 0)
+
+
+def _refuse_other_text(run: Run, stored: Mapping[str, Any]) -> None:
+    for name, value in run.text.items():
+        if name in stored and stored[name] != value:
+            raise other_text(name, value, stored[name])
+
+
+def _samples(run: Run, restored: Restored) -> int:
+    """Windows that a checkpoint has seen."""
+    if "samples" in restored.data:
+        return restored.data["samples"]
+    # Written before samples were counted: the run had one batch size until now.
+    return restored.step * read_config(run.directory).batch_size
 
 
 def _compile(config: PretrainConfig, program: Program, say: Message) -> jax.stages.Compiled:

@@ -71,6 +71,9 @@ class Checkpoints:
             retention.remove_leftovers(self.directory)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("the checkpoint directory is clean")
+        # Labels not to be saved again. All processes must agree on them at every moment, so the
+        # directory, where another process may just be writing its digests, is asked only here.
+        self._saved = set(self.steps())
 
     def steps(self) -> list[int]:
         """Labels of the committed checkpoints, ascending."""
@@ -105,8 +108,9 @@ class Checkpoints:
           CheckpointError: If this or the previous save failed.
         """
         self.wait()
-        if step in self.steps():
+        if step in self._saved:
             return
+        self._saved.add(step)
         items = {"state": state, "data": dict(data), "leaves": describe_leaves(state)}
         try:
             with _context():
@@ -114,6 +118,7 @@ class Checkpoints:
                     str(self.directory / str(step)), items, overwrite=True
                 )
         except Exception as error:
+            self._saved.discard(step)
             raise self._not_written(step, error) from error
         self._saving = step, self._worker.submit(self._commit, step, response, held_out_loss)
 
@@ -134,6 +139,7 @@ class Checkpoints:
         try:
             saving.result()
         except Exception as error:
+            self._saved.discard(step)
             raise self._not_written(step, error) from error
 
     def restore(self, abstract_state: PyTree) -> Restored:
@@ -163,6 +169,7 @@ class Checkpoints:
                 if difference is None:
                     state = _load(path, {"state": abstract_state})["state"]
                     self._go_on_from(step)
+                    self._saved = {label for label in self._saved if label <= step} | {step}
                     return Restored(step, state, stored["data"])
             except Exception as error:
                 if jax.process_count() > 1:

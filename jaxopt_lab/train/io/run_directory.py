@@ -27,6 +27,7 @@ from jaxopt_lab.train.errors import CheckpointError, ConfigError
 from jaxopt_lab.train.io.checkpoints import DAMAGED
 from jaxopt_lab.train.io.checkpoints import DIRECTORY as CHECKPOINTS
 from jaxopt_lab.train.io.lock import LOCK_FILE, only_writer
+from jaxopt_lab.train.io.retention import labels
 from jaxopt_lab.train.mesh import DistributedConfig
 from jaxopt_lab.train.program import KERNEL_CHOICES
 from jaxopt_lab.train.serialize import from_json, name_of, to_json
@@ -54,6 +55,7 @@ def open_run(config: PretrainConfig) -> Iterator[Path]:
         directory = _existing_run(config)
         if leads:
             _check_files(directory)
+            _refuse_other_text(directory, config)
     else:
         directory = _new_name(config)
         if leads:
@@ -94,6 +96,28 @@ def _refuse_occupied(directory: Path) -> None:
             str(directory),
             "which is not empty: continue that run with --resume, or choose another directory",
         )
+
+
+def _refuse_other_text(directory: Path, config: PretrainConfig) -> None:
+    """Compares what fixes the text, as far as that is known before the text is read."""
+    if not labels(directory / CHECKPOINTS):
+        return
+    before = read_config(directory)
+    for name in ("seed", "validation_fraction", "tokenizer"):
+        if getattr(config, name) != getattr(before, name):
+            raise other_text(name, getattr(config, name), getattr(before, name))
+    if config.model.context != before.model.context:
+        raise other_text("model.context", config.model.context, before.model.context)
+
+
+def other_text(name: str, value: Any, before: Any) -> ConfigError:
+    """The refusal to resume a run with other text than before."""
+    return ConfigError(
+        name,
+        value,
+        f"but the run to resume was trained with {before!r}; --fork-from RUN starts a new run "
+        "from its weights",
+    )
 
 
 def _check_files(directory: Path) -> None:
@@ -165,11 +189,16 @@ def read_config(directory: str | os.PathLike[str]) -> PretrainConfig:
         state = "is empty" if _is_empty(Path(directory)) else f"has no {CONFIG_FILE}"
         raise ConfigError("run_directory", str(directory), f"which {state}: there is no run there")
     try:
-        return from_json(read_text(path))
+        config = from_json(read_text(path))
     except ConfigError as error:
         raise ConfigError.inside(str(path), error) from error
     except ValueError as error:
         raise ConfigError.inside("run_directory", error) from error
+    if config.tokenizer.kind == "saved" and (Path(directory) / TOKENIZER_FILE).is_file():
+        # The run has a copy; where it came from may be gone.
+        tokenizer = replace(config.tokenizer, directory=str(directory))
+        config = replace(config, tokenizer=tokenizer)
+    return config
 
 
 def add_session(directory: Path, session: Mapping[str, Any]) -> None:
@@ -221,6 +250,11 @@ def _existing_run(config: PretrainConfig) -> Path:
 
 def write_config(directory: Path, config: PretrainConfig) -> None:
     """Writes the configuration of a run, so that it can be resumed and run again."""
+    write_json(directory / CONFIG_FILE, as_stored(config))
+
+
+def as_stored(config: PretrainConfig) -> dict[str, Any]:
+    """A configuration as JSON, without what belongs to one start only."""
     # Without the place: `--config` must start a new run, not collide with this one. And without
     # the processes: a later start may have others, or none.
     timeout = config.distributed.heartbeat_timeout_seconds
@@ -228,7 +262,7 @@ def write_config(directory: Path, config: PretrainConfig) -> None:
     settings = replace(
         config, run_directory=None, resume=False, dry_run=False, distributed=distributed
     )
-    write_json(directory / CONFIG_FILE, json.loads(to_json(settings)))
+    return json.loads(to_json(settings))
 
 
 def _is_empty(directory: Path) -> bool:
