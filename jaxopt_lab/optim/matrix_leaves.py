@@ -74,9 +74,10 @@ class MatrixLeaves(NamedTuple):
         spec = () if sharding is None else sharding.spec
         return () if any(a < len(spec) and spec[a] is not None for a in inner) else inner
 
-    def refused(self, index: int, direction: Array) -> Bool[Array, "..."]:
-        """Which matrices (*batch) of a leaf are NaN as a whole."""
-        return nan_matrices(direction, self.axes[index], self.shardings[index])
+    def refused(self, directions: Sequence[Array]) -> list[Bool[Array, "..."]]:
+        """Which matrices (*batch) of each leaf are NaN as a whole."""
+        leaves = zip(directions, self.axes, self.shardings, strict=True)
+        return [nan_matrices(*leaf) for leaf in leaves]
 
     def start_vectors(
         self, gradients: Sequence[Array], key: Array, draws: optax.Updates | None = None

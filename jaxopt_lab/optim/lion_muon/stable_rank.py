@@ -150,7 +150,7 @@ def deciding_direction(
             replicated_work=mesh.replicated_work,
         )
         flags = [f.reshape(c.shape) for f, c in zip_strict(decided, counts)]
-        refused = [leaves.refused(i, x) for i, x in enumerate(u)]
+        refused = leaves.refused(u)
         mu = [jnp.where(jnp.isnan(x), *kept) for x, *kept in zip_strict(u, m, new)]
         per_matrix = [leaves.per_matrix(i, f, x) for i, (f, x) in enumerate(zip_strict(flags, u))]
         steps = scaled(g, u, per_matrix, spectral, cheap, leaves)

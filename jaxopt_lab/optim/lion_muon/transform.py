@@ -183,7 +183,7 @@ def alternating_direction(
                     small = [x.astype(branch.dtype or x.dtype) for x in d]
                     options = {"replicated_work": mesh.replicated_work, "transposable": True}
                     (u,) = leaves.map_whole(lambda x: (branch.apply(x),), (small,), **options)
-                    refused = [leaves.refused(i, x) for i, x in enumerate(u)]
+                    refused = leaves.refused(u)
                     counts = [c + r for c, r in zip_strict(counts, refused)]
                     # No device sees all of a matrix that is sharded until it comes back.
                     new = [
