@@ -135,8 +135,7 @@ def deciding_direction(
         g, m, counts = map(jax.tree.leaves, (updates, state.steps.mu, state.steps.notfinite_count))
         step_key = jax.random.wrap_key_data(state.key_data, impl=implementation)
         starts = leaves.start_vectors(g, jax.random.fold_in(step_key, state.steps.count), draws)
-        whole = [leaves.whole_axes(i) for i in range(len(g))]
-        d, new = advance(average, g, m, whole)
+        d, new = advance(average, g, m, leaves.whole_axes())
         measured = d
         if measures_momentum:
             measured = [
