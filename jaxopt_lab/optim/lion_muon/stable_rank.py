@@ -135,8 +135,7 @@ def deciding_direction(
         g, m, counts = map(jax.tree.leaves, (updates, state.steps.mu, state.steps.notfinite_count))
         step_key = jax.random.wrap_key_data(state.key_data, impl=implementation)
         starts = leaves.start_vectors(g, jax.random.fold_in(step_key, state.steps.count), draws)
-        whole = [leaves.whole_axes(i) for i in range(len(g))]
-        d, new = advance(average, g, m, whole)
+        d, new = advance(average, g, m, leaves.whole_axes())
         measured = d
         if measures_momentum:
             measured = [
@@ -150,7 +149,7 @@ def deciding_direction(
             replicated_work=mesh.replicated_work,
         )
         flags = [f.reshape(c.shape) for f, c in zip_strict(decided, counts)]
-        refused = [leaves.refused(i, x) for i, x in enumerate(u)]
+        refused = leaves.refused(u)
         mu = [jnp.where(jnp.isnan(x), *kept) for x, *kept in zip_strict(u, m, new)]
         per_matrix = [leaves.per_matrix(i, f, x) for i, (f, x) in enumerate(zip_strict(flags, u))]
         steps = scaled(g, u, per_matrix, spectral, cheap, leaves)

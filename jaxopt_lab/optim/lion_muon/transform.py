@@ -170,20 +170,21 @@ def alternating_direction(
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         leaves = MatrixLeaves.of(updates, matrix_axes, mesh.param_shardings)
+        whole = leaves.whole_axes()
         is_spectral = is_spectral_step(state.count, period)
 
         # The momentum belongs into the branches: computed outside, the direction would have to be
         # written to memory and read again across the conditional.
         def take(branch: Branch) -> Callable:
             def step(gradients: list[Array], momenta: list[Array], counts: list[Array]):
-                whole = [leaves.whole_axes(i) if branch.whole else () for i in range(len(momenta))]
-                d, new = advance(average, gradients, momenta, whole)
+                axes_of = whole if branch.whole else [()] * len(whole)
+                d, new = advance(average, gradients, momenta, axes_of)
                 if branch.whole:
                     # Cast first: what crosses the mesh is then the small dtype, both ways.
                     small = [x.astype(branch.dtype or x.dtype) for x in d]
                     options = {"replicated_work": mesh.replicated_work, "transposable": True}
                     (u,) = leaves.map_whole(lambda x: (branch.apply(x),), (small,), **options)
-                    refused = [leaves.refused(i, x) for i, x in enumerate(u)]
+                    refused = leaves.refused(u)
                     counts = [c + r for c, r in zip_strict(counts, refused)]
                     # No device sees all of a matrix that is sharded until it comes back.
                     new = [
