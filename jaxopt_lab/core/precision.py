@@ -1,5 +1,6 @@
 """Named matrix-product precisions that mean the same accuracy on every platform."""
 
+from functools import partial
 from typing import Literal, get_args
 
 import jax
@@ -49,6 +50,12 @@ def dot_precision(
     return _SPLIT[name] if on_gpu else Precision.HIGHEST
 
 
+# Traced once for equal shapes; `inline`: without a trace in the program.
+@partial(
+    jax.jit,
+    static_argnames=("precision", "transpose_a", "transpose_b", "rounded"),
+    inline=True,
+)
 def matmul(
     a: Float[Array, "*batch _ _"],
     b: Float[Array, "*batch _ _"],

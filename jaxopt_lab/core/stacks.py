@@ -1,7 +1,7 @@
 """Batched work on the matrices of many leaves: equal shapes are stacked, sharded ones exchanged."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -197,10 +197,20 @@ class LeafLayout:
         """Sizes of what may have a factor: rows and columns."""
         return self.m, self.n
 
-    @property
-    def whole(self) -> Slot:
-        """An (m, n) matrix an entry in coordinates that are not those of the leaf."""
-        return self.block(self.m, self.n)
+    def slots(self) -> dict[str, Slot]:
+        """The slots of all arrays of a leaf with a factor and a basis a side, by name.
+
+        The leaf itself, what lives in its bases, numbers a matrix, and for side k its factor, its
+        basis and the order of the columns of that.
+        """
+        slots = dict.fromkeys(("grad", "direction"), self.matrix)
+        slots |= dict.fromkeys(("mu", "nu"), self.block(self.m, self.n))
+        slots |= dict.fromkeys(("age", "status"), self.number())
+        for k, size in enumerate(self.sides):
+            names = (f"{old}{what}{k}" for old in ("", "old_") for what in ("factor", "basis"))
+            slots |= dict.fromkeys(names, self.block(size, size))
+            slots[f"order{k}"] = self.spread(size)
+        return slots | {"row_nu": self.vector(self.m), "column_nu": self.vector(self.n)}
 
     def transposed(self) -> "LeafLayout":
         """The layout of the transposed matrices, where no axis is sharded."""
@@ -257,6 +267,14 @@ class LeafLayout:
     def undo_flat(self, y: Array) -> Array:
         """Inverse of `flat`."""
         return y.reshape((*self.batch_shape, *y.shape[1:]))
+
+    def flat_all(self, arrays: Mapping[str, Array | None]) -> dict[str, Array | None]:
+        """`flat` of all arrays that there are."""
+        return {name: None if x is None else self.flat(x) for name, x in arrays.items()}
+
+    def undo_flat_all(self, arrays: Mapping[str, Array | None]) -> dict[str, Array | None]:
+        """Inverse of `flat_all`."""
+        return {name: None if y is None else self.undo_flat(y) for name, y in arrays.items()}
 
     def stored_spec(self, slot: Slot) -> PartitionSpec:
         """The partition of an array (*batch, *inner) with the slot's layout."""

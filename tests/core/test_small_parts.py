@@ -110,6 +110,9 @@ def test_paths_that_look_alike_draw_apart():
 def test_split_precisions_exist_where_they_run():
     assert dot_precision("bf16_x3", "gpu") == DotAlgorithmPreset.BF16_BF16_F32_X3
     assert dot_precision("tf32_x3", "cpu") == Precision.HIGHEST
+    assert dot_precision("tf32", "cpu") == Precision.HIGHEST
+    assert dot_precision("tf32", "tpu") == DotAlgorithmPreset.BF16_BF16_F32_X3
+    assert dot_precision("tf32", "gpu") == DotAlgorithmPreset.TF32_TF32_F32
     assert dot_precision("default", "gpu") == Precision.DEFAULT
     x = jax.random.normal(jax.random.key(0), (8, 8))
     exact = np.asarray(x, np.float64) @ np.asarray(x, np.float64)

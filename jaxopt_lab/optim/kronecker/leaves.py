@@ -7,8 +7,6 @@ order of its columns: `factor0`, `basis0`, `order0` belong to its first side. A 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array
 
 from jaxopt_lab.core.stacks import Item, ReplicatedWork, Slot, map_stacks
@@ -36,7 +34,7 @@ class Leaves(NamedTuple):
     @classmethod
     def of(cls, layouts: Sequence[Any]) -> "Leaves":
         """From the layouts: `LeafLayout`, or anything that has its sides and slots."""
-        return cls(layouts, [slots_of(layout) for layout in layouts])
+        return cls(layouts, [layout.slots() for layout in layouts])
 
     def map(
         self,
@@ -68,7 +66,7 @@ class Leaves(NamedTuple):
             layout, slots = self.layouts[i], self.slots[i]
             if flip:
                 layout = layout.transposed()
-                slots = slots_of(layout)
+                slots = layout.slots()
             leaf = {name: arrays[name][i] for name in arrays}
             leaf = _flipped(leaf) if flip else leaf
             given = tuple(leaf[name] for name in names)
@@ -111,20 +109,6 @@ class Leaves(NamedTuple):
         return new
 
 
-def slots_of(layout: Any) -> dict[str, Slot]:
-    """Shape and layout of every array of a leaf."""
-    slots: dict[str, Slot] = {name: layout.matrix for name in ("grad", "direction")}
-    slots |= {name: layout.whole for name in ("mu", "nu")}
-    slots |= {name: layout.number() for name in ("age", "status")}
-    for k, size in enumerate(layout.sides):
-        block = layout.block(size, size)
-        slots |= {f"{old}{what}{k}": block for old in ("", "old_") for what in ("factor", "basis")}
-        slots[f"order{k}"] = layout.spread(size)
-    for name, size in zip(("row_nu", "column_nu"), layout.sides, strict=False):
-        slots[name] = layout.vector(size)
-    return slots
-
-
 def _flipped(leaf: dict[str, Any]) -> dict[str, Any]:
     """The arrays of the transposed matrices."""
 
@@ -133,29 +117,3 @@ def _flipped(leaf: dict[str, Any]) -> dict[str, Any]:
         return x if x is None or name not in _MATRICES else x.mT
 
     return {name: flip(name) for name in leaf if _OTHER.get(name, name) in leaf}
-
-
-def spread(per_matrix: Array, stack: Array) -> Array:
-    """One number a matrix, with axes to broadcast against a stack."""
-    return per_matrix.reshape(per_matrix.shape + (1,) * (stack.ndim - 1))
-
-
-def select(condition: Array, new: Sequence[Array | None], old: Sequence[Array | None]) -> Sides:
-    """`new` for the matrices for which the condition holds, in the dtypes of `old`."""
-
-    def chosen(a: Array | None, b: Array | None) -> Array | None:
-        if a is None or b is None:
-            return None
-        return jnp.where(spread(condition, a), a.astype(b.dtype), b)
-
-    return tuple(map(chosen, new, old))
-
-
-def permuted(x: Array | None, order: Array | None, axis: int) -> Any:
-    """Entries along an axis in the given order, one order a matrix."""
-    if x is None or order is None:
-        return x
-    others = tuple(a for a in range(1, x.ndim) if a != axis % x.ndim)
-    taken = jnp.take_along_axis(x, jnp.expand_dims(order, others), axis=axis)
-    # Left alone, compilers transpose at every step what is permuted at a few.
-    return with_layout_constraint(taken, Layout(major_to_minor=tuple(range(x.ndim))))

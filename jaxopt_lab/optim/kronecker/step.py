@@ -8,10 +8,12 @@ Adam's moments live in those bases; a method is the rule by which the factors fo
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -24,7 +26,7 @@ from jaxopt_lab.core.precision import ProductPrecision, rotate
 from jaxopt_lab.core.spectral import refresh_eigenbasis
 from jaxopt_lab.core.stacks import ReplicatedWork
 from jaxopt_lab.optim.kronecker.factors import STATIC, FactorRule
-from jaxopt_lab.optim.kronecker.leaves import Arrays, Leaves, Sides, permuted, select, spread
+from jaxopt_lab.optim.kronecker.leaves import Arrays, Leaves, Sides
 from jaxopt_lab.optim.options import SecondMoment
 
 # What a step does with one matrix.
@@ -361,3 +363,29 @@ def _refresh_matrices(method: EigenbasisAdam, mu, nu, row_nu, column_nu, *sides)
     factors, new, orders = zip(*done, strict=True)
     moments = method._re_express(mu, nu, row_nu, column_nu, *bases, *new, *orders)
     return *moments, *factors, *new
+
+
+def spread(per_matrix: Array, stack: Array) -> Array:
+    """One number a matrix, with axes to broadcast against a stack."""
+    return per_matrix.reshape(per_matrix.shape + (1,) * (stack.ndim - 1))
+
+
+def select(condition: Array, new: Sequence[Array | None], old: Sequence[Array | None]) -> Sides:
+    """`new` for the matrices for which the condition holds, in the dtypes of `old`."""
+
+    def chosen(a: Array | None, b: Array | None) -> Array | None:
+        if a is None or b is None:
+            return None
+        return jnp.where(spread(condition, a), a.astype(b.dtype), b)
+
+    return tuple(map(chosen, new, old))
+
+
+def permuted(x: Array | None, order: Array | None, axis: int) -> Any:
+    """Entries along an axis in the given order, one order a matrix."""
+    if x is None or order is None:
+        return x
+    others = tuple(a for a in range(1, x.ndim) if a != axis % x.ndim)
+    taken = jnp.take_along_axis(x, jnp.expand_dims(order, others), axis=axis)
+    # Left alone, compilers transpose at every step what is permuted at a few.
+    return with_layout_constraint(taken, Layout(major_to_minor=tuple(range(x.ndim))))

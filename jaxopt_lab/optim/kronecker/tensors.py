@@ -46,21 +46,19 @@ class TensorLayout:
     def __init__(self, x: Any, merged: tuple[int, ...]) -> None:
         """From the leaf and its shape with axes merged."""
         self._leaf, self.sides = x, merged
-        self.matrix = self.whole = Slot(merged, merged, PartitionSpec())
 
-    def block(self, rows: int, columns: int) -> Slot:
-        """A (rows, columns) matrix."""
-        return Slot((rows, columns), (rows, columns), PartitionSpec())
+    def slots(self) -> dict[str, Slot]:
+        """The slots of all arrays, by name; see `LeafLayout.slots`."""
 
-    def spread(self, size: int) -> Slot:
-        """A (size,) vector."""
-        return Slot((size,), (size,), PartitionSpec())
+        def slot(*inner: int) -> Slot:
+            return Slot(inner, inner, PartitionSpec())
 
-    vector = spread
-
-    def number(self) -> Slot:
-        """One number."""
-        return Slot((), (), PartitionSpec())
+        slots = {name: slot(*self.sides) for name in ("grad", "direction", "mu", "nu")}
+        slots |= {name: slot() for name in ("age", "status")}
+        for k, size in enumerate(self.sides):
+            names = (f"{old}{what}{k}" for old in ("", "old_") for what in ("factor", "basis"))
+            slots |= dict.fromkeys(names, slot(size, size)) | {f"order{k}": slot(size)}
+        return slots
 
     def view(self, x: Array) -> Array:
         """The leaf, or an array of its shape, as a stack."""

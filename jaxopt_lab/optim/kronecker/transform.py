@@ -14,7 +14,7 @@ from jaxopt_lab.core.numerics import Scalar, wide_dtype, widened
 from jaxopt_lab.core.stacks import LeafLayout
 from jaxopt_lab.core.whole_matrices import known_sharding
 from jaxopt_lab.optim.fallback import with_fallback
-from jaxopt_lab.optim.kronecker.leaves import Arrays, Leaves, slots_of
+from jaxopt_lab.optim.kronecker.leaves import Arrays, Leaves
 from jaxopt_lab.optim.kronecker.step import REFUSED, EigenbasisAdam
 from jaxopt_lab.optim.kronecker.tensors import tensor_direction
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves
@@ -111,7 +111,7 @@ def _initial(
     x: Any, layout: LeafLayout, method: EigenbasisAdam, eigenbasis: Eigenbasis
 ) -> dict[str, Any]:
     """The arrays of a leaf before its first gradient, by field."""
-    dtype, slots = wide_dtype(x), slots_of(layout)
+    dtype, slots = wide_dtype(x), layout.slots()
     sides = preconditioned_sides(
         layout.m, layout.n, eigenbasis.max_precond_dim, eigenbasis.one_sided
     )
@@ -145,38 +145,38 @@ def _initial(
 
 def _arrays(state: EigenbasisAdamState, treedef: Any, layouts: list[LeafLayout]) -> Arrays:
     """The state by name, batch axes merged."""
-
-    def flat(x: Any, layout: LeafLayout) -> Array | None:
-        return None if isinstance(x, optax.MaskedNode) else layout.flat(x)
-
-    arrays: Arrays = {}
+    columns: Arrays = {}
     for field, name in _FIELDS.items():
         tree = getattr(state, field)
         unused = isinstance(tree, optax.MaskedNode)
         leaves = [tree] * len(layouts) if unused else treedef.flatten_up_to(tree)
-        arrays[name] = list(map(flat, leaves, layouts))
-    return arrays
+        columns[name] = [None if isinstance(x, optax.MaskedNode) else x for x in leaves]
+    rows = [layout.flat_all({name: column[i] for name, column in columns.items()})
+            for i, layout in enumerate(layouts)]  # fmt: skip
+    return {name: [row[name] for row in rows] for name in columns}
 
 
 def _stored(
     state: EigenbasisAdamState, treedef: Any, layouts: list[LeafLayout], arrays: Arrays
 ) -> EigenbasisAdamState:
     """The state after a gradient."""
+    names = (*_FIELDS.values(), "status")
+    rows = [layout.undo_flat_all({name: arrays[name][i] for name in names})
+            for i, layout in enumerate(layouts)]  # fmt: skip
 
-    def stored(x: Array | None, layout: LeafLayout) -> Any:
-        return optax.MaskedNode() if x is None else layout.undo_flat(x)
+    def tree(name: str) -> Any:
+        return treedef.unflatten([optax.MaskedNode() if row[name] is None else row[name]
+                                  for row in rows])  # fmt: skip
 
-    refused = [layout.undo_flat(status == REFUSED).astype(jnp.int32)
-               for layout, status in zip(layouts, arrays["status"], strict=True)]  # fmt: skip
-    counts = treedef.flatten_up_to(state.notfinite_count)
     used = [field for field in _FIELDS if not isinstance(getattr(state, field), optax.MaskedNode)]
     return state._replace(
         count=jnp.asarray(optax.safe_increment(state.count)),
-        notfinite_count=treedef.unflatten([a + b for a, b in zip(counts, refused, strict=True)]),
-        **{
-            field: treedef.unflatten(list(map(stored, arrays[_FIELDS[field]], layouts)))
-            for field in used
-        },
+        notfinite_count=jax.tree.map(
+            lambda n, status: n + (status == REFUSED).astype(jnp.int32),
+            state.notfinite_count,
+            tree("status"),
+        ),
+        **{field: tree(_FIELDS[field]) for field in used},
     )
 
 
