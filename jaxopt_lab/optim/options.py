@@ -145,7 +145,7 @@ class Eigenbasis:
     factor_precision: ProductPrecision = "bf16_x3"
     """Of the products that form factors and bases; see `core.precision`."""
 
-    rotation_precision: ProductPrecision = "bfloat16"
+    rotation_precision: ProductPrecision = "tf32"
     """Of the products that rotate into the bases and back. With "bfloat16" the bases of float32
     matrices are kept in bfloat16 as well: nothing else reads them."""
 

@@ -31,7 +31,7 @@ def dykaf_official(
     factor_decay: Scalar | None = None,
     eps: Scalar = 1e-8,
     precondition_frequency: int = 10,
-    weight_decay: Scalar = 0.01,
+    weight_decay: optax.ScalarOrSchedule = 0.01,
     mask: Any = None,
     matrix_axes: MatrixAxesSpec = None,
     eigenbasis: Eigenbasis = Eigenbasis(
@@ -98,7 +98,7 @@ def dykaf(
     eps: Scalar = 1e-8,
     precondition_frequency: int = 10,
     integrator: Integrator = "ksl",
-    weight_decay: Scalar = 0.01,
+    weight_decay: optax.ScalarOrSchedule = 0.01,
     mask: Any = None,
     matrix_axes: MatrixAxesSpec = None,
     eigenbasis: Eigenbasis = Eigenbasis(),

@@ -17,7 +17,7 @@ from jaxopt_lab.optim.kronecker.transform import MODES_LABEL, eigenbasis_directi
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import Eigenbasis, MeshWork, Routing
 from jaxopt_lab.optim.rates import check_rates, decayed_weights
-from jaxopt_lab.optim.routing import MatrixAxesSpec, route
+from jaxopt_lab.optim.routing import MatrixAxesSpec, checks_leaves, route
 
 
 def soap(
@@ -28,7 +28,7 @@ def soap(
     factor_decay: Scalar | None = None,
     eps: Scalar = 1e-8,
     precondition_frequency: int = 10,
-    weight_decay: Scalar = 0.01,
+    weight_decay: optax.ScalarOrSchedule = 0.01,
     mask: Any = None,
     matrix_axes: MatrixAxesSpec = None,
     eigenbasis: Eigenbasis = Eigenbasis(),
@@ -67,7 +67,7 @@ def released(
     method: EigenbasisAdam,
     learning_rate: optax.ScalarOrSchedule,
     *,
-    weight_decay: Scalar,
+    weight_decay: optax.ScalarOrSchedule,
     mask: Any,
     matrix_axes: MatrixAxesSpec,
     eigenbasis: Eigenbasis,
@@ -124,11 +124,11 @@ def released(
 
         return treedef.unflatten(list(map(name, route(params, layouts), leaves)))
 
-    return optax.partition(rules, labels)
+    return checks_leaves(optax.partition(rules, labels), layouts, Routing())
 
 
 def decayed_after_step(
-    weight_decay: Scalar, mask: Any, learning_rate: optax.ScalarOrSchedule
+    weight_decay: optax.ScalarOrSchedule, mask: Any, learning_rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
     r"""The link of a chain, before the learning rate, that lets the updated weights decay.
 
@@ -137,8 +137,8 @@ def decayed_after_step(
     """
 
     def kept(count: Any) -> Any:
-        rate = learning_rate(count) if callable(learning_rate) else learning_rate
-        return 1 - rate * weight_decay
+        rate, decay = (x(count) if callable(x) else x for x in (learning_rate, weight_decay))
+        return 1 - rate * decay
 
     shrunk: Any = optax.scale_by_schedule(kept)
     if mask is not None:
