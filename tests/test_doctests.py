@@ -11,7 +11,7 @@ import jaxopt_lab
 ROOT = pathlib.Path(jaxopt_lab.__file__).parent
 ROOMS = (
     *("core", "optim", "schedules", "diagnostics", "report", "models", "sweep", "train", "bench"),
-    *("dynamics", "dynamics/landscape", "dynamics/loop"),
+    *("dynamics", "dynamics/landscape", "dynamics/loop", "train/io"),
 )
 MODULES = sorted(
     ".".join(("jaxopt_lab", *path.relative_to(ROOT).with_suffix("").parts))
