@@ -61,9 +61,16 @@ def frobenius_unit(
     """
     if eps:
         return x / (factor * frobenius_norm(x, axes) + eps)
-    x = scale_to_unit(x, axes)
-    square = jnp.sum(jnp.square(x), axis=axes, keepdims=True)
-    return x / (factor * jnp.sqrt(jnp.where(square == 0, 1, square)))
+    # One pass over `x`, whichever of the sums neither overflows nor vanishes: a pass that looks for
+    # the largest entry first would read it twice. Powers of two round nothing.
+    power = 2.0 ** (jnp.finfo(x.dtype).maxexp // 2)
+    plain, lifted, lowered = (
+        jnp.sum(jnp.square(x * scale), axis=axes, keepdims=True) for scale in (1, power, 1 / power)
+    )
+    fits, large = (plain > 1 / power) & (plain < jnp.inf), plain > 1
+    square = jnp.where(fits, plain, jnp.where(large, lowered, lifted))
+    scale = jnp.where(fits, 1, jnp.where(large, power, 1 / power))
+    return x / (factor * scale * jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
 def one_minus_power(b: Scalar, t: Array) -> Array:

@@ -17,12 +17,8 @@ from jaxopt_lab.models import DecoderConfig, Params
 from jaxopt_lab.optim.params_ema import ParamsEmaState
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.errors import CheckpointError, ConfigError
-from jaxopt_lab.train.io.checkpoints import (
-    describe_leaves,
-    first_difference,
-    read_state,
-    select_step,
-)
+from jaxopt_lab.train.io.checkpoints import read_state, select_step
+from jaxopt_lab.train.io.leaves import describe_leaves, first_difference
 from jaxopt_lab.train.io.run_directory import TOKENIZER_FILE, read_config
 from jaxopt_lab.train.loop import Run
 from jaxopt_lab.train.mesh import MeshConfig

@@ -11,7 +11,8 @@ import pytest
 
 from jaxopt_lab.train.errors import CheckpointError
 from jaxopt_lab.train.io import retention
-from jaxopt_lab.train.io.checkpoints import Checkpoints, committed_steps, first_difference
+from jaxopt_lab.train.io.checkpoints import Checkpoints, committed_steps
+from jaxopt_lab.train.io.leaves import first_difference
 from jaxopt_lab.train.mesh import MeshConfig, make_mesh, to_global
 from jaxopt_lab.train.step import make_step
 from tests.train import stand_in

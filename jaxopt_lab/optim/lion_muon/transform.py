@@ -240,8 +240,11 @@ def advance(
         g = gradient.astype(wide)
         d, m = average(g, momentum.astype(wide))
         m = m.astype(momentum.dtype)
-        # A narrow momentum may overflow where the gradient does not.
-        usable = jnp.isfinite(jnp.square(g)) & jnp.isfinite(m)
+        usable = jnp.isfinite(jnp.square(g))
+        # A narrow momentum may overflow where the gradient does not. Others are not looked at: the
+        # pass over whole matrices then reads the gradient alone.
+        if jnp.finfo(m.dtype).maxexp < jnp.finfo(wide).maxexp:
+            usable &= jnp.isfinite(m)
         if axes:
             usable = jnp.all(usable, axis=axes, keepdims=True)
         directions.append(jnp.where(usable, d, jnp.nan))
