@@ -1,303 +1,47 @@
-"""`jaxopt-lab VERB`: every verb is one call into the library.
+"""`jaxopt-lab VERB`: answers SIGTERM and Ctrl-C from its first line on; the verbs come after that.
 
-Packages are imported by the verb that needs them, so that `--help` answers at once.
+Until a verb has something to finish or to clear away (`train.interrupts`) a signal ends the process
+at once, without an exception: one that is raised while packages are imported may get lost there.
 """
 
-import argparse
-import logging
 import os
-import select
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, TypeVar
 
-_SIGINT_EXIT, _SIGPIPE_EXIT = 130, 141
-Result = TypeVar("Result")
-# XLA's CPU runtime spreads a batched LAPACK call over the same threads that such calls block: when
-# there are as many calls at once as threads, they wait for each other for ever (jaxlib 0.10). A
-# machine of two cores reaches that with the factors of a single model, so it gets more threads.
-_CPU_THREADS = 16
+_EXIT = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Runs the command line.
 
+    Args:
+      arguments: What stands after the command; by default those of the process.
+
     Returns:
-      0 on success, 1 when a run failed, 2 for a mistake in the arguments, 130 after Ctrl-C, 141
-      where the reader of the output has gone, as `head` does.
+      0 on success and after SIGTERM, 1 when a run failed, 2 for a mistake in the arguments, 130
+      after Ctrl-C, 141 where the reader of the output has gone, as `head` does.
     """
+    before = {}
     try:
-        try:
-            return _run(list(sys.argv[1:] if arguments is None else arguments))
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        if not _reader_is_gone():
-            raise
-        return _SIGPIPE_EXIT
-
-
-def _reader_is_gone() -> bool:
-    """Whether it was standard output that broke, and not a pipe to a worker."""
-    output = select.poll()
-    output.register(sys.stdout.fileno(), 0)
-    gone = any(event & select.POLLERR for _, event in output.poll(0))
-    if gone:
-        # Or Python reports at exit that it could not write the rest.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return gone
-
-
-def _run(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(_overview())
-        return 0 if arguments else 2
-    verb, rest = arguments[0], arguments[1:]
-    if verb not in _VERBS:
-        return _fail(f"unknown verb {verb!r}, expected one of {', '.join(_VERBS)}", 2)
-    # Background threads of the checkpoint library log tracebacks of errors that we report.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    os.environ.setdefault("PJRT_NPROC", str(max(_CPU_THREADS, os.cpu_count() or 1)))
-    try:
-        return _VERBS[verb][1](rest)
-    except ValueError as error:
-        if not _is_ours(error):
-            raise
-        return _fail(str(error), 2)
-    except RuntimeError as error:
-        if not _is_ours(error):
-            raise
-        return _fail(str(error), 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", _SIGINT_EXIT)
-
-
-def _pretrain(arguments: list[str]) -> int:
-    from jaxopt_lab.train import pretrain
-    from jaxopt_lab.train.arguments import parse_config
-
-    config = parse_config(arguments, "pretrain")
-    result = pretrain(config)
-    if result.cost is not None:
-        sys.stdout.write(f"{result.cost}\n")
-    return _SIGINT_EXIT if result.status == "interrupted" else 0
-
-
-def _compare(arguments: list[str]) -> int:
-    from jaxopt_lab.train import CompareConfig, compare
-    from jaxopt_lab.train.arguments import parse_config
-
-    result = compare(parse_config(arguments, "compare", CompareConfig))
-    sys.stdout.write(f"{result.table}\n\n{result.directory}\n")
-    return 0
-
-
-def _describe(arguments: list[str]) -> int:
-    from jaxopt_lab import describe, models
-    from jaxopt_lab.train.arguments import parse_config
-    from jaxopt_lab.train.optimizers import ModelInfo
-
-    config = parse_config(arguments, "describe")
-    config.optimizer.validate()
-    info = ModelInfo(models.matrix_axes(config.model), None, config.model.vocab_size)
-    tx = config.schedule.apply(config.optimizer, info, config.steps).tx
-    sys.stdout.write(f"{describe(tx, models.abstract_params(config.model))}\n")
-    return 0
-
-
-def _export(arguments: list[str]) -> int:
-    parser = _run_parser("export", "Writes the model of a run as a Hugging Face directory.")
-    parser.add_argument("directory", help="where config.json and model.safetensors go")
-    options = parser.parse_args(arguments)
-
-    from jaxopt_lab.train import export_run
-
-    path = export_run(
-        options.run_directory, options.directory, step=options.step, average=options.average
-    )
-    sys.stdout.write(f"{path}\n")
-    return 0
-
-
-def _sample(arguments: list[str]) -> int:
-    parser = _run_parser("sample", "Continues a text with the model of a run.")
-    parser.add_argument("--prompt", default="", help="the beginning; by default a new document")
-    parser.add_argument("--tokens", type=int, default=96, help="length of the continuation")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-
-    from jaxopt_lab.train import continue_text
-
-    continuation = continue_text(
-        options.run_directory, options.prompt, tokens=options.tokens,
-        temperature=options.temperature, seed=options.seed, step=options.step,
-        average=options.average,
-    )  # fmt: skip
-    sys.stdout.write(f"{options.prompt}{continuation}\n")
-    return 0
-
-
-def _run_parser(verb: str, description: str) -> argparse.ArgumentParser:
-    """The arguments that choose the weights of a run."""
-    parser = argparse.ArgumentParser(f"jaxopt-lab {verb}", description=description)
-    parser.add_argument("run_directory", help="directory that pretrain wrote")
-    parser.add_argument(
-        "--step", type=_step,
-        help="number of a kept checkpoint, or best for the lowest held-out loss; "
-        "by default the newest",
-    )  # fmt: skip
-    parser.add_argument(
-        "--average", action="store_true", help="the average of the weights, of a run with --ema"
-    )
-    return parser
-
-
-def _step(text: str) -> Any:
-    if text == "best":
-        return text
-    try:
-        return int(text)
+        for number in _EXIT:
+            before[number] = signal.signal(number, _end)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number or best") from None
-
-
-def _plot(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("jaxopt-lab plot", description="Loss curves of runs.")
-    parser.add_argument("run_directories", nargs="+", help="directories that pretrain wrote")
-    parser.add_argument("--output", default="loss.png", help="where the figure goes")
-    parser.add_argument(
-        "--x", choices=("step", "tokens", "time", "optimizer_flops"), default="step"
-    )
-    options = parser.parse_args(arguments)
-
-    from jaxopt_lab.report.figures import loss_figure
-
+        pass  # only the main thread may: a caller's own thread
     try:
-        path = loss_figure(options.run_directories, options.output, x=options.x)
-    except (OSError, ValueError) as error:
-        return _fail(str(error), 2)
-    sys.stdout.write(f"{path}\n")
-    return 0
+        from jaxopt_lab import verbs
+
+        return verbs.main(sys.argv[1:] if arguments is None else arguments)
+    finally:
+        if arguments is not None:  # otherwise the process is about to end
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
-def _data(arguments: list[str]) -> int:
-    from jaxopt_lab import data
-    from jaxopt_lab.report.tables import format_table
-    from jaxopt_lab.train.arguments import parse_config
-
-    if arguments[:1] == ["list"]:
-        names = ("name", "tokenizer", "documents", "tokens", "bytes", "path")
-        rows = [[row[name] for name in names] for row in data.list_corpora()]
-        sys.stdout.write(format_table(names, rows) + "\n")
-        return 0
-    if arguments[:1] != ["prepare"]:
-        usage = "data list | data prepare [--corpus ...] [--tokenizer.vocab-size ...]"
-        if arguments in (["-h"], ["--help"]):
-            sys.stdout.write(f"usage: jaxopt-lab {usage}\n")
-            return 0
-        return _fail(f"data: expected {usage}", 2)
-    config = parse_config(arguments[1:], "data prepare")
-    try:
-        corpus = data.prepare(
-            config.corpus,
-            config.tokenizer,
-            validation_fraction=config.validation_fraction,
-            on_progress=_to_stderr,
-        )
-    except (OSError, ValueError) as error:
-        return _fail(f"corpus: {error}", 2)
-    for name, value in corpus.summary().items():
-        sys.stdout.write(f"{name}: {value}\n")
-    return 0
-
-
-def _bench(arguments: list[str]) -> int:
-    from jaxopt_lab.bench.command import main as bench
-
-    return bench(arguments)
-
-
-def _dynamics(arguments: list[str]) -> int:
-    if arguments[:1] in (["-h"], ["--help"]):
-        sys.stdout.write("usage: jaxopt-lab dynamics {sgd,loop} [--help]\n")
-        return 0
-    if arguments[:1] not in (["sgd"], ["loop"]):
-        return _fail("dynamics: expected sgd or loop after it", 2)
-    from jaxopt_lab.train.arguments import parse_settings
-
-    system, rest = arguments[0], arguments[1:]
-    try:
-        if system == "sgd":
-            from jaxopt_lab.dynamics.landscape import study as sgd
-
-            config = parse_settings(rest, "dynamics sgd", sgd.SgdConfig)
-            result = _stoppable(lambda: sgd.run_study(config, _to_stderr))
-            report = f"{result.table}\n\n{result.verdict}\n\n{result.directory}"
-        else:
-            from jaxopt_lab.dynamics.loop import study as loop
-
-            config = parse_settings(rest, "dynamics loop", loop.LoopStudyConfig)
-            report = str(_stoppable(lambda: loop.run_study(config, _to_stderr)))
-    except (OSError, ValueError) as error:
-        return _fail(str(error), 2)
-    sys.stdout.write(f"{report}\n")
-    return 0
-
-
-_VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
-    "pretrain": ("train a transformer on text, with any optimizer, on a mesh", _pretrain),
-    "compare": ("several optimizers, equal tuning, several seeds: a table and a figure", _compare),
-    "describe": ("which parameter gets which rule, and the bytes of state", _describe),
-    "export": ("the model of a run as a Hugging Face directory", _export),
-    "sample": ("a continuation of a text from the model of a run", _sample),
-    "plot": ("loss curves of one or several run directories", _plot),
-    "data": ("list or prepare corpora", _data),
-    "dynamics": ("SGD around a trained point, or learning from one's own predictions", _dynamics),
-    "bench": ("time optimizer steps and training, count collectives", _bench),
-}
-
-
-def _overview() -> str:
-    width = max(map(len, _VERBS))
-    verbs = "\n".join(f"  {name:<{width}}  {text}" for name, (text, _) in _VERBS.items())
-    return f"usage: jaxopt-lab VERB [--help]\n\n{verbs}\n"
-
-
-def _is_ours(error: Exception) -> bool:
-    # If the training package was never imported, nobody can have raised one of its errors.
-    errors: Any = sys.modules.get("jaxopt_lab.train.errors")
-    if errors is None:
-        return False
-    ours = ("ArgumentError", "ConfigError", "CheckpointError", "TrainingError")
-    return isinstance(error, tuple(getattr(errors, name) for name in ours))
-
-
-def _stoppable(work: Callable[[], Result]) -> Result:
-    """What `work` returns; Ctrl-C ends the process at once.
-
-    A compiled program runs to its end before Python learns of a signal, which may take minutes. So
-    it runs in another thread, and the process does not wait for it at exit.
-    """
-    future = ThreadPoolExecutor(max_workers=1).submit(work)
-    try:
-        while not wait([future], timeout=0.2).done:
-            pass
-    except KeyboardInterrupt:
-        code = _fail("interrupted", _SIGINT_EXIT)
-        sys.stderr.flush()
-        os._exit(code)
-    return future.result()
-
-
-def _fail(text: str, code: int) -> int:
-    _to_stderr(f"jaxopt-lab: error: {text}")
-    return code
-
-
-def _to_stderr(text: str) -> None:
-    sys.stderr.write(text + "\n")
+def _end(number: int, frame: object) -> None:
+    del frame
+    text = "stopped by SIGTERM" if number == signal.SIGTERM else "error: interrupted"
+    os.write(2, f"jaxopt-lab: {text}\n".encode())
+    os._exit(_EXIT[signal.Signals(number)])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from jaxopt_lab import cli
+from jaxopt_lab import cli, verbs
 from jaxopt_lab.data import Mixture, PythonSource, TextFiles
 from jaxopt_lab.train.arguments import parse_config
 from jaxopt_lab.train.config import PretrainConfig, from_preset
@@ -189,6 +189,6 @@ def test_another_broken_pipe_is_no_closed_output(monkeypatch, capfd):
     def fails(arguments):
         raise BrokenPipeError("a worker process")
 
-    monkeypatch.setattr(cli, "_run", fails)
+    monkeypatch.setattr(verbs, "_run", fails)
     with pytest.raises(BrokenPipeError, match="a worker process"):
         cli.main([])

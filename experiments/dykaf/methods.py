@@ -103,8 +103,12 @@ def _lion_muon(matrix_axes: Any) -> optax.GradientTransformation:
     )
 
 
+def _decaying(direction: optax.GradientTransformation) -> optax.GradientTransformation:
+    return optax.chain(direction, optax.add_decayed_weights(WEIGHT_DECAY))
+
+
 def _soap(matrix_axes: Any) -> optax.GradientTransformation:
-    return jol.scale_by_soap(**KRONECKER, weight_decay=WEIGHT_DECAY, matrix_axes=matrix_axes)
+    return _decaying(jol.scale_by_soap(**KRONECKER, matrix_axes=matrix_axes))
 
 
 def _shampoo(matrix_axes: Any) -> optax.GradientTransformation:
@@ -116,9 +120,7 @@ def _shampoo(matrix_axes: Any) -> optax.GradientTransformation:
 
 def _dykaf(**options: Any) -> Rule:
     def rule(matrix_axes: Any) -> optax.GradientTransformation:
-        return jol.scale_by_dykaf(
-            **KRONECKER, **options, weight_decay=WEIGHT_DECAY, matrix_axes=matrix_axes
-        )
+        return _decaying(jol.scale_by_dykaf(**KRONECKER, **options, matrix_axes=matrix_axes))
 
     return rule
 
@@ -129,6 +131,8 @@ def _grid(lowest: float, ratio: float) -> tuple[float, ...]:
 
 
 _ADAM, _ROTATED, _SPECTRAL = _grid(3e-4, 1.7), _grid(5e-4, 1.8), _grid(2.4e-3, 1.6)
+
+_RANK_ONE = jol.Eigenbasis(second_moment="rank_one")
 
 # AdamW first: its best rate drives embedding and norm gains of all others.
 METHODS = (
@@ -141,5 +145,5 @@ METHODS = (
     Method("DyKAF", _ROTATED, _dykaf(integrator="ksl")),
     Method("DyKAF parallel", _ROTATED, _dykaf(integrator="parallel")),
     # Its steps are longer where the rank-one fit is too small.
-    Method("DyKAF rank-1", _grid(1e-4, 2.0), _dykaf(integrator="ksl", rank1_second_moment=True)),
+    Method("DyKAF rank-1", _grid(1e-4, 2.0), _dykaf(eigenbasis=_RANK_ONE)),
 )

@@ -12,10 +12,10 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+import optax
 from methods import CLIP, METHODS, Method
 
 from jaxopt_lab import models
-from jaxopt_lab.schedules import warmup_cosine
 from jaxopt_lab.sweep import StepCost, Task, Tuned, measure_step, tune
 from jaxopt_lab.sweep.decoder_runs import DecoderRuns
 
@@ -89,7 +89,7 @@ def run(
     lanes: int,
 ) -> tuple[StepCost, Tuned]:
     """Times one run alone, then trains all cells and the best one's seeds."""
-    schedule = warmup_cosine(1.0, scale.steps, scale.warmup)
+    schedule = optax.warmup_cosine_decay_schedule(0.01, 1.0, scale.warmup, scale.steps)
     axes = models.matrix_axes(scale.model())
 
     def build(rate: Any) -> Any:

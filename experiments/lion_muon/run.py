@@ -18,7 +18,6 @@ import optax
 from methods import METHODS, Method, optimizer_flops
 
 from jaxopt_lab import data, models, optim
-from jaxopt_lab.schedules import warmup_cosine
 from jaxopt_lab.sweep.decoder_runs import DecoderRuns
 
 HERE = pathlib.Path(__file__).parent
@@ -39,7 +38,7 @@ def make_run(scale: DecoderRuns, method: Method, validation: jax.Array):
     not spectral skips Newton-Schulz for all cells at once.
     """
     config = scale.model()
-    schedule = warmup_cosine(1.0, scale.steps, scale.warmup)
+    schedule = optax.warmup_cosine_decay_schedule(0.01, 1.0, scale.warmup, scale.steps)
     loss = jax.value_and_grad(
         lambda params, tokens: models.loss(config, params, {"tokens": tokens}), has_aux=True
     )

@@ -13,7 +13,7 @@ from jaxopt_lab.optim.kronecker.dykaf import dykaf
 from jaxopt_lab.optim.kronecker.shampoo import shampoo
 from jaxopt_lab.optim.kronecker.soap import soap
 from jaxopt_lab.optim.lion_muon.lion_muon import lion_muon
-from jaxopt_lab.optim.options import InverseRoot, MeshWork, NewtonSchulz
+from jaxopt_lab.optim.options import Eigenbasis, InverseRoot, MeshWork, NewtonSchulz
 from jaxopt_lab.schedules.adaptive_warmup import adaptive_warmup
 
 # The rate changes nothing about the time of a step; a small one keeps the numbers ordinary.
@@ -148,10 +148,10 @@ def _kronecker(name: str, family: str, frequency: int, stagger: bool) -> Method:
         return factory(
             _RATE,
             precondition_frequency=frequency,
-            stagger=stagger,
             weight_decay=_DECAY,
             matrix_axes=axes,
-            param_shardings=param_shardings,
+            eigenbasis=Eigenbasis(stagger=stagger),
+            mesh=MeshWork(param_shardings),
         )
 
     def period_flops(params: Any, axes: Any) -> float:

@@ -101,7 +101,7 @@ def _by_eigh(x: Array, exponent: ArrayLike, eps: Array, relative: bool, precisio
 
 def _by_newton(x: Array, exponent, eps: Array, relative: bool, precision: PrecisionName) -> Array:
     q = round(1 / exponent)
-    identity = _identity_like(x)
+    identity = jnp.eye(x.shape[-1], dtype=x.dtype)
     scaled, scale = _unit_norm(x, 0 * eps if relative else eps)
     lower, upper = _largest_eigenvalue(scaled, precision)
     ridge = eps * lower if relative else eps / scale
@@ -111,7 +111,9 @@ def _by_newton(x: Array, exponent, eps: Array, relative: bool, precision: Precis
     bound = upper + ridge
     zero = bound == 0
     bound = jnp.where(zero, 1, bound)
-    m = (scaled + ridge[..., None, None] * identity) / bound[..., None, None]
+    m = (scaled + ridge[..., None, None] * jnp.broadcast_to(identity, x.shape)) / bound[
+        ..., None, None
+    ]
     root = _coupled_newton(m, ridge / bound, q, precision)
     root = root * ((bound * scale) ** (-1 / q))[..., None, None]
     return jnp.where(zero[..., None, None], 0, root)
@@ -150,10 +152,6 @@ def _largest_eigenvalue(x: Array, precision: PrecisionName) -> tuple[Array, Arra
     return lower, jnp.maximum(upper, lower)
 
 
-def _identity_like(x: Array) -> Array:
-    return jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
-
-
 def _square(x: Array, precision: PrecisionName) -> Array:
     return matmul(x, x, precision)
 
@@ -173,18 +171,22 @@ def _coupled_newton(m: Array, smallest: Array, q: int, precision: PrecisionName)
     when it got worse, in which case the iterate before is kept.
     """
     n = m.shape[-1]
-    identity = _identity_like(m)
+    eye = jnp.eye(n, dtype=m.dtype)
     tolerance = jnp.finfo(m.dtype).eps * math.sqrt(n)
 
+    def identity() -> Array:
+        # Broadcast where it is used: as a constant of the loop every iteration would read it.
+        return jnp.broadcast_to(eye, m.shape)
+
     def error_of(m: Array) -> Array:
-        return jnp.linalg.norm(m - identity, axis=(-2, -1))
+        return jnp.linalg.norm(m - identity(), axis=(-2, -1))
 
     def body(carry):
         k, m, root, smallest, error, active = carry
         scale = _newton_scale(smallest, q)
         scaling = scale > 1
         m_scaled = m * scale[..., None, None]
-        t = ((q + 1) * identity - m_scaled) / q
+        t = ((q + 1) * identity() - m_scaled) / q
         new_m = matmul(_power(t, q, precision), m_scaled, precision)
         new_root = matmul(root, t, precision) * (scale ** (1 / q))[..., None, None]
         # Products of commuting symmetric matrices: what is not symmetric is round-off that grows.
@@ -211,7 +213,7 @@ def _coupled_newton(m: Array, smallest: Array, q: int, precision: PrecisionName)
 
     error = error_of(m)
     active = jnp.isfinite(error) & (error > tolerance)
-    return lax.while_loop(unfinished, body, (0, m, identity, smallest, error, active))[2]
+    return lax.while_loop(unfinished, body, (0, m, identity(), smallest, error, active))[2]
 
 
 def _newton_scale(smallest: Array, q: int) -> Array:

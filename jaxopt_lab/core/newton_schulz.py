@@ -74,7 +74,7 @@ def newton_schulz(
 ) -> Float[Array, "*batch m n"]:
     r"""Approximate the polar factor $U V^\top$ of $X = U S V^\top$, whatever the scale of $X$.
 
-    A zero matrix stays zero; one with an entry that is not finite becomes NaN.
+    A zero matrix stays zero; one with a NaN becomes NaN as a whole.
 
     Args:
       x: Matrices; leading axes are batch.

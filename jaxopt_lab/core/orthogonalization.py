@@ -189,10 +189,11 @@ def _corrected(block: Array, upper: Array, scale: Array, coarse: ProductPrecisio
     """
     # Of the small second order few digits are enough.
     second = matmul(upper, upper, "bfloat16", transpose_a=True)
-    second = jnp.triu(second) - 0.5 * second * jnp.eye(second.shape[-1], dtype=second.dtype)
+    eye = jnp.broadcast_to(jnp.eye(second.shape[-1], dtype=second.dtype), second.shape)
+    second = jnp.triu(second) - 0.5 * second * eye
     second = second + matmul(upper, upper, "bfloat16")
     change = scale[..., :, None] * (upper - second)
-    diagonal = jnp.eye(change.shape[-1], dtype=change.dtype) * (1 - scale[..., None, :])
+    diagonal = eye * (1 - scale[..., None, :])
     return block - matmul(block, change + diagonal, coarse)
 
 
@@ -200,10 +201,10 @@ def _cholesky_qr(columns: Array) -> Array:
     """Shifted Cholesky-QR; the shift keeps it defined for dependent columns."""
     gram = matmul(columns, columns, transpose_a=True)
     bound = jnp.max(jnp.sum(jnp.abs(gram), axis=-1), axis=-1)[..., None, None]
-    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
     shifted = gram + 4 * jnp.finfo(gram.dtype).eps * jnp.maximum(bound, 1) * eye
     lower = jnp.linalg.cholesky(shifted, symmetrize_input=False)
-    inverse = solve_triangular(lower, jnp.broadcast_to(eye, lower.shape), lower=True)
+    inverse = solve_triangular(lower, eye, lower=True)
     return matmul(columns, inverse, "bf16_x3", transpose_b=True)
 
 

@@ -1,5 +1,6 @@
 """Named matrix-product precisions that mean the same accuracy on every platform."""
 
+from functools import partial
 from typing import Literal, get_args
 
 import jax
@@ -8,13 +9,16 @@ from jax import lax
 from jax.lax import DotAlgorithmPreset, Precision
 from jaxtyping import Array, Float
 
-PrecisionName = Literal["default", "bf16_x3", "bf16_x6", "tf32_x3", "highest"]
-ProductPrecision = Literal["bfloat16", "default", "bf16_x3", "bf16_x6", "tf32_x3", "highest"]
+PrecisionName = Literal["default", "tf32", "bf16_x3", "bf16_x6", "tf32_x3", "highest"]
+ProductPrecision = Literal[
+    "bfloat16", "default", "tf32", "bf16_x3", "bf16_x6", "tf32_x3", "highest"
+]
 # Rows and columns of a result from which a split product is formed as one deep product.
 _SPLIT_FROM = 256
 PRODUCT_PRECISIONS: tuple[ProductPrecision, ...] = get_args(ProductPrecision)
 
 _SPLIT = {
+    "tf32": DotAlgorithmPreset.TF32_TF32_F32,
     "bf16_x3": DotAlgorithmPreset.BF16_BF16_F32_X3,
     "bf16_x6": DotAlgorithmPreset.BF16_BF16_F32_X6,
     "tf32_x3": DotAlgorithmPreset.TF32_TF32_F32_X3,
@@ -27,20 +31,31 @@ def dot_precision(
     """The `precision=` argument that gives a product at least the named accuracy.
 
     The split algorithms build one float32 product from several on the tensor cores. They exist on
-    GPUs only (elsewhere XLA refuses the name), so other platforms use their full float32 product.
+    GPUs only (elsewhere XLA refuses the name), so other platforms use their full float32 product;
+    for "tf32" a TPU, whose default is bfloat16, splits into three products of that.
 
     Args:
-      name: "default" (TF32 on a GPU), a split algorithm, or "highest".
+      name: "default" (TF32 on a GPU), "tf32" (at least as accurate as TF32 everywhere), a split
+        algorithm, or "highest".
       platform: "gpu", "tpu" or "cpu"; None asks the default backend.
     """
     if name == "default":
         return Precision.DEFAULT
     if name == "highest":
         return Precision.HIGHEST
-    on_gpu = (platform or jax.default_backend()) in ("gpu", "cuda", "rocm")
+    platform = platform or jax.default_backend()
+    if name == "tf32" and platform == "tpu":
+        return DotAlgorithmPreset.BF16_BF16_F32_X3
+    on_gpu = platform in ("gpu", "cuda", "rocm")
     return _SPLIT[name] if on_gpu else Precision.HIGHEST
 
 
+# Traced once for equal shapes; `inline`: without a trace in the program.
+@partial(
+    jax.jit,
+    static_argnames=("precision", "transpose_a", "transpose_b", "rounded"),
+    inline=True,
+)
 def matmul(
     a: Float[Array, "*batch _ _"],
     b: Float[Array, "*batch _ _"],
@@ -77,6 +92,33 @@ def matmul(
     return _dot(a, b, transpose_a, transpose_b, algorithm, dtype)
 
 
+def rotate(
+    x: Float[Array, "*batch m n"],
+    rows: Float[Array, "*batch m m"] | None,
+    columns: Float[Array, "*batch n n"] | None,
+    precision: ProductPrecision = "highest",
+    *,
+    back: bool = False,
+    rounded: bool = False,
+) -> Float[Array, "*batch m n"]:
+    r"""$Q_L^\top X Q_R$ for orthogonal $Q_L$, $Q_R$, or $Q_L X Q_R^\top$ with `back`.
+
+    Args:
+      x: Matrices.
+      rows: $Q_L$; None: the identity.
+      columns: $Q_R$; None: the identity.
+      precision: Of the products.
+      back: Out of the bases.
+      rounded: As for `matmul`.
+    """
+    if rows is not None:
+        first = rounded or columns is not None
+        x = matmul(rows, x, precision, transpose_a=not back, rounded=first)
+    if columns is not None:
+        x = matmul(x, columns, precision, transpose_b=back, rounded=rounded)
+    return x
+
+
 def gram(
     g: Float[Array, "*batch m n"],
     precision: ProductPrecision = "highest",
@@ -105,7 +147,7 @@ def congruence(
     *,
     transpose: bool = False,
 ) -> Float[Array, "*batch _ _"]:
-    r"""$G X G^\top$, or $G^\top X G$ if `transpose`, up to what `gram` is up to.
+    r"""$G X G^\top$, or $G^\top X G$ if `transpose`, with the same skew-symmetric error as `gram`.
 
     The symmetric part of $H X (H + 2 L)^\top$ is that of $G X G^\top$, so in one of the two
     products, the larger one, an operand is exact with its high half.

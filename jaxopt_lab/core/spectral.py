@@ -194,12 +194,13 @@ def complete_basis(u: Float[Array, "*batch n"]) -> Float[Array, "*batch n n"]:
     Args:
       u: Unit vectors.
     """
-    first = jnp.zeros(u.shape[-1], u.dtype).at[0].set(1)
+    eye = jnp.broadcast_to(jnp.eye(u.shape[-1], dtype=u.dtype), (*u.shape, u.shape[-1]))
+    first = eye[..., 0]
     sign = jnp.where(u[..., :1] > 0, 1, -1)
     length = jnp.sum(jnp.square(u), axis=-1, keepdims=True)
     w = u + jnp.where(length > 0, sign, 0) * first
     scale = 2 * _reciprocal(jnp.sum(jnp.square(w), axis=-1))[..., None, None]
-    return jnp.eye(u.shape[-1], dtype=u.dtype) - scale * w[..., :, None] * w[..., None, :]
+    return eye - scale * w[..., :, None] * w[..., None, :]
 
 
 def eigenbasis(factor: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:

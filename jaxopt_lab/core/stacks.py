@@ -1,9 +1,10 @@
 """Batched work on the matrices of many leaves: equal shapes are stacked, sharded ones exchanged."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -46,7 +47,7 @@ def map_stacks(
     replicated_work: ReplicatedWork = "repeat",
     enough: int | None = None,
     decomposes: bool = False,
-    scalars: Sequence[Array] = (),
+    operand: Any = None,
 ) -> list[tuple[Array | None, ...]]:
     """Apply `fn` to the arrays of all items, as few times as their shapes allow.
 
@@ -63,7 +64,8 @@ def map_stacks(
         their own calls. None: everything that fits is concatenated.
       decomposes: Whether `fn` calls decompositions, which must not run at the same time
         (`serialize_after`).
-      scalars: Traced numbers that `fn` takes after its arrays.
+      operand: If given, what `fn` takes before its arrays: a tree whose leaves are Python numbers,
+        which stay such, and arrays, the same for all items.
 
     Returns:
       For each item its results, (batch, *inner).
@@ -76,7 +78,7 @@ def map_stacks(
                   for k in range(len(first.arrays))]  # fmt: skip
         if decomposes and first.mesh is None:
             stacks = [x if x is None else serialize_after(x, *earlier) for x in stacks]
-        results = _run(fn, stacks, first, replicated_work, scalars)
+        results = _run(fn, stacks, first, replicated_work, operand)
         earlier = results
         start = 0
         for i in members:
@@ -116,38 +118,45 @@ def _concatenate(arrays: Sequence[Array | None]) -> Array | None:
     return present[0] if len(present) == 1 else jnp.concatenate(present)
 
 
-def _run(fn, stacks, item: Item, replicated_work: ReplicatedWork, scalars: Sequence[Array]):
+def _run(fn, stacks, item: Item, replicated_work: ReplicatedWork, operand: Any):
     """Call `fn` on whole entries, leaving out the arrays that the items do not have."""
     slots = [s for s in item.slots if s is not None]
     results = [s for s in item.results if s is not None]
 
-    def whole(*arrays: Array) -> tuple[Array, ...]:
+    def whole(operand: Any, arrays: Sequence[Array]) -> tuple[Array, ...]:
         b = arrays[0].shape[0]
-        given = iter(zip(arrays, slots, strict=False))  # the scalars follow
-        flat = []
-        for slot in item.slots:
-            x, s = (None, None) if slot is None else next(given)
-            flat.append(None if x is None or s is None else x.reshape((b, *s.whole)))
-        out = [y for y in fn(*flat, *arrays[len(slots) :]) if y is not None]
-        return tuple(y.reshape((b, *s.inner)) for y, s in zip(out, results, strict=True))
+        given = (x.reshape((b, *s.whole)) for x, s in zip(arrays, slots, strict=True))
+        flat = [None if slot is None else next(given) for slot in item.slots]
+        out = fn(*flat) if operand is None else fn(operand, *flat)
+        present = [y for y in out if y is not None]
+        return tuple(y.reshape((b, *s.inner)) for y, s in zip(present, results, strict=True))
 
     arrays = [x for x in stacks if x is not None]
     sharded = any(map(_is_sharded, (*slots, *results)))
     if item.mesh is None or not (sharded or replicated_work == "share"):
-        out = whole(*arrays, *scalars)
+        out = whole(operand, arrays)
     else:
         used = {a for s in (*slots, *results) for e in s.spec if e
                 for a in ((e,) if isinstance(e, str) else e)}  # fmt: skip
         sizes = item.mesh.shape
         idle = tuple(a for a in item.mesh.axis_names if a not in used and sizes[a] > 1)
+        # Traced numbers of the operand cannot be closed over; Python's stay what they are.
+        numbers, treedef = jax.tree.flatten(operand)
+        traced = [i for i, x in enumerate(numbers) if isinstance(x, jax.Array)]
+
+        def local(*arguments: Array) -> tuple[Array, ...]:
+            own = dict(zip(traced, arguments[len(arrays) :], strict=True))
+            given = treedef.unflatten([own.get(i, x) for i, x in enumerate(numbers)])
+            return whole(given, arguments[: len(arrays)])
+
         out = on_whole_matrices(
-            whole,
+            local,
             arrays,
             [s.spec for s in slots],
             [s.spec for s in results],
             item.mesh,
             share_over=idle if replicated_work == "share" else (),
-            scalars=scalars,
+            scalars=[numbers[i] for i in traced],
         )
     done = iter(out)
     return tuple(None if slot is None else next(done) for slot in item.results)
@@ -182,6 +191,33 @@ class LeafLayout:
         leading = spec[0] if len(spec) else None
         self._leading = PartitionSpec() if leading is None else PartitionSpec(leading)
         self._entries = [entry for entry in spec[1:] if entry is not None]
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Sizes of what may have a factor: rows and columns."""
+        return self.m, self.n
+
+    def slots(self) -> dict[str, Slot]:
+        """The slots of all arrays of a leaf with a factor and a basis a side, by name.
+
+        The leaf itself, what lives in its bases, numbers a matrix, and for side k its factor, its
+        basis and the order of the columns of that.
+        """
+        slots = dict.fromkeys(("grad", "direction"), self.matrix)
+        slots |= dict.fromkeys(("mu", "nu"), self.block(self.m, self.n))
+        slots |= dict.fromkeys(("age", "status"), self.number())
+        for k, size in enumerate(self.sides):
+            names = (f"{old}{what}{k}" for old in ("", "old_") for what in ("factor", "basis"))
+            slots |= dict.fromkeys(names, self.block(size, size))
+            slots[f"order{k}"] = self.spread(size)
+        return slots | {"row_nu": self.vector(self.m), "column_nu": self.vector(self.n)}
+
+    def transposed(self) -> "LeafLayout":
+        """The layout of the transposed matrices, where no axis is sharded."""
+        axes = MatrixAxes((0,), (1,), (2,))
+        flipped = LeafLayout((self.batch, self.n, self.m), axes, None)
+        flipped.mesh = self.mesh
+        return flipped
 
     def block(self, rows: int, columns: int) -> Slot:
         """A (rows, columns) matrix an entry, sharded like the leaf as far as it can be divided."""
@@ -231,6 +267,14 @@ class LeafLayout:
     def undo_flat(self, y: Array) -> Array:
         """Inverse of `flat`."""
         return y.reshape((*self.batch_shape, *y.shape[1:]))
+
+    def flat_all(self, arrays: Mapping[str, Array | None]) -> dict[str, Array | None]:
+        """`flat` of all arrays that there are."""
+        return {name: None if x is None else self.flat(x) for name, x in arrays.items()}
+
+    def undo_flat_all(self, arrays: Mapping[str, Array | None]) -> dict[str, Array | None]:
+        """Inverse of `flat_all`."""
+        return {name: None if y is None else self.undo_flat(y) for name, y in arrays.items()}
 
     def stored_spec(self, slot: Slot) -> PartitionSpec:
         """The partition of an array (*batch, *inner) with the slot's layout."""

@@ -8,6 +8,7 @@ an all-gather a product instead.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,7 @@ from jaxopt_lab.core.matrices import MatrixAxes
 AxisNames = tuple[str, ...]
 
 
-def known_sharding(
-    x: Array | jax.ShapeDtypeStruct, given: NamedSharding | None
-) -> NamedSharding | None:
+def known_sharding(x: Any, given: NamedSharding | None) -> NamedSharding | None:
     """The sharding under which `x` is laid out, where that can be known while tracing.
 
     Explicit mesh axes carry it in the type. Auto axes do not, so it must be `given`. None when it
@@ -52,7 +51,8 @@ def on_whole_matrices(
         entry i of the operands only. Padding entries are zero.
       operands: Arrays with one common leading batch axis. An operand that is not sharded over a
         mesh axis that another one is sharded over is sliced (no communication).
-      specs: How each operand is laid out. Entries of the leading axis stay as they are.
+      specs: How each operand is laid out. Entries of the leading axis stay as they are: where it is
+        sharded, each device works on its own share.
       out_specs: How each result shall be laid out; a result that is replicated over an exchanged
         mesh axis is all-gathered, so keep these small (one number a matrix).
       mesh: The mesh of the specs.
@@ -66,7 +66,7 @@ def on_whole_matrices(
     """
     batch = next((spec[0] for spec in specs if len(spec) and spec[0] is not None), None)
     moved = _exchanged_axes((*specs, *out_specs))
-    if not moved and not share_over:
+    if batch is None and not moved and not share_over:
         return fn(*operands, *scalars)
     order = (*moved, *((name,) for name in share_over))
     owners = math.prod(mesh.shape[name] for names in order for name in names)

@@ -90,6 +90,7 @@ def train_batches(
     context: int,
     seed: int,
     start_step: int = 0,
+    start_sample: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
     segment_ids: bool = False,
@@ -104,7 +105,8 @@ def train_batches(
     the given proportions (grain rounds each to better than 1 %), each part counting its own
     epochs. Rows of step $s$ are numbered
     $s B, \ldots, s B + B - 1$ whatever the number of processes, and a row is a function of its
-    number and the seed.
+    number and the seed. After a change of $B$ the count goes on: with `start_step` $s_0$ and
+    `start_sample` $n$ the first row of step $s$ has the number $n + (s - s_0) B$.
 
     Args:
         corpus: what `prepare` returned.
@@ -112,6 +114,7 @@ def train_batches(
         context: input tokens of a row, T.
         seed: of the permutations.
         start_step: where iteration starts.
+        start_sample: rows consumed before it, if other than `start_step` times `batch_size`.
         process_index: which slice of rows to give.
         process_count: into how many equal slices the rows are cut.
         segment_ids: adds the index of the document within the window, from 1 on, per input token.
@@ -129,7 +132,9 @@ def train_batches(
     for field, value in positive.items():
         if value < 1:
             raise ValueError(f"{field} = {value}; wanted at least 1")
-    for field, value in {"seed": seed, "start_step": start_step, "prefetch": prefetch}.items():
+    start_sample = start_step * batch_size if start_sample is None else start_sample
+    counts = {"start_step": start_step, "start_sample": start_sample, "prefetch": prefetch}
+    for field, value in {"seed": seed, **counts}.items():
         if value < 0:
             raise ValueError(f"{field} = {value}; wanted at least 0")
     if not 0 <= process_index < process_count:
@@ -145,7 +150,8 @@ def train_batches(
     _check_size(corpus, batch_size, context)
     count = batch_size // process_count
     local = range(process_index * count, (process_index + 1) * count)
-    rows = _Rows(corpus, batch_size, context, seed, local, segment_ids)
+    origin = start_sample - start_step * batch_size
+    rows = _Rows(corpus, batch_size, context, seed, local, segment_ids, origin)
     return TrainBatches(rows, start_step=start_step, prefetch=prefetch)
 
 
@@ -198,18 +204,21 @@ class _Rows:
         seed: int,
         local: range,
         segment_ids: bool,
+        origin: int,
     ):
         self._corpus = corpus
         self._batch_size = batch_size
         self._context = context
         self._local = local
+        self._origin = origin  # of the numbers of rows; may be negative
         self._segment_ids = segment_ids
         self._windows = _window_order(corpus.parts, context, seed)
 
     def batch_at(self, step: int) -> Batch:
-        if step < 0:
-            raise ValueError(f"step = {step}; wanted at least 0")
-        first = step * self._batch_size
+        first = self._origin + step * self._batch_size
+        if step < 0 or first < 0:
+            least = max(0, -(self._origin // self._batch_size))
+            raise ValueError(f"step = {step}; wanted at least {least}")
         windows = [self._windows[first + row] for row in self._local]
         tokens = np.stack([self._read(window) for window in windows]).astype(np.int32)
         if not self._segment_ids:

@@ -11,6 +11,11 @@ from jaxopt_lab.data.sources import Document
 _ROWS_PER_READ = 256
 
 
+class _LocalInfo(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Asks no server for facts about our dataset, and leaves no directory for them behind."""
+
+
 class TextDocuments(tfds.core.GeneratorBasedBuilder):
     """Text documents that the caller hands over; one split per entry of `documents`.
 
@@ -38,7 +43,7 @@ class TextDocuments(tfds.core.GeneratorBasedBuilder):
         # Not dataset_info_from_configs: that looks for a metadata directory beside this module.
         text = tfds.features.Text
         features = tfds.features.FeaturesDict({"id": text(), "name": text(), "text": text()})
-        return tfds.core.DatasetInfo(builder=self, features=features)
+        return _LocalInfo(builder=self, features=features)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxopt_lab.report.files import naming
+
 _MANIFEST = "entry.json"
 _CHUNK = 1 << 20
 
@@ -41,6 +43,13 @@ def open_or_build(
         write: fills a directory and returns what the manifest shall say about it (JSON values).
         on_progress: told when a damaged entry is rebuilt.
     """
+    with naming(entry):
+        return _open_or_build(entry, write, on_progress)
+
+
+def _open_or_build(
+    entry: Path, write: Callable[[Path], Manifest], on_progress: Callable[[str], None]
+) -> Manifest:
     manifest = read_manifest(entry)
     if manifest is not None and is_intact(entry, manifest):
         return manifest

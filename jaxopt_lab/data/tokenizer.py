@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Int
 
+from jaxopt_lab.report.files import naming
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -23,20 +25,27 @@ _GPT2_FILES = (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt"))
 class TokenizerConfig:
     """Which tokenizer to use."""
 
-    kind: Literal["bpe", "gpt2", "bytes"] = "bpe"
+    kind: Literal["bpe", "gpt2", "bytes", "saved"] = "bpe"
     """`bpe`: byte-level BPE trained on the training documents. `gpt2`: byte-level BPE read from
-    the files of GPT-2. `bytes`: one token per byte."""
+    the files of GPT-2. `bytes`: one token per byte. `saved`: the tokenizer.json of a run."""
     vocab_size: int = 4096
     """Entries of the trained vocabulary with end-of-text, at least 257. A corpus with few distinct
     words can give fewer. The other kinds have their own size and ignore this."""
     directory: str | None = None
-    """For `gpt2`: holds encoder.json (or vocab.json) and vocab.bpe (or merges.txt)."""
+    """For `gpt2`: holds encoder.json (or vocab.json) and vocab.bpe (or merges.txt). For `saved`:
+    holds tokenizer.json."""
 
     def __post_init__(self) -> None:
         """Checks the fields before anything is read."""
-        if self.kind not in ("bpe", "gpt2", "bytes"):
+        kinds = ("bpe", "gpt2", "bytes", "saved")
+        if self.kind not in kinds:
             raise ValueError(
-                f"TokenizerConfig.kind = {self.kind!r} is unknown; give 'bpe', 'gpt2' or 'bytes'"
+                f"TokenizerConfig.kind = {self.kind!r} is unknown; give one of {kinds}"
+            )
+        if self.kind == "saved" and self.directory is None:
+            raise ValueError(
+                "TokenizerConfig.directory is needed for kind='saved': a directory with "
+                "tokenizer.json"
             )
         if self.kind == "bpe" and self.vocab_size < _SMALLEST_VOCABULARY:
             raise ValueError(
@@ -60,6 +69,8 @@ class TokenizerConfig:
         if self.kind == "gpt2":
             digests = [hashlib.sha256(p.read_bytes()).hexdigest() for p in self.gpt2_files()]
             return {"kind": "gpt2", "files": digests}
+        if self.kind == "saved":
+            return {"kind": "saved", "hash": Tokenizer.load(self.directory or "").hash}
         return {"kind": "bytes"}
 
     def gpt2_files(self) -> tuple[Path, Path]:
@@ -117,16 +128,29 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Tokenizer":
-        """Reads what `save` wrote."""
+        """Reads what `save` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is damaged; names the file.
+        """
         import tokenizers
 
-        return cls(tokenizers.Tokenizer.from_file(str(Path(directory, _FILE))))
+        path = Path(directory, _FILE)
+        content = path.read_bytes()
+        try:
+            return cls(tokenizers.Tokenizer.from_buffer(content))
+        except Exception as error:  # the library raises bare exceptions
+            raise ValueError(f"{path}: not a tokenizer file: {error}") from error
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Writes `tokenizer.json`, which Hugging Face libraries read; returns its path."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         path = Path(directory, _FILE)
-        self._model.save(str(path))
+        partial = path.with_name(_FILE + ".partial")
+        with naming(path):
+            partial.write_text(self._model.to_str(pretty=True), encoding="utf-8")
+            partial.replace(path)
         return path
 
     @property
@@ -169,6 +193,8 @@ def make_tokenizer(config: TokenizerConfig, training_texts: Iterable[str]) -> To
 
     if config.kind == "bytes":
         return Tokenizer(_byte_level(models.BPE(vocab=_byte_vocabulary(), merges=[])))
+    if config.kind == "saved":
+        return Tokenizer.load(config.directory or "")
     if config.kind == "gpt2":
         vocabulary, merges = config.gpt2_files()
         try:

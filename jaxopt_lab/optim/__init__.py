@@ -3,7 +3,7 @@
 from jaxopt_lab.optim.describe import Description, describe
 from jaxopt_lab.optim.fallback import scale_by_adamw_fallback
 from jaxopt_lab.optim.flax_layouts import flax_matrix_axes
-from jaxopt_lab.optim.kronecker.dykaf import dykaf, dykaf_official, scale_by_dykaf
+from jaxopt_lab.optim.kronecker.dykaf import dykaf, scale_by_dykaf
 from jaxopt_lab.optim.kronecker.shampoo import ShampooState, scale_by_shampoo, shampoo
 from jaxopt_lab.optim.kronecker.soap import scale_by_soap, soap
 from jaxopt_lab.optim.kronecker.transform import EigenbasisAdamState
@@ -46,7 +46,6 @@ __all__ = [
     "d_muon",
     "describe",
     "dykaf",
-    "dykaf_official",
     "flax_matrix_axes",
     "lion_muon",
     "muon",

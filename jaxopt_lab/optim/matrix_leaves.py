@@ -68,9 +68,19 @@ class MatrixLeaves(NamedTuple):
         shape = [leaf.shape[a] if a in axes.batch else 1 for a in order]
         return values.reshape(shape).transpose([order.index(a) for a in range(len(order))])
 
-    def refused(self, index: int, direction: Array) -> Bool[Array, "..."]:
-        """Which matrices (*batch) of a leaf are NaN as a whole."""
-        return nan_matrices(direction, self.axes[index], self.shardings[index])
+    def whole_axes(self) -> list[tuple[int, ...]]:
+        """The axes that span the matrices of each leaf, none where one of them is sharded."""
+        out = []
+        for index, sharding in enumerate(self.shardings):
+            inner, spec = self.inner_axes(index), () if sharding is None else sharding.spec
+            split = any(a < len(spec) and spec[a] is not None for a in inner)
+            out.append(() if split else inner)
+        return out
+
+    def refused(self, directions: Sequence[Array]) -> list[Bool[Array, "..."]]:
+        """Which matrices (*batch) of each leaf are NaN as a whole."""
+        leaves = zip(directions, self.axes, self.shardings, strict=True)
+        return [nan_matrices(*leaf) for leaf in leaves]
 
     def start_vectors(
         self, gradients: Sequence[Array], key: Array, draws: optax.Updates | None = None

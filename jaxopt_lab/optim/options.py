@@ -145,12 +145,15 @@ class Eigenbasis:
     factor_precision: ProductPrecision = "bf16_x3"
     """Of the products that form factors and bases; see `core.precision`."""
 
-    rotation_precision: ProductPrecision = "bfloat16"
-    """Of the products that rotate into the bases and back."""
+    rotation_precision: ProductPrecision = "tf32"
+    """Of the products that rotate into the bases and back. With "bfloat16" the bases of float32
+    matrices are kept in bfloat16 as well: nothing else reads them."""
 
     stagger: bool = False
     """Refresh a share of the matrices at every step instead of all at once every
-    `precondition_frequency` steps, so that no step pays for all of them."""
+    `precondition_frequency` steps, so that no step pays for all of them. Which matrix has its turn
+    when depends on how they are distributed over devices, and `precondition_frequency` must be a
+    plain integer."""
 
     max_precond_dim: int = 10_000
     """A longer side has no factor and keeps its axes. A matrix with both sides longer belongs to
@@ -161,7 +164,12 @@ class Eigenbasis:
 
     second_moment: SecondMoment = "full"
     """"full"; "factored" keeps row and column sums (Adafactor); "rank_one" fits a product of a
-    column and a row (DyKAF)."""
+    column and a row: less memory, clearly worse in pretraining."""
+
+    init: Literal["kron", "eps"] = "kron"
+    """How the factors of DyKAF start: "kron" (from the best Kronecker approximation of the first
+    gradient; a matrix whose gradient is zero waits for one that is not) or "eps" (from multiples
+    of the identity). Those of SOAP start from zero."""
 
     def __post_init__(self) -> None:
         """Checks the fields."""
@@ -169,6 +177,7 @@ class Eigenbasis:
         _require_choice(self, "factor_precision", PRODUCT_PRECISIONS)
         _require_choice(self, "rotation_precision", PRODUCT_PRECISIONS)
         _require_choice(self, "second_moment", get_args(SecondMoment))
+        _require_choice(self, "init", ("kron", "eps"))
         _require(self, "max_precond_dim", _is_integer(self.max_precond_dim, 0), "an integer >= 0")
         for field in ("stagger", "one_sided"):
             _require(self, field, isinstance(getattr(self, field), bool), "True or False")

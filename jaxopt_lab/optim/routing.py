@@ -177,10 +177,8 @@ def route(
 
 
 def check_matrix_axes(matrix_axes: MatrixAxesSpec) -> None:
-    """Raise `ValueError` for numbers: what `optax.inject_hyperparams` makes of a function."""
-    arrays = (bool, int, float, np.ndarray, np.generic, jax.Array)
-    traced = any(isinstance(x, jax.Array) for x in jax.tree.leaves(matrix_axes))
-    if traced or isinstance(matrix_axes, arrays):
+    """Raise `ValueError` for a number: what `optax.inject_hyperparams` makes of a function."""
+    if isinstance(matrix_axes, bool | int | float | np.ndarray | np.generic | jax.Array):
         raise ValueError(
             f"matrix_axes: got {matrix_axes}, wanted a tree of MuonDimensionNumbers and None or a "
             "function of the parameters; optax.inject_hyperparams takes a function for a schedule "

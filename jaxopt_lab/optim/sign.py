@@ -16,7 +16,7 @@ from jaxopt_lab.optim.routing import float_leaves
 Norm = Literal["sign", "frobenius"]
 
 _KEYWORDS = dict.fromkeys(("b1", "beta", "decay"), "momentum=...") | dict.fromkeys(
-    ("dampening", "init_buffer"), "the method of this name in jaxopt_lab.parity.lion_muon"
+    ("dampening", "init_buffer"), "jaxopt_lab.parity.lion_muon.released_heavy_ball"
 )
 
 

@@ -13,16 +13,15 @@ from jaxtyping import Array, Float
 
 from jaxopt_lab.core.newton_schulz import COEFFICIENTS
 from jaxopt_lab.core.numerics import Scalar, frobenius_unit
-from jaxopt_lab.optim.fallback import with_fallback
 from jaxopt_lab.optim.keywords import explains_keywords
+from jaxopt_lab.optim.lion_muon.lion_muon import for_a_model
 from jaxopt_lab.optim.lion_muon.muon import heavy_ball
-from jaxopt_lab.optim.lion_muon.stable_rank import StableRankState, deciding_direction, with_rates
+from jaxopt_lab.optim.lion_muon.stable_rank import StableRankState, deciding_direction
 from jaxopt_lab.optim.lion_muon.transform import (
     SPECTRAL_SCALES,
     Average,
     Branch,
     alternating_direction,
-    branch_rate,
     is_spectral_step,
     orthogonalized,
     signs,
@@ -138,41 +137,22 @@ def released_muon(
     spectral_scale: str = "match_rms",
     round_newton_schulz: bool = False,
     round_update: bool = False,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: Any = None,
-    matrix_axes: MatrixAxesSpec = None,
-    mu_dtype: DTypeLike | None = None,
     newton_schulz: NewtonSchulz = NewtonSchulz(eps=1e-7),
-    routing: Routing = Routing(),
     fallback: AdamW = AdamW(),
     mesh: MeshWork = MeshWork(),
     label: str = "matrix",
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Any member of the family, with every choice that a released class ever made.
 
-    Args:
-      learning_rate: Rate of the spectral steps.
-      average: From gradient and momentum to the direction and the next momentum.
-      sign_learning_rate: Rate of the other steps.
-      period: Every `period`-th step is spectral.
-      stable_rank_threshold: Decide by the stable rank instead.
-      measures_momentum: By that of the momentum, not of the direction.
-      cheap_mode: As for `legacy_sign_muon`.
-      cheap_ns_steps: Iterations of "cheap_ns".
-      sign_scaling: As for `legacy_sign_muon`.
-      spectral_scale: As for `scale_by_lion_muon`.
-      round_newton_schulz: Take the released bfloat16 iteration, bit for bit.
-      round_update: Round scaled directions to bfloat16, as the released update buffer does.
-      weight_decay: Decay of the matrices, at the rate of the branch taken.
-      mask: Which leaves decay.
-      matrix_axes: Layouts of the matrices.
-      mu_dtype: Dtype of the momenta.
-      newton_schulz: The iteration.
-      routing: Which leaves are matrices where `matrix_axes` does not say.
-      fallback: AdamW of the other leaves; where it says None, averages 0.8 and 0.999.
-      mesh: Layout of the parameters.
-      label: Name of the matrix group in the state.
+    `average` goes from gradient and momentum to the direction and the next momentum.
+    `measures_momentum`: the stable rank is that of the momentum. `round_newton_schulz`: the
+    bfloat16 iteration bit for bit; `round_update`: scaled directions are rounded to bfloat16, as
+    the released update buffer does. The rest is as for `legacy_sign_muon` and `lion_muon`.
     """
+    defaults = {"weight_decay": 0.0, "mask": None, "matrix_axes": None}
+    options = defaults | {"mu_dtype": None, "routing": Routing()} | options
+    mu_dtype, matrix_axes = options["mu_dtype"], options["matrix_axes"]
     check_rates(learning_rate=learning_rate, sign_learning_rate=sign_learning_rate)
     spectral = orthogonalized(newton_schulz, spectral_scale)
     few = orthogonalized(dataclasses.replace(newton_schulz, steps=cheap_ns_steps), spectral_scale)
@@ -193,27 +173,9 @@ def released_muon(
         direction = _rounded(direction)
     if cheap_mode == "cached":
         direction = _repeating(direction, period, matrix_axes)
+    period_or_none = period if stable_rank_threshold is None else None
     rates = learning_rate, sign_learning_rate
-    decay = decayed_weights(weight_decay, mask, routing)
-    if stable_rank_threshold is None:
-        rate = optax.scale_by_learning_rate(branch_rate(period, *rates))
-        matrices = guarded(direction, decay, rate)
-    else:
-        steps = with_rates(direction, decay, *rates, matrix_axes)
-        matrices = optax.chain(steps, optax.scale(-1.0))
-    return with_fallback(
-        label,
-        matrices,
-        learning_rate,
-        fallback,
-        b1=0.8,
-        b2=0.999,
-        weight_decay=weight_decay,
-        mask=mask,
-        matrix_axes=matrix_axes,
-        routing=routing,
-        mu_dtype=mu_dtype,
-    )
+    return for_a_model(label, direction, period_or_none, rates, fallback, **options)
 
 
 def _cheap_branch(
@@ -281,14 +243,14 @@ class CachedState(NamedTuple):
     cached: optax.Updates  # last scaled spectral direction: shapes of the parameters, wide
 
     @property
-    def count(self) -> Array:
-        """Steps taken."""
-        return self.direction.count
-
-    @property
     def spectral(self) -> optax.Updates:
         """Which matrices took the spectral branch, where the data decides."""
         return self.direction.spectral
+
+    @property
+    def steps(self) -> Any:
+        """State of the momentum, where the data decides."""
+        return self.direction.steps
 
 
 def _repeating(
@@ -307,7 +269,7 @@ def _repeating(
             flags = jax.tree.leaves(inner.spectral)
             taken = [leaves.per_matrix(i, *pair) for i, pair in enumerate(zip_strict(flags, u))]
         else:
-            taken = [is_spectral_step(state.count, period)] * len(u)
+            taken = [is_spectral_step(state.direction.count, period)] * len(u)
         out, kept = [], []
         for i, (t, x, c) in enumerate(zip_strict(taken, u, cached)):
             filled = jnp.any(c != 0, axis=leaves.inner_axes(i), keepdims=True)
@@ -326,36 +288,19 @@ class ReleasedTraceState(NamedTuple):
     trace: optax.Updates  # the buffer: shapes and dtypes of the parameters
 
 
-def signum(learning_rate: optax.ScalarOrSchedule, **options: Any):
-    """Signum as released: with dampening, and a buffer that starts from the parameters.
-
-    Args:
-      learning_rate: A number or a schedule.
-      **options: momentum, dampening, nesterov, weight_decay.
-    """
-    return _released_heavy_ball("sign", learning_rate, **options)
-
-
-def normalized_sgd(learning_rate: optax.ScalarOrSchedule, **options: Any):
-    """Normalized SGD as released: as `signum`, and 1e-8 is added to the norm.
-
-    Args:
-      learning_rate: A number or a schedule.
-      **options: momentum, dampening, nesterov, weight_decay.
-    """
-    return _released_heavy_ball("frobenius", learning_rate, **options)
-
-
-def _released_heavy_ball(
-    norm: Norm,
+def released_heavy_ball(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    momentum: Scalar = 0.95,
-    dampening: Scalar = 0.0,
-    nesterov: bool = False,
-    weight_decay: Scalar = 0.0,
+    norm: Norm,
+    momentum: Scalar,
+    dampening: Scalar,
+    nesterov: bool,
+    weight_decay: Scalar,
 ) -> optax.GradientTransformationExtraArgs:
-    """The buffer starts from the parameters as the first step has decayed them."""
+    """Signum and normalized SGD with dampening, and a buffer that starts from the parameters.
+
+    From the parameters as the first step has decayed them. 1e-8 is added to the norm.
+    """
     first_decay = scaled_rate(learning_rate, weight_decay)
 
     def init(params: optax.Params) -> ReleasedTraceState:

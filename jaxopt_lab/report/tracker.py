@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxopt_lab.report.files import naming
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
 
@@ -58,7 +60,8 @@ class Tracker:
         path = self.directory / METRICS_FILE
         seconds_before = _repair(path, resume_step)
         self._started = time.monotonic() - seconds_before
-        self._file = path.open("a", encoding="utf-8")
+        with naming(path):
+            self._file = path.open("a", encoding="utf-8")
         self._forward = forward
         self._events = None
         if tensorboard:
@@ -85,8 +88,9 @@ class Tracker:
         values = {name: _scalar(name, value) for name, value in metrics.items()}
         row = {"step": int(step), "time": round(time.monotonic() - self._started, 3)}
         row |= {name: _to_json(value) for name, value in values.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self.directory / METRICS_FILE):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
@@ -95,7 +99,8 @@ class Tracker:
 
     def close(self) -> None:
         """Closes the files; later calls do nothing."""
-        self._file.close()
+        with naming(self.directory / METRICS_FILE):
+            self._file.close()
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -131,13 +136,14 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _complete_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
+    # What is no UTF-8 becomes replacement characters, which are no JSON; the line is then named.
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
                 return
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON: {line[:80]!r}") from error
             if not isinstance(row, dict) or "step" not in row:
                 raise ValueError(f"{path}, line {number}: not a metrics row: {line[:80]!r}")
@@ -157,7 +163,7 @@ def _repair(path: Path, resume_step: int | None) -> float:
     if path.stat().st_size != len(text.encode("utf-8")):
         # Replaced in one step: a kill right here must not lose the rows that were already safe.
         partial = path.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as file:
+        with naming(path), partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

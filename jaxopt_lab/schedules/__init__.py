@@ -1,7 +1,7 @@
 """Learning-rate schedules."""
 
 from jaxopt_lab.schedules.adaptive_warmup import adaptive_warmup
-from jaxopt_lab.schedules.decay import DecayShape, constant, warmup_cosine, warmup_stable_decay
+from jaxopt_lab.schedules.decay import DecayShape, warmup_stable_decay
 from jaxopt_lab.schedules.gap_rate import (
     Curvature,
     fit_curvature,
@@ -19,14 +19,12 @@ __all__ = [
     "Curvature",
     "DecayShape",
     "adaptive_warmup",
-    "constant",
     "exact_peak_gap",
     "fit_curvature",
     "gap_rate",
     "peak_gap_of",
     "quadrature_peak_gap",
     "relative_rate",
-    "warmup_cosine",
     "warmup_kappa",
     "warmup_stable_decay",
 ]

@@ -1,7 +1,7 @@
-"""Schedules of the learning rate: constant, warm-up + cosine, warm-up + stable + decay.
+"""Warm-up, plateau, and a decay in one of four shapes: what Optax has no schedule for.
 
-All three return an Optax schedule, a function from the number of steps taken so far (a Python
-integer or an integer array, traced or not) to a scalar in JAX's default float dtype.
+For a constant rate and for a warm-up with half a cosine take `optax.constant_schedule` and
+`optax.warmup_cosine_decay_schedule`.
 """
 
 import math
@@ -18,59 +18,6 @@ DecayShape = Literal["linear", "sqrt", "cosine", "square"]
 WARMUP_START = 0.01
 
 
-def constant(peak: float) -> optax.Schedule:
-    """The same rate at every step.
-
-    >>> float(constant(0.5)(7))
-    0.5
-
-    Args:
-      peak: the rate, finite and not negative.
-
-    Raises:
-      ValueError: when ``peak`` is negative or not finite.
-    """
-    _check_peak(peak)
-    return lambda count: jnp.broadcast_to(_as_float(peak), jnp.shape(count))
-
-
-def warmup_cosine(peak: float, total_steps: int, warmup_steps: int) -> optax.Schedule:
-    r"""Linear warm-up from 1 % of the peak, then a half cosine to zero.
-
-    With :math:`w` warm-up steps of :math:`T` in total the rate at step :math:`t` is ``peak`` times
-
-    .. math::
-      s_t = 0.01 + 0.99\, t / w \quad (t < w), \qquad
-      s_t = \tfrac12 \left(1 + \cos \pi \tfrac{t - w}{T - w}\right) \quad (t \ge w),
-
-    and stays zero after step :math:`T`.
-
-    >>> schedule = warmup_cosine(1.0, total_steps=100, warmup_steps=10)
-    >>> [round(float(schedule(t)), 4) for t in (0, 5, 10, 55, 100)]
-    [0.01, 0.505, 1.0, 0.5, 0.0]
-
-    Args:
-      peak: the largest rate, finite and not negative.
-      total_steps: number of optimizer steps, warm-up included.
-      warmup_steps: length of the warm-up; 0 starts at the peak.
-
-    Raises:
-      ValueError: when ``peak`` is negative or not finite, or a number of steps is out of range.
-
-    References:
-      The schedule of the runs in Bolatov et al., *LionMuon: Alternating Spectral and Sign Descent
-      for Efficient Training*, arXiv 2605.19811.
-    """
-    _check_peak(peak)
-    _check_steps(total_steps, warmup_steps)
-    decay_steps = max(total_steps - warmup_steps, 1)
-
-    def after_warmup(count: jax.Array) -> jax.Array:
-        return _half_cosine(_clipped(total_steps - count, decay_steps))
-
-    return _with_warmup(peak, warmup_steps, after_warmup)
-
-
 def warmup_stable_decay(
     peak: float,
     total_steps: int,
@@ -82,38 +29,30 @@ def warmup_stable_decay(
 ) -> optax.Schedule:
     r"""Linear warm-up, a plateau at the peak, and a decay over the last part of the run (WSD).
 
-    The warm-up is that of :func:`warmup_cosine`. The decay takes the last
-    :math:`n = \lfloor` ``decay_fraction`` :math:`\cdot T \rfloor` steps; there
-    :math:`s_t = f + (1 - f)\, q(x)` with :math:`x = (t - T + n) / n`, ``final_fraction``
-    :math:`= f` and, by ``decay_shape``,
-
-    ======== ==========================
-    linear   :math:`1 - x`
-    sqrt     :math:`1 - \sqrt x`
-    cosine   :math:`(1 + \cos \pi x)/2`
-    square   :math:`1 - x^2`
-    ======== ==========================
-
-    From step :math:`T` on the rate stays at its last value. Without a decay phase (:math:`n = 0`)
-    it stays at the peak.
+    With $w$ warm-up steps of $T$ in total the rate rises as $s_t = 0.01 + 0.99\, t / w$ times the
+    peak. The decay takes the last $n = \lfloor \mathtt{decay\_fraction} \cdot T \rfloor$ steps,
+    in which $s_t = f + (1 - f)\, q(x)$ with $x = (t - T + n) / n$, $f$ = `final_fraction` and, by
+    `decay_shape`, $q(x) = 1 - x$ ("linear"), $1 - \sqrt x$ ("sqrt"), $(1 + \cos \pi x) / 2$
+    ("cosine") or $1 - x^2$ ("square"). From step $T$ on the rate stays at its last value. Without a
+    decay ($n = 0$) it stays at the peak.
 
     >>> schedule = warmup_stable_decay(1.0, 100, 10, decay_fraction=0.2, decay_shape="square")
     >>> [round(float(schedule(t)), 4) for t in (0, 10, 80, 90, 100)]
     [0.01, 1.0, 1.0, 0.75, 0.0]
 
     Args:
-      peak: the largest rate, finite and not negative.
-      total_steps: number of optimizer steps :math:`T`, warm-up and decay included.
-      warmup_steps: length of the warm-up; 0 starts at the peak.
-      decay_fraction: share of all steps taken by the decay, in [0, 1].
-      decay_shape: one of the four shapes above.
-      final_fraction: share of the peak that is left at the end, in [0, 1].
+      peak: The largest rate, finite and not negative.
+      total_steps: $T$, number of optimizer steps, warm-up and decay included.
+      warmup_steps: Length of the warm-up; 0 starts at the peak.
+      decay_fraction: Share of all steps taken by the decay, in [0, 1].
+      decay_shape: One of the four shapes above.
+      final_fraction: Share of the peak that is left at the end, in [0, 1].
 
     Raises:
-      ValueError: when an argument is out of range or warm-up and decay overlap.
+      ValueError: An argument is out of range or warm-up and decay overlap.
 
-    References:
-      The shapes are those of the runs in Bolatov et al., arXiv 2605.19811.
+    Source: the runs in Bolatov et al., "LionMuon: Alternating Spectral and Sign Descent for
+    Efficient Training", arXiv 2605.19811, have these shapes.
     """
     _check_peak(peak)
     _check_steps(total_steps, warmup_steps)

@@ -227,10 +227,11 @@ def _absolute_integral(side: _Side, sharpness: Scalar, function: _Function) -> A
 
 def _by_panels(breaks: Array, sharpness: Scalar, function: _Function) -> Array:
     start, half = breaks[:-1, None], (breaks[1:, None] - breaks[:-1, None]) / 2
-    nodes, weights = np.polynomial.legendre.leggauss(NODES)
-    v = start + half * (1 + jnp.asarray(nodes, half.dtype))  # (panels, nodes)
+    rule = np.polynomial.legendre.leggauss(NODES)
+    nodes, weights = (jnp.asarray(x, half.dtype)[None] for x in rule)
+    v = start + half * (1 + nodes)  # (panels, nodes)
     values = jnp.exp(-sharpness / 2 * v * v) * function(v)
-    return jnp.sum(half * jnp.asarray(weights, half.dtype) * values)
+    return jnp.sum(half * weights * values)
 
 
 def _breaks(side: _Side, sharpness: Scalar) -> Array:

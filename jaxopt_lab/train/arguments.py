@@ -17,6 +17,7 @@ import tyro
 
 from jaxopt_lab.data import Mixture, PreparedTfds, PythonSource, TextFiles
 from jaxopt_lab.models import PRESETS
+from jaxopt_lab.report.files import read_text
 from jaxopt_lab.train.config import (
     CORPORA,
     AnyRun,
@@ -26,8 +27,8 @@ from jaxopt_lab.train.config import (
     with_preset,
 )
 from jaxopt_lab.train.errors import ArgumentError, ConfigError
+from jaxopt_lab.train.io.run_directory import read_config
 from jaxopt_lab.train.optimizers import OPTIMIZERS
-from jaxopt_lab.train.run_directory import read_config
 from jaxopt_lab.train.schedules import SCHEDULES
 from jaxopt_lab.train.serialize import from_json, settings_from_json
 
@@ -70,7 +71,9 @@ def parse_config(
     """
     known = {field.name for field in fields(kind)}
     names, rest = _take_names(_normalized(arguments), known)
-    default = _default_config(names, _value_of(rest, "--run-directory"), kind)
+    default = _default_config(
+        names, _value_of(rest, "--run-directory"), _value_of(rest, "--fork-from"), kind
+    )
     return _parse(kind, default, rest, verb, _choices_help(known))
 
 
@@ -116,9 +119,11 @@ def _parse(kind: type[Settings], default: Settings, arguments: list[str], verb: 
 
 def _config_text(path: str) -> str:
     try:
-        return Path(path).read_text()
+        return read_text(Path(path))
     except OSError as error:
         raise ConfigError("config", path, f"expected a file: {error}") from error
+    except ValueError as error:
+        raise ConfigError.inside("config", error) from error
 
 
 def _normalized(arguments: Sequence[str]) -> list[str]:
@@ -163,14 +168,18 @@ def _take_names(arguments: Sequence[str], known: set[str]) -> tuple[dict[str, An
 
 
 def _default_config(
-    names: dict[str, Any], run_directory: str | None, kind: type[RunConfig]
+    names: dict[str, Any], run_directory: str | None, fork_from: str | None, kind: type[RunConfig]
 ) -> RunConfig:
     """The configuration that single flags then change."""
     config: RunConfig
     if names.get("resume"):
         if run_directory is None:
             raise ConfigError("run_directory", None, "expected the directory of the run to resume")
+        if fork_from is not None:
+            raise ConfigError("fork_from", fork_from, "which starts a new run: leave out --resume")
         config = replace(read_config(run_directory), resume=True)
+    elif fork_from is not None and "config" not in names:
+        config = _forked(fork_from, kind)
     elif "config" in names:
         config = from_json(_config_text(names["config"]), kind)
     else:
@@ -187,6 +196,20 @@ def _default_config(
         if type(config.corpus) is not chosen or "corpus.parts" in names:
             config = replace(config, corpus=_blank_corpus(names))
     return config
+
+
+def _forked(directory: str, kind: type[RunConfig]) -> RunConfig:
+    """The configuration of another run, with the tokens that its weights know."""
+    if kind is not PretrainConfig:
+        raise ArgumentError("--fork-from: only pretrain starts from the weights of a run")
+    try:
+        config = read_config(directory)
+    except ConfigError as error:
+        raise ConfigError.inside("fork_from", error) from error
+    tokenizer = config.tokenizer
+    if tokenizer.kind in ("bpe", "saved"):
+        tokenizer = replace(tokenizer, kind="saved", directory=directory)
+    return replace(config, fork_from=directory, tokenizer=tokenizer)
 
 
 def _blank_corpus(names: dict[str, Any]) -> Any:
@@ -233,7 +256,12 @@ def _value_of(arguments: Sequence[str], flag: str) -> str | None:
 
 def _choices_help(known: set[str]) -> str:
     registries = {"model": PRESETS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
-    resume = "; --resume continues --run-directory" if "resume" in known else ""
+    resume = (
+        "; --resume continues --run-directory; --fork-from RUN starts from the weights and the "
+        "config.json of a run"
+        if "resume" in known
+        else ""
+    )
     diagnostics = ", --diagnostics for --diagnostics.record" if "diagnostics" in known else ""
     lines = [
         "These choose what the sections below are made of:",

@@ -12,20 +12,20 @@ import jax
 import numpy as np
 
 from jaxopt_lab import data, models
+from jaxopt_lab.report.files import read_json, write_json
 from jaxopt_lab.sweep import RULE, StepCost, Task, Tuned, lanes_that_fit, measure_step, tune
 from jaxopt_lab.sweep.task import BuildOptimizer
 from jaxopt_lab.train.compare_config import CompareConfig, Entrant, validate_comparison
 from jaxopt_lab.train.compare_report import CompareResult, Outcome, write_report
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
-from jaxopt_lab.train.mesh import MeshConfig, make_mesh
-from jaxopt_lab.train.optimizers import ModelInfo
-from jaxopt_lab.train.run_directory import (
+from jaxopt_lab.train.io.run_directory import (
     add_session,
     describe_session,
     open_comparison,
-    write_json,
 )
+from jaxopt_lab.train.mesh import MeshConfig, make_mesh
+from jaxopt_lab.train.optimizers import ModelInfo
 from jaxopt_lab.train.serialize import encode, to_json
 from jaxopt_lab.train.text import open_text
 
@@ -177,7 +177,10 @@ def _read(path: Path, entrant: Entrant, common: Mapping[str, Any]) -> Outcome | 
     """An earlier result, if it answers the same question."""
     if not path.is_file():
         return None
-    values = json.loads(path.read_text())
+    try:
+        values = read_json(path)
+    except ValueError as error:
+        raise ConfigError.inside("run_directory", error) from error
     expected = {"optimizer": encode(entrant.optimizer), "rates": list(entrant.rates), **common}
     found = {"optimizer": values["optimizer"], "rates": values["rates"], **values["common"]}
     for name, value in expected.items():

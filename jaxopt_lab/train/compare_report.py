@@ -11,10 +11,10 @@ import numpy as np
 
 from jaxopt_lab import models
 from jaxopt_lab.report.figures import Curve, curves_figure
+from jaxopt_lab.report.files import write_json
 from jaxopt_lab.report.tables import format_table
 from jaxopt_lab.sweep import RULE, Difference, StepCost, Tuned, difference, seed_noise
 from jaxopt_lab.train.compare_config import CompareConfig
-from jaxopt_lab.train.run_directory import write_json
 
 TABLE_FILE = "table.md"
 FIGURE_FILE = "loss.png"

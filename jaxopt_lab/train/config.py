@@ -143,6 +143,10 @@ class PretrainConfig(RunConfig):
     max_skipped: int = 20
     """Steps with a non-finite loss or gradient that a run may skip before it stops."""
 
+    fork_from: str | None = None
+    """Start from the weights of the newest checkpoint of this run, with a new optimizer state. On
+    the command line its configuration gives the defaults."""
+
     resume: bool = False
     """Continue the run in `run_directory`, with its own configuration and these changes."""
 

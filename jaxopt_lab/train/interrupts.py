@@ -1,4 +1,4 @@
-"""Stopping politely: SIGTERM and Ctrl-C ask, the training loop finishes its step."""
+"""Stopping politely: SIGTERM and Ctrl-C ask, what cannot be interrupted is finished first."""
 
 import contextlib
 import signal
@@ -13,38 +13,49 @@ TERMINATED, INTERRUPTED = 1, 2
 _CODES = {signal.SIGTERM: TERMINATED, signal.SIGINT: INTERRUPTED}
 
 
-@contextlib.contextmanager
-def interrupt_by_the_end(message: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Within the block, Ctrl-C raises KeyboardInterrupt, at the end of the block at the latest.
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, handled like Ctrl-C; the command line ends with 0 instead of 130."""
 
-    Python raises it wherever it happens to be. Where that is a callback from native code, as when
-    a tokenizer runs, the exception is lost, and Ctrl-C would seem to do nothing.
+
+_RAISED = {signal.SIGTERM: Terminated, signal.SIGINT: KeyboardInterrupt}
+
+
+@contextlib.contextmanager
+def interrupt_by_the_end(
+    message: Callable[[str], None] | None = None, until: str = "the program is compiled"
+) -> Iterator[None]:
+    """Within the block, Ctrl-C raises KeyboardInterrupt and SIGTERM `Terminated`, one of its kind.
+
+    Python raises them wherever it happens to be. Where that is a callback from native code, as
+    when a tokenizer runs, the exception is lost, and the signal would seem to do nothing. So the
+    end of the block raises again.
 
     Args:
-      message: Given, the first Ctrl-C only says that it was seen, and the end of the block raises:
+      message: Given, the first signal only says that it was seen, and the end of the block raises:
         for work that breaks when it is torn apart, such as tracing and compiling. A second one
         raises at once.
+      until: What the end of the block means, for that message.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    requested = False
+    requests: list[type[KeyboardInterrupt]] = []
 
     def request(number: int, frame: FrameType | None) -> None:
-        nonlocal requested
-        del number, frame
-        again, requested = requested, True
-        if message is None or again:
-            raise KeyboardInterrupt
-        message("SIGINT: stopping as soon as the program is compiled")
+        del frame
+        requests.append(_RAISED[signal.Signals(number)])
+        if message is None or len(requests) > 1:
+            raise requests[-1]
+        message(f"{signal.Signals(number).name}: stopping as soon as {until}")
 
-    before = signal.signal(signal.SIGINT, request)
+    before = {number: signal.signal(number, request) for number in _RAISED}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if requested:
-        raise KeyboardInterrupt
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if requests:
+        raise requests[-1]
 
 
 class StopRequests:

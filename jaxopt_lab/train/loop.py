@@ -12,15 +12,15 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from jaxopt_lab import data
-from jaxopt_lab.train.checkpoint import Checkpoints
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.diagnostics import take_record
 from jaxopt_lab.train.errors import TrainingError
 from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.interrupts import INTERRUPTED, StopRequests
+from jaxopt_lab.train.io.checkpoints import Checkpoints
+from jaxopt_lab.train.io.run_log import RunLog, logged_at
 from jaxopt_lab.train.mesh import batch_slice, to_global
 from jaxopt_lab.train.program import Program, averaged_params
-from jaxopt_lab.train.run_log import RunLog
 from jaxopt_lab.train.step import SIGNALS, Batch, TrainState
 
 Status = Literal["finished", "terminated", "interrupted"]
@@ -28,6 +28,9 @@ Status = Literal["finished", "terminated", "interrupted"]
 # The trace leaves out the first steps, which still warm up.
 _PROFILE_AFTER, _PROFILE_STEPS = 3, 3
 PROFILE_DIRECTORY = "profile"
+_EVALUATION = ("validation_loss", "bits_per_byte", "validation_loss_ema", "bits_per_byte_ema")
+# One bad batch is no divergence; so many in a row with the same parameters are.
+_BAD_STEPS = 3
 
 
 class Callback(Protocol):
@@ -64,9 +67,30 @@ class Run:
     checkpoints: Checkpoints
 
     @property
-    def position(self) -> dict[str, Any]:
-        """What, besides the step, fixes which text comes next."""
-        return {"seed": self.config.seed, "corpus": self.corpus.hash}
+    def text(self) -> dict[str, Any]:
+        """What, besides the number of samples consumed, fixes which text comes next.
+
+        By the names of the settings, so that a change can be refused by name.
+        """
+        return {
+            "seed": self.config.seed,
+            "corpus": self.corpus.hash,
+            "corpus.weights": [part.weight for part in self.corpus.parts],
+            "validation_fraction": self.config.validation_fraction,
+            "tokenizer": self.corpus.tokenizer.hash,
+            "model.context": self.config.model.context,
+        }
+
+
+class Position(NamedTuple):
+    """How far a run has come."""
+
+    step: int
+    samples: int  # windows consumed; batches need not all have had the same size
+
+    def after(self, step: int, batch_size: int) -> "Position":
+        """The position at a later step, if batches have this size from here on."""
+        return Position(step, self.samples + (step - self.step) * batch_size)
 
 
 class Loop:
@@ -94,14 +118,17 @@ class Loop:
         """Does not start anything yet."""
         self._run, self._config, self._compiled = run, run.config, compiled
         self._log, self._callbacks = log, callbacks
+        self._start = Position(0, 0)
         self._stop_code, self._save_now = 0, False
         self._saved_at = time.monotonic()
+        self._unverified: int | None = None  # label of the newest checkpoint, until a loss is read
+        self._bad_steps = 0  # steps in a row whose loss or gradient was not finite
         self._evaluated: dict[int, float] = {}
         self.last_metrics: dict[str, Any] = {}
         self.last_evaluation: dict[str, float] = {}
 
-    def run(self, state: TrainState, start: int) -> tuple[TrainState, Status]:
-        """Trains from `start` to the configured number of steps, or until asked to stop.
+    def run(self, state: TrainState, position: Position) -> tuple[TrainState, Status]:
+        """Trains from a position to the configured number of steps, or until asked to stop.
 
         Returns:
           The last state, saved and committed, and how the loop ended.
@@ -110,9 +137,13 @@ class Loop:
           CheckpointError: If a checkpoint cannot be written.
           TrainingError: If too many steps were skipped, or the parameters are not finite.
         """
+        self._start, start = position, position.step
         steps, step = self._config.steps, start
+        self._unverified = start or None
         taken: _Taken | None = None
-        with self._batches(start) as batches, StopRequests(self._log.message) as stop:
+        if start:
+            self._take_up(start)
+        with self._batches() as batches, StopRequests(self._log.message) as stop:
             if start == 0:
                 self.evaluate(0, state)
             for step in range(start + 1, steps + 1):
@@ -137,6 +168,16 @@ class Loop:
             self._run.checkpoints.wait()
         return state, self._status()
 
+    def _take_up(self, start: int) -> None:
+        """What was measured at `start` is not measured again: the state is the same bit for bit."""
+        logged = logged_at(self._run.directory, start)
+        measured = {k: v for k, v in logged.items() if k in _EVALUATION}
+        if measured:
+            loss = measured.get("validation_loss_ema", measured["validation_loss"])
+            self._evaluated, self.last_evaluation = {start: loss}, measured
+        if "loss" in logged:
+            self.last_metrics = {k: v for k, v in logged.items() if k not in _EVALUATION}
+
     def evaluate(self, step: int, state: TrainState) -> float:
         """Evaluates parameters and, if there is one, their average; logs, returns the loss."""
         loss = self._run.held_out.loss(state.params)
@@ -158,12 +199,19 @@ class Loop:
                 f"the parameters are not finite after step {step}; nothing was saved, "
                 f"checkpoints: {self._run.checkpoints.steps() or 'none'}"
             )
-        position = {"step": step, **self._run.position}
-        loss = self._evaluated.get(step)
+        samples = self._start.after(step, self._config.batch_size).samples
+        position = {"step": step, "samples": samples, **self._run.text}
+        # Normalisation makes the held-out loss of parameters finite whose gradient is not.
+        loss = None if self._bad_steps else self._evaluated.get(step)
         self._run.checkpoints.save(step, state, position, held_out_loss=loss)
+        self._unverified = step
+        if self._bad_steps >= _BAD_STEPS:
+            self._run.checkpoints.verify(step, finite=False)
+        elif step == self._config.steps and loss is not None and np.isfinite(loss):
+            self._run.checkpoints.verify(step, finite=True)  # no step will follow
         self._saved_at, self._save_now = time.monotonic(), False
 
-    def _batches(self, start: int) -> data.TrainBatches:
+    def _batches(self) -> data.TrainBatches:
         config = self._config
         index, count = batch_slice(self._run.program.mesh, config.batch_size)
         return data.train_batches(
@@ -171,7 +219,8 @@ class Loop:
             batch_size=config.batch_size,
             context=config.model.context,
             seed=config.seed,
-            start_step=start,
+            start_step=self._start.step,
+            start_sample=self._start.samples,
             process_index=index,
             process_count=count,
             segment_ids=config.model.document_mask,
@@ -216,6 +265,7 @@ class Loop:
         finite, skipped = bool(metrics.pop("finite")), int(metrics["skipped"])
         self.last_metrics = metrics
         self._log.training(taken.step, {**metrics, **taken.extra})
+        self._judge_checkpoint(taken.step, finite)
         if not finite:
             self._log.message(
                 f"step {taken.step}: loss or gradient is not finite, the update was skipped "
@@ -227,6 +277,22 @@ class Loop:
                 f"{self._config.max_skipped}; stopped after step {taken.step}, "
                 f"checkpoints: {self._run.checkpoints.steps() or 'none'}"
             )
+
+    def _judge_checkpoint(self, step: int, finite: bool) -> None:
+        """Verifies the newest checkpoint by the step after it, or doubts it.
+
+        Steps that are skipped leave the parameters as they are, so every step after the checkpoint
+        tells about it, up to the first that is finite.
+        """
+        self._bad_steps = 0 if finite else self._bad_steps + 1
+        saved = self._unverified
+        if saved is None or step <= saved:
+            return
+        if finite:
+            self._run.checkpoints.verify(saved, finite=True)
+            self._unverified = None
+        elif self._bad_steps == _BAD_STEPS:
+            self._run.checkpoints.verify(saved, finite=False)
 
     def _is_due(self, step: int) -> bool:
         every = self._config.checkpoint.every_steps

@@ -1,6 +1,6 @@
 """SOAP, DyKAF and Shampoo as optimizers of the trainer: a Kronecker factor a side."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import optax
@@ -38,17 +38,6 @@ class KroneckerConfig(OptimizerConfig):
         steps = self.precondition_frequency
         if steps < 1:
             raise ConfigError("optimizer.precondition_frequency", steps, "expected at least 1")
-
-    def _shared_arguments(self, model: ModelInfo) -> dict[str, Any]:
-        return {
-            "precondition_frequency": self.precondition_frequency,
-            "stagger": self.stagger,
-            "replicated_work": self.replicated_work,
-            "weight_decay": self.weight_decay,
-            "matrix_axes": model.matrix_axes,
-            "param_shardings": model.param_shardings,
-            "on_uncovered": "error",
-        }
 
 
 @dataclass(frozen=True)
@@ -103,8 +92,16 @@ class EigenbasisConfig(KroneckerConfig):
         raise NotImplementedError
 
     def _arguments(self, model: ModelInfo) -> dict[str, Any]:
-        names = ("b1", "b2", "eps", "max_precond_dim")
-        return {name: getattr(self, name) for name in names} | self._shared_arguments(model)
+        names = ("b1", "b2", "eps", "precondition_frequency", "weight_decay")
+        return {name: getattr(self, name) for name in names} | {
+            "matrix_axes": model.matrix_axes,
+            "eigenbasis": self._eigenbasis(),
+            "routing": optim.Routing(on_uncovered="error"),
+            "mesh": optim.MeshWork(model.param_shardings, self.replicated_work),
+        }
+
+    def _eigenbasis(self) -> optim.Eigenbasis:
+        return optim.Eigenbasis(stagger=self.stagger, max_precond_dim=self.max_precond_dim)
 
 
 @dataclass(frozen=True)
@@ -132,12 +129,11 @@ class DyKAFConfig(EigenbasisConfig):
 
     def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
         """See the base class."""
-        return optim.dykaf(
-            rate,
-            integrator=self.integrator,
-            rank1_second_moment=self.rank1_second_moment,
-            **self._arguments(model),
-        )
+        return optim.dykaf(rate, integrator=self.integrator, **self._arguments(model))
+
+    def _eigenbasis(self) -> optim.Eigenbasis:
+        kind = "rank_one" if self.rank1_second_moment else "full"
+        return replace(super()._eigenbasis(), second_moment=kind)
 
     @property
     def _factor_products(self) -> int:

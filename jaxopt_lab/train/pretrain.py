@@ -15,13 +15,26 @@ from jax.experimental import multihost_utils
 
 from jaxopt_lab import data, models
 from jaxopt_lab.report.figures import loss_figure
+from jaxopt_lab.report.files import write_json
 from jaxopt_lab.report.schedule_figure import schedule_figure
-from jaxopt_lab.train.checkpoint import Checkpoints
 from jaxopt_lab.train.config import PretrainConfig, validate
-from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
+from jaxopt_lab.train.errors import CheckpointError, TrainingError
 from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
-from jaxopt_lab.train.loop import Callback, Loop, Run, Status
+from jaxopt_lab.train.io.checkpoints import Checkpoints, Restored
+from jaxopt_lab.train.io.run_directory import (
+    SUMMARY_FILE,
+    add_session,
+    as_stored,
+    describe_session,
+    open_run,
+    other_text,
+    read_config,
+    resume_command,
+    write_config,
+)
+from jaxopt_lab.train.io.run_log import RunLog
+from jaxopt_lab.train.loop import Callback, Loop, Position, Run, Status
 from jaxopt_lab.train.mesh import initialize_processes
 from jaxopt_lab.train.program import (
     Cost,
@@ -32,19 +45,10 @@ from jaxopt_lab.train.program import (
     cost_of,
     step_flops,
 )
-from jaxopt_lab.train.run_directory import (
-    SUMMARY_FILE,
-    add_session,
-    describe_session,
-    discard_unstarted,
-    open_run,
-    resume_command,
-    write_json,
-)
-from jaxopt_lab.train.run_log import RunLog
 from jaxopt_lab.train.smoothness import fit_run
 from jaxopt_lab.train.step import TrainState
 from jaxopt_lab.train.text import open_text
+from jaxopt_lab.train.trained import forked_params
 
 Message = Callable[[str], None]
 
@@ -73,7 +77,9 @@ def pretrain(
 ) -> RunResult:
     """Pretrains a decoder as configured and writes a run directory.
 
-    On SIGTERM or Ctrl-C the run finishes its step, saves and returns; it can be resumed.
+    On SIGTERM or Ctrl-C the run finishes its step, saves and returns; it can be resumed. Before the
+    first step and after the last, KeyboardInterrupt is raised instead, by SIGTERM its subclass
+    `interrupts.Terminated`, and a new directory is removed again.
 
     Args:
       config: The run.
@@ -95,22 +101,20 @@ def pretrain(
     if config.dry_run:
         program = build_program(config)
         return RunResult("dry-run", cost=cost_of(config, _compile(config, program, say)))
-    directory = open_run(config)
-    say(f"run directory: {directory}")
-    if jax.process_count() > 1:
-        (message or _to_stderr)(_if_a_process_dies(config, directory))
-    try:
-        return _run(config, directory, callbacks, say)
-    except BaseException as error:
-        if jax.process_index() == 0 and not config.resume:
-            discard_unstarted(directory)
-        if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
-            raise
-        reason = " ".join(str(error).split())
-        raise TrainingError(
-            f"a computation of all processes failed: {reason}; if one of them died, start all "
-            f"of them again with: {resume_command(directory)}"
-        ) from error
+    with interrupt_by_the_end(), open_run(config) as directory:
+        say(f"run directory: {directory}")
+        if jax.process_count() > 1:
+            (message or _to_stderr)(_if_a_process_dies(config, directory))
+        try:
+            return _run(config, directory, callbacks, say)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            reason = " ".join(str(error).split())
+            raise TrainingError(
+                f"a computation of all processes failed: {reason}; if one of them died, start all "
+                f"of them again with: {resume_command(directory)}"
+            ) from error
 
 
 def _if_a_process_dies(config: PretrainConfig, directory: Path) -> str:
@@ -127,8 +131,6 @@ def _run(
 ) -> RunResult:
     with interrupt_by_the_end():
         corpus, held_out_batches = _prepare(config, say)
-    if jax.process_index() == 0:
-        corpus.tokenizer.save(directory)  # the model is of no use without it
     with interrupt_by_the_end(say):
         program = build_program(config, corpus.tokenizer.vocab_size, directory)
         held_out = HeldOut(corpus, held_out_batches, program.mesh, program.evaluate)
@@ -143,23 +145,21 @@ def _run(
 
 
 def _train(run: Run, callbacks: Sequence[Callback], say: Message) -> RunResult:
-    with interrupt_by_the_end(say):
-        state, start = _initial_state(run, say)
-        compiled = _compile(run.config, run.program, say)
     leader = jax.process_index() == 0
-    if leader:
-        options = run.program.compiler_options
-        session = describe_session(run.program.mesh, start, run.corpus.summary(), options)
-        add_session(run.directory, session)
+    with interrupt_by_the_end(say):
+        state, position = _initial_state(run, say)
+        if leader:
+            _record_start(run, position.step)
+        compiled = _compile(run.config, run.program, say)
     held_out = run.held_out
     say(
         f"held out: {held_out.tokens:,} tokens; a unigram model reaches "
         f"{held_out.unigram_nats:.4f} nats/token, {held_out.unigram_bits_per_byte:.4f} bits/byte"
     )
     before = time.monotonic()
-    with RunLog(run.config, run.directory, start) as log:
+    with RunLog(run.config, run.directory, *position) as log:
         loop = Loop(run, compiled, log, callbacks)
-        state, status = loop.run(state, start)
+        state, status = loop.run(state, position)
     if status != "finished":
         say(f"stopped and saved; continue with: {resume_command(run.directory)}")
         return RunResult(status, run.directory)
@@ -177,9 +177,20 @@ def _train(run: Run, callbacks: Sequence[Callback], say: Message) -> RunResult:
         "sample": _sample(run, state),
     }
     if leader:
-        summary |= _smoothness(run, say)
-        _report(run, summary, say)
+        with interrupt_by_the_end(say, "the report is written"):
+            summary |= _smoothness(run, say)
+            _report(run, summary, say)
     return RunResult(status, run.directory, summary)
+
+
+def _record_start(run: Run, start: int) -> None:
+    """Writes what a resumed run replaces, now that nothing will refuse it any more."""
+    if run.config.resume:
+        write_config(run.directory, run.config)
+    run.corpus.tokenizer.save(run.directory)  # the model is of no use without it
+    options = run.program.compiler_options
+    session = describe_session(run.program.mesh, start, run.corpus.summary(), options)
+    add_session(run.directory, session | {"config": as_stored(run.config)})
 
 
 def _schedule_outcome(run: Run, state: TrainState, say: Message) -> dict[str, Any]:
@@ -201,22 +212,39 @@ def _prepare(config: PretrainConfig, say: Message) -> tuple[data.Corpus, list[da
     return corpus, held_out
 
 
-def _initial_state(run: Run, say: Message) -> tuple[TrainState, int]:
+def _initial_state(run: Run, say: Message) -> tuple[TrainState, Position]:
     step, checkpoints = run.program.step, run.checkpoints
-    if not run.config.resume:
-        return step.init(jax.random.key(run.config.seed)), 0
-    if checkpoints.are_all_damaged():
+    if run.config.resume and checkpoints.are_all_damaged():
         raise CheckpointError(f"{run.directory}: every checkpoint is damaged, nothing to resume")
-    if not checkpoints.steps():
+    if run.config.resume and checkpoints.exist():
+        restored = checkpoints.restore(step.abstract_state)
+        if int(restored.state.step) != restored.step:
+            raise CheckpointError(
+                f"checkpoint {restored.step} holds a state after {int(restored.state.step)} steps"
+            )
+        _refuse_other_text(run, restored.data)
+        say(f"resuming after step {restored.step} of {run.config.steps}")
+        return restored.state, Position(restored.step, _samples(run, restored))
+    if run.config.resume:
         say("no checkpoint was saved yet: starting from the beginning")
-        return step.init(jax.random.key(run.config.seed)), 0
-    restored = checkpoints.restore(step.abstract_state)
-    for name, value in run.position.items():
-        if restored.data[name] != value:
-            before = restored.data[name]
-            raise ConfigError(name, value, f"but the run to resume was trained with {before!r}")
-    say(f"resuming after step {restored.step} of {run.config.steps}")
-    return restored.state, restored.step
+    if run.config.fork_from is not None:
+        say(f"starting from the weights of {run.config.fork_from}")
+        return step.init_from(forked_params(run)), Position(0, 0)
+    return step.init(jax.random.key(run.config.seed)), Position(0, 0)
+
+
+def _refuse_other_text(run: Run, stored: Mapping[str, Any]) -> None:
+    for name, value in run.text.items():
+        if name in stored and stored[name] != value:
+            raise other_text(name, value, stored[name])
+
+
+def _samples(run: Run, restored: Restored) -> int:
+    """Windows that a checkpoint has seen."""
+    if "samples" in restored.data:
+        return restored.data["samples"]
+    # Written before samples were counted: the run had one batch size until now.
+    return restored.step * read_config(run.directory).batch_size
 
 
 def _compile(config: PretrainConfig, program: Program, say: Message) -> jax.stages.Compiled:
@@ -278,9 +306,14 @@ def _report(run: Run, summary: Mapping[str, Any], say: Message) -> None:
     write_json(run.directory / SUMMARY_FILE, finite)
     levels = {"unigram": run.held_out.unigram_nats}
     (run.directory / FIGURE).parent.mkdir(exist_ok=True)
-    loss_figure(run.directory, run.directory / FIGURE, levels=levels)
-    if run.program.outcome is not None:
-        schedule_figure(run.directory, run.directory / SCHEDULE_FIGURE)
+    try:
+        loss_figure(run.directory, run.directory / FIGURE, levels=levels)
+        if run.program.outcome is not None:
+            schedule_figure(run.directory, run.directory / SCHEDULE_FIGURE)
+    except ValueError as error:
+        raise TrainingError(
+            f"{error}; the run is finished and saved, only figures are missing"
+        ) from error
     if summary["sample"]:
         sample = summary["sample"]
         say(f"sample\n{sample['prompt']}\N{BLACK RIGHT-POINTING TRIANGLE}{sample['continuation']}")

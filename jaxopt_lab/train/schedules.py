@@ -54,7 +54,7 @@ class ConstantConfig(ScheduleConfig):
 
     def rate(self, peak: float, steps: int) -> optax.Schedule:
         """See the base class."""
-        return schedules.constant(peak)
+        return optax.constant_schedule(peak)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,10 @@ class CosineConfig(_WarmupConfig):
 
     def rate(self, peak: float, steps: int) -> optax.Schedule:
         """See the base class."""
-        return schedules.warmup_cosine(peak, steps, self.warmup(steps))
+        warmup = self.warmup(steps)
+        # The first step already moves. Optax refuses a decay of no steps.
+        start, end = (0.01 * peak if warmup else peak), max(steps, warmup + 1)
+        return optax.warmup_cosine_decay_schedule(start, peak, warmup, end)
 
 
 @dataclass(frozen=True)

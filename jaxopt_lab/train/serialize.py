@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
@@ -14,6 +14,12 @@ from jaxopt_lab.train.optimizers import OPTIMIZERS, OptimizerConfig
 from jaxopt_lab.train.schedules import SCHEDULES, ScheduleConfig
 
 Settings = TypeVar("Settings")
+
+_MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (
+    lambda values: values,  # 0, before there were versions: the same fields
+)
+"""Number i turns version i into version i + 1; one that renames or drops a field is added here."""
+VERSION = len(_MIGRATIONS)
 
 _REGISTRIES = (OPTIMIZERS, SCHEDULES, CORPORA)
 _NAMES = {kind: name for registry in _REGISTRIES for name, kind in registry.items()}
@@ -26,7 +32,8 @@ def to_json(config: RunConfig) -> str:
     >>> from_json(to_json(PretrainConfig(steps=7))).steps
     7
     """
-    return json.dumps(encode(config), indent=2, allow_nan=False) + "\n"
+    values = {"version": VERSION, **encode(config)}
+    return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
 
 @overload
@@ -48,9 +55,25 @@ def from_json(text: str, kind: type[RunConfig] = PretrainConfig) -> RunConfig:
       ConfigError: For text that is not a JSON object, an unknown key or name, or a value of the
         wrong type; the message names the place.
     """
-    values = _object(text)
+    values = _migrated(_object(text))
     default = with_preset(kind(), values.get("preset", "tiny"))
     return _decode_dataclass(kind, default, values, "")
+
+
+def _migrated(values: dict[str, Any]) -> dict[str, Any]:
+    """Today's form of what an earlier version of this package wrote, as far as there is one.
+
+    What has none is an unknown setting, and refused by its name.
+    """
+    values = dict(values)
+    version = values.pop("version", 0)
+    if type(version) is not int or not 0 <= version <= VERSION:
+        raise ConfigError(
+            "version", version, f"expected at most {VERSION}: written by a newer jaxopt-lab?"
+        )
+    for migrate in _MIGRATIONS[version:]:
+        values = migrate(values)
+    return values
 
 
 def settings_from_json(text: str, kind: type[Settings]) -> Settings:

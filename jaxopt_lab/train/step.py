@@ -33,6 +33,7 @@ class Step(NamedTuple):
     """The step before compilation, with the layouts it was built for."""
 
     init: Callable[[Array], TrainState]  # (key) -> state, jitted
+    init_from: Callable[[PyTree], TrainState]  # (parameters) -> state, jitted
     update: Any  # (state, batch) -> (state, metrics), jitted, donates the state
     preview: Any  # (state, batch) -> (loss, gradients, updates) of that step, jitted
     value_and_grad: Any  # (params, batch) -> (loss, gradients, neither clipped nor cast), jitted
@@ -103,7 +104,9 @@ def make_step(
     )
 
     def init(key: Array) -> TrainState:
-        params = init_params(key)
+        return init_from(init_params(key))
+
+    def init_from(params: PyTree) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
         return TrainState(step=zero, skipped=zero, params=params, opt_state=tx.init(params))
 
@@ -143,6 +146,12 @@ def make_step(
     abstract = jax.eval_shape(init, key)
     return Step(
         init=jax.jit(init, out_shardings=shardings, compiler_options=options),
+        init_from=jax.jit(
+            init_from,
+            in_shardings=(params_at,),
+            out_shardings=shardings,
+            compiler_options=options,
+        ),
         update=jax.jit(
             update,
             in_shardings=inputs,

@@ -15,12 +15,18 @@ from jaxopt_lab import models, optim
 from jaxopt_lab.data import Tokenizer
 from jaxopt_lab.models import DecoderConfig, Params
 from jaxopt_lab.optim.params_ema import ParamsEmaState
-from jaxopt_lab.train.checkpoint import read_state, select_step
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.errors import CheckpointError, ConfigError
+from jaxopt_lab.train.io.checkpoints import (
+    describe_leaves,
+    first_difference,
+    read_state,
+    select_step,
+)
+from jaxopt_lab.train.io.run_directory import TOKENIZER_FILE, read_config
+from jaxopt_lab.train.loop import Run
 from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.program import build_program
-from jaxopt_lab.train.run_directory import TOKENIZER_FILE, read_config
 from jaxopt_lab.train.step import TrainState
 
 # Stands for a leaf that is not read; orbax's own placeholder.
@@ -51,17 +57,64 @@ def load_params(
       ConfigError: If there is no run in the directory, or it keeps no average.
       CheckpointError: If there is no such checkpoint, or it cannot be read.
     """
-    config = read_config(run_directory)
+    return _read(run_directory, read_config(run_directory), MeshConfig(1, 1, 1), step, average)
+
+
+def forked_params(run: Run) -> Params:
+    """The weights that a run starts from, taken from the newest checkpoint of another run.
+
+    Raises:
+      ConfigError: If there is no such run, or its tokenizer is another one.
+      CheckpointError: If it has no checkpoint that can be read, or another model; the first
+        differing leaf is named.
+    """
+    source = run.config.fork_from
+    assert source is not None
+    try:
+        config = read_config(source)
+    except ConfigError as error:
+        raise ConfigError.inside("fork_from", error) from error
+    _, params, tokenizer = _read(source, config, run.config.mesh, None, average=False)
+    if tokenizer.hash != run.corpus.tokenizer.hash:
+        raise ConfigError(
+            "tokenizer",
+            run.config.tokenizer,
+            f"but the weights of {source} know its own tokens: expected "
+            f"TokenizerConfig(kind='saved', directory={source!r})",
+        )
+    wanted = run.program.step.abstract_state.params
+    if difference := first_difference(describe_leaves(wanted), describe_leaves(params)):
+        raise CheckpointError(f"{source} has another model: {difference}")
+    return jax.tree.map(
+        lambda x, leaf: jax.make_array_from_callback(
+            x.shape, leaf.sharding, lambda index, x=x: x[index]
+        ),
+        params,
+        wanted,
+    )
+
+
+def _read(
+    run_directory: str | os.PathLike[str],
+    config: PretrainConfig,
+    mesh: MeshConfig,
+    step: Step,
+    average: bool,
+) -> tuple[DecoderConfig, Params, Tokenizer]:
     if average and config.ema is None:
         raise ConfigError("average", True, "but the run kept no average of its weights (--ema)")
     tokenizer_file = Path(run_directory) / TOKENIZER_FILE
     if not tokenizer_file.is_file():
         raise CheckpointError(f"{run_directory} has no {TOKENIZER_FILE}: no step was taken there")
+    try:
+        tokenizer = Tokenizer.load(run_directory)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     label = select_step(run_directory, step)
-    abstract = build_program(replace(config, mesh=MeshConfig(1, 1, 1))).step.abstract_state
+    abstract = build_program(replace(config, mesh=mesh)).step.abstract_state
     state = read_state(run_directory, label, abstract, _target(config, abstract, average))
     params: Any = optim.params_ema(state.opt_state) if average else state.params
-    return config.model, params, Tokenizer.load(run_directory)
+    return config.model, params, tokenizer
 
 
 def export_run(

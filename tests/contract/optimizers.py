@@ -31,3 +31,41 @@ OPTIMIZERS = {
     "signum": Entry(jol.signum, {"learning_rate": 1e-3}),
     "normalized_sgd": Entry(jol.normalized_sgd, {"learning_rate": 1e-3}),
 }
+
+
+# Public factories at their default options, over trees of every kind of leaf.
+WHOLE_MODEL: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    name: (factory, {"learning_rate": 1e-2})
+    for name, factory in {
+        "lion_muon": jol.lion_muon,
+        "sign_muon": jol.sign_muon,
+        "legacy_sign_muon": jol.legacy_sign_muon,
+        "soap": jol.soap,
+        "dykaf": jol.dykaf,
+        "dykaf_official": jol.dykaf_official,
+        "shampoo": jol.shampoo,
+        "muon": jol.muon,
+        "d_muon": jol.d_muon,
+        "signum": jol.signum,
+        "normalized_sgd": jol.normalized_sgd,
+    }.items()
+} | {
+    "adaptive_warmup": (
+        jol.adaptive_warmup,
+        {"peak_lr": 1e-2, "total_steps": 100, "target_loss": 1.0},
+    ),
+}
+
+# Directions over trees of matrices alone.
+DIRECTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "scale_by_lion_muon": (jol.scale_by_lion_muon, {}),
+    "scale_by_soap": (jol.scale_by_soap, {}),
+    "scale_by_dykaf": (jol.scale_by_dykaf, {}),
+    "scale_by_shampoo": (jol.scale_by_shampoo, {}),
+    "scale_by_normalized_heavy_ball": (jol.scale_by_normalized_heavy_ball, {"norm": "sign"}),
+}
+
+FACTORIES = WHOLE_MODEL | DIRECTIONS
+
+# Their matrices move by the singular vectors or signs of the momentum, so scale never matters.
+SCALE_FREE = ("lion_muon", "sign_muon", "muon", "d_muon", "signum", "scale_by_lion_muon")

@@ -38,7 +38,7 @@ def test_stable_rank_of_known_matrices():
 
 
 def test_the_scale_of_a_matrix_does_not_matter_to_its_stable_rank():
-    x, v = (jax.random.normal(jax.random.key(k), (2, 5, 5)[k:]) for k in (0, 1))
+    x, v = (jax.random.normal(jax.random.key(0), shape) for shape in ((2, 5, 5), (2, 5)))
     for scale in (1e-30, 1e18):
         np.testing.assert_allclose(stable_rank(scale * x, v), stable_rank(x, v), rtol=1e-5)
 
@@ -50,23 +50,21 @@ def test_scales():
     assert frob(4, 16) == 0.25 and SIGN_SCALES["muon"](4, 16) == 0.5
 
 
-@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1.0, 1e18, 1e37])
+@pytest.mark.parametrize("scale", [1e-35, 1e-30, 1.0, 1e18, 1e37])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_unit_of_the_frobenius_norm_at_any_scale(scale, dtype):
     x = (scale * jax.random.normal(jax.random.key(0), (3, 4, 6))).astype(dtype)
     u = frobenius_unit(x.astype("float32"), (1, 2))
     np.testing.assert_allclose(np.linalg.norm(u, axis=(1, 2)), 1, rtol=1e-5)
     # Powers of two round nothing.
-    again = frobenius_unit(x.astype("float32") * 0.25, (1, 2))
-    if scale > 1e-35:
-        np.testing.assert_array_equal(again, u)
+    np.testing.assert_array_equal(frobenius_unit(x.astype("float32") * 0.25, (1, 2)), u)
 
 
 def test_a_unit_of_zero_is_zero_and_nan_spreads():
-    x = jnp.zeros((3, 2, 2)).at[1, 0, 1].set(jnp.nan).at[2, 1, 1].set(jnp.inf)
-    u = frobenius_unit(x, (1, 2))
-    assert not u[0].any() and jnp.isnan(u[1:]).all()
-    assert not jax.grad(lambda x: frobenius_unit(x, (0, 1)).sum())(jnp.zeros((2, 2))).any()
+    u = frobenius_unit(jnp.zeros((2, 2, 2)).at[1, 0, 1].set(jnp.nan), (1, 2))
+    assert not u[0].any() and jnp.isnan(u[1]).all()
+    slope = jax.grad(lambda x: frobenius_unit(x, (0, 1)).sum())(jnp.zeros((2, 2)))
+    assert jnp.isfinite(slope).all()
 
 
 def test_leaf_keys_depend_on_the_path_alone():
@@ -112,6 +110,9 @@ def test_paths_that_look_alike_draw_apart():
 def test_split_precisions_exist_where_they_run():
     assert dot_precision("bf16_x3", "gpu") == DotAlgorithmPreset.BF16_BF16_F32_X3
     assert dot_precision("tf32_x3", "cpu") == Precision.HIGHEST
+    assert dot_precision("tf32", "cpu") == Precision.HIGHEST
+    assert dot_precision("tf32", "tpu") == DotAlgorithmPreset.BF16_BF16_F32_X3
+    assert dot_precision("tf32", "gpu") == DotAlgorithmPreset.TF32_TF32_F32
     assert dot_precision("default", "gpu") == Precision.DEFAULT
     x = jax.random.normal(jax.random.key(0), (8, 8))
     exact = np.asarray(x, np.float64) @ np.asarray(x, np.float64)

@@ -227,6 +227,7 @@ def test_directions_without_curvature_stay():
 ROUNDING = {
     "bfloat16": 2e-2,
     "default": 2e-3,
+    "tf32": 2e-3,
     "bf16_x3": 2e-5,
     "bf16_x6": 2e-6,
     "tf32_x3": 2e-6,

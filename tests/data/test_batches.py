@@ -215,6 +215,19 @@ def test_every_part_of_a_mixture_must_fill_a_window():
         _batches(counting_corpus(100, 10, weights=(1.0, 1.0)))
 
 
+@given(seed=SEEDS, samples=STEPS, size=st.integers(1, 8))
+def test_the_count_of_rows_goes_on_after_a_change_of_the_batch_size(seed, samples, size):
+    batches = _batches(batch_size=size, seed=seed, start_step=5, start_sample=samples)
+    rows = _batches(batch_size=1, seed=seed)
+    for step in (5, 7):
+        first = samples + (step - 5) * size
+        expected = [rows.batch_at(row)["tokens"][0] for row in range(first, first + size)]
+        np.testing.assert_array_equal(batches.batch_at(step)["tokens"], expected)
+    if samples < 5 * size:
+        with pytest.raises(ValueError, match="step = 0; wanted at least"):
+            batches.batch_at(0)
+
+
 def test_negative_steps_are_refused():
     with pytest.raises(ValueError, match="step = -1"):
         _batches().batch_at(-1)

@@ -67,7 +67,8 @@ def any_state(shape, *, one_sided=False, rank_one=False):
 def test_all_gradients_of_a_small_layer():
     grads = {"w": gradients(6, (M, N)), "b": gradients(6, (N,))}
     recorder = FisherErrors(6, window=None, decay=DECAY)
-    tx = jol.dykaf(0.0, b2=DECAY, precondition_frequency=2, orthogonalizer="householder")
+    basis = jol.Eigenbasis(orthogonalizer="householder")
+    tx = jol.dykaf(0.0, b2=DECAY, precondition_frequency=2, eigenbasis=basis)
     params = jax.tree.map(lambda g: jnp.zeros(g.shape[1:]), grads)
     records, state = run(recorder, grads, tx.init(params), tx)
     assert all(records[step] == {} for step in range(1, 6))
@@ -149,7 +150,7 @@ def test_matrices_without_a_factor_are_left_out(factory):
 
     def record(layers, limit=5):
         rate = () if factory is jol.scale_by_dykaf else (0.0,)
-        state = factory(*rate, max_precond_dim=limit).init(params)
+        state = factory(*rate, eigenbasis=jol.Eigenbasis(max_precond_dim=limit)).init(params)
         return run(FisherErrors(2, layers, window=1, decay=DECAY), grads, state)[0][2]
 
     assert {name.split("/")[0] for name in record(None)} == {"one", "w"}

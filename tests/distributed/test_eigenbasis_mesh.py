@@ -50,8 +50,8 @@ def make(method, shardings):
         precondition_frequency=FREQUENCY,
         weight_decay=0.1,
         matrix_axes=AXES,
-        rotation_precision="highest",
-        param_shardings=shardings,
+        eigenbasis=jol.Eigenbasis(rotation_precision="highest"),
+        mesh=jol.MeshWork(shardings),
     )
 
 
@@ -149,14 +149,13 @@ def test_traced_numbers_on_an_explicit_mesh(stagger):
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,))
     shardings = {k: NamedSharding(mesh, specs[k]) for k in names}
     factory = optax.inject_hyperparams(
-        jol.dykaf, static_args=("matrix_axes", "precondition_frequency", "rotation_precision")
+        jol.dykaf, static_args=("matrix_axes", "precondition_frequency")
     )
     tx = factory(
         1e-2,
         precondition_frequency=FREQUENCY,
-        stagger=stagger,
         matrix_axes={k: AXES[k] for k in names},
-        rotation_precision="highest",
+        eigenbasis=jol.Eigenbasis(stagger=stagger, rotation_precision="highest"),
     )
     update = jax.jit(step(tx))
 

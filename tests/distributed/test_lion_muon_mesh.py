@@ -131,6 +131,29 @@ def test_spectral_step_equals_one_device_within_its_budget(layout, kind):
 
 
 @both_meshes
+def test_a_refused_matrix_is_known_wherever_its_parts_lie(kind):
+    mesh, shardings, pairs = setup("fsdp x tensor", kind)
+    params, grads = random_tree(0), random_tree(1)
+    grads["stack"] = grads["stack"].at[3, 15, 31].set(jnp.nan)
+    grads["heads"] = grads["heads"].at[0, 0, 0].set(1e25)
+    with jax.set_mesh(mesh):
+        on_mesh = jax.device_put(params, shardings)
+        compiled, state = compile_step(make(shardings, period=1), on_mesh, shardings)
+        new, new_state = compiled(on_mesh, state, jax.device_put(grads, shardings))
+    assert counts(compiled) == {"all-to-all": 2 * pairs}
+    family = jax.device_get(new_state.inner_states["lion_muon"].inner_state[0])
+    assert family.notfinite_count["stack"].tolist() == [0] * 3 + [1] + [0] * 8
+    assert family.notfinite_count["heads"] == 1 and not family.notfinite_count["qkv"].any()
+    refused = np.zeros(12, bool)
+    refused[3] = True
+    assert (family.mu["stack"] == 0).all(axis=(1, 2)).tolist() == refused.tolist()
+    still = np.asarray(new["stack"]) == np.asarray(params["stack"])
+    assert still.all(axis=(1, 2)).tolist() == refused.tolist()
+    np.testing.assert_array_equal(new["heads"], params["heads"])
+    assert not family.mu["heads"].any()
+
+
+@both_meshes
 @every_layout
 def test_sign_step_has_no_collective(layout, kind):
     mesh, shardings, _ = setup(layout, kind)

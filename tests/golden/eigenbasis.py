@@ -1,5 +1,6 @@
 """Comparisons of methods that run Adam in eigenbases of Kronecker factors: SOAP and DyKAF."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxopt_lab.optim.options import Eigenbasis
 from tests.golden.eigenbasis_run import Recipe, Stored, Values, run_case
 from tests.golden.harness import Case, Check, NotUnderstood, Result
 from tests.reference.soap import rotate_back
@@ -61,23 +63,26 @@ def check_understood(case: Case, method: str, hyperparameters: set[str], options
             raise NotUnderstood(f"unknown array {name}")
 
 
-def common_options(case: Case, orthogonalizer: str) -> tuple[dict[str, Any], dict[str, float]]:
+@functools.cache
+def eigenbasis(orthogonalizer: str, **options: Any) -> Eigenbasis:
+    """One object for equal options, so that cases share a compiled scan."""
+    # In float64 all products are exact; for the float32 cases they must be said to be.
+    exact: Any = {"factor_precision": "highest", "rotation_precision": "highest"}
+    return Eigenbasis(orthogonalizer=orthogonalizer, **exact, **options)  # pyright: ignore
+
+
+def common_options(
+    case: Case, orthogonalizer: str, **basis: Any
+) -> tuple[dict[str, Any], dict[str, float]]:
     """The options of a recipe that both methods have: static ones and numbers."""
     h = case.sidecar["hyperparameters"]
     options = {
         "factor_decay": case.sidecar["spec_options"]["b"],  # 1 changes the rule
-        "max_precond_dim": h["max_precond_dim"],
         "merge_dims": h["merge_dims"],
         "precondition_1d": h["precondition_1d"],
         "normalize_grads": h["normalize_grads"],
         "correct_bias": h["correct_bias"],
-        "skip_first_step": True,
-        "decay_after_step": True,
-        "on_uncovered": "modes",
-        "orthogonalizer": orthogonalizer,
-        # In float64 all products are exact; for the float32 cases they must be said to be.
-        "factor_precision": "highest",
-        "rotation_precision": "highest",
+        "eigenbasis": eigenbasis(orthogonalizer, max_precond_dim=h["max_precond_dim"], **basis),
     }
     numbers = {
         "b1": h["betas"][0],

@@ -214,38 +214,50 @@ def _absent(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
+def _by_parameter(node: Any) -> dict[str, Values]:
+    """The arrays of one state, a dict a parameter, by the names of the stored arrays."""
+    found: dict[str, Values] = {}
+    for field, name in _FIELDS[type(node)].items():
+        trees = getattr(node, field)
+        # Of tensors there is one tree an axis.
+        named = [(name, trees)]
+        if type(trees) is tuple:
+            named = [(f"{name}{k}", tree) for k, tree in enumerate(trees)]
+        for whole, tree in named:
+            for p, x in {} if _absent(tree) else tree.items():
+                if not _absent(x):
+                    found.setdefault(p, {})[whole] = x
+    return found
+
+
 def read(state: Any) -> dict[str, Values]:
     """What an optimizer state holds of each parameter, by the names of the stored arrays."""
     found: dict[str, Values] = {}
     for kind in _KINDS:
         for node in find_states(state, kind):
-            for field, name in _FIELDS[kind].items():
-                tree = getattr(node, field)
-                for p, x in {} if _absent(tree) else tree.items():
-                    values = found.setdefault(p, {}) if not _absent(x) else {}
-                    parts = {f"{name}{k}": y for k, y in enumerate(x)} if type(x) is tuple else {}
-                    values |= {k: y for k, y in (parts or {name: x}).items() if not _absent(y)}
+            for p, values in _by_parameter(node).items():
+                found.setdefault(p, {}).update(values)
     return found
 
 
 def write(state: Any, values: dict[str, Values]) -> Any:
     """The state with these values in place of its own."""
 
+    def filled(name: str, tree: Any) -> Any:
+        if _absent(tree):
+            return tree
+        return {p: x if _absent(x) else values[p][name] for p, x in tree.items()}
+
     def replace(node: Any) -> Any:
         if not isinstance(node, _KINDS):
             return node
         new = {}
         for field, name in _FIELDS[type(node)].items():
-            tree = getattr(node, field)
-            if _absent(tree):
-                continue
-
-            def pick(p: str, x: Any, name: str = name) -> Any:
-                if type(x) is tuple:
-                    return tuple(pick(p, y, f"{name}{k}") for k, y in enumerate(x))
-                return x if _absent(x) else values[p][name]
-
-            new[field] = {p: pick(p, x) for p, x in tree.items()}
+            trees = getattr(node, field)
+            if type(trees) is tuple:
+                new[field] = tuple(filled(f"{name}{k}", tree) for k, tree in enumerate(trees))
+            else:
+                new[field] = filled(name, trees)
         return node._replace(**new)
 
     return jax.tree.map(replace, state, is_leaf=lambda node: isinstance(node, _KINDS))

@@ -259,10 +259,10 @@ def _lion(s: Settings, precision: Precision) -> Plan:
 
 def _heavy_ball(s: Settings, precision: Precision) -> Plan:
     del precision
-    factory = parity.signum if s.kind == "Signum" else parity.normalized_sgd
-    options = {"nesterov": bool(s.h["nesterov"])}
+    norm = "sign" if s.kind == "Signum" else "frobenius"
+    options = {"nesterov": bool(s.h["nesterov"]), "norm": norm}
     numbers = {name: s.h[name] for name in ("momentum", "dampening", "weight_decay")}
-    return Plan(factory, options, numbers, {"learning_rate": s.rates})
+    return Plan(parity.released_heavy_ball, options, numbers, {"learning_rate": s.rates})
 
 
 def _rates(s: Settings, adam_rates: np.ndarray) -> dict[str, np.ndarray]:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxopt_lab.core.newton_schulz import COEFFICIENTS, newton_schulz
 from jaxopt_lab.core.spectral import power_iteration, stable_rank
 from jaxopt_lab.parity.lion_muon import newton_schulz_rounded
-from jaxopt_lab.schedules import warmup_cosine, warmup_stable_decay
+from jaxopt_lab.schedules import warmup_stable_decay
 from tests.golden.harness import Case, Check, NotUnderstood, Result
 
 TOLERANCE = 1e-12
@@ -38,7 +39,9 @@ def _schedules(case: Case) -> Result:
                 raise NotUnderstood(f"schedule {name}: {config}")
             span = config["lr"], config["iterations"], config["warmup"]
             if config["scheduler"] == "cos":
-                schedule = warmup_cosine(*span)
+                lr, steps, warmup = span
+                start = 0.01 * lr if warmup else lr
+                schedule = optax.warmup_cosine_decay_schedule(start, lr, warmup, steps)
             else:
                 schedule = warmup_stable_decay(
                     *span,

@@ -1,13 +1,21 @@
 """Runs of SOAP and DyKAF in double precision, from any state, with what each step left behind."""
 
 import functools
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import jaxopt_lab as jol
+from jaxopt_lab.optim.kronecker.dykaf import dykaf_method
+from jaxopt_lab.optim.kronecker.soap import soap_method
+from jaxopt_lab.optim.kronecker.tensors import tensor_direction
+from jaxopt_lab.optim.kronecker.transform import eigenbasis_direction
+from jaxopt_lab.optim.nonfinite import guarded
+from jaxopt_lab.parity.soap import decayed_after_step
 from tests.quick_compile import OPTIONS
 
 # Traced, so that runs that differ in numbers alone share a compiled step.
@@ -15,7 +23,11 @@ NUMBERS = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "precondition_frequency": 3, "wei
 RATE = 0.1
 # Refreshes never come.
 NEVER = 10**6
-METHODS = {"soap": jol.scale_by_soap, "dykaf": jol.scale_by_dykaf}
+
+# Options of `Eigenbasis`, and what only `jaxopt_lab.parity` sets of the step.
+BASIS = {"stagger", "orthogonalizer", "factor_precision", "rotation_precision", "max_precond_dim"}
+BASIS |= {"one_sided", "second_moment", "init"}
+STEP = {"correct_bias", "normalize_grads", "skip_first_step", "largest_ratio"}
 
 
 class Run(NamedTuple):
@@ -37,7 +49,7 @@ def draw(seed, shapes, *lead):
 
 
 def run(method, grads, *, params=None, state=None, layouts=None, **options):
-    """Feed gradients (a tree with a leading axis of steps) to `scale_by_<method>`.
+    """Feed gradients (a tree with a leading axis of steps) to the direction of a method.
 
     Args:
       method: "soap" or "dykaf".
@@ -71,11 +83,45 @@ def run(method, grads, *, params=None, state=None, layouts=None, **options):
 
 
 def build(method, static, numbers):
-    """The transformation; products are exact unless said otherwise."""
-    static = {"rotation_precision": "highest", **dict(static)}
-    if "matrix_axes" in static:
-        static["matrix_axes"] = dict(static["matrix_axes"])
-    return METHODS[method](**static, **numbers)
+    """Direction and decay; the state is that of the direction. Products are exact by default."""
+    static, numbers = {"rotation_precision": "highest", **dict(static)}, dict(numbers)
+    weight_decay, rate = numbers.pop("weight_decay"), numbers.pop("decay_rate", None)
+    basis = jol.Eigenbasis(**{k: static.pop(k) for k in BASIS & set(static)})
+    quirks = {k: static.pop(k) for k in STEP & set(static)}
+    layouts = dict(static.pop("matrix_axes")) if "matrix_axes" in static else None
+    integrator = static.pop("integrator", "ksl")
+    given = {"factor_decay": None, **numbers, **static}
+    given |= {"eigenbasis": basis, "mesh": jol.MeshWork()}
+    made = (
+        soap_method(**given) if method == "soap" else dykaf_method(integrator=integrator, **given)
+    )
+    direction = eigenbasis_direction(replace(made, **quirks), layouts, basis, jol.MeshWork())
+    decay = optax.add_decayed_weights(weight_decay)
+    if rate is not None:
+        decay = decayed_after_step(weight_decay, None, rate)
+    tx = guarded(direction, decay)
+
+    def update(updates, state, params):
+        rest = tx.init(params)[1:]
+        directions, (state, *_) = tx.update(updates, (state, *rest), params)
+        return directions, state
+
+    return optax.GradientTransformationExtraArgs(direction.init, update)
+
+
+def scale_by_tensor_soap(*, merge_dims=False, weight_decay=None, mask=None, rate=None, **options):
+    """One factor an axis for every leaf, vectors included; `rate`: decay comes after the step."""
+    basis = jol.Eigenbasis(**{k: options.pop(k) for k in BASIS & set(options)})
+    quirks = {k: options.pop(k) for k in STEP & set(options)}
+    numbers = {"b1": 0.95, "b2": 0.95, "factor_decay": None, "eps": 1e-8}
+    numbers |= {"precondition_frequency": 10, **options}
+    method = replace(soap_method(**numbers, eigenbasis=basis, mesh=jol.MeshWork()), **quirks)
+    direction = tensor_direction(method, basis, merge_dims=merge_dims)
+    if weight_decay is None:
+        return guarded(direction)
+    if rate is not None:
+        return guarded(direction, decayed_after_step(weight_decay, mask, rate))
+    return guarded(direction, optax.add_decayed_weights(weight_decay, mask))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=OPTIONS)

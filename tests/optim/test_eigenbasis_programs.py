@@ -8,6 +8,8 @@ from jax.extend.core import jaxprs_in_params
 from optax.contrib import MuonDimensionNumbers
 
 import jaxopt_lab as jol
+from jaxopt_lab.parity.dykaf import dykaf as parity_dykaf
+from jaxopt_lab.parity.soap import soap as parity_soap
 from tests.optim.eigenbasis_runs import build
 
 SHAPES = {"square": (4, 4), "wide": (4, 6)}
@@ -53,7 +55,9 @@ def inside(eqn):
 
 
 def program(members=None):
-    tx = build("dykaf", {"orthogonalizer": "householder", "init": "eps"}, {"weight_decay": 0.1})
+    numbers = {"b1": 0.95, "b2": 0.95, "eps": 1e-8, "precondition_frequency": 10}
+    options = {"orthogonalizer": "householder", "init": "eps"}
+    tx = build("dykaf", options, numbers | {"weight_decay": 0.1})
     params = {k: jnp.zeros(s) for k, s in SHAPES.items()}
     state = tx.init(params)
     if members is None:
@@ -85,10 +89,10 @@ def test_members_share_the_branch_of_the_refresh():
     assert starting.shape == (2,), "members start when they start"
 
 
-@pytest.mark.parametrize("options", [{}, {"stagger": True}, {"rank1_second_moment": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"stagger": True}, {"second_moment": "rank_one"}], ids=str)
 def test_types_of_the_state_never_change(options):
     """So that the second call runs what the first one compiled."""
-    tx = jol.dykaf(1e-3, matrix_axes=LAYOUTS, **options)
+    tx = jol.dykaf(1e-3, matrix_axes=LAYOUTS, eigenbasis=jol.Eigenbasis(**options))
     params = {k: jnp.zeros(s, "bfloat16") for k, s in MIXED.items()}
 
     def types(tree):
@@ -111,30 +115,38 @@ def text(tx, params):
 def test_the_released_configuration_spelled_out():
     shapes = {"embedding": (9, 4), "kernel": (4, 6), "scale": (4,), "tensor": (2, 3, 4)}
     params = {k: jnp.zeros(s) for k, s in shapes.items()}
+    basis = {
+        **{"init": "kron", "second_moment": "rank_one", "orthogonalizer": "householder"},
+        **{"factor_precision": "highest", "rotation_precision": "highest"},
+    }
     spelled = {
         **{"b1": 0.95, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.01, "decay_after_step": True},
-        **{"integrator": "parallel", "init": "kron", "kron_init_scale": "sqrt_sigma"},
-        **{"one_sided": "code", "rank1_second_moment": True, "rank1_eps_in_denominator": False},
-        **{"precondition_frequency": 10, "on_uncovered": "modes", "orthogonalizer": "householder"},
-        **{"factor_precision": "highest", "rotation_precision": "highest"},
+        **{"integrator": "parallel", "kron_init_scale": "sqrt_sigma", "one_sided": "code"},
+        **{"rank1_eps_in_denominator": False, "precondition_frequency": 10},
         "matrix_axes": {
             **{"embedding": MuonDimensionNumbers(), "kernel": MuonDimensionNumbers()},
             **{"scale": None, "tensor": None},
         },
     }
+
+    def other(**changes):
+        changed = {k: v for k, v in changes.items() if k not in basis}
+        kept = jol.Eigenbasis(**basis | {k: v for k, v in changes.items() if k in basis})
+        return text(parity_dykaf(1e-3, eigenbasis=kept, **spelled | changed), params)
+
     official = text(jol.dykaf_official(1e-3), params)
-    assert official == text(jol.dykaf(1e-3, **spelled), params)
-    for name, value in {"rank1_second_moment": False, "integrator": "ksl", "eps": 1e-7}.items():
-        assert official != text(jol.dykaf(1e-3, **spelled | {name: value}), params)
+    assert official == other()
+    for changes in ({"second_moment": "full"}, {"integrator": "ksl"}, {"eps": 1e-7}):
+        assert official != other(**changes)
 
 
-@pytest.mark.parametrize("factory", [jol.dykaf, jol.soap])
+@pytest.mark.parametrize("factory", [parity_dykaf, parity_soap])
 @pytest.mark.parametrize("orthogonalizer", ["cholesky_qr", "householder"])
 def test_tensors_and_vectors_follow_the_choice_of_orthogonalizer(factory, orthogonalizer):
     """Only Householder's method has a QR decomposition."""
     params = {"scale": jnp.zeros(4), "tensor": jnp.zeros((2, 3, 4))}
-    options = {"on_uncovered": "modes", "precondition_1d": True}
-    tx = factory(1e-3, orthogonalizer=orthogonalizer, **options)
+    basis = jol.Eigenbasis(orthogonalizer=orthogonalizer)
+    tx = factory(1e-3, eigenbasis=basis, precondition_1d=True)
     jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params).jaxpr
     assert ("qr" in primitives(jaxpr)) == (orthogonalizer == "householder")
 
@@ -148,22 +160,23 @@ def test_describe_counts_factors_and_bases_with_their_leaf():
     }
 
     def rows(**options):
-        found = jol.describe(jol.dykaf(1e-3, matrix_axes=layouts, **options), params)
-        state = jax.eval_shape(jol.dykaf(1e-3, matrix_axes=layouts, **options).init, params)
+        tx = jol.dykaf(1e-3, matrix_axes=layouts, eigenbasis=jol.Eigenbasis(**options))
+        found = jol.describe(tx, params)
+        state = jax.eval_shape(tx.init, params)
         assert found.total_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         return {r.path[2:-2]: (r.rule, r.state_bytes // 4) for r in found.rows}
 
     numbers = 2  # age and notfinite_count, one of each a matrix
     matrix = 2 * 24 + 1.5 * (16 + 36) + numbers  # factors in float32, bases in bfloat16
     assert rows(max_precond_dim=10) == {
-        "bias": ("adamw", 2 * 6 + numbers),
+        "bias": ("adamw", 1.5 * 6),
         "kernel": ("dykaf", matrix),
         "stack": ("dykaf", 2 * matrix),
         "vocabulary": ("dykaf", 2 * 48 + 1.5 * 16 + numbers),  # one side alone
     }
-    ranked = rows(max_precond_dim=10, rank1_second_moment=True)
+    ranked = rows(max_precond_dim=10, second_moment="rank_one")
     assert ranked["kernel"] == ("dykaf", matrix - 24 + 10)
-    assert rows(max_precond_dim=3)["kernel"] == ("adamw", 2 * 24 + numbers)
+    assert rows(max_precond_dim=3)["kernel"] == ("adamw", 1.5 * 24)
 
 
 @pytest.mark.parametrize("factory", [jol.dykaf, jol.soap])
@@ -188,7 +201,9 @@ def test_optax_finds_the_parameters_in_the_state(factory):
 )
 def test_bases_are_kept_as_rotations_use_them(precision, dtype, kept):
     with jax.enable_x64(True):
-        tx = jol.scale_by_soap(rotation_precision=precision, precondition_frequency=1)
+        tx = jol.scale_by_soap(
+            precondition_frequency=1, eigenbasis=jol.Eigenbasis(rotation_precision=precision)
+        )
         params = {"w": jnp.ones((2, 3), dtype)}
         state = tx.init(params)
         for _ in range(2):

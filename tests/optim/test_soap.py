@@ -64,7 +64,7 @@ def test_factored_moment_in_the_eigenbases_is_shampoo_with_square_roots():
     close(squares.sum(1), a)
     close(squares.sum(0), c)
 
-    options = {"factored_second_moment": True, "correct_bias": False}
+    options = {"second_moment": "factored", "correct_bias": False}
     # So slow an average that one more gradient does not change it.
     numbers = {"b1": 0.0, "b2": 1 - 1e-13, "eps": 0.0, "precondition_frequency": NEVER}
     first = run("soap", {"w": data[:1]}, **options, **numbers).state(1)
@@ -160,7 +160,9 @@ def test_one_sided_is_the_smaller_side():
     assert state.row_factor["tall"] == absent and state.column_factor["wide"] == absent
     assert state.row_basis["tall"] == absent and state.column_basis["wide"] == absent
     all_close(found.directions, run("soap", grads, max_precond_dim=5).directions)
-    square = jol.scale_by_soap(one_sided=True).init({"w": jnp.zeros((4, 4))})
+    square = jol.scale_by_soap(eigenbasis=jol.Eigenbasis(one_sided=True)).init(
+        {"w": jnp.zeros((4, 4))}
+    )
     assert square.row_factor["w"].shape == (4, 4) and square.column_factor["w"] == absent
 
 
@@ -179,7 +181,7 @@ def test_memory_of_each_second_moment():
     params = {"w": jax.ShapeDtypeStruct((4, 6), "float32")}
 
     def floats(**options):
-        (row,) = jol.describe(jol.soap(1e-3, **options), params).rows
+        (row,) = jol.describe(jol.soap(1e-3, eigenbasis=jol.Eigenbasis(**options)), params).rows
         assert row.rule == "soap"
         return row.state_bytes // 4
 
@@ -189,9 +191,11 @@ def test_memory_of_each_second_moment():
     # Bases in bfloat16 are half a float each.
     sides, rows = 1.5 * sides, 1.5 * 16
     assert floats() == mu + nu + sides + numbers
-    assert floats(factored_second_moment=True) == mu + 4 + 6 + sides + numbers
-    assert floats(factored_second_moment=True, one_sided=True) == mu + 4 + 6 + rows + numbers
-    state = jol.scale_by_soap(factored_second_moment=True).init({"w": jnp.zeros((4, 6))})
+    assert floats(second_moment="factored") == mu + 4 + 6 + sides + numbers
+    assert floats(second_moment="factored", one_sided=True) == mu + 4 + 6 + rows + numbers
+    state = jol.scale_by_soap(eigenbasis=jol.Eigenbasis(second_moment="factored")).init(
+        {"w": jnp.zeros((4, 6))}
+    )
     assert state.nu == optax.MaskedNode()
 
 

@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 
 from jaxopt_lab.schedules import (
     DecayShape,
-    constant,
     decay,
-    warmup_cosine,
     warmup_stable_decay,
 )
 
@@ -33,17 +31,22 @@ def values(schedule, steps):
         return np.asarray(schedule(jnp.arange(512)))[:steps]
 
 
-@given(lengths)
-def test_cosine_is_its_formula(length):
-    total, warmup = length
-    expected = [
-        0.01 + 0.99 * t / warmup
-        if t < warmup
-        else (1 + math.cos(math.pi * (t - warmup) / (total - warmup))) / 2
-        for t in range(total)
-    ]
-    got = values(warmup_cosine(3e-3, total, warmup), total)
-    np.testing.assert_allclose(got, 3e-3 * np.array(expected), atol=1e-15, rtol=0)
+def cosine(peak, total, warmup):
+    """Warm-up and half a cosine, without a plateau."""
+    return warmup_stable_decay(
+        peak, total, warmup, decay_fraction=(total - warmup) / total, decay_shape="cosine"
+    )
+
+
+def test_without_a_plateau_it_is_optax_s():
+    ours, theirs = (
+        values(schedule, 400)
+        for schedule in (
+            cosine(3e-3, 320, 64),
+            optax.warmup_cosine_decay_schedule(3e-5, 3e-3, 64, 320),
+        )
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-15, rtol=0)
 
 
 @given(lengths, st.floats(0, 1), st.sampled_from(SHAPES), st.floats(0, 1, allow_subnormal=False))
@@ -75,22 +78,17 @@ def test_wsd_is_its_formula(length, share, shape, final):
 def test_rises_then_falls_within_bounds(length, shape, final):
     total, warmup = length
     fraction = (total - warmup) / total / 2
-    for schedule in (
-        warmup_cosine(1.0, total, warmup),
-        warmup_stable_decay(
-            1.0, total, warmup, decay_fraction=fraction, decay_shape=shape, final_fraction=final
-        ),
-    ):
-        s = values(schedule, total + 5)
-        assert np.all(np.diff(s[:warmup]) >= 0)
-        assert np.all(np.diff(s[warmup:]) <= 1e-15)
-        assert s.min() >= 0.0 and s.max() <= 1.0
-        assert np.all(s[total:] == s[total])
+    schedule = warmup_stable_decay(
+        1.0, total, warmup, decay_fraction=fraction, decay_shape=shape, final_fraction=final
+    )
+    s = values(schedule, total + 5)
+    assert np.all(np.diff(s[:warmup]) >= 0)
+    assert np.all(np.diff(s[warmup:]) <= 1e-15)
+    assert s.min() >= 0.0 and s.max() <= 1.0
+    assert np.all(s[total:] == s[total])
 
 
 def test_end_points_are_exact():
-    cosine = warmup_cosine(1.0, 100, 10)
-    assert [float(cosine(t)) for t in (10, 100, 10_000)] == [1.0, 0.0, 0.0]
     for shape in SHAPES:
         wsd = warmup_stable_decay(1.0, 100, 10, decay_shape=shape, final_fraction=0.25)
         assert [float(wsd(t)) for t in (10, 79, 80, 100, 200)] == [1.0, 1.0, 1.0, 0.25, 0.25]
@@ -98,23 +96,23 @@ def test_end_points_are_exact():
 
 def test_late_cosine_keeps_its_relative_precision_in_float32():
     total = 64_000
-    left = float(warmup_cosine(1.0, total, 3000)(total - 1))
-    np.testing.assert_allclose(left, (math.pi / 2 / 61_000) ** 2, rtol=1e-5)
+    left = float(cosine(1.0, total, 0)(total - 1))
+    np.testing.assert_allclose(left, (math.pi / 2 / total) ** 2, rtol=1e-5)
 
 
 def test_scalar_counts_traced_counts_and_dtypes():
-    for schedule in (constant(0.1), warmup_cosine(0.1, 50, 5), warmup_stable_decay(0.1, 50, 5)):
-        eager = schedule(7)
-        traced = jax.jit(schedule)(jnp.int32(7))
-        assert eager.shape == traced.shape == ()
-        assert eager.dtype == traced.dtype == jnp.float32
-        np.testing.assert_allclose(eager, traced, rtol=1e-6)
-        with jax.enable_x64(True):
-            assert schedule(jnp.int32(7)).dtype == jnp.float64
+    schedule = warmup_stable_decay(0.1, 50, 5)
+    eager = schedule(7)
+    traced = jax.jit(schedule)(jnp.int32(7))
+    assert eager.shape == traced.shape == ()
+    assert eager.dtype == traced.dtype == jnp.float32
+    np.testing.assert_allclose(eager, traced, rtol=1e-6)
+    with jax.enable_x64(True):
+        assert schedule(jnp.int32(7)).dtype == jnp.float64
 
 
 def test_drives_an_optax_chain():
-    tx = optax.chain(optax.scale_by_learning_rate(warmup_cosine(1.0, 4, 2)))
+    tx = optax.chain(optax.scale_by_learning_rate(cosine(1.0, 4, 2)))
     state = tx.init(jnp.ones(2))
     rates = []
     for _ in range(5):
@@ -124,18 +122,18 @@ def test_drives_an_optax_chain():
 
 
 def test_traced_peak_is_accepted():
-    assert float(jax.jit(lambda peak: warmup_cosine(peak, 10, 0)(0))(0.5)) == 0.5
+    assert float(jax.jit(lambda peak: cosine(peak, 10, 0)(0))(0.5)) == 0.5
 
 
 @pytest.mark.parametrize(
     ("build", "field"),
     [
-        (lambda: constant(math.nan), "peak"),
-        (lambda: constant(-1.0), "peak"),
-        (lambda: warmup_cosine(math.inf, 10, 1), "peak"),
-        (lambda: warmup_cosine(1.0, 0, 0), "total_steps"),
-        (lambda: warmup_cosine(1.0, 10, 11), "warmup_steps"),
-        (lambda: warmup_cosine(1.0, 10, -1), "warmup_steps"),
+        (lambda: warmup_stable_decay(math.nan, 10, 1), "peak"),
+        (lambda: warmup_stable_decay(-1.0, 10, 1), "peak"),
+        (lambda: warmup_stable_decay(math.inf, 10, 1), "peak"),
+        (lambda: warmup_stable_decay(1.0, 0, 0), "total_steps"),
+        (lambda: warmup_stable_decay(1.0, 10, 11), "warmup_steps"),
+        (lambda: warmup_stable_decay(1.0, 10, -1), "warmup_steps"),
         (lambda: warmup_stable_decay(1.0, 10, 1, decay_fraction=1.5), "decay_fraction"),
         (lambda: warmup_stable_decay(1.0, 10, 1, final_fraction=math.nan), "final_fraction"),
         (lambda: warmup_stable_decay(1.0, 10, 1, decay_shape="exp"), "decay_shape"),

@@ -1,4 +1,5 @@
 import json
+import os
 import resource
 import shutil
 
@@ -8,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxopt_lab.train.checkpoint import Checkpoints, committed_steps, first_difference
 from jaxopt_lab.train.errors import CheckpointError
+from jaxopt_lab.train.io import retention
+from jaxopt_lab.train.io.checkpoints import Checkpoints, committed_steps, first_difference
 from jaxopt_lab.train.mesh import MeshConfig, make_mesh, to_global
 from jaxopt_lab.train.step import make_step
 from tests.train import stand_in
@@ -42,6 +44,8 @@ def save_all(directory, steps, *, losses=None, **kwargs):
         for step in steps:
             loss = None if losses is None else losses.get(step)
             checkpoints.save(step, small_tree(step), {"step": step}, held_out_loss=loss)
+            if loss is None or np.isfinite(loss):
+                checkpoints.verify(step, finite=True)
     return directory / "checkpoints"
 
 
@@ -61,7 +65,9 @@ def test_newest_and_best_stay(tmp_path):
     with Checkpoints(tmp_path, keep_newest=2, keep_best=1) as checkpoints:
         checkpoints.save(8, small_tree(8), {}, held_out_loss=1.5)
         checkpoints.wait()
-        assert checkpoints.steps() == [2, 7, 8]
+        assert checkpoints.steps() == [2, 6, 7, 8]  # until a loss has verified the last
+        checkpoints.verify(8, finite=True)
+    assert committed_steps(tmp_path / "checkpoints") == [2, 7, 8]
 
 
 def test_a_label_that_exists_is_left_alone(tmp_path):
@@ -100,7 +106,14 @@ def test_first_difference_of_equal_descriptions_is_none():
 
 
 def files_of(checkpoint):
-    return sorted(f for f in checkpoint.rglob("*") if f.is_file() and f.name != "_SIZES.json")
+    """All files with content, the digests included."""
+    return sorted(f for f in checkpoint.rglob("*") if f.is_file() and f.stat().st_size)
+
+
+def restore_and_notes(run, target):
+    notes = []
+    with Checkpoints(run, message=notes.append) as checkpoints:
+        return checkpoints.restore(abstract(target)), notes
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5])
@@ -129,16 +142,153 @@ def test_a_missing_file_is_noticed(tmp_path):
     assert "is missing" in notes[0]
 
 
+def flip_a_bit(path, position):
+    content = bytearray(path.read_bytes())
+    content[position // 8] ^= 1 << position % 8
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_any_file_is_found_and_the_previous_checkpoint_taken(tmp_path):
+    """Each file, once in the middle and once at a random place."""
+    rng = np.random.default_rng(0)
+    directory = save_all(tmp_path / "whole", [1, 2], losses={1: 1.0, 2: 2.0})
+    for number, file in enumerate(files_of(directory / "2")):
+        bits = 8 * file.stat().st_size
+        run = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", run)
+        damaged = run / "checkpoints" / file.relative_to(directory)
+        flip_a_bit(damaged, bits // 2 if number % 2 else int(rng.integers(bits)))
+        restored, notes = restore_and_notes(run, small_tree())
+        assert restored.step == 1 and equal(restored.state, small_tree(1)), file
+        assert (
+            len(notes) == 1 and file.name in notes[0] and "going on with checkpoint 1" in notes[0]
+        )
+
+
+@pytest.mark.slow
+def test_sixty_flipped_bits_none_silent(tmp_path):
+    directory = save_all(tmp_path / "whole", [1, 2], losses={1: 1.0, 2: 2.0})
+    rng = np.random.default_rng()
+    files = files_of(directory / "2")
+    for number in range(60):
+        run = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", run)
+        file = files[number % len(files)]
+        position = int(rng.integers(8 * file.stat().st_size))
+        flip_a_bit(run / "checkpoints" / file.relative_to(directory), position)
+        restored, notes = restore_and_notes(run, small_tree())
+        assert restored.step == 1 and len(notes) == 1, (file, position)
+        shutil.rmtree(run)
+
+
+def test_a_checkpoint_under_another_label_is_set_aside(tmp_path):
+    directory = save_all(tmp_path, [1, 2])
+    (directory / "2").rename(directory / "500")
+    restored, notes = restore_and_notes(tmp_path, small_tree())
+    assert restored.step == 1 and "called 500 and holds step 2" in notes[0]
+
+
+def test_one_without_digests_is_used_only_when_nothing_else_exists(tmp_path):
+    directory = save_all(tmp_path / "run", [1, 2])
+    for file in directory.glob("2/_*"):
+        if "DIGESTS" in file.name:
+            file.unlink()
+    assert committed_steps(directory) == [1]
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    restored, notes = restore_and_notes(tmp_path / "run", small_tree())
+    assert restored.step == 1 and "2 is deleted (it was not committed)" in notes[0]
+    shutil.rmtree(tmp_path / "alone/checkpoints/1")
+    restored, notes = restore_and_notes(tmp_path / "alone", small_tree())
+    assert restored.step == 2 and equal(restored.state, small_tree(2))
+    assert "2 has no digests" in notes[0] and "no other" in notes[0]
+    # From now on it is protected like any other.
+    assert committed_steps(tmp_path / "alone/checkpoints") == [2]
+
+
+def test_what_no_loss_has_verified_displaces_nothing(tmp_path):
+    options = {"keep_newest": 2, "keep_best": 0}
+    directory = save_all(tmp_path, [1, 2], **options)
+    with Checkpoints(tmp_path, **options) as checkpoints:
+        for step in range(3, 7):
+            checkpoints.save(step, small_tree(step), {}, held_out_loss=float("nan"))
+        checkpoints.save(7, small_tree(7), {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 2, 6, 7]  # 7 may turn out well, 6 is the newest doubt
+        checkpoints.verify(7, finite=False)
+    assert committed_steps(directory) == [1, 2, 7]
+    restored, notes = restore_and_notes(tmp_path, small_tree())
+    assert restored.step == 2 and "7 is deleted (the loss was not finite" in notes[0]
+
+
+def test_a_doubtful_one_that_turns_out_well_counts_again(tmp_path):
+    options = {"keep_newest": 1, "keep_best": 0}
+    directory = save_all(tmp_path, [1], **options)
+    with Checkpoints(tmp_path, **options) as checkpoints:
+        checkpoints.save(2, small_tree(2), {})
+        checkpoints.verify(2, finite=False)
+        checkpoints.verify(2, finite=True)
+    assert committed_steps(directory) == [2]
+
+
+def test_a_doubtful_one_is_better_than_none(tmp_path):
+    save_all(tmp_path, [1], losses={1: float("nan")})
+    restored, notes = restore_and_notes(tmp_path, small_tree())
+    assert restored.step == 1 and "not finite" in notes[0]
+
+
+def test_a_deletion_that_was_interrupted_is_completed_silently(tmp_path):
+    directory = save_all(tmp_path, [1, 2])
+    (directory / "1").rename(directory / "1.deleting")
+    files_of(directory / "1.deleting")[0].unlink()
+    (directory / "3.orbax-checkpoint-tmp").mkdir()
+    restored, notes = restore_and_notes(tmp_path, small_tree())
+    assert restored.step == 2 and not notes
+    assert [path.name for path in directory.iterdir()] == ["2"]
+
+
+def test_killed_while_a_checkpoint_is_deleted(tmp_path, monkeypatch):
+    """Whatever of it was removed, it no longer bears a label."""
+    directory = save_all(tmp_path, [1])
+
+    def killed(path, **options):
+        if path.exists():
+            files_of(path)[0].unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retention.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            retention.delete(directory / "1")
+    assert retention.labels(directory) == []
+
+
+def test_descriptors_and_threads_do_not_grow(tmp_path):
+    def used():
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in range(1, 41):
+            checkpoints.save(step, {"w": jnp.zeros(3)}, {})
+            checkpoints.verify(step, finite=True)
+            if step == 20:
+                checkpoints.wait()
+                before = used()
+        checkpoints.wait()
+        after = used()
+    # A pool of threads may still fill up; one descriptor or thread a save would be 20.
+    assert after[0] <= before[0] + 4 and after[1] <= before[1] + 8, (before, after)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 def test_damage_found_only_while_reading_also_falls_back(tmp_path):
-    # Killed between the commit and the record of sizes: only reading can tell.
+    # Neither has digests: only reading can tell.
     directory = save_all(tmp_path, [1, 2])
-    (directory / "2/_SIZES.json").unlink()
+    for file in directory.glob("*/_DIGESTS*"):
+        file.unlink()
     (directory / "2/state/manifest.ocdbt").write_bytes(b"")
-    notes = []
-    with Checkpoints(tmp_path, message=notes.append) as checkpoints:
-        assert checkpoints.restore(abstract(small_tree())).step == 1
+    restored, notes = restore_and_notes(tmp_path, small_tree())
+    assert restored.step == 1
     assert "checkpoint 2 is damaged" in notes[0]
     assert (tmp_path / "damaged-checkpoints").is_dir()
 
@@ -147,9 +297,10 @@ def test_nothing_left_to_restore(tmp_path):
     directory = save_all(tmp_path, [1])
     files_of(directory / "1")[0].unlink()
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.are_all_damaged()
-        with pytest.raises(CheckpointError, match="no checkpoint that can be read"):
+        assert not checkpoints.are_all_damaged()
+        with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
             checkpoints.restore(abstract(small_tree()))
+        assert checkpoints.are_all_damaged()
 
 
 # What orbax leaves behind of the save that failed: a coroutine that it never awaited.

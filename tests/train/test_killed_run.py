@@ -9,14 +9,22 @@ import time
 
 import pytest
 
-from jaxopt_lab.train.checkpoint import committed_steps
 from jaxopt_lab.train.config import CheckpointConfig, EvalConfig
-from jaxopt_lab.train.optimizers import AdamWConfig
+from jaxopt_lab.train.io.checkpoints import committed_steps
+from jaxopt_lab.train.optimizers import AdamWConfig, LionMuonConfig
+from jaxopt_lab.train.optimizers_kronecker import DyKAFConfig, ShampooConfig, SoapConfig
 from jaxopt_lab.train.serialize import to_json
 from tests.train.tiny_run import losses_of, tiny_config, write_text
 
-STEPS = 300
-KILLS = 5
+STEPS = 600
+KILLS = 40
+OPTIMIZERS = {
+    "adamw": AdamWConfig(),
+    "lion-muon": LionMuonConfig(),
+    "soap": SoapConfig(),
+    "dykaf": DyKAFConfig(),
+    "shampoo": ShampooConfig(),
+}
 
 
 def start(*arguments, **environment):
@@ -38,9 +46,12 @@ def wait_for_a_step(child, log):
 
 
 @pytest.mark.slow
-def test_pretrain_killed_at_random_moments_ends_as_if_nothing_had_happened(tmp_path):
+@pytest.mark.timeout(6000)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_pretrain_killed_at_random_moments_ends_as_if_nothing_had_happened(tmp_path, name):
+    """200 kills over all optimizers."""
     config = tiny_config(
-        write_text(tmp_path / "text"), None, steps=STEPS, optimizer=AdamWConfig(),
+        write_text(tmp_path / "text"), None, steps=STEPS, optimizer=OPTIMIZERS[name],
         eval=EvalConfig(every=100, batches=1, sample_tokens=0),
         checkpoint=CheckpointConfig(every_steps=10, keep_newest=2),
     )  # fmt: skip
@@ -53,7 +64,8 @@ def test_pretrain_killed_at_random_moments_ends_as_if_nothing_had_happened(tmp_p
 
     generator = random.Random(time.time_ns())
     for number in range(KILLS):
-        resume = [] if number == 0 else ["--resume"]
+        # A run that was killed before it wrote anything starts anew.
+        resume = ["--resume"] if (run / "config.json").exists() else []
         arguments = [*resume, "--run-directory", str(run)] if resume else [*new, str(run)]
         child = start(*arguments, **cache)
         # Every other kill comes while training, the rest anywhere in the start of the process.
@@ -66,6 +78,7 @@ def test_pretrain_killed_at_random_moments_ends_as_if_nothing_had_happened(tmp_p
         before = committed_steps(run / "checkpoints")
         child.send_signal(signal.SIGKILL)
         output, _ = child.communicate(timeout=60)
+        assert "damaged" not in output, output
         after = committed_steps(run / "checkpoints")
         assert max(after, default=0) >= max(before, default=0), output
     output, _ = (child := start("--resume", "--run-directory", str(run), **cache)).communicate()

@@ -15,10 +15,10 @@ from jaxopt_lab import cli, models
 from jaxopt_lab.data import TextFiles, Tokenizer
 from jaxopt_lab.optim import params_ema
 from jaxopt_lab.report.tracker import read_metrics
-from jaxopt_lab.train.checkpoint import committed_steps
 from jaxopt_lab.train.config import CheckpointConfig, EvalConfig
 from jaxopt_lab.train.diagnostics import DiagnosticsConfig
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
+from jaxopt_lab.train.io.checkpoints import committed_steps
 from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.optimizers import AdamWConfig, LionMuonConfig, OptaxMuonConfig
 from jaxopt_lab.train.pretrain import pretrain
@@ -387,6 +387,21 @@ def test_parameters_that_overflow_are_never_saved(text, tmp_path):
     with pytest.raises(TrainingError, match="parameters are not finite after step 1"):
         pretrain(config)
     assert committed_steps(tmp_path / "run/checkpoints") == []
+
+
+def test_divergence_leaves_the_last_good_checkpoints(finished, tmp_path):
+    config = copy_of(finished, tmp_path, steps=16)
+    good = config.optimizer
+    config = replace(config, checkpoint=CheckpointConfig(every_steps=3, keep_newest=2))
+    pretrain(replace(config, optimizer=replace(good, learning_rate=1e30)))
+    assert [row["skipped"] for row in read_metrics(tmp_path / "run") if "loss" in row][-1] > 5
+    # 16 is the last, and nothing newer than 6 displaces anything.
+    assert committed_steps(tmp_path / "run/checkpoints") == [3, 6, 16]
+    notes = []
+    pretrain(replace(config, optimizer=good, steps=7), message=notes.append)
+    assert any("resuming after step 6 of 7" in note for note in notes)
+    assert any("checkpoint 16 is deleted (the loss was not finite" in note for note in notes)
+    assert all(np.isfinite(loss) for loss in losses_of(tmp_path / "run").values())
 
 
 def test_options_together_on_a_mesh(text, tmp_path):

@@ -14,8 +14,8 @@ import pytest
 
 from jaxopt_lab import cli
 from jaxopt_lab.data import prepare
-from jaxopt_lab.train.checkpoint import committed_steps
 from jaxopt_lab.train.config import CheckpointConfig, EvalConfig
+from jaxopt_lab.train.io.checkpoints import committed_steps
 from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.optimizers import AdamWConfig
 from jaxopt_lab.train.pretrain import pretrain

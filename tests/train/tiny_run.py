@@ -11,8 +11,8 @@ import numpy as np
 from jaxopt_lab.data import TextFiles, TokenizerConfig
 from jaxopt_lab.models import DecoderConfig
 from jaxopt_lab.report.tracker import read_metrics
-from jaxopt_lab.train.checkpoint import Checkpoints
 from jaxopt_lab.train.config import CheckpointConfig, EvalConfig, PretrainConfig
+from jaxopt_lab.train.io.checkpoints import Checkpoints
 from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.program import build_program
 

@@ -1,172 +1,119 @@
-"""The arrays of one matrix leaf with its factors and bases, and the way to stacks and back."""
+"""The arrays of leaves with factors and bases, by name, and their way to stacks and back.
 
-from collections.abc import Callable, Mapping, Sequence
+A leaf has any number of sides, each with a factor, a basis and, while bases are refreshed, the
+order of its columns: `factor0`, `basis0`, `order0` belong to its first side. A matrix has two.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxtyping import Array
 
-from jaxopt_lab.core.matrices import MatrixAxes
-from jaxopt_lab.core.stacks import Item, LeafLayout, ReplicatedWork, Slot, map_stacks
+from jaxopt_lab.core.stacks import Item, ReplicatedWork, Slot, map_stacks
 
-# In the coordinates of the leaf, and in those of its eigenbases.
-_OF_LEAF, _ROTATED = ("grad", "direction"), ("mu", "nu")
-_OTHER_SIDE = {
-    f"{old}{side}_{what}": f"{old}{other}_{what}"
-    for side, other in (("row", "column"), ("column", "row"))
-    for what in ("nu", "factor", "basis", "order")
+# One entry a leaf, (batch, ...); None: the leaf has no such array.
+Arrays = dict[str, list[Any]]
+Sides = tuple[Array | None, ...]  # of a stack; None: that side has no factor
+
+_OTHER = {"row_nu": "column_nu", "column_nu": "row_nu"} | {
+    f"{old}{what}{side}": f"{old}{what}{1 - side}"
     for old in ("", "old_")
+    for what in ("factor", "basis", "order")
+    for side in (0, 1)
 }
+# Arrays in the coordinates of a matrix or of its bases.
+_MATRICES = ("grad", "direction", "mu", "nu")
 
 
-_Arrays = list[dict[str, Array | None]]  # some of every leaf
+class Leaves(NamedTuple):
+    """Where the arrays of every leaf are, and how they enter a stack."""
 
+    layouts: Sequence[Any]
+    slots: list[dict[str, Slot]]
 
-class FactorLeaf(NamedTuple):
-    """One leaf; every array is (batch, ...), gradient and direction (batch, *inner)."""
+    @classmethod
+    def of(cls, layouts: Sequence[Any]) -> "Leaves":
+        """From the layouts: `LeafLayout`, or anything that has its sides and slots."""
+        return cls(layouts, [layout.slots() for layout in layouts])
 
-    layout: LeafLayout
-    arrays: Mapping[str, Array | None]
+    def map(
+        self,
+        fn: Callable[..., Sides],
+        operand: Any,
+        arrays: Arrays,
+        names: Sequence[str],
+        results: Sequence[str],
+        *,
+        transposable: bool = False,
+        **options: Any,
+    ) -> Arrays:
+        """`fn(operand, *stacks)` of the named arrays of all leaves, as few times as they allow.
 
-    def __getitem__(self, name: str) -> Array:
-        """An array that is there."""
-        array = self.arrays[name]
-        assert array is not None, name
-        return array
+        Args:
+          fn: From stacks (b, ...), None where a leaf has no such array, to stacks.
+          operand: As for `map_stacks`.
+          arrays: Those of the leaves.
+          names: What `fn` takes.
+          results: What it returns. A leaf has a result if it has an array of that name.
+          transposable: Whether `fn` commutes with transposing a matrix and exchanging its sides;
+            then leaves (m, n) and (n, m) share a stack.
+          **options: Of `map_stacks`.
+        """
+        flips = [transposable and not x.is_sharded and x.sides[0] > x.sides[1]
+                 for x in self.layouts]  # fmt: skip
+        items = []
+        for i, flip in enumerate(flips):
+            layout, slots = self.layouts[i], self.slots[i]
+            if flip:
+                layout = layout.transposed()
+                slots = layout.slots()
+            leaf = {name: arrays[name][i] for name in arrays}
+            leaf = _flipped(leaf) if flip else leaf
+            given = tuple(leaf[name] for name in names)
+            taken = tuple(None if x is None else slots[name]
+                          for x, name in zip(given, names, strict=True))  # fmt: skip
+            out = tuple(None if leaf[name] is None else slots[name] for name in results)
+            items.append(Item(given, taken, out, layout.mesh))
+        mapped = map_stacks(fn, items, operand=operand, **options)
+        new = [dict(zip(results, values, strict=True)) for values in mapped]
+        new = [_flipped(leaf) if flip else leaf for leaf, flip in zip(new, flips, strict=True)]
+        return {name: [leaf[name] for leaf in new] for name in results}
 
-    def having(self, **arrays: Array | None) -> "FactorLeaf":
-        """With some arrays added or replaced."""
-        return self._replace(arrays={**self.arrays, **arrays})
+    def map_sides(
+        self,
+        fn: Callable[..., Sides],
+        operand: Any,
+        arrays: Arrays,
+        *,
+        replicated_work: ReplicatedWork,
+    ) -> Arrays:
+        """Factor, basis and order of every side by `fn(operand, factor, basis)`.
 
-    def slot(self, name: str) -> Slot:
-        """The shape and layout of an array."""
-        return slot_of(self.layout, name)
-
-    def turned(self) -> "FactorLeaf":
-        """The leaf transposed, where no axis is sharded."""
-        layout = self.layout
-        axes = MatrixAxes((0,), (1,), (2,))
-        turned = LeafLayout((layout.batch, layout.n, layout.m), axes, None)
-        turned.mesh = layout.mesh
-
-        def turn(name: str) -> Array | None:
-            x = self.arrays[_OTHER_SIDE.get(name, name)]
-            return x if x is None or name not in (*_OF_LEAF, *_ROTATED) else x.mT
-
-        return FactorLeaf(turned, {name: turn(name) for name in self.arrays})
-
-
-def slot_of(layout: LeafLayout, name: str) -> Slot:
-    """The shape and layout of a named array of a leaf."""
-    if name in _OF_LEAF:
-        return layout.matrix
-    if name in _ROTATED:
-        return layout.block(layout.m, layout.n)
-    if name not in _OTHER_SIDE:
-        return layout.number()
-    size = layout.m if "row" in name else layout.n
-    if name.endswith("order"):
-        return layout.spread(size)
-    return layout.vector(size) if name.endswith("nu") else layout.block(size, size)
-
-
-def map_leaves(
-    fn: Callable[..., tuple[Array | None, ...]],
-    leaves: Sequence[FactorLeaf],
-    names: Sequence[str],
-    results: Sequence[str],
-    *,
-    transposable: bool,
-    **options: Any,
-) -> list[FactorLeaf]:
-    """Replace the arrays `results` of every leaf by `fn` of the arrays `names`, in stacks.
-
-    Args:
-      fn: From stacks (b, ...), None where a leaf has no such array, to stacks.
-      leaves: The leaves.
-      names: Arguments of `fn`.
-      results: What it returns. The leaves have a result if they have an array of that name, or if
-        no leaf has one yet.
-      transposable: Whether `fn` commutes with transposing a leaf and exchanging its sides; then
-        leaves (m, n) and (n, m) share a stack.
-      **options: Of `map_stacks`.
-    """
-    flips = [transposable and not x.layout.is_sharded and x.layout.m > x.layout.n for x in leaves]
-    turned = [x.turned() if flip else x for x, flip in zip(leaves, flips, strict=True)]
-    items = []
-    for leaf in turned:
-        arrays = tuple(leaf.arrays[name] for name in names)
-        slots = tuple(None if x is None else leaf.slot(name)
-                      for x, name in zip(arrays, names, strict=True))  # fmt: skip
-        out = tuple(
-            None if leaf.arrays.get(name, 0) is None else leaf.slot(name) for name in results
+        Sides of equal size share a stack, whatever leaf they belong to and whichever side they are.
+        """
+        factors = [name for name in arrays if name.startswith("factor")]
+        sides = [(i, int(name[6:])) for i in range(len(self.layouts)) for name in factors
+                 if arrays[name][i] is not None]  # fmt: skip
+        items = []
+        for i, k in sides:
+            slots = tuple(self.slots[i][f"{what}{k}"] for what in ("factor", "basis", "order"))
+            given = (arrays[f"factor{k}"][i], arrays[f"basis{k}"][i])
+            items.append(Item(given, slots[:2], slots, self.layouts[i].mesh))
+        mapped = map_stacks(
+            fn, items, operand=operand, replicated_work=replicated_work, decomposes=True
         )
-        items.append(Item(arrays, slots, out, leaf.layout.mesh))
-    mapped = map_stacks(fn, items, **options)
-    done = []
-    for leaf, flip, flipped, values in zip(leaves, flips, turned, mapped, strict=True):
-        new = flipped.having(**dict(zip(results, values, strict=True)))
-        done.append(FactorLeaf(leaf.layout, new.turned().arrays) if flip else new)
-    return done
+        names = [f"{what}{name[6:]}" for what in ("factor", "basis", "order") for name in factors]
+        new: Arrays = {name: [None] * len(self.layouts) for name in names}
+        for (i, k), values in zip(sides, mapped, strict=True):
+            new[f"factor{k}"][i], new[f"basis{k}"][i], new[f"order{k}"][i] = values
+        return new
 
 
-def map_sides(
-    fn: Callable[[Array, Array], tuple[Array, Array, Array]],
-    leaves: Sequence[FactorLeaf],
-    *,
-    replicated_work: ReplicatedWork,
-) -> list[FactorLeaf]:
-    """Replace factor, basis and order of every side by `fn(factor, basis)`.
+def _flipped(leaf: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of the transposed matrices."""
 
-    Sides of equal size share a stack, whatever leaf they belong to and whichever side they are.
-    """
-    results = ("factor", "basis", "order")
-    sides = [
-        (i, side)
-        for i, leaf in enumerate(leaves)
-        for side in ("row", "column")
-        if leaf.arrays[f"{side}_factor"] is not None
-    ]
+    def flip(name: str) -> Array | None:
+        x = leaf[_OTHER.get(name, name)]
+        return x if x is None or name not in _MATRICES else x.mT
 
-    def item(leaf: FactorLeaf, side: str) -> Item:
-        slots = {what: leaf.slot(f"{side}_{what}") for what in results}
-        arrays = (leaf[f"{side}_factor"], leaf[f"{side}_basis"])
-        return Item(
-            arrays, (slots["factor"], slots["basis"]), tuple(slots.values()), leaf.layout.mesh
-        )
-
-    mapped = map_stacks(
-        fn,
-        [item(leaves[i], side) for i, side in sides],
-        replicated_work=replicated_work,
-        decomposes=True,
-    )
-    nothing = {f"{side}_order": None for side in ("row", "column")}
-    done = [leaf.having(**nothing) for leaf in leaves]
-    for (i, side), values in zip(sides, mapped, strict=True):
-        names = (f"{side}_{what}" for what in results)
-        done[i] = done[i].having(**dict(zip(names, values, strict=True)))
-    return done
-
-
-def branch(
-    choose: Callable[[Callable[[_Arrays], _Arrays], _Arrays], _Arrays],
-    step: Callable[[list[FactorLeaf]], list[FactorLeaf]],
-    leaves: list[FactorLeaf],
-    names: Sequence[str],
-) -> list[FactorLeaf]:
-    """`step(leaves)` or `leaves`.
-
-    Args:
-      choose: `choose(change, arrays)` returns `change(arrays)` or `arrays`.
-      step: Changes the named arrays only.
-      leaves: The leaves.
-      names: What goes in and out of the branch.
-    """
-
-    def having(arrays: _Arrays) -> list[FactorLeaf]:
-        return [leaf.having(**x) for leaf, x in zip(leaves, arrays, strict=True)]
-
-    def named(leaves: list[FactorLeaf]) -> _Arrays:
-        return [{name: leaf.arrays[name] for name in names} for leaf in leaves]
-
-    return having(choose(lambda arrays: named(step(having(arrays))), named(leaves)))
+    return {name: flip(name) for name in leaf if _OTHER.get(name, name) in leaf}

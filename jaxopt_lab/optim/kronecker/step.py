@@ -1,32 +1,33 @@
 """Adam in slowly changing Kronecker eigenbases: what SOAP and DyKAF have in common.
 
-A matrix keeps two factors, one a side, and an orthogonal basis of eigenvectors for each. Adam's
-moments live in those bases; a method is the rule by which the factors follow the gradients.
+A leaf keeps a factor for each of its sides and an orthogonal basis of eigenvectors for each factor.
+Adam's moments live in those bases; a method is the rule by which the factors follow the gradients.
+`EigenbasisAdam.step` says in order what happens to a gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxopt_lab.core.kronecker import rank_one_step, symmetric
-from jaxopt_lab.core.numerics import Scalar, one_minus_power
+from jaxopt_lab.core.modes import mode_product
+from jaxopt_lab.core.numerics import Scalar, one_minus_power, safe_divide
 from jaxopt_lab.core.ordering import cond_without_copy, serialize_after
 from jaxopt_lab.core.orthogonalization import Orthogonalizer
-from jaxopt_lab.core.precision import ProductPrecision, matmul
+from jaxopt_lab.core.precision import ProductPrecision, rotate
 from jaxopt_lab.core.spectral import refresh_eigenbasis
 from jaxopt_lab.core.stacks import ReplicatedWork
 from jaxopt_lab.optim.kronecker.factors import STATIC, FactorRule
-from jaxopt_lab.optim.kronecker.leaves import FactorLeaf, branch, map_leaves, map_sides
-from jaxopt_lab.optim.kronecker.sides import Side, permuted, select, spread
-
-SecondMoment = Literal["full", "rank_one", "factored"]
+from jaxopt_lab.optim.kronecker.leaves import Arrays, Leaves, Sides
+from jaxopt_lab.optim.options import SecondMoment
 
 # What a step does with one matrix.
 REFUSED, WAITING, STARTED, APPLIED = -1, 0, 1, 2
@@ -34,10 +35,15 @@ REFUSED, WAITING, STARTED, APPLIED = -1, 0, 1, 2
 # Leaves with so many matrices fill a device by themselves.
 _ENOUGH = 8
 
+# Bound on the coordinates of a direction in the eigenbases. As long as these stay, Cauchy-Schwarz
+# bounds |M| / sqrt(V) by (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)), 1 for b1 = b2. A refresh
+# rotates M and only permutes V, and a small entry of V may meet any part of M. After a refresh at
+# every step of a 9 x 9 matrix a ratio of 19 was seen, with the usual ten steps from one to the next
+# below 4; what is above the bound is no information about curvature. The direction of an (m, n)
+# matrix then has a Frobenius norm of at most LARGEST_RATIO sqrt(m n).
+LARGEST_RATIO = 32.0
+
 MOMENTS = ("mu", "nu", "row_nu", "column_nu")
-FACTORS = ("row_factor", "column_factor")
-BASES = ("row_basis", "column_basis")
-ORDERS = ("row_order", "column_order")
 
 
 @jax.tree_util.register_dataclass
@@ -45,7 +51,8 @@ ORDERS = ("row_order", "column_order")
 class EigenbasisAdam:
     """One step of the family, on leaves whose arrays are at hand.
 
-    A tree of its numbers, any of which may be traced.
+    A tree of its numbers, any of which may be traced. What follows `replicated_work` only the
+    released codes set, through `jaxopt_lab.parity`.
     """
 
     rule: FactorRule
@@ -54,186 +61,159 @@ class EigenbasisAdam:
     eps: Scalar
     frequency: int
     second_moment: SecondMoment = field(metadata=STATIC)
-    eps_in_denominator: bool = field(metadata=STATIC)
-    correct_bias: bool = field(metadata=STATIC)
-    normalize_grads: bool = field(metadata=STATIC)
-    skip_first_step: bool = field(metadata=STATIC)
     stagger: bool = field(metadata=STATIC)
     orthogonalizer: Orthogonalizer = field(metadata=STATIC)
     factor_precision: ProductPrecision = field(metadata=STATIC)
     rotation_precision: ProductPrecision = field(metadata=STATIC)
     replicated_work: ReplicatedWork = field(metadata=STATIC)
+    eps_in_denominator: bool = field(default=True, metadata=STATIC)  # of the rank-one fit
+    correct_bias: bool = field(default=True, metadata=STATIC)
+    normalize_grads: bool = field(default=False, metadata=STATIC)  # N over its root mean square
+    skip_first_step: bool = field(default=True, metadata=STATIC)
+    largest_ratio: float | None = field(default=LARGEST_RATIO, metadata=STATIC)  # None: no bound
 
     def step(
-        self, count: Array, leaves: Sequence[FactorLeaf], grads: Sequence[Array]
-    ) -> tuple[list[Array], list[Array], list[FactorLeaf]]:
+        self, count: Array, leaves: Leaves, arrays: Arrays, grads: Sequence[Array]
+    ) -> tuple[list[Array], Arrays]:
         """Take one gradient.
 
         Args:
           count: Gradients seen before this one.
-          leaves: State of each leaf.
-          grads: One a leaf, float32 or wider.
+          leaves: Their layouts.
+          arrays: Their state.
+          grads: One a leaf, in the form of its stack, float32 or wider.
 
         Returns:
-          The directions, what was done with each matrix (`REFUSED`, ...), and the new leaves.
+          The directions, NaN for the matrices that take no step, and the new arrays, among them
+          what was done with each matrix ("status").
         """
-        leaves = [leaf.having(grad=leaf.layout.view(g))
-                  for leaf, g in zip(leaves, grads, strict=True)]  # fmt: skip
+        factors = tuple(name for name in arrays if name.startswith("factor"))
+        bases = tuple(name for name in arrays if name.startswith("basis"))
         # A place for the directions. Of ones: compilers merge equal constants, and would read these
         # from memory wherever a zero is wanted.
-        leaves = [leaf.having(status=self._status(leaf), direction=jnp.ones_like(leaf["grad"]))
-                  for leaf in leaves]  # fmt: skip
+        arrays = arrays | {"grad": list(grads), "direction": [jnp.ones_like(g) for g in grads]}
+        arrays["status"] = self._statuses(arrays, factors)
         starting = jnp.array(False)
-        for leaf in leaves:
-            starting = starting | jnp.any(leaf["status"] == STARTED)
+        for status in arrays["status"]:
+            starting = starting | jnp.any(status == STARTED)
         due = self._refresh_due(count)
 
-        def move_and_refresh(leaves: list[FactorLeaf]) -> list[FactorLeaf]:
-            return self._refresh(count, self._move(leaves))
+        def move_and_refresh(arrays: Arrays) -> Arrays:
+            arrays = arrays | self._move(leaves, arrays, factors, bases)
+            return arrays | self._refresh(count, leaves, arrays, factors, bases)
 
-        # A host waits for the device wherever it learns what to start next. Most steps ask three
-        # times before they work and not afterwards, so that the device has work while the host
-        # prepares the next program. The bases stay outside of the last branch, which would copy
-        # what it hands on.
-        leaves = branch(
-            partial(cond_without_copy, starting), self._start, leaves, (*FACTORS, *BASES)
-        )
-        moved = ("status", "direction", *MOMENTS, *FACTORS)
-        leaves = branch(partial(cond_without_copy, due), move_and_refresh, leaves, (*moved, *BASES))
-        leaves = branch(partial(lax.cond, due, lambda arrays: arrays), self._move, leaves, moved)
-        directions = [leaf.layout.undo_view(self._scaled(leaf)) for leaf in leaves]
-        leaves = [leaf.having(age=self._grown(leaf)) for leaf in leaves]
-        return directions, [leaf["status"] for leaf in leaves], leaves
+        # Each predicate blocks dispatch: a host that comes to a loop or a conditional waits for the
+        # device to learn what to start next. So most steps ask three times before they work and not
+        # afterwards, and the device has work while the host prepares the next program. The bases
+        # stay outside of the last branch, which would copy what it hands on.
+        moved = ("direction", *MOMENTS, *factors)
+        once, at_refresh = partial(cond_without_copy, starting), partial(cond_without_copy, due)
+        unless_moved = partial(lax.cond, due, lambda held: held)
+        start = partial(self._start, leaves, factors=factors, bases=bases)
+        move = partial(self._move, leaves, factors=factors, bases=bases)
+        arrays = _branch(once, start, arrays, (*factors, *bases))
+        arrays = _branch(at_refresh, move_and_refresh, arrays, (*moved, *bases))
+        arrays = _branch(unless_moved, move, arrays, moved)
+
+        if self.rule.may_overflow:
+            arrays["status"] = list(map(_overflown, arrays["status"], arrays["direction"]))
+        takes_step = map(self._applied, arrays["status"])
+        directions = [jnp.where(spread(yes, x), x, jnp.nan)
+                      for yes, x in zip(takes_step, arrays["direction"], strict=True)]  # fmt: skip
+        arrays["age"] = list(map(self._grown, arrays["status"], arrays["age"]))
+        return directions, arrays
 
     def basis_dtype(self, dtype: DTypeLike) -> DTypeLike:
         """Of the bases of a matrix whose moments have `dtype`: what the rotations use of them."""
-        return (
-            jnp.bfloat16
-            if self.rotation_precision == "bfloat16" and dtype == jnp.float32
-            else dtype
-        )
+        rounds = self.rotation_precision == "bfloat16" and dtype == jnp.float32
+        return jnp.bfloat16 if rounds else dtype
 
-    def applied(self, status: Array) -> Array:
+    def _statuses(self, arrays: Arrays, factors: Sequence[str]) -> list[Array]:
+        """What to do with each matrix."""
+
+        def status(i: int, grad: Array, age: Array) -> Array:
+            largest = jnp.max(jnp.abs(grad), axis=tuple(range(1, grad.ndim)), initial=0)
+            all_sides = all(arrays[name][i] is not None for name in factors)
+            waits = self.rule.waits_for_gradient and all_sides
+            # Directions of subnormal gradients are rounding.
+            is_something = largest >= jnp.finfo(grad.dtype).tiny
+            starting = (age == 0) & (is_something | (not waits))
+            taken = jnp.where(starting, STARTED, jnp.where(age > 0, APPLIED, WAITING))
+            # The square of the Frobenius norm bounds whatever is formed of a gradient, with room
+            # for rounding; once it overflows, averages would stay infinite for good.
+            bound = jnp.square(2 * largest) * (grad.size // max(grad.shape[0], 1))
+            return jnp.where(jnp.isfinite(bound), taken, REFUSED)
+
+        pairs = zip(arrays["grad"], arrays["age"], strict=True)
+        return [status(i, grad, age) for i, (grad, age) in enumerate(pairs)]
+
+    def _applied(self, status: Array) -> Array:
         """Whether a matrix takes a step."""
         return (status == APPLIED) | ((status == STARTED) & (not self.skip_first_step))
 
-    def _map(
-        self, fn, leaves, names, results, *, scalars: Sequence[Array] = (), **options
-    ) -> list[FactorLeaf]:
-        """`map_leaves` with `fn(method, *stacks, *scalars)`, where the method's numbers follow."""
-        numbers, treedef = jax.tree.flatten(self)
-        traced = [i for i, x in enumerate(numbers) if isinstance(x, jax.Array)]
-
-        def with_numbers(*arguments: Array) -> tuple[Side, ...]:
-            arrays, given = arguments[: len(names) + len(scalars)], arguments[-len(traced) :]
-            own = dict(zip(traced, given, strict=False))
-            method = treedef.unflatten([own.get(i, x) for i, x in enumerate(numbers)])
-            return fn(method, *arrays)
-
-        return map_leaves(
-            with_numbers,
-            leaves,
-            names,
-            results,
-            scalars=(*scalars, *(numbers[i] for i in traced)),
-            replicated_work=self.replicated_work,
-            **{"transposable": False, "enough": _ENOUGH, **options},
-        )
-
-    def _status(self, leaf: FactorLeaf) -> Array:
-        """What to do with each matrix."""
-        grad, age = leaf["grad"], leaf["age"]
-        largest = jnp.max(jnp.abs(grad), axis=tuple(range(1, grad.ndim)), initial=0)
-        two_sided = (
-            leaf.arrays["row_factor"] is not None and leaf.arrays["column_factor"] is not None
-        )
-        waits = self.rule.waits_for_gradient and two_sided
-        # Directions of subnormal gradients are rounding.
-        is_something = largest >= jnp.finfo(grad.dtype).tiny
-        starting = (age == 0) & (is_something | (not waits))
-        status = jnp.where(starting, STARTED, jnp.where(age > 0, APPLIED, WAITING))
-        # The square of the Frobenius norm bounds whatever is formed of a gradient, with room for
-        # rounding; once it overflows, averages would stay infinite for good.
-        bound = jnp.square(2 * largest) * (leaf.layout.m * leaf.layout.n)
-        return jnp.where(jnp.isfinite(bound), status, REFUSED)
-
-    def _start(self, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
-        def start(method, grad, rows, columns, row_basis, column_basis, status):
-            grad = jnp.where(spread(status == STARTED, grad), grad, 0)
-            first = method.rule.start((rows, columns), grad)
-            new = (*first, *method.rule.bases(first, grad))
-            old = (rows, columns, row_basis, column_basis)
-            return select(status == STARTED, new, old)
-
-        names = ("grad", *FACTORS, *BASES, "status")
-        return self._map(start, leaves, names, (*FACTORS, *BASES), decomposes=True)
-
-    def _move(self, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
-        """Take the gradient into factors and moments, and find the directions."""
-        advanced = self._map(
-            EigenbasisAdam._factor_step, leaves, ("grad", *FACTORS, "status"), FACTORS
-        )
-        leaves = list(map(self._unless_overflowing, advanced, leaves))
-        names = ("grad", *MOMENTS, *BASES, "status")
-        return self._map(EigenbasisAdam._adam_step, leaves, names, ("direction", *MOMENTS))
-
-    def _factor_step(self, grad: Array, rows: Side, columns: Side, status: Array):
-        old = (rows, columns)
-        return select(status > 0, self.rule.step(old, grad), old)
-
-    def _unless_overflowing(self, leaf: FactorLeaf, old: FactorLeaf) -> FactorLeaf:
-        """Refuse gradients that are fine by themselves, but too much for a sum of them."""
-        new, last = ((x.arrays["row_factor"], x.arrays["column_factor"]) for x in (leaf, old))
-        fits = self.rule.in_range(new)
-        if fits is None:
-            return leaf
-        kept = dict(zip(FACTORS, select(fits, new, last), strict=True))
-        return leaf.having(status=jnp.where(fits, leaf["status"], REFUSED), **kept)
-
-    def _grown(self, leaf: FactorLeaf) -> Array:
+    def _grown(self, status: Array, age: Array) -> Array:
         first = 1 if self.skip_first_step else 2
-        status, age = leaf["status"], leaf["age"]
-        return jnp.where(
-            status == STARTED, first, jnp.where(status == APPLIED, age + 1, age)
-        ).astype(jnp.int32)
+        applied = jnp.where(status == APPLIED, age + 1, age)
+        return jnp.where(status == STARTED, first, applied).astype(jnp.int32)
 
-    def _adam_step(self, grad, mu, nu, row_nu, column_nu, row_basis, column_basis, status):
-        applied = self.applied(status)
-        rotated = self._rotate(jnp.where(spread(applied, grad), grad, 0), row_basis, column_basis)
+    def _start(
+        self, leaves: Leaves, arrays: Arrays, factors: Sequence[str], bases: Sequence[str]
+    ) -> Arrays:
+        """Factors and bases of the matrices that see their first gradient."""
+
+        def start(method: EigenbasisAdam, grad: Array, status: Array, *old: Array | None) -> Sides:
+            grad = jnp.where(spread(status == STARTED, grad), grad, 0)
+            first = method.rule.start(old[: len(factors)], grad)
+            return select(status == STARTED, (*first, *method.rule.bases(first, grad)), old)
+
+        names = (*factors, *bases)
+        return self._map(start, leaves, arrays, ("grad", "status", *names), names, decomposes=True)
+
+    def _move(
+        self, leaves: Leaves, arrays: Arrays, factors: Sequence[str], bases: Sequence[str]
+    ) -> Arrays:
+        """Directions, and factors and moments that have seen the gradient."""
+        names = ("grad", "status", "age", *MOMENTS, *factors, *bases)
+        results = ("direction", *MOMENTS, *factors)
+        return self._map(EigenbasisAdam._move_stack, leaves, arrays, names, results)
+
+    def _move_stack(
+        self, grad: Array, status: Array, age: Array, mu: Array, nu, row_nu, column_nu,
+        *sides: Array | None,
+    ) -> Sides:  # fmt: skip
+        """One step of a stack of matrices. The gradient never enters the bases it is seen in."""
+        factors, bases = sides[: len(sides) // 2], sides[len(sides) // 2 :]
+        seen = self.rule.step(factors, grad)
+        taken = status > 0
+        if self.rule.may_overflow:  # fine by itself, but too much for a sum of squares
+            taken = taken & self.rule.in_range(seen)
+        applied = self._applied(status) & taken
+
+        rotated = self._into(bases, jnp.where(spread(applied, grad), grad, 0))
         new_mu = self.b1 * mu + (1 - self.b1) * rotated
-        moments, denominator = self._second_moment(nu, row_nu, column_nu, jnp.square(rotated))
-        step = jnp.where(denominator > 0, new_mu / jnp.where(denominator > 0, denominator, 1), 0)
-        step = self._rotate(step, row_basis, column_basis, back=True)
+        moments, root = self._second_moment(nu, row_nu, column_nu, jnp.square(rotated))
+        direction = safe_divide(new_mu, root)
         if self.normalize_grads:
-            step = step / (1e-30 + jnp.sqrt(jnp.mean(jnp.square(step), (-2, -1), keepdims=True)))
-        new = select(applied, (new_mu, *moments), (mu, nu, row_nu, column_nu))
-        return step, *new
-
-    def _scaled(self, leaf: FactorLeaf) -> Array:
-        """The direction without the bias of its moments; 0 for a matrix that takes no step."""
-        direction = leaf["direction"]
+            axes = tuple(range(1, direction.ndim))
+            mean = jnp.mean(jnp.square(direction), axes, keepdims=True)
+            direction = direction / (1e-30 + jnp.sqrt(mean))
         if self.correct_bias:
-            k = jnp.maximum(leaf["age"], 1).astype(direction.dtype)
+            k = jnp.maximum(age, 1).astype(direction.dtype)
             bias = jnp.sqrt(one_minus_power(self.b2, k)) / one_minus_power(self.b1, k)
             direction = spread(bias, direction) * direction
-        return jnp.where(spread(self.applied(leaf["status"]), direction), direction, 0)
+        direction = self._out_of(bases, self._bounded(direction))
+        if self.rule.may_overflow:
+            direction = jnp.where(spread(taken, direction), direction, jnp.nan)
+        new = select(applied, (new_mu, *moments), (mu, nu, row_nu, column_nu))
+        return direction, *new, *select(taken, seen, factors)
 
-    def _rotate(
-        self, x: Array, rows: Side, columns: Side, *, back: bool = False, rounded: bool = False
-    ) -> Array:
-        """Into the eigenbases or back: $Q_L^T X Q_R$ or $Q_L X Q_R^T$.
+    def _bounded(self, direction: Array) -> Array:
+        """A direction in the eigenbases with no coordinate above `largest_ratio`."""
+        if self.largest_ratio is None:
+            return direction
+        return jnp.clip(direction, -self.largest_ratio, self.largest_ratio)
 
-        `rounded`: as far as another rotation uses it.
-        """
-        precision = self.rotation_precision
-        if rows is not None:
-            first = rounded or columns is not None
-            x = matmul(rows, x, precision, transpose_a=not back, rounded=first)
-        if columns is not None:
-            x = matmul(x, columns, precision, transpose_b=back, rounded=rounded)
-        return x
-
-    def _second_moment(self, nu, row_nu, column_nu, squares):
+    def _second_moment(self, nu, row_nu, column_nu, squares) -> tuple[Sides, Array]:
         """The new second moment, and what the first one is divided by."""
         if self.second_moment == "full":
             nu = self.b2 * nu + (1 - self.b2) * squares
@@ -241,14 +221,29 @@ class EigenbasisAdam:
         if self.second_moment == "factored":
             row_nu = self.b2 * row_nu + (1 - self.b2) * jnp.sum(squares, -1)
             column_nu = self.b2 * column_nu + (1 - self.b2) * jnp.sum(squares, -2)
-            total = jnp.sum(row_nu, -1)[..., None]
-            shares = row_nu / jnp.where(total > 0, total, 1)
+            shares = safe_divide(row_nu, jnp.sum(row_nu, -1, keepdims=True))
         else:
             row_nu, column_nu = rank_one_step(row_nu, column_nu, squares, decay=self.b2)
             shares = row_nu
         root = jnp.sqrt(shares)[..., :, None] * jnp.sqrt(column_nu)[..., None, :]
-        floor = self.eps if self.eps_in_denominator else 0.0
-        return (None, row_nu, column_nu), root + floor
+        return (None, row_nu, column_nu), root + (self.eps if self.eps_in_denominator else 0.0)
+
+    def _into(self, bases: Sides, x: Array, *, back: bool = False, rounded: bool = False) -> Array:
+        r"""$Q_L^\top X Q_R$, and for leaves of another order a product along each axis.
+
+        `back`: out of the bases. `rounded`: as far as another rotation uses the result.
+        """
+        if x.ndim == 3:
+            rows, columns = bases[:2]
+            return rotate(x, rows, columns, self.rotation_precision, back=back, rounded=rounded)
+        for k, basis in enumerate(bases):
+            if basis is not None:
+                basis = basis if back else basis.mT
+                x = jax.vmap(partial(mode_product, axis=k))(x, basis)
+        return x
+
+    def _out_of(self, bases: Sides, x: Array, *, rounded: bool = False) -> Array:
+        return self._into(bases, x, back=True, rounded=rounded)
 
     def _refresh_due(self, count: Array) -> Array:
         """Whether bases are refreshed after this step, all or, where staggered, some."""
@@ -258,23 +253,29 @@ class EigenbasisAdam:
     def _turn(self, count: Array) -> Array:
         return (count if self.skip_first_step else count + 1) % self.frequency
 
-    def _refresh(self, count: Array, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
-        """New bases, or those of a share of every stack, so that no step pays for all."""
-        names = (*MOMENTS, *FACTORS, *BASES)
-        if not self.stagger:
-            return self._refresh_all(leaves)
-        return self._map(
-            _in_turn(self.frequency), leaves, names, names,
-            scalars=(self._turn(count),), transposable=True, enough=None, decomposes=True,
-        )  # fmt: skip
-
-    def _refresh_all(self, leaves: list[FactorLeaf]) -> list[FactorLeaf]:
+    def _refresh(
+        self,
+        count: Array,
+        leaves: Leaves,
+        arrays: Arrays,
+        factors: Sequence[str],
+        bases: Sequence[str],
+    ) -> Arrays:
         """New bases, the first moment re-expressed in them, the second sorted."""
-        old = [{f"old_{name}": leaf.arrays[name] for name in BASES} for leaf in leaves]
-        leaves = map_sides(self._refresh_side, leaves, replicated_work=self.replicated_work)
-        leaves = [leaf.having(**bases) for leaf, bases in zip(leaves, old, strict=True)]
-        names = (*MOMENTS, "old_row_basis", "old_column_basis", *BASES, *ORDERS)
-        return self._map(EigenbasisAdam._re_express, leaves, names, MOMENTS)
+        if self.stagger:
+            names = (*MOMENTS, *factors, *bases)
+            return leaves.map(
+                _refresh_share, (self, self._turn(count)), arrays, names, names, transposable=True,
+                replicated_work=self.replicated_work, decomposes=True,
+            )  # fmt: skip
+        new = leaves.map_sides(
+            EigenbasisAdam._refresh_side, self, arrays, replicated_work=self.replicated_work
+        )
+        new |= {f"old_{name}": arrays[name] for name in bases}
+        names = (*MOMENTS, *(f"old_{name}" for name in bases), *bases)
+        names += tuple(name for name in new if name.startswith("order"))
+        moments = self._map(EigenbasisAdam._re_express, leaves, arrays | new, names, MOMENTS)
+        return {name: new[name] for name in (*factors, *bases)} | moments
 
     def _refresh_side(self, factor: Array, basis: Array) -> tuple[Array, Array, Array]:
         factor = symmetric(factor)
@@ -283,56 +284,108 @@ class EigenbasisAdam:
         )
         return factor, new.astype(basis.dtype), order
 
-    def _re_express(
-        self, mu, nu, row_nu, column_nu, old_rows, old_columns, rows, columns, row_order,
-        column_order,
-    ):  # fmt: skip
-        mu = self._rotate(mu, old_rows, old_columns, back=True, rounded=True)
-        mu = self._rotate(mu, rows, columns)
-        # Or its last change would be part of the permutation, which then could not overwrite it.
-        nu = lax.optimization_barrier(nu)
-        nu = permuted(permuted(nu, row_order, -2), column_order, -1)
-        return mu, nu, permuted(row_nu, row_order, -1), permuted(column_nu, column_order, -1)
+    def _re_express(self, mu: Array, nu, row_nu, column_nu, *sides: Array | None) -> Sides:
+        """Moments in the new bases."""
+        third = len(sides) // 3
+        old, new, orders = sides[:third], sides[third : 2 * third], sides[2 * third :]
+        mu = self._into(new, self._out_of(old, mu, rounded=True))
+        if nu is not None:
+            # Or its last change would be part of the permutation, which then could not overwrite
+            # it.
+            nu = lax.optimization_barrier(nu)
+            for k, order in enumerate(orders):
+                nu = permuted(nu, order, 1 + k)
+        if row_nu is not None:
+            row_nu, column_nu = permuted(row_nu, orders[0], -1), permuted(column_nu, orders[1], -1)
+        return mu, nu, row_nu, column_nu
 
-    def _refresh_matrices(self, mu, nu, row_nu, column_nu, rows, columns, row_basis, column_basis):
-        def refresh(factor: Side, basis: Side) -> tuple[Side, Side, Side]:
-            if factor is None or basis is None:
-                return None, None, None
-            return self._refresh_side(factor, basis)
-
-        rows, new_rows, row_order = refresh(rows, row_basis)
-        if columns is not None:
-            columns = serialize_after(columns, new_rows)
-        columns, new_columns, column_order = refresh(columns, column_basis)
-        moments = self._re_express(
-            mu, nu, row_nu, column_nu, row_basis, column_basis, new_rows, new_columns, row_order,
-            column_order,
+    def _map(
+        self, fn: Callable[..., Sides], leaves: Leaves, arrays: Arrays, names, results, **options
+    ) -> Arrays:
+        return leaves.map(
+            fn, self, arrays, names, results, enough=_ENOUGH, replicated_work=self.replicated_work,
+            **options,
         )  # fmt: skip
-        return *moments, rows, columns, new_rows, new_columns
 
 
-def _in_turn(turns: int):
-    """Refresh one of `turns` shares of a stack."""
+def _branch(
+    choose: Callable[..., Arrays],
+    change: Callable[[Arrays], Arrays],
+    arrays: Arrays,
+    names: Sequence[str],
+) -> Arrays:
+    """`arrays`, the named ones by `change` if `choose` takes the branch."""
 
-    def share_of(method: EigenbasisAdam, *arguments) -> tuple[Side, ...]:
-        *arrays, turn = arguments
-        batch = next(x.shape[0] for x in arrays if x is not None)
-        size = -(-batch // turns)
-        first = turn * size
+    def changed(held: Arrays) -> Arrays:
+        new = change(arrays | held)
+        return {name: new[name] for name in names}
 
-        def part_done(arrays: Sequence[Side]) -> tuple[Side, ...]:
-            # The last share may be short: its slice then reaches back into the one before.
-            start = jnp.minimum(first, batch - size)
-            mine = start + jnp.arange(size) >= first
-            old = tuple(
-                None if x is None else lax.dynamic_slice_in_dim(x, start, size) for x in arrays
-            )
-            new = select(mine, method._refresh_matrices(*old), old)
-            return tuple(
-                None if x is None or y is None else lax.dynamic_update_slice_in_dim(x, y, start, 0)
-                for x, y in zip(arrays, new, strict=True)
-            )
+    return arrays | choose(changed, {name: arrays[name] for name in names})
 
-        return cond_without_copy(first < batch, part_done, tuple(arrays))
 
-    return share_of
+def _overflown(status: Array, direction: Array) -> Array:
+    """The status where a sum of squares would have overflown."""
+    axes = tuple(range(1, direction.ndim))
+    return jnp.where(jnp.any(jnp.isnan(direction), axis=axes), REFUSED, status)
+
+
+def _refresh_share(given: tuple[EigenbasisAdam, Array], *arrays: Array | None) -> Sides:
+    """Refresh one of `frequency` shares of a stack, so that no step pays for all."""
+    method, turn = given
+    batch = next(x.shape[0] for x in arrays if x is not None)
+    size = -(-batch // method.frequency)
+    first = turn * size
+
+    def refreshed(arrays: Sides) -> Sides:
+        # The last share may be short: its slice then reaches back into the one before.
+        start = jnp.minimum(first, batch - size)
+        mine = start + jnp.arange(size) >= first
+        old = tuple(None if x is None else lax.dynamic_slice_in_dim(x, start, size) for x in arrays)
+        new = select(mine, _refresh_matrices(method, *old), old)
+        return tuple(
+            None if x is None or y is None else lax.dynamic_update_slice_in_dim(x, y, start, 0)
+            for x, y in zip(arrays, new, strict=True)
+        )
+
+    return cond_without_copy(first < batch, refreshed, tuple(arrays))
+
+
+def _refresh_matrices(method: EigenbasisAdam, mu, nu, row_nu, column_nu, *sides) -> Sides:
+    factors, bases = sides[: len(sides) // 2], sides[len(sides) // 2 :]
+    done: list[Sides] = []
+    earlier: Array | None = None
+    for factor, basis in zip(factors, bases, strict=True):
+        if factor is None or basis is None:
+            done.append((None, None, None))
+            continue
+        done.append(method._refresh_side(serialize_after(factor, earlier), basis))
+        earlier = done[-1][1]
+    factors, new, orders = zip(*done, strict=True)
+    moments = method._re_express(mu, nu, row_nu, column_nu, *bases, *new, *orders)
+    return *moments, *factors, *new
+
+
+def spread(per_matrix: Array, stack: Array) -> Array:
+    """One number a matrix, with axes to broadcast against a stack."""
+    return per_matrix.reshape(per_matrix.shape + (1,) * (stack.ndim - 1))
+
+
+def select(condition: Array, new: Sequence[Array | None], old: Sequence[Array | None]) -> Sides:
+    """`new` for the matrices for which the condition holds, in the dtypes of `old`."""
+
+    def chosen(a: Array | None, b: Array | None) -> Array | None:
+        if a is None or b is None:
+            return None
+        return jnp.where(spread(condition, a), a.astype(b.dtype), b)
+
+    return tuple(map(chosen, new, old))
+
+
+def permuted(x: Array | None, order: Array | None, axis: int) -> Any:
+    """Entries along an axis in the given order, one order a matrix."""
+    if x is None or order is None:
+        return x
+    others = tuple(a for a in range(1, x.ndim) if a != axis % x.ndim)
+    taken = jnp.take_along_axis(x, jnp.expand_dims(order, others), axis=axis)
+    # Left alone, compilers transpose at every step what is permuted at a few.
+    return with_layout_constraint(taken, Layout(major_to_minor=tuple(range(x.ndim))))

@@ -1,6 +1,7 @@
-"""The Optax transformation around `EigenbasisAdam`: state, layouts, decay."""
+"""The Optax transformations around `EigenbasisAdam`: state, layouts, routing of a model."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,20 +10,28 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.core.numerics import Scalar, wide_dtype, widened
 from jaxopt_lab.core.stacks import LeafLayout
 from jaxopt_lab.core.whole_matrices import known_sharding
-from jaxopt_lab.optim.kronecker.checks import check_method
-from jaxopt_lab.optim.kronecker.leaves import FactorLeaf, slot_of
-from jaxopt_lab.optim.kronecker.step import BASES, FACTORS, REFUSED, EigenbasisAdam
+from jaxopt_lab.optim.fallback import with_fallback
+from jaxopt_lab.optim.kronecker.leaves import Arrays, Leaves
+from jaxopt_lab.optim.kronecker.step import REFUSED, EigenbasisAdam
+from jaxopt_lab.optim.kronecker.tensors import tensor_direction
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves
-from jaxopt_lab.optim.rates import check_rates
-from jaxopt_lab.optim.routing import MatrixAxesSpec, broadcast_prefix, require_matrices
+from jaxopt_lab.optim.nonfinite import guarded
+from jaxopt_lab.optim.options import AdamW, Eigenbasis, MeshWork, Routing
+from jaxopt_lab.optim.rates import check_rates, decayed_weights
+from jaxopt_lab.optim.routing import FALLBACK_LABEL, MatrixAxesSpec, Route, route
 
-# The published limit: it keeps vocabularies out.
-MAX_PRECOND_DIM = 10_000
+# The group of tensors that get one factor an axis.
+MODES_LABEL = "modes"
 
-_TREES = ("age", "mu", "nu", "row_nu", "column_nu", *FACTORS, *BASES)
+# Field of the state -> name of its arrays while a gradient is taken.
+_FIELDS = {
+    **{"age": "age", "mu": "mu", "nu": "nu", "row_nu": "row_nu", "column_nu": "column_nu"},
+    **{"row_factor": "factor0", "column_factor": "factor1"},
+    **{"row_basis": "basis0", "column_basis": "basis1"},
+}
 
 
 class EigenbasisAdamState(NamedTuple):
@@ -48,49 +57,35 @@ class EigenbasisAdamState(NamedTuple):
 
 
 def preconditioned_sides(
-    m: int, n: int, max_precond_dim: int | None, smaller_side_only: bool = False
+    m: int, n: int, max_precond_dim: int, smaller_side_only: bool = False
 ) -> tuple[bool, bool]:
     """Which sides of an (m, n) matrix have a factor."""
-    limit = MAX_PRECOND_DIM if max_precond_dim is None else max_precond_dim
-    rows, columns = 0 < m <= limit, 0 < n <= limit
+    rows, columns = 0 < m <= max_precond_dim, 0 < n <= max_precond_dim
     if smaller_side_only and rows and columns:
         return m <= n, m > n
     return rows, columns
 
 
-def eigenbasis_transform(
-    method: EigenbasisAdam,
-    *,
-    max_precond_dim: int | None,
-    smaller_side_only: bool = False,
-    weight_decay: Scalar,
-    mask: Any,
-    decay_rate: optax.ScalarOrSchedule | None,
-    matrix_axes: MatrixAxesSpec,
-    param_shardings: Any,
+def eigenbasis_direction(
+    method: EigenbasisAdam, matrix_axes: MatrixAxesSpec, eigenbasis: Eigenbasis, mesh: MeshWork
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation of a method; its arguments are explained by `scale_by_soap`."""
-    check_method(method, max_precond_dim)
-    check_rates(weight_decay=weight_decay, decay_rate=decay_rate)
-    # A traced number (from inject_hyperparams) may be anything; only a plain zero skips the decay.
-    decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
+    """The direction of a method for leaves that are matrices, NaN where it takes no step.
 
-    def sides(layout: LeafLayout) -> tuple[bool, bool]:
-        return preconditioned_sides(layout.m, layout.n, max_precond_dim, smaller_side_only)
+    Raises:
+      ValueError: A number is out of range; at `init`, a leaf is not a matrix.
+    """
+    check_numbers(method)
+
+    def known(tree: Any) -> tuple[MatrixLeaves, list[LeafLayout]]:
+        leaves = MatrixLeaves.of(tree, matrix_axes, mesh.param_shardings)
+        shapes = [x.shape for x in jax.tree.leaves(tree)]
+        return leaves, list(map(LeafLayout, shapes, leaves.axes, leaves.shardings))
 
     def init(params: optax.Params) -> EigenbasisAdamState:
-        routes = require_matrices(params, matrix_axes)
-        leaves, treedef = jax.tree.flatten(params)
-        given: Sequence[NamedSharding | None] = [None] * len(leaves)
-        if param_shardings is not None:
-            given = broadcast_prefix("param_shardings", param_shardings, params)
-        columns: dict[str, list[Any]] = {name: [] for name in _TREES}
-        for x, route, sharding in zip(leaves, routes, given, strict=True):
-            assert route.axes is not None
-            layout = LeafLayout(x.shape, route.axes, known_sharding(x, sharding))
-            for name, array in _initial(x, layout, method, sides(layout)).items():
-                columns[name].append(array)
-        trees = {name: treedef.unflatten(values) for name, values in columns.items()}
+        matrices, layouts = known(params)
+        pairs = zip(jax.tree.leaves(params), layouts, strict=True)
+        rows = [_initial(x, layout, method, eigenbasis) for x, layout in pairs]
+        trees = {name: matrices.treedef.unflatten([row[name] for row in rows]) for name in _FIELDS}
         unused = ("row_nu", "column_nu") if method.second_moment == "full" else ("nu",)
         trees |= {name: optax.MaskedNode() for name in unused}
         return EigenbasisAdamState(
@@ -100,55 +95,30 @@ def eigenbasis_transform(
         )
 
     def update(updates, state, params=None, **extra_args):
-        del extra_args
-        if decays and params is None:
-            raise ValueError("weight_decay needs the parameters: call update(grads, state, params)")
-        known = MatrixLeaves.of(updates, matrix_axes, param_shardings)
-        grads = jax.tree.leaves(updates)
-        shapes = [g.shape for g in grads]
-        layouts = list(map(LeafLayout, shapes, known.axes, known.shardings))
-        leaves = _leaves(state, known.treedef, layouts)
-        directions, statuses, leaves = method.step(
-            state.count, leaves, [g.astype(_wide_dtype(g)) for g in grads]
-        )
-        if decays:
-            decaying = broadcast_prefix("mask", True if mask is None else mask, updates)
-            rate: Any = decay_rate(state.count) if callable(decay_rate) else decay_rate
-            directions = [
-                decayed(d, w, known.per_matrix(i, method.applied(s), d), weight_decay, rate)
-                if decaying[i]
-                else d
-                for i, (d, w, s) in enumerate(
-                    zip(directions, jax.tree.leaves(params), statuses, strict=True)
-                )
-            ]
-        unflatten = known.treedef.unflatten
-        out = unflatten([d.astype(g.dtype) for d, g in zip(directions, grads, strict=True)])
-        refused = [
-            leaf.layout.undo_flat((status == REFUSED).astype(jnp.int32))
-            for leaf, status in zip(leaves, statuses, strict=True)
-        ]
-        notfinite_count = jax.tree.leaves(state.notfinite_count)
-        return out, state._replace(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            notfinite_count=unflatten(
-                [a + b for a, b in zip(notfinite_count, refused, strict=True)]
-            ),
-            **_stored(state, leaves, unflatten),
-        )
+        del params, extra_args
+        matrices, layouts = known(updates)
+        grads = [layout.view(widened(g))
+                 for layout, g in zip(layouts, jax.tree.leaves(updates), strict=True)]  # fmt: skip
+        arrays = _arrays(state, matrices.treedef, layouts)
+        directions, arrays = method.step(state.count, Leaves.of(layouts), arrays, grads)
+        undone = [layout.undo_view(d) for layout, d in zip(layouts, directions, strict=True)]
+        return matrices.treedef.unflatten(undone), _stored(state, matrices.treedef, layouts, arrays)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _initial(
-    x: Any, layout: LeafLayout, method: EigenbasisAdam, sides: tuple[bool, bool]
+    x: Any, layout: LeafLayout, method: EigenbasisAdam, eigenbasis: Eigenbasis
 ) -> dict[str, Any]:
-    """The arrays of a leaf before its first gradient, in stored form."""
-    dtype = _wide_dtype(x)
+    """The arrays of a leaf before its first gradient, by field."""
+    dtype, slots = wide_dtype(x), layout.slots()
+    sides = preconditioned_sides(
+        layout.m, layout.n, eigenbasis.max_precond_dim, eigenbasis.one_sided
+    )
 
-    def placed(name: str, array: Array) -> Array:
+    def placed(field: str, array: Array) -> Array:
         """With the leaf's batch axes, laid out as it will stay."""
-        slot = slot_of(layout, name)
+        slot = slots[_FIELDS[field]]
         array = jnp.broadcast_to(array, (*layout.batch_shape, *slot.inner))
         sharding = known_sharding(x, None)
         if sharding is None:
@@ -162,7 +132,7 @@ def _initial(
     }
     # The rank-one fit needs a positive start; sums of squares start from nothing.
     start = method.eps if method.second_moment == "rank_one" else 0.0
-    for side, size, kept in zip(("row", "column"), (layout.m, layout.n), sides, strict=True):
+    for side, size, kept in zip(("row", "column"), layout.sides, sides, strict=True):
         out[f"{side}_nu"] = placed(f"{side}_nu", jnp.asarray(start, dtype))
         eye = jnp.eye(size, dtype=dtype)
         scale = method.rule.initial(size, all(sides)) if kept else 0.0
@@ -173,48 +143,124 @@ def _initial(
     return out
 
 
-def _leaves(
-    state: EigenbasisAdamState, treedef: Any, layouts: Sequence[LeafLayout]
-) -> list[FactorLeaf]:
-    """The state of each leaf, batch axes merged."""
-    columns = {}
-    for name in _TREES:
-        tree = getattr(state, name)
+def _arrays(state: EigenbasisAdamState, treedef: Any, layouts: list[LeafLayout]) -> Arrays:
+    """The state by name, batch axes merged."""
+    columns: Arrays = {}
+    for field, name in _FIELDS.items():
+        tree = getattr(state, field)
         unused = isinstance(tree, optax.MaskedNode)
-        columns[name] = [tree] * len(layouts) if unused else treedef.flatten_up_to(tree)
-
-    def merged(x: Any, layout: LeafLayout) -> Array | None:
-        return None if isinstance(x, optax.MaskedNode) else layout.flat(x)
-
-    return [
-        FactorLeaf(layout, {name: merged(columns[name][i], layout) for name in _TREES})
-        for i, layout in enumerate(layouts)
-    ]
+        leaves = [tree] * len(layouts) if unused else treedef.flatten_up_to(tree)
+        columns[name] = [None if isinstance(x, optax.MaskedNode) else x for x in leaves]
+    rows = [layout.flat_all({name: column[i] for name, column in columns.items()})
+            for i, layout in enumerate(layouts)]  # fmt: skip
+    return {name: [row[name] for row in rows] for name in columns}
 
 
-def _stored(state: EigenbasisAdamState, leaves: Sequence[FactorLeaf], unflatten) -> dict[str, Any]:
-    """The fields of the state that hold the leaves."""
+def _stored(
+    state: EigenbasisAdamState, treedef: Any, layouts: list[LeafLayout], arrays: Arrays
+) -> EigenbasisAdamState:
+    """The state after a gradient."""
+    names = (*_FIELDS.values(), "status")
+    rows = [layout.undo_flat_all({name: arrays[name][i] for name in names})
+            for i, layout in enumerate(layouts)]  # fmt: skip
 
-    def stored(name: str, leaf: FactorLeaf) -> Any:
-        x, layout = leaf.arrays[name], leaf.layout
-        if x is None:
-            return optax.MaskedNode()
-        return (
-            layout.undo_view(x) if slot_of(layout, name) is layout.matrix else layout.undo_flat(x)
+    def tree(name: str) -> Any:
+        return treedef.unflatten([optax.MaskedNode() if row[name] is None else row[name]
+                                  for row in rows])  # fmt: skip
+
+    used = [field for field in _FIELDS if not isinstance(getattr(state, field), optax.MaskedNode)]
+    return state._replace(
+        count=jnp.asarray(optax.safe_increment(state.count)),
+        notfinite_count=jax.tree.map(
+            lambda n, status: n + (status == REFUSED).astype(jnp.int32),
+            state.notfinite_count,
+            tree("status"),
+        ),
+        **{field: tree(_FIELDS[field]) for field in used},
+    )
+
+
+def eigenbasis_optimizer(
+    label: str,
+    method: EigenbasisAdam,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Any,
+    matrix_axes: MatrixAxesSpec,
+    eigenbasis: Eigenbasis,
+    routing: Routing,
+    fallback: AdamW,
+    mesh: MeshWork,
+) -> optax.GradientTransformationExtraArgs:
+    """A method on whole models: matrices, tensors with one factor an axis, and AdamW's leaves.
+
+    AdamW has the numbers of the method and its order: it skips the first gradient, and its epsilon
+    stands outside of the bias correction. Arguments are those of `soap`.
+    """
+    check_rates(learning_rate=learning_rate)
+    rest = (
+        decayed_weights(weight_decay, mask, routing),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return with_fallback(
+        label,
+        guarded(eigenbasis_direction(method, matrix_axes, eigenbasis, mesh), *rest),
+        learning_rate,
+        fallback,
+        b1=method.b1,
+        b2=method.b2,
+        eps=method.eps,
+        weight_decay=weight_decay,
+        mask=mask,
+        matrix_axes=matrix_axes,
+        routing=routing,
+        skip_first_step=True,
+        labels=_labels(label, matrix_axes, eigenbasis, routing),
+        modes=guarded(tensor_direction(method, eigenbasis), *rest),
+    )
+
+
+def _labels(
+    label: str, matrix_axes: MatrixAxesSpec, eigenbasis: Eigenbasis, routing: Routing
+) -> Callable[[optax.Params], Any]:
+    limit = eigenbasis.max_precond_dim
+
+    def name(r: Route, shape: tuple[int, ...]) -> str:
+        if r.axes is not None:
+            _, m, n = r.axes.matrix_shape(shape)
+            return label if any(preconditioned_sides(m, n, limit)) else FALLBACK_LABEL
+        modes = r.role == "unspecified" and routing.on_uncovered == "modes"
+        return MODES_LABEL if modes and min(shape) <= limit else FALLBACK_LABEL
+
+    def labels(params: optax.Params) -> Any:
+        routes = route(params, matrix_axes, routing)
+        shapes = [x.shape for x in jax.tree.leaves(params)]
+        return jax.tree.unflatten(jax.tree.structure(params), list(map(name, routes, shapes)))
+
+    return labels
+
+
+def check_numbers(method: EigenbasisAdam) -> None:
+    """Raise `ValueError` for a number out of range; names the argument.
+
+    Numbers that are arrays come from `optax.inject_hyperparams` and are not looked at.
+    """
+
+    def require(name: str, value: Scalar, holds: Callable[[Any], bool], wanted: str) -> None:
+        if isinstance(value, int | float) and not holds(value):
+            raise ValueError(f"{name} is {value}; it must be {wanted}")
+
+    require("b1", method.b1, lambda x: 0 <= x < 1, "in [0, 1)")
+    require("b2", method.b2, lambda x: 0 <= x < 1, "in [0, 1)")
+    require("factor_decay", method.rule.decay, lambda x: 0 <= x <= 1, "in [0, 1], or None for b2")
+    require("eps", method.eps, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+    require(
+        "precondition_frequency", method.frequency,
+        lambda x: 1 <= x < math.inf and float(x).is_integer(), "an integer of at least 1",
+    )  # fmt: skip
+    if method.stagger and not isinstance(method.frequency, int | float):
+        raise ValueError(
+            "stagger divides stacks into precondition_frequency shares, so that must be a plain "
+            "integer; under optax.inject_hyperparams name it in static_args"
         )
-
-    used = [name for name in _TREES if not isinstance(getattr(state, name), optax.MaskedNode)]
-    return {name: unflatten([stored(name, leaf) for leaf in leaves]) for name in used}
-
-
-def decayed(
-    direction: Array, w: Array, applied: Array, weight_decay: Scalar, rate: Scalar | None
-) -> Array:
-    """The direction with the decay of the matrices that take a step."""
-    # After the step: W' = (1 - rate decay)(W - rate D), as one update.
-    shrunk = 1.0 if rate is None else 1 - rate * weight_decay
-    return shrunk * direction + jnp.where(applied, weight_decay * w.astype(direction.dtype), 0)
-
-
-def _wide_dtype(x: Any) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)

@@ -95,7 +95,7 @@ def lion_muon(
       ValueError: A rate is NaN or negative, an option is unknown, or a layout does not fit.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> tx = optax.chain(optax.clip_by_global_norm(0.5), lion_muon(1e-3, weight_decay=0.1))
       >>> params = {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}
       >>> updates, _ = tx.update(params, tx.init(params), params)
@@ -112,33 +112,45 @@ def lion_muon(
     if sign_learning_rate is None:
         sign_learning_rate = scaled_rate(learning_rate, SIGN_RATIO)
     branches = averaged(b1, b2), orthogonalized(newton_schulz, spectral_scale), signs(newton_schulz)
-    decay = decayed_weights(weight_decay, mask, routing)
+    shared = mu_dtype, matrix_axes, mesh
     if stable_rank_threshold is None:
-        rate = branch_rate(period, learning_rate, sign_learning_rate)
-        matrices = guarded(
-            alternating_direction(*branches, period, mu_dtype, matrix_axes, mesh),
-            decay,
-            optax.scale_by_learning_rate(rate),
-        )
+        direction = alternating_direction(*branches, period, *shared)
     else:
-        direction = deciding_direction(
-            *branches, stable_rank_threshold, mu_dtype, matrix_axes, mesh
-        )
-        steps = with_rates(direction, decay, learning_rate, sign_learning_rate, matrix_axes)
-        matrices = optax.chain(steps, optax.scale(-1.0))
-    return with_fallback(
+        direction = deciding_direction(*branches, stable_rank_threshold, *shared)
+    return for_a_model(
         "lion_muon",
-        matrices,
-        learning_rate,
+        direction,
+        period if stable_rank_threshold is None else None,
+        (learning_rate, sign_learning_rate),
         fallback,
-        b1=ADAM_B1,
-        b2=ADAM_B2,
         weight_decay=weight_decay,
         mask=mask,
         matrix_axes=matrix_axes,
         routing=routing,
         mu_dtype=mu_dtype,
     )
+
+
+def for_a_model(
+    label: str,
+    direction: optax.GradientTransformationExtraArgs,
+    period: Scalar | None,
+    rates: tuple[optax.ScalarOrSchedule, optax.ScalarOrSchedule],
+    fallback: AdamW,
+    *,
+    b1: Scalar = ADAM_B1,
+    b2: Scalar = ADAM_B2,
+    **shared: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Decay and rates behind a direction of the family (period None: it decides), AdamW beside."""
+    decay = decayed_weights(shared["weight_decay"], shared["mask"], shared["routing"])
+    if period is None:
+        steps = with_rates(direction, decay, *rates, shared["matrix_axes"])
+        matrices = optax.chain(steps, optax.scale(-1.0))
+    else:
+        rate = optax.scale_by_learning_rate(branch_rate(period, *rates))
+        matrices = guarded(direction, decay, rate)
+    return with_fallback(label, matrices, rates[0], fallback, b1=b1, b2=b2, **shared)
 
 
 @explains_keywords(

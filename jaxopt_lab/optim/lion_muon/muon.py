@@ -10,17 +10,16 @@ import optax
 from jax.typing import DTypeLike
 
 from jaxopt_lab.core.numerics import Scalar
-from jaxopt_lab.optim.fallback import with_fallback
 from jaxopt_lab.optim.keywords import explains_keywords
+from jaxopt_lab.optim.lion_muon.lion_muon import for_a_model
 from jaxopt_lab.optim.lion_muon.transform import (
     Average,
     alternating_direction,
     orthogonalized,
     signs,
 )
-from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import AdamW, MeshWork, NewtonSchulz, Routing
-from jaxopt_lab.optim.rates import check_rates, decayed_weights
+from jaxopt_lab.optim.rates import check_rates
 from jaxopt_lab.optim.routing import MatrixAxesSpec
 
 _MOMENTUM = "momentum=..."
@@ -168,6 +167,5 @@ def _heavy_ball_muon(
         shared["matrix_axes"],
         mesh,
     )
-    decay = decayed_weights(shared["weight_decay"], shared["mask"], shared["routing"])
-    matrices = guarded(direction, decay, optax.scale_by_learning_rate(learning_rate))
-    return with_fallback(label, matrices, learning_rate, fallback, b1=adam_b1, b2=adam_b2, **shared)
+    rates = learning_rate, learning_rate
+    return for_a_model(label, direction, 1, rates, fallback, b1=adam_b1, b2=adam_b2, **shared)

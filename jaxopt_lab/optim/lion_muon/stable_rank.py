@@ -36,11 +36,6 @@ class StableRankState(NamedTuple):
     spectral: optax.Updates  # (*batch) a leaf, bool: whether the last step was spectral
     key_data: Array  # uint32: of the key from which start vectors are drawn
 
-    @property
-    def count(self) -> Array:
-        """Steps taken."""
-        return self.steps.count
-
 
 def scale_by_stable_rank(
     threshold: Scalar,
@@ -139,8 +134,8 @@ def deciding_direction(
         leaves = MatrixLeaves.of(updates, matrix_axes, mesh.param_shardings)
         g, m, counts = map(jax.tree.leaves, (updates, state.steps.mu, state.steps.notfinite_count))
         step_key = jax.random.wrap_key_data(state.key_data, impl=implementation)
-        starts = leaves.start_vectors(g, jax.random.fold_in(step_key, state.count), draws)
-        d, new = advance(average, g, m)
+        starts = leaves.start_vectors(g, jax.random.fold_in(step_key, state.steps.count), draws)
+        d, new = advance(average, g, m, leaves.whole_axes())
         measured = d
         if measures_momentum:
             measured = [
@@ -154,13 +149,13 @@ def deciding_direction(
             replicated_work=mesh.replicated_work,
         )
         flags = [f.reshape(c.shape) for f, c in zip_strict(decided, counts)]
-        refused = [leaves.refused(i, x) for i, x in enumerate(u)]
+        refused = leaves.refused(u)
         mu = [jnp.where(jnp.isnan(x), *kept) for x, *kept in zip_strict(u, m, new)]
         per_matrix = [leaves.per_matrix(i, f, x) for i, (f, x) in enumerate(zip_strict(flags, u))]
         steps = scaled(g, u, per_matrix, spectral, cheap, leaves)
         unflatten = leaves.treedef.unflatten
         counts = [c + r for c, r in zip_strict(counts, refused)]
-        count = jnp.asarray(optax.safe_increment(state.count))
+        count = jnp.asarray(optax.safe_increment(state.steps.count))
         taken = LionMuonState(count, unflatten(mu), unflatten(counts))
         return unflatten(steps), StableRankState(taken, unflatten(flags), state.key_data)
 
@@ -178,7 +173,7 @@ def with_rates(
     steps = guarded(direction, decay)
 
     def update(updates, state, params=None, **extra_args):
-        rates = [r(state[0].count) if callable(r) else r for r in (spectral_rate, sign_rate)]
+        rates = [r(state[0].steps.count) if callable(r) else r for r in (spectral_rate, sign_rate)]
         out, new = steps.update(updates, state, params, **extra_args)
         leaves = MatrixLeaves.of(updates, matrix_axes, None)
         u, flags = jax.tree.leaves(out), jax.tree.leaves(cast(Any, new)[0].spectral)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -54,7 +54,7 @@ _RATES = (
     "no such argument: rates follow the direction, optax.scale_by_learning_rate(branch_rate(...))"
 )
 _DECAY = "no such argument: decay follows the direction, optax.add_decayed_weights(...)"
-_PARITY = "jaxopt_lab.parity.lion_muon.released_direction"
+_QUIRKS = ("momentum", "heavy_ball_direction", "cheap_mode", "cheap_ns_steps", "sign_scaling")
 
 
 @explains_keywords(
@@ -65,13 +65,7 @@ _PARITY = "jaxopt_lab.parity.lion_muon.released_direction"
     stable_rank_threshold="scale_by_stable_rank(threshold)",
     key="scale_by_stable_rank(key=...)",
     first_step_spectral="a period that no run reaches, such as period=2**30: step 0 is spectral",
-    momentum=_PARITY,
-    heavy_ball_direction=_PARITY,
-    cheap_mode=_PARITY,
-    cheap_ns_steps=_PARITY,
-    sign_scaling=_PARITY,
-    round_newton_schulz=_PARITY,
-    round_update=_PARITY,
+    **dict.fromkeys(_QUIRKS, "jaxopt_lab.parity.lion_muon.released_muon"),
 )
 def scale_by_lion_muon(
     *,
@@ -176,25 +170,31 @@ def alternating_direction(
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         leaves = MatrixLeaves.of(updates, matrix_axes, mesh.param_shardings)
+        whole = leaves.whole_axes()
         is_spectral = is_spectral_step(state.count, period)
 
         # The momentum belongs into the branches: computed outside, the direction would have to be
         # written to memory and read again across the conditional.
         def take(branch: Branch) -> Callable:
             def step(gradients: list[Array], momenta: list[Array], counts: list[Array]):
-                d, new = advance(average, gradients, momenta)
+                axes_of = whole if branch.whole else [()] * len(whole)
+                d, new = advance(average, gradients, momenta, axes_of)
                 if branch.whole:
                     # Cast first: what crosses the mesh is then the small dtype, both ways.
                     small = [x.astype(branch.dtype or x.dtype) for x in d]
                     options = {"replicated_work": mesh.replicated_work, "transposable": True}
                     (u,) = leaves.map_whole(lambda x: (branch.apply(x),), (small,), **options)
-                    refused = [leaves.refused(i, x) for i, x in enumerate(u)]
+                    refused = leaves.refused(u)
                     counts = [c + r for c, r in zip_strict(counts, refused)]
+                    # No device sees all of a matrix that is sharded until it comes back.
+                    new = [
+                        n if axes else jnp.where(jnp.isnan(x), m, n)
+                        for x, m, n, axes in zip_strict(u, momenta, new, whole)
+                    ]
                 else:
                     u = [branch.apply(x) for x in d]
-                kept = [jnp.where(jnp.isnan(x), *m) for x, *m in zip_strict(u, momenta, new)]
                 u = [x.astype(cheap.dtype or g.dtype) for x, g in zip_strict(u, d)]
-                return u, kept, counts
+                return u, new, counts
 
             return step
 
@@ -223,17 +223,29 @@ def initial_state(
     )
 
 
-def advance(average: Average, gradients: list[Array], momenta: list[Array]):
-    """Directions, NaN where the gradient is refused, in float32 or wider; and the next momenta."""
+def advance(
+    average: Average,
+    gradients: list[Array],
+    momenta: list[Array],
+    whole: Sequence[tuple[int, ...]],
+) -> tuple[list[Array], list[Array]]:
+    """Directions in float32 or wider, and the next momenta.
+
+    Where a gradient is refused the direction is NaN and the momentum stays: entry by entry, and
+    along the axes that `whole` names all together.
+    """
     directions, new = [], []
-    for gradient, momentum in zip_strict(gradients, momenta):
+    for gradient, momentum, axes in zip_strict(gradients, momenta, whole):
         wide = jnp.promote_types(gradient.dtype, jnp.float32)
         g = gradient.astype(wide)
         d, m = average(g, momentum.astype(wide))
-        new.append(m.astype(momentum.dtype))
+        m = m.astype(momentum.dtype)
         # A narrow momentum may overflow where the gradient does not.
-        usable = jnp.isfinite(jnp.square(g)) & jnp.isfinite(new[-1])
+        usable = jnp.isfinite(jnp.square(g)) & jnp.isfinite(m)
+        if axes:
+            usable = jnp.all(usable, axis=axes, keepdims=True)
         directions.append(jnp.where(usable, d, jnp.nan))
+        new.append(jnp.where(usable, m, momentum))
     return directions, new
 
 
@@ -246,9 +258,8 @@ def scaled(
     leaves: MatrixLeaves,
 ) -> list[Array]:
     """Steps in float32 or wider, each with the scale of its branch."""
-    out = []
-    for i, (g, x, s) in enumerate(zip_strict(gradients, u, is_spectral)):
-        m, n = leaves.matrix_shape(i, g)[1:]
+    out, sides = [], [leaves.matrix_shape(i, g)[1:] for i, g in enumerate(gradients)]
+    for (m, n), g, x, s in zip_strict(sides, gradients, u, is_spectral):
         factor = jnp.where(s, spectral.scale(m, n), cheap.scale(m, n))
         out.append(factor * x.astype(jnp.promote_types(g.dtype, jnp.float32)))
     return out

@@ -7,9 +7,23 @@ from typing import Any
 import jax
 
 from jaxopt_lab.report.progress import Progress
-from jaxopt_lab.report.tracker import Tracker
+from jaxopt_lab.report.tracker import METRICS_FILE, Tracker, read_metrics
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.program import step_flops
+
+# What `RunLog` adds to every row by itself.
+_ADDED = ("step", "time", "tokens", "optimizer_flops")
+
+
+def logged_at(directory: Path, step: int) -> dict[str, Any]:
+    """The metrics that an earlier process of the run has logged for a step, rows put together."""
+    if not (directory / METRICS_FILE).is_file():
+        return {}
+    row: dict[str, Any] = {}
+    for found in read_metrics(directory):
+        if found["step"] == step:
+            row |= found
+    return {name: value for name, value in row.items() if name not in _ADDED}
 
 
 class RunLog:
@@ -19,11 +33,17 @@ class RunLog:
       config: The run.
       directory: The run directory.
       start_step: Steps already taken by the run that is resumed.
+      start_sample: Windows consumed by them.
     """
 
-    def __init__(self, config: PretrainConfig, directory: Path, start_step: int):
+    def __init__(
+        self, config: PretrainConfig, directory: Path, start_step: int, start_sample: int = 0
+    ):
         """Opens the files and starts the live line."""
         self._tokens_per_step = config.batch_size * config.model.context
+        # Batches may have had another size before.
+        self._tokens_before = start_sample * config.model.context
+        self._start_step = start_step
         _, self._flops_per_step = step_flops(config)
         self._tracker: Tracker | None = None
         self._progress: Progress | None = None
@@ -31,7 +51,8 @@ class RunLog:
             self._tracker = Tracker(
                 directory,
                 tensorboard=config.tensorboard,
-                resume_step=start_step if config.resume else None,
+                # A run that starts from the beginning once more keeps no row.
+                resume_step=(start_step or -1) if config.resume else None,
                 forward=_wandb(config, directory) if config.wandb else None,
             )
             self._progress = Progress(
@@ -60,7 +81,7 @@ class RunLog:
 
     def _spent(self, step: int) -> dict[str, float]:
         return {
-            "tokens": step * self._tokens_per_step,
+            "tokens": self._tokens_before + (step - self._start_step) * self._tokens_per_step,
             "optimizer_flops": step * self._flops_per_step,
         }
 

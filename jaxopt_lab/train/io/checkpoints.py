@@ -1,15 +1,16 @@
-"""Checkpoints of a run: saved in the background, committed by a rename, checked before use.
+"""Checkpoints of a run: saved in the background, committed by digests, checked before use.
 
 A checkpoint is a directory `<steps taken>` with the training state, the position of the data and
 a description of every leaf. Orbax writes it under another name and renames it when it is
-complete, so a killed process leaves either a whole checkpoint or none. What the rename cannot
-protect against (files cut short later by a copy or a full disk) is caught by the sizes recorded
-after the commit.
+complete; then each process writes the digests of its files (`digests`), and with these the
+checkpoint is committed. A killed process leaves either a whole checkpoint or none, and whatever
+happens to the files later is found before they are used.
 """
 
-import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,10 +21,11 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from jaxopt_lab.train.errors import CheckpointError
+from jaxopt_lab.train.io import digests, retention
+from jaxopt_lab.train.io.retention import committed_steps, labels
 
 DIRECTORY = "checkpoints"
-_DAMAGED = "damaged-checkpoints"
-_SIZES = "_SIZES.json"
+DAMAGED = "damaged-checkpoints"
 _LONGEST_REASON = 300
 
 
@@ -37,6 +39,8 @@ class Restored(NamedTuple):
 
 class Checkpoints:
     """The checkpoints of one run directory.
+
+    Only checkpoints that `verify` calls good displace others (`retention`).
 
     Args:
       run_directory: The run; checkpoints go to `checkpoints/` below it.
@@ -53,37 +57,35 @@ class Checkpoints:
         keep_best: int = 1,
         message: Callable[[str], None] = lambda text: None,
     ):
-        """Sets damaged checkpoints aside, then opens the directory."""
+        """Opens the directory and clears away what a killed process left unfinished."""
         self.directory = Path(run_directory).absolute() / DIRECTORY
-        self._damaged = Path(run_directory).absolute() / _DAMAGED
+        self._damaged = Path(run_directory).absolute() / DAMAGED
+        self._keep = (keep_newest, keep_best)
         self._message = message
-        self._unsealed: list[int] = []
-        self._set_damaged_aside()
-        policies: Any = ocp.training.preservation_policies
-        decisions: Any = ocp.training.save_decision_policies
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: -metrics["held_out_loss"],
-            n=keep_best,
-            keep_checkpoints_without_metrics=False,
-        )
-        self._checkpointer = ocp.training.Checkpointer(
-            str(self.directory),
-            context=_context(),
-            # The training loop decides when; every call saves.
-            save_decision_policy=decisions.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy(
-                [policies.LatestN(keep_newest), best]
-            ),
-            cleanup_tmp_directories=True,
-        )
+        self._leads = jax.process_index() == 0
+        # One thread: marks and deletions come after the commit that they belong to.
+        self._worker = ThreadPoolExecutor(1, "checkpoints")
+        self._saving: tuple[int, Future[None]] | None = None
+        if self._leads:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            retention.remove_leftovers(self.directory)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("the checkpoint directory is clean")
+        # Labels not to be saved again. All processes must agree on them at every moment, so the
+        # directory, where another process may just be writing its digests, is asked only here.
+        self._saved = set(self.steps())
 
     def steps(self) -> list[int]:
         """Labels of the committed checkpoints, ascending."""
         return committed_steps(self.directory)
 
+    def exist(self) -> bool:
+        """Whether there is any checkpoint, committed or not."""
+        return bool(labels(self.directory))
+
     def are_all_damaged(self) -> bool:
         """Whether there were checkpoints, and none is left."""
-        return not self.steps() and self._damaged.is_dir() and any(self._damaged.iterdir())
+        return not self.exist() and self._damaged.is_dir() and any(self._damaged.iterdir())
 
     def save(
         self,
@@ -99,26 +101,31 @@ class Checkpoints:
           step: Number of optimizer steps taken; a checkpoint of that label is left as it is.
           state: Tree of arrays.
           data: Position of the data; JSON.
-          held_out_loss: Ranks the checkpoint among the best; None or a non-finite value does not.
+          held_out_loss: Ranks the checkpoint among the best; with a value that is not finite it
+            is doubtful.
 
         Raises:
           CheckpointError: If this or the previous save failed.
         """
         self.wait()
-        if step in self.steps():
+        if step in self._saved:
             return
-        ranked = held_out_loss is not None and np.isfinite(held_out_loss)
+        self._saved.add(step)
         items = {"state": state, "data": dict(data), "leaves": describe_leaves(state)}
         try:
-            self._checkpointer.save_checkpointables_async(
-                step,
-                items,
-                force=True,
-                metrics={"held_out_loss": float(held_out_loss)} if ranked else None,  # pyright: ignore[reportArgumentType]
-            )
+            with _context():
+                response = ocp.save_checkpointables_async(
+                    str(self.directory / str(step)), items, overwrite=True
+                )
         except Exception as error:
+            self._saved.discard(step)
             raise self._not_written(step, error) from error
-        self._unsealed.append(step)
+        self._saving = step, self._worker.submit(self._commit, step, response, held_out_loss)
+
+    def verify(self, step: int, finite: bool) -> None:
+        """Tells whether loss and gradient of the parameters saved as `step` are finite."""
+        if self._leads:
+            self._worker.submit(self._mark, step, finite)
 
     def wait(self) -> None:
         """Blocks until the last save is committed.
@@ -126,23 +133,22 @@ class Checkpoints:
         Raises:
           CheckpointError: If it failed; earlier checkpoints are untouched.
         """
-        if not self._unsealed:
+        if self._saving is None:
             return
-        step = self._unsealed.pop()
+        (step, saving), self._saving = self._saving, None
         try:
-            self._checkpointer.wait()
+            saving.result()
         except Exception as error:
+            self._saved.discard(step)
             raise self._not_written(step, error) from error
-        if step not in self.steps():
-            raise self._not_written(step, OSError("it was not committed"))
-        if jax.process_index() == 0:
-            _write_sizes(self.directory / str(step))
 
     def restore(self, abstract_state: PyTree) -> Restored:
         """Restores the newest checkpoint that is whole.
 
         One that cannot be read is moved to `damaged-checkpoints/`, with a message, and the one
-        before it is taken.
+        before it is taken. A doubtful one is taken only if no other is committed, one without
+        digests only if nothing else exists; both are said, and newer ones of these kinds are
+        deleted, because the run goes on from before them.
 
         Args:
           abstract_state: Tree of ShapeDtypeStruct with shardings. The mesh may differ from the
@@ -153,13 +159,17 @@ class Checkpoints:
             or optimizer; the first differing leaf is named.
         """
         self.wait()
-        for step in reversed(self.steps()):
+        while (step := self._choose()) is not None:
             path = self.directory / str(step)
             try:
                 stored = _load(path, {"leaves": None, "data": None})
+                if stored["data"].get("step", step) != step:
+                    raise ValueError(f"it is called {step} and holds step {stored['data']['step']}")
                 difference = first_difference(describe_leaves(abstract_state), stored["leaves"])
                 if difference is None:
                     state = _load(path, {"state": abstract_state})["state"]
+                    self._go_on_from(step)
+                    self._saved = {label for label in self._saved if label <= step} | {step}
                     return Restored(step, state, stored["data"])
             except Exception as error:
                 if jax.process_count() > 1:
@@ -169,6 +179,8 @@ class Checkpoints:
             raise CheckpointError(
                 f"{path} was written with another model or optimizer: {difference}"
             )
+        if self.are_all_damaged():
+            raise CheckpointError(f"{self.directory}: every checkpoint is damaged")
         raise CheckpointError(f"{self.directory}: no checkpoint that can be read")
 
     def close(self) -> None:
@@ -176,7 +188,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            self._worker.shutdown()
 
     def __enter__(self) -> "Checkpoints":
         """Returns the checkpoints themselves."""
@@ -190,23 +202,83 @@ class Checkpoints:
             if kind is None:
                 raise
 
-    def _set_damaged_aside(self) -> None:
-        if jax.process_index() == 0:
-            for step in self.steps():
-                if reason := _damage(self.directory / str(step)):
-                    self._set_aside(step, reason)
+    def _commit(self, step: int, response: Any, held_out_loss: float | None) -> None:
+        """In the background: waits for the files, writes their digests, deletes what is old."""
+        # Asking each response for its result also ends the thread that orbax starts for it.
+        response.result()
+        finite = held_out_loss is not None and bool(np.isfinite(held_out_loss))
+        path, loss = self.directory / str(step), held_out_loss if finite else None
+        digests.seal(path, step, loss, jax.process_index(), jax.process_count())
+        if self._leads and held_out_loss is not None and not finite:
+            retention.mark(path, False)
+        if self._leads:
+            retention.rotate(self.directory, *self._keep)
+
+    def _mark(self, step: int, finite: bool) -> None:
+        retention.mark(self.directory / str(step), finite)
+        retention.rotate(self.directory, *self._keep)
+
+    def _choose(self) -> int | None:
+        """The newest checkpoint that is whole; all processes get the same answer."""
+        chosen = self._choose_here() if self._leads else None
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            label = np.asarray(-1 if chosen is None else chosen, np.int32)
+            label = int(multihost_utils.broadcast_one_to_all(label))
+            return None if label < 0 else label
+        return chosen
+
+    def _choose_here(self) -> int | None:
+        while candidates := self._candidates():
+            step = candidates[0]
+            if reason := digests.damage(self.directory / str(step), step):
+                self._set_aside(step, reason)
+                continue
+            return step
+        return None
+
+    def _candidates(self) -> list[int]:
+        """Labels in the order in which a run would go on from them."""
+        sealed = self.steps()
+        doubtful = [s for s in sealed if retention.is_doubtful(self.directory / str(s))]
+        sound = [step for step in sealed if step not in doubtful]
+        unsealed = [step for step in labels(self.directory) if step not in sealed]
+        return [*reversed(sound), *reversed(doubtful), *reversed(unsealed)]
+
+    def _go_on_from(self, step: int) -> None:
+        """Says what the choice of a checkpoint means, and deletes those that it passes over."""
+        if not self._leads:
+            return
+        path = self.directory / str(step)
+        if not digests.is_sealed(path):
+            self._message(
+                f"checkpoint {step} has no digests, so its content cannot be checked; it is used "
+                "because there is no other"
+            )
+            digests.seal(path, step, None)
+        elif retention.is_doubtful(path):
+            self._message(
+                f"checkpoint {step} is used because there is no other, although the loss was not "
+                "finite with it"
+            )
+        for other in labels(self.directory):
+            if other > step:
+                reason = (
+                    "the loss was not finite with it"
+                    if digests.is_sealed(self.directory / str(other))
+                    else "it was not committed"
+                )
+                self._message(f"checkpoint {other} is deleted ({reason}), going on with {step}")
+                retention.delete(self.directory / str(other))
 
     def _set_aside(self, step: int, reason: str) -> None:
         self._damaged.mkdir(parents=True, exist_ok=True)
         taken = len(list(self._damaged.glob(f"{step}-*")))
         target = self._damaged / f"{step}-{taken}"
         (self.directory / str(step)).rename(target)
-        before = self.steps()
+        others = self._candidates()
         self._message(
             f"checkpoint {step} is damaged ({reason}); it was moved to {target}, going on with "
-            + (f"checkpoint {before[-1]}" if before else "none, as there is no other")
+            + (f"checkpoint {others[0]}" if others else "none, as there is no other")
         )
 
     def _not_written(self, step: int, error: Exception) -> CheckpointError:
@@ -218,13 +290,6 @@ class Checkpoints:
         )
 
 
-def committed_steps(directory: Path) -> list[int]:
-    """Labels of the committed checkpoints below a directory, ascending."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
-
-
 def select_step(run_directory: str | os.PathLike[str], step: int | Literal["best"] | None) -> int:
     """Label of the checkpoint that is meant: its number, the best, or None for the newest.
 
@@ -232,7 +297,7 @@ def select_step(run_directory: str | os.PathLike[str], step: int | Literal["best
       CheckpointError: If there is none, or not this one.
     """
     directory = Path(run_directory).absolute() / DIRECTORY
-    steps = committed_steps(directory)
+    steps = committed_steps(directory) or labels(directory)
     if not steps:
         raise CheckpointError(f"{run_directory} has no checkpoint")
     if step is None:
@@ -241,9 +306,8 @@ def select_step(run_directory: str | os.PathLike[str], step: int | Literal["best
         if step not in steps:
             raise CheckpointError(f"{run_directory} has no checkpoint {step}, only {steps}")
         return step
-    with ocp.training.Checkpointer(str(directory), context=_context()) as stored:
-        metrics: dict[int, Any] = {found.step: found.metrics for found in stored.checkpoints}
-    losses = {label: each["held_out_loss"] for label, each in metrics.items() if each}
+    found = {label: digests.held_out_loss(directory / str(label)) for label in steps}
+    losses = {label: loss for label, loss in found.items() if loss is not None}
     if not losses:
         raise CheckpointError(
             f"{run_directory}: none of the checkpoints {steps} was evaluated, so none is the best"
@@ -266,8 +330,10 @@ def read_state(
       CheckpointError: If the checkpoint is damaged, or holds something else.
     """
     path = Path(run_directory).absolute() / DIRECTORY / str(step)
-    others = [label for label in committed_steps(path.parent) if label != step]
-    if reason := _damage(path):
+    others = [label for label in labels(path.parent) if label != step]
+    if not digests.is_sealed(path):
+        warnings.warn(f"{path} has no digests, so its content cannot be checked", stacklevel=2)
+    if reason := digests.damage(path, step):
         raise CheckpointError(f"{path} is damaged: {reason}; other checkpoints: {others or 'none'}")
     try:
         leaves = _load(path, {"leaves": None})["leaves"]
@@ -330,34 +396,6 @@ def _context() -> ocp.Context:
 def _load(path: Path, items: dict[str, Any]) -> dict[str, Any]:
     with _context():
         return ocp.load_checkpointables(str(path), items)
-
-
-def _file_sizes(path: Path) -> dict[str, int]:
-    files = (file for file in path.rglob("*") if file.is_file() and file.name != _SIZES)
-    return {str(file.relative_to(path)): file.stat().st_size for file in files}
-
-
-def _write_sizes(path: Path) -> None:
-    partial = path / f"{_SIZES}.partial"
-    partial.write_text(json.dumps(_file_sizes(path)))
-    partial.rename(path / _SIZES)
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None also if no sizes were recorded."""
-    sizes = path / _SIZES
-    if not sizes.is_file():
-        return None  # killed right after the commit: reading it will tell
-    try:
-        recorded = json.loads(sizes.read_text())
-    except ValueError:
-        return f"{_SIZES} is not JSON"
-    present = _file_sizes(path)
-    for name, size in recorded.items():
-        if present.get(name) != size:
-            found = "missing" if name not in present else f"{present[name]} bytes long"
-            return f"{name} should have {size} bytes and is {found}"
-    return None
 
 
 def _reason(error: BaseException) -> str:

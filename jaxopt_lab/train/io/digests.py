@@ -1,0 +1,133 @@
+"""Digests of a checkpoint's files: they make it committed, and they find damage later.
+
+After the rename that completes a checkpoint, each process writes the size and the SHA-256 of its
+files to `_DIGESTS-<process>-of-<count>.json`. A checkpoint whose digests are all there is sealed.
+The digest file has a digest of its own, so that no bit of it changes unnoticed either.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+FINITE, NOT_FINITE = "_FINITE", "_NOT_FINITE"
+"""Empty files in a checkpoint: whether the loss of its parameters was finite."""
+_NAME = re.compile(r"_DIGESTS-(\d+)-of-(\d+)\.json")
+_WRITER = re.compile(r"(?:.*\.)?process_(\d+)")
+_THREADS = 4  # hashing releases the interpreter lock
+
+
+def seal(
+    path: Path, step: int, held_out_loss: float | None, process: int = 0, count: int = 1
+) -> None:
+    """Writes the digests of the files that one process has written.
+
+    Args:
+      path: The checkpoint.
+      step: Its label.
+      held_out_loss: What ranks it among the best, if it was evaluated.
+      process: Index of this process.
+      count: Number of processes.
+    """
+    names = [name for name in _files(path) if _writer(name, count) == process]
+    body = {
+        "checkpoint": step,
+        "held_out_loss": held_out_loss,
+        "files": dict(zip(names, _digests(path, names), strict=True)),
+    }
+    target = path / f"_DIGESTS-{process}-of-{count}.json"
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps({**body, "digest": _digest_of(body)}))
+    partial.replace(target)
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether the digests of all processes are there."""
+    found = [_NAME.fullmatch(file.name) for file in _listing(path)]
+    numbers = {(int(match[1]), int(match[2])) for match in found if match}
+    return any(all((k, count) in numbers for k in range(count)) for _, count in numbers)
+
+
+def damage(path: Path, step: int) -> str | None:
+    """What is wrong with a sealed checkpoint; None if every file is as it was written."""
+    for file in sorted(_listing(path)):
+        if not _NAME.fullmatch(file.name):
+            continue
+        body = _read(file)
+        if body is None:
+            return f"{file.name} is not what was written"
+        if body["checkpoint"] != step:
+            return f"it is called {step} and holds step {body['checkpoint']}"
+        wanted = body["files"]
+        for name, expected, found in zip(
+            wanted, wanted.values(), _digests(path, wanted), strict=True
+        ):
+            if found is None:
+                return f"{name} is missing"
+            if found[0] != expected[0]:
+                return f"{name} should have {expected[0]} bytes and has {found[0]}"
+            if found != expected:
+                return f"the content of {name} is not what was written"
+    return None
+
+
+def held_out_loss(path: Path) -> float | None:
+    """The loss that ranks a checkpoint; None if it was not evaluated or cannot be told."""
+    for file in _listing(path):
+        match = _NAME.fullmatch(file.name)
+        if match and match[1] == "0" and (body := _read(file)) is not None:
+            return body["held_out_loss"]
+    return None
+
+
+def _files(path: Path) -> list[str]:
+    files = (file for file in path.rglob("*") if file.is_file())
+    names = (file.relative_to(path).as_posix() for file in files)
+    # Marks and digests come after the commit; see `checkpoints`.
+    return sorted(name for name in names if "/" in name or not _is_ours(name))
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith("_DIGESTS-") or name in (FINITE, NOT_FINITE)
+
+
+def _writer(name: str, count: int) -> int:
+    """The process that wrote a file; the first one writes what all share."""
+    for part in name.split("/"):
+        match = _WRITER.fullmatch(part)
+        if match and int(match[1]) < count:
+            return int(match[1])
+    return 0
+
+
+def _digests(path: Path, names: Iterable[str]) -> Iterator[list[Any] | None]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        yield from pool.map(lambda name: _digest_file(path / name), names)
+
+
+def _digest_file(path: Path) -> list[Any] | None:
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return [file.tell(), digest]
+    except FileNotFoundError:
+        return None
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        body = json.loads(file.read_text())
+        return body if body.pop("digest") == _digest_of(body) else None
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return None
+
+
+def _digest_of(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _listing(path: Path) -> list[Path]:
+    return list(path.iterdir()) if path.is_dir() else []

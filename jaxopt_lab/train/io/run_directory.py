@@ -1,0 +1,307 @@
+"""The run directory: who may write to it, and the JSON files that describe the run."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+import jaxopt_lab
+from jaxopt_lab.report.files import read_json, read_text, write_json
+from jaxopt_lab.report.tracker import METRICS_FILE, TENSORBOARD_DIRECTORY, read_metrics
+from jaxopt_lab.train.compare_config import CompareConfig
+from jaxopt_lab.train.config import PretrainConfig
+from jaxopt_lab.train.errors import CheckpointError, ConfigError
+from jaxopt_lab.train.io.checkpoints import DAMAGED
+from jaxopt_lab.train.io.checkpoints import DIRECTORY as CHECKPOINTS
+from jaxopt_lab.train.io.lock import LOCK_FILE, only_writer
+from jaxopt_lab.train.io.retention import labels
+from jaxopt_lab.train.mesh import DistributedConfig
+from jaxopt_lab.train.program import KERNEL_CHOICES
+from jaxopt_lab.train.serialize import from_json, name_of, to_json
+
+CONFIG_FILE = "config.json"
+MANIFEST_FILE = "manifest.json"
+SUMMARY_FILE = "summary.json"
+TOKENIZER_FILE = "tokenizer.json"
+_PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
+
+
+@contextlib.contextmanager
+def open_run(config: PretrainConfig) -> Iterator[Path]:
+    """Creates the directory of a new run, or checks the one to be resumed, and holds its lock.
+
+    A new run that ends with an exception before it has logged or saved anything is removed again:
+    it must not block the next start.
+
+    Raises:
+      ConfigError: If a new run would write into a directory that is in use, there is no run to
+        resume, or another process writes to it.
+    """
+    leads = jax.process_index() == 0
+    if config.resume:
+        directory = _existing_run(config)
+        if leads:
+            _check_files(directory)
+            _refuse_other_text(directory, config)
+    else:
+        directory = _new_name(config)
+        if leads:
+            _refuse_occupied(directory)
+            directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with only_writer(directory) if leads else contextlib.nullcontext():
+            try:
+                if leads and not config.resume:
+                    _refuse_occupied(directory)
+                    write_config(directory, config)
+                if jax.process_count() > 1:
+                    multihost_utils.sync_global_devices("the run directory exists")
+                yield directory
+            except BaseException:
+                if leads and not config.resume:
+                    discard_unstarted(directory)
+                raise
+    finally:
+        # What is left of a run that was discarded, or never began.
+        if leads and not config.resume:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+
+def _new_name(config: PretrainConfig) -> Path:
+    if config.run_directory is not None:
+        return Path(config.run_directory)
+    return Path("runs") / f"{config.preset}-{name_of(config.optimizer)}-{_start_time()}"
+
+
+def _refuse_occupied(directory: Path) -> None:
+    # A process that was killed while it began may have left these.
+    begun = {LOCK_FILE, f"{CONFIG_FILE}.partial"}
+    if directory.is_dir() and any(path.name not in begun for path in directory.iterdir()):
+        raise ConfigError(
+            "run_directory",
+            str(directory),
+            "which is not empty: continue that run with --resume, or choose another directory",
+        )
+
+
+def _refuse_other_text(directory: Path, config: PretrainConfig) -> None:
+    """Compares what fixes the text, as far as that is known before the text is read."""
+    if not labels(directory / CHECKPOINTS):
+        return
+    before = read_config(directory)
+    for name in ("seed", "validation_fraction", "tokenizer"):
+        if getattr(config, name) != getattr(before, name):
+            raise other_text(name, getattr(config, name), getattr(before, name))
+    if config.model.context != before.model.context:
+        raise other_text("model.context", config.model.context, before.model.context)
+
+
+def other_text(name: str, value: Any, before: Any) -> ConfigError:
+    """The refusal to resume a run with other text than before."""
+    return ConfigError(
+        name,
+        value,
+        f"but the run to resume was trained with {before!r}; --fork-from RUN starts a new run "
+        "from its weights",
+    )
+
+
+def _check_files(directory: Path) -> None:
+    """Reads what a resumed run will go on writing, before anything expensive is done.
+
+    Raises:
+      CheckpointError: If a file is damaged; names it.
+      OSError: If one cannot be read.
+    """
+    try:
+        _read_manifest(directory)
+        if (directory / METRICS_FILE).is_file():
+            read_metrics(directory)
+    except ValueError as error:
+        raise CheckpointError(f"{error}; repair or remove that file") from error
+
+
+def open_comparison(config: CompareConfig) -> Path:
+    """Creates the directory of a comparison, or checks that it already is one.
+
+    Raises:
+      ConfigError: If the directory is in use by something else.
+    """
+    if config.run_directory is None:
+        directory = Path("runs") / f"compare-{config.preset}-{_start_time()}"
+    else:
+        directory = Path(config.run_directory)
+    if not _is_empty(directory):
+        path = directory / CONFIG_FILE
+        try:
+            from_json(path.read_text() if path.is_file() else "", CompareConfig)
+        except ConfigError as error:
+            raise ConfigError(
+                "run_directory", str(directory), "which is not empty and holds no comparison"
+            ) from error
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = replace(config, run_directory=None)
+    write_json(directory / CONFIG_FILE, json.loads(to_json(settings)))
+    return directory
+
+
+def discard_unstarted(directory: Path) -> None:
+    """Removes what a new run wrote that ended before it logged or saved anything.
+
+    Only files that a run writes itself are touched, and none once there is a checkpoint.
+    """
+    log = directory / METRICS_FILE
+    logged = log.is_file() and log.stat().st_size
+    saved = [directory / name for name in (CHECKPOINTS, DAMAGED)]
+    if logged or any(path.is_dir() and any(path.iterdir()) for path in saved):
+        return
+    for name in (CONFIG_FILE, MANIFEST_FILE, TOKENIZER_FILE, METRICS_FILE):
+        (directory / name).unlink(missing_ok=True)
+    for name in (KERNEL_CHOICES, TENSORBOARD_DIRECTORY):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    for path in saved:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+def read_config(directory: str | os.PathLike[str]) -> PretrainConfig:
+    """Reads the configuration of a run.
+
+    Raises:
+      ConfigError: If the directory does not hold a run.
+    """
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        state = "is empty" if _is_empty(Path(directory)) else f"has no {CONFIG_FILE}"
+        raise ConfigError("run_directory", str(directory), f"which {state}: there is no run there")
+    try:
+        config = from_json(read_text(path))
+    except ConfigError as error:
+        raise ConfigError.inside(str(path), error) from error
+    except ValueError as error:
+        raise ConfigError.inside("run_directory", error) from error
+    if config.tokenizer.kind == "saved" and (Path(directory) / TOKENIZER_FILE).is_file():
+        # The run has a copy; where it came from may be gone.
+        tokenizer = replace(config.tokenizer, directory=str(directory))
+        config = replace(config, tokenizer=tokenizer)
+    return config
+
+
+def add_session(directory: Path, session: Mapping[str, Any]) -> None:
+    """Appends one start of the run to the manifest."""
+    manifest = _read_manifest(directory)
+    manifest["sessions"].append(dict(session))
+    write_json(directory / MANIFEST_FILE, manifest)
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST_FILE
+    manifest = read_json(path) if path.is_file() else {"sessions": []}
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("sessions"), list):
+        raise ValueError(f"{path}: expected an object with a list of sessions")
+    return manifest
+
+
+def describe_session(
+    mesh: Mesh, start_step: int, corpus: Mapping[str, Any], compiler_options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a result depends on besides the configuration, as JSON."""
+    devices = mesh.devices.flatten()
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "start_step": start_step,
+        "versions": _versions(),
+        "git_commit": _git_commit(),
+        "devices": {
+            "platform": devices[0].platform,
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+            "processes": jax.process_count(),
+        },
+        "mesh": dict(mesh.shape),
+        "corpus": dict(corpus),
+        "determinism": {
+            "compiler_options": {name: str(value) for name, value in compiler_options.items()},
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        },
+    }
+
+
+def _existing_run(config: PretrainConfig) -> Path:
+    if config.run_directory is None:
+        raise ConfigError("run_directory", None, "expected the directory of the run to resume")
+    read_config(config.run_directory)
+    return Path(config.run_directory)
+
+
+def write_config(directory: Path, config: PretrainConfig) -> None:
+    """Writes the configuration of a run, so that it can be resumed and run again."""
+    write_json(directory / CONFIG_FILE, as_stored(config))
+
+
+def as_stored(config: PretrainConfig) -> dict[str, Any]:
+    """A configuration as JSON, without what belongs to one start only."""
+    # Without the place: `--config` must start a new run, not collide with this one. And without
+    # the processes: a later start may have others, or none.
+    timeout = config.distributed.heartbeat_timeout_seconds
+    distributed = DistributedConfig(heartbeat_timeout_seconds=timeout)
+    settings = replace(
+        config, run_directory=None, resume=False, dry_run=False, distributed=distributed
+    )
+    return json.loads(to_json(settings))
+
+
+def _is_empty(directory: Path) -> bool:
+    return not directory.is_dir() or not any(directory.iterdir())
+
+
+def _start_time() -> str:
+    # All processes must name the same directory.
+    seconds = int(time.time())
+    if jax.process_count() > 1:
+        seconds = int(multihost_utils.broadcast_one_to_all(np.asarray(seconds, np.int32)))
+    return time.strftime("%Y%m%d-%H%M%S", time.localtime(seconds))
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "jaxopt-lab": _version("jaxopt-lab")}
+    return versions | {name: _version(name) for name in _PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git_commit() -> str | None:
+    """The commit of the library's own sources, if they are a checkout."""
+    source = Path(jaxopt_lab.__file__).parent
+    command = ["git", "-C", str(source), "rev-parse", "HEAD"]
+    if not (source.parent / ".git").exists():
+        return None
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def resume_command(directory: str | os.PathLike[str]) -> str:
+    """The command line that continues a run."""
+    return f"jaxopt-lab pretrain --resume --run-directory {directory}"

@@ -1,0 +1,39 @@
+"""Limits on how far a reader travels through one update, and on the lines of four packages.
+
+Lower a limit when the code allows it; raise one only with a reason in the changelog.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.readability import Travel
+
+# Files below optim/, files below jaxopt_lab/, calls from one file into another.
+LIMITS = {
+    "scale_by_lion_muon": Travel(4, 9, 30),
+    "scale_by_soap": Travel(7, 16, 358),
+    "scale_by_dykaf": Travel(7, 16, 374),
+    "scale_by_shampoo": Travel(7, 14, 166),
+    "optax's Muon": Travel(0, 4, 5),  # that the counting has not changed
+}
+LINES = 10_321
+
+
+@pytest.fixture(scope="module")
+def measured():
+    # A process of its own: what an earlier test has traced is not traced again.
+    command = [sys.executable, "-m", "tests.readability", "--json"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_an_update_can_be_followed(measured, name):
+    found = Travel(**measured["travel"][name])
+    assert all(a <= b for a, b in zip(found, LIMITS[name], strict=True)), found
+
+
+def test_the_packages_stay_short(measured):
+    assert sum(measured["lines"].values()) <= LINES, measured["lines"]
