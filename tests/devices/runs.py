@@ -8,8 +8,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from jaxopt_lab.train.checkpoint import committed_steps
 from jaxopt_lab.train.config import CheckpointConfig, EvalConfig
+from jaxopt_lab.train.io.checkpoints import committed_steps
 from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.optimizers import AdamWConfig
 from jaxopt_lab.train.pretrain import pretrain
