@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_optimizers(verbs)
     _add_training(verbs)
     _add_collectives(verbs)
+    _add_scaling(verbs)
     _add_dynamics(verbs)
     return parser
 
@@ -127,6 +128,35 @@ def _run_collectives(options: argparse.Namespace) -> Any:
         options.model,
         mesh=options.mesh,
         optimizers=names.split(",") if names else collective_counts.DEFAULT_METHODS,
+        on_progress=_show,
+    )
+
+
+def _add_scaling(verbs: Any) -> None:
+    parser = _add_verb(verbs, "scaling", "time training steps at equal batch per device on meshes")
+    parser.add_argument("--optimizers", metavar="A,B", help="default: one of every family")
+    parser.add_argument("--axes", default="data,fsdp", metavar="A,B", help="among data, fsdp")
+    parser.add_argument("--batch-per-device", type=int, default=32, metavar="N", help="sequences")
+    parser.add_argument("--context", type=int, help="tokens a sequence; default: the model's")
+    parser.add_argument("--steps", type=int, default=20, help="steps a round")
+    parser.add_argument(
+        "--cpu-devices", type=int, metavar="N", help="divide the CPU into N devices"
+    )
+    parser.set_defaults(run=_run_scaling)
+
+
+def _run_scaling(options: argparse.Namespace) -> Any:
+    _divide_cpu(options.cpu_devices)
+    from jaxopt_lab.bench import scaling
+
+    names = options.optimizers
+    return scaling.run_scaling(
+        options.model,
+        optimizers=names.split(",") if names else scaling.DEFAULT_METHODS,
+        axes=options.axes.split(","),
+        batch_per_device=options.batch_per_device,
+        context=options.context,
+        steps=options.steps,
         on_progress=_show,
     )
 

@@ -5,6 +5,7 @@ import pytest
 from jaxopt_lab import models
 from jaxopt_lab.bench.collective_counts import run_collectives
 from jaxopt_lab.bench.command import main
+from jaxopt_lab.bench.scaling import run_scaling
 from jaxopt_lab.bench.training import run_training
 
 TOY = models.DecoderConfig(vocab_size=64, width=32, depth=2, heads=2, hidden=32, context=16)
@@ -55,3 +56,20 @@ def test_bad_input_is_named():
         run_training("gpt5")
     with pytest.raises(SystemExit, match="2"):
         main(["collectives", "--mesh", "fsdp"])
+
+
+def test_scaling_compares_meshes_with_one_device(toy_model):
+    report = run_scaling(toy_model, optimizers=["lion_muon_p2"], batch_per_device=1, steps=1)
+    alone, data, fsdp = report.rows
+    assert [row.mesh for row in report.rows] == ["one device", "data", "fsdp"]
+    assert alone.efficiency == 1.0 and alone.collectives == {}
+    assert fsdp.efficiency == pytest.approx(alone.step_ms / fsdp.step_ms)
+    assert "all-to-all" not in data.collectives and 0 < fsdp.collectives["all-to-all"] <= 8
+    assert "efficiency" in str(report)
+
+
+def test_scaling_refuses_what_it_cannot_time():
+    with pytest.raises(ValueError, match="axes: got .'tensor',."):
+        run_scaling("tiny", axes=["tensor"])
+    with pytest.raises(ValueError, match="steps, batch: got 0, 32"):
+        run_scaling("tiny", steps=0)

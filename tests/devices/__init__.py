@@ -1,0 +1,1 @@
+"""The mesh tests on whatever devices are present: `python -m tests.devices`."""
