@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import optax
 
 import jaxopt_lab as jol
+from tests.contract.own_optimizer import row_descent
 
 
 class Entry(NamedTuple):
@@ -30,26 +31,14 @@ OPTIMIZERS = {
     "d_muon": Entry(jol.d_muon, {"learning_rate": 1e-2, "weight_decay": 0.0}),
     "signum": Entry(jol.signum, {"learning_rate": 1e-3}),
     "normalized_sgd": Entry(jol.normalized_sgd, {"learning_rate": 1e-3}),
+    "row_descent": Entry(row_descent, {"learning_rate": 1e-2}),
 }
 
 
 # Public factories at their default options, over trees of every kind of leaf.
 WHOLE_MODEL: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    name: (factory, {"learning_rate": 1e-2})
-    for name, factory in {
-        "lion_muon": jol.lion_muon,
-        "sign_muon": jol.sign_muon,
-        "legacy_sign_muon": jol.legacy_sign_muon,
-        "soap": jol.soap,
-        "dykaf": jol.dykaf,
-        "dykaf_official": jol.dykaf_official,
-        "shampoo": jol.shampoo,
-        "muon": jol.muon,
-        "d_muon": jol.d_muon,
-        "signum": jol.signum,
-        "normalized_sgd": jol.normalized_sgd,
-    }.items()
-} | {
+    **{name: (entry.factory, {"learning_rate": 1e-2}) for name, entry in OPTIMIZERS.items()},
+    "dykaf_official": (jol.dykaf_official, {"learning_rate": 1e-2}),
     "adaptive_warmup": (
         jol.adaptive_warmup,
         {"peak_lr": 1e-2, "total_steps": 100, "target_loss": 1.0},

@@ -238,15 +238,16 @@ def advance(
     for gradient, momentum, axes in zip_strict(gradients, momenta, whole):
         wide = jnp.promote_types(gradient.dtype, jnp.float32)
         g = gradient.astype(wide)
-        d, m = average(g, momentum.astype(wide))
-        m = m.astype(momentum.dtype)
         usable = jnp.isfinite(jnp.square(g))
         # A narrow momentum may overflow where the gradient does not. Others are not looked at: the
         # pass over whole matrices then reads the gradient alone.
-        if jnp.finfo(m.dtype).maxexp < jnp.finfo(wide).maxexp:
-            usable &= jnp.isfinite(m)
+        if jnp.finfo(momentum.dtype).maxexp < jnp.finfo(wide).maxexp:
+            usable &= jnp.isfinite(average(g, momentum.astype(wide))[1].astype(momentum.dtype))
         if axes:
             usable = jnp.all(usable, axis=axes, keepdims=True)
+        # Of a gradient without its refused entries, XLA keeps the mask inside of the two fusions.
+        d, m = average(jnp.where(usable, g, 0), momentum.astype(wide))
+        m = m.astype(momentum.dtype)
         directions.append(jnp.where(usable, d, jnp.nan))
         new.append(jnp.where(usable, m, momentum))
     return directions, new
