@@ -12,6 +12,7 @@ from optax.contrib import MuonDimensionNumbers
 
 import jaxopt_lab as jol
 from jaxopt_lab.core.dual_norms import DualNorms
+from jaxopt_lab.parity.warmup import official_warmup
 from jaxopt_lab.schedules import adaptive_warmup
 
 SWEEP_SEED, FINAL_SEEDS = 0, (1, 2, 3)
@@ -109,16 +110,13 @@ def scheduled(
 
 def warmup_of(family: str, cell: Cells, steps: int) -> optax.GradientTransformationExtraArgs:
     """The adaptive warm-up of a cell; `official` is the released one with all it does."""
-    official = family == "official"
-    return adaptive_warmup(
+    rule = official_warmup if family == "official" else adaptive_warmup
+    return rule(
         cell.peak,
         steps,
         "auto" if family == "auto" else cell.target,
         cell.div_factor,
         kappa=cell.kappa,
-        delta_star_rule="official" if official else "exact",
-        official_first_step=official,
-        fallback_after=None if official else 0.5,
         final_div_factor=FINAL_DIV_FACTOR,
         relative=True,
     )

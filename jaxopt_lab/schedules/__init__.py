@@ -11,7 +11,6 @@ from jaxopt_lab.schedules.gap_rate import (
     warmup_kappa,
 )
 from jaxopt_lab.schedules.peak_gap import exact_peak_gap
-from jaxopt_lab.schedules.quadrature_peak_gap import quadrature_peak_gap
 from jaxopt_lab.schedules.warmup_phases import AdaptiveWarmupState
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     "fit_curvature",
     "gap_rate",
     "peak_gap_of",
-    "quadrature_peak_gap",
     "relative_rate",
     "warmup_kappa",
     "warmup_stable_decay",

@@ -5,23 +5,29 @@ from typing import Any, Literal
 
 import jax
 import optax
-from jaxtyping import Array
 
 from jaxopt_lab.core.dual_norms import DualNorms
 from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.routing import MatrixAxesSpec
 from jaxopt_lab.schedules import warmup_checks
 from jaxopt_lab.schedules.gap_rate import Curvature, warmup_kappa
-from jaxopt_lab.schedules.peak_gap import Objective, TargetShape
 from jaxopt_lab.schedules.warmup_phases import (
     AdaptiveWarmupState,
     DecayFactory,
-    DeltaStarRule,
     WarmupPhases,
-    official_cosine,
 )
 
+_PARITY = "jaxopt_lab.parity.warmup.official_warmup({}=...)"
 
+
+@explains_keywords(
+    objective=_PARITY.format("objective"),
+    target=_PARITY.format("target"),
+    sigma=_PARITY.format("sigma") + ", or kappa=..., which it multiplies",
+    official_first_step=_PARITY.format("official_first_step"),
+    use_current_loss=_PARITY.format("use_current_loss"),
+)
 def adaptive_warmup(
     peak_lr: Scalar,
     total_steps: Scalar,
@@ -31,17 +37,12 @@ def adaptive_warmup(
     norm: DualNorms | Mapping[DualNorms, float] = "spectral",
     matrix_axes: MatrixAxesSpec = None,
     kappa: Scalar | None = None,
-    delta_star_rule: DeltaStarRule = "exact",
-    objective: Objective = "linear_and_cos",
-    target: TargetShape = "linear",
-    sigma: Scalar = 1e-3,
+    delta_star_rule: Literal["exact"] | Scalar = "exact",
     curvature: Curvature | None = None,
     decay: Literal["cosine"] | DecayFactory = "cosine",
     final_div_factor: Scalar = 1e4,
     smoothing: Scalar = 0.0,
     fallback_after: Scalar | None = 0.5,
-    use_current_loss: bool = False,
-    official_first_step: bool = False,
     relative: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Learning rate that rises as the loss falls, up to a peak, and then decays by a schedule.
@@ -49,21 +50,20 @@ def adaptive_warmup(
     With the gap $\Delta_t = \max(l_t - f^*, 10^{-8})$ of the loss $l_t$ over its target $f^*$ and
     the first gap $\Delta_0$, the rate of step $t + 1$ is
 
-    .. math::
-      \eta_{t+1} = \eta_{\max} \left(1 + (r - 1) \frac{\Delta_0}{\Delta_t}
-      \left(\frac{\Delta_t - \Delta^*}{\Delta_0 - \Delta^*}\right)^2\right)^{-1}
+    $$\eta_{t+1} = \eta_{\max} \left(1 + (r - 1) \frac{\Delta_0}{\Delta_t}
+    \left(\frac{\Delta_t - \Delta^*}{\Delta_0 - \Delta^*}\right)^2\right)^{-1}$$
 
     until a loss with $\Delta_s \le \Delta^*$ starts the decay over the $N = T - s$ steps that
     remain, in which losses no longer matter:
 
-    .. math::
-      \eta_{t+1} = \eta_{\min} + (\eta_{\max} - \eta_{\min})\,
-      \tfrac12 \left(1 + \cos \pi \tfrac{t - s + 2}{N}\right)
+    $$\eta_{t+1} = \eta_{\min} + (\eta_{\max} - \eta_{\min})\,
+    \tfrac12 \left(1 + \cos \pi \tfrac{t - s + 2}{N}\right)$$
 
     The peak gap $\Delta^*$ is found from the first loss and $\kappa\sigma$ (`peak_gap`), with
-    $\kappa$ of the norm in which the optimizer steps (`warmup_kappa`). The length of the warm-up is
-    thus not an argument. Give every step's loss: `tx.update(grads, state, params, value=loss)`,
-    averaged over microbatches and replicas, in the units of the target.
+    $\kappa$ of the norm in which the optimizer steps (`warmup_kappa`) and $\sigma = 10^{-3}$. The
+    length of the warm-up is thus not an argument. Give every step's loss:
+    `tx.update(grads, state, params, value=loss)`, averaged over microbatches and replicas, in the
+    units of the target.
 
     Args:
       peak_lr: $\eta_{\max}$.
@@ -76,11 +76,7 @@ def adaptive_warmup(
         SGD), or a weight for each, such as `{"spectral": 1 / P, "sign": 1 - 1 / P}` for LionMuon.
       matrix_axes: Layouts of the leaves that hold matrices, as for the optimizers.
       kappa: $\kappa$ itself, in place of `norm` and `matrix_axes`.
-      delta_star_rule: "exact"; "official" for the released quadrature, on the host; or a number,
-        the share of the first gap.
-      objective: What the search minimises; see `peak_gap.peak_gap_scores`.
-      target: Form of the target in the objectives with derivatives.
-      sigma: $\sigma$.
+      delta_star_rule: "exact" searches $\Delta^*$; a number is its share of the first gap.
       curvature: $K_0, K_1, K_\rho, \rho$ by hand, in place of the search: the rate is
         $\min(\Delta / (K_0 + K_1 \Delta + K_\rho \Delta^\rho), \eta_{\max})$ and its maximum ends
         the warm-up. The first step is still $\eta_{\max} / r$.
@@ -91,8 +87,6 @@ def adaptive_warmup(
       smoothing: Decay of an exponential average of the losses, in [0, 1).
       fallback_after: Share of $T$ after which the decay starts in any case, from the rate held
         then. None: the rate follows the loss to the end, as in the released code.
-      use_current_loss: Let a loss set the rate of its own step instead of the next one's.
-      official_first_step: Take the first step at the peak rate instead of $\eta_{\max} / r$.
       relative: Multiply updates by $\eta / \eta_{\max}$ instead of $-\eta$: behind an optimizer
         that has its learning rates and its sign, all of which then warm up together.
 
@@ -124,10 +118,10 @@ def adaptive_warmup(
     Source: Riabinin, Veprikov, Bolatov, Takáč and Beznosikov, "Where Does Warm-Up Come From?
     Adaptive Scheduling for Norm-Constrained Optimizers", arXiv 2602.05813.
 
-    Differs from the released code in: the first step is not taken at the peak; the peak gap is
-    integrated accurately, so that it does not depend on the peak rate; the loss is the mean of the
-    whole step, not one replica's or the last microbatch's; coefficients by hand work, also with
-    $\rho \ne 2$; a decay starts at the latest after half the run.
+    Differs from the released code (`jaxopt_lab.parity.warmup`) in: the first step is not taken at
+    the peak; the peak gap is integrated accurately, so that it does not depend on the peak rate;
+    the loss is the mean of the whole step, not one replica's or the last microbatch's; coefficients
+    by hand work, also with $\rho \ne 2$; a decay starts at the latest after half the run.
     """
     phases = WarmupPhases(
         peak_lr=peak_lr,
@@ -135,25 +129,31 @@ def adaptive_warmup(
         target_loss=target_loss,
         div_factor=div_factor,
         delta_star_rule=delta_star_rule,
-        objective=objective,
-        target=target,
-        sigma=sigma,
         curvature=curvature,
-        decay=official_cosine if decay == "cosine" else warmup_checks.decay_factory(decay),
+        decay=warmup_checks.decay_factory(decay),
         final_div_factor=final_div_factor,
         smoothing=smoothing,
         fallback_after=fallback_after,
-        use_current_loss=use_current_loss,
-        official_first_step=official_first_step,
     )
+    return warmup_by(phases, norm=norm, matrix_axes=matrix_axes, kappa=kappa, relative=relative)
+
+
+def warmup_by(
+    phases: WarmupPhases,
+    *,
+    norm: DualNorms | Mapping[DualNorms, float] = "spectral",
+    matrix_axes: MatrixAxesSpec = None,
+    kappa: Scalar | None = None,
+    relative: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """The transform of a rule; the other arguments are those of `adaptive_warmup`."""
     warmup_checks.check_phases(phases)
     warmup_checks.check_kappa(norm, kappa)
-    searches = curvature is None and isinstance(delta_star_rule, str)
 
     def kappa_of(tree: Any) -> Scalar:
         if kappa is not None:
             return kappa
-        if not searches:
+        if not phases.searches:
             return 0.0
         return warmup_checks.positive_kappa(warmup_kappa(tree, norm, matrix_axes))
 
@@ -164,13 +164,10 @@ def adaptive_warmup(
     def update(updates, state, params=None, *, value=None, **extra_args):
         del extra_args
         loss = warmup_checks.scalar_loss(value)
-        new = phases.absorb(state, loss, kappa_of(updates if params is None else params))
-        rate = new.rate if use_current_loss else state.rate
-        return _scaled(updates, rate / peak_lr if relative else -rate), new
+        new = phases.step(state, loss, kappa_of(updates if params is None else params))
+        rate = new.rate if phases.use_current_loss else state.rate
+        scale = rate / phases.peak_lr if relative else -rate
+        # The product is rounded once, to the dtype of the update.
+        return jax.tree.map(lambda u: (scale * u).astype(u.dtype), updates), new
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _scaled(updates: optax.Updates, scale: Array) -> optax.Updates:
-    # The product is rounded once, to the dtype of the update.
-    return jax.tree.map(lambda u: (scale * u).astype(u.dtype), updates)

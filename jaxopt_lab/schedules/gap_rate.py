@@ -65,9 +65,8 @@ def fit_curvature(
 
     Solves $\eta(\Delta^*) = \eta_{\max}$, $\eta'(\Delta^*) = 0$, $\eta(\Delta_0) = \eta_{\max}/r$:
 
-    .. math::
-      K_2 = \frac{\Delta_0 (r - 1)}{\eta_{\max} (\Delta_0 - \Delta^*)^2}, \qquad
-      K_0 = K_2 \Delta^{*2}, \qquad K_1 = \frac{1}{\eta_{\max}} - 2 K_2 \Delta^*
+    $$K_2 = \frac{\Delta_0 (r - 1)}{\eta_{\max} (\Delta_0 - \Delta^*)^2}, \qquad
+    K_0 = K_2 \Delta^{*2}, \qquad K_1 = \frac{1}{\eta_{\max}} - 2 K_2 \Delta^*$$
 
     The coefficients are large and cancel, so a rate is better taken from `relative_rate`.
 
@@ -85,9 +84,8 @@ def fit_curvature(
 def relative_rate(gap: Scalar, initial_gap: Scalar, peak_gap: Scalar, div_factor: Scalar) -> Array:
     r"""The rate of `fit_curvature` over its peak, without the cancellation of its coefficients.
 
-    .. math::
-      \frac{\eta(\Delta)}{\eta_{\max}} = \left(1 + (r - 1) \frac{\Delta_0}{\Delta}
-      \left(\frac{\Delta - \Delta^*}{\Delta_0 - \Delta^*}\right)^2\right)^{-1}
+    $$\frac{\eta(\Delta)}{\eta_{\max}} = \left(1 + (r - 1) \frac{\Delta_0}{\Delta}
+    \left(\frac{\Delta - \Delta^*}{\Delta_0 - \Delta^*}\right)^2\right)^{-1}$$
 
     >>> [float(relative_rate(gap, 8.0, 2.0, 10.0)) for gap in (8.0, 2.0)]
     [0.10000000149011612, 1.0]

@@ -1,8 +1,8 @@
 r"""The gap at which a warm-up ends: where the rate comes closest to a target form.
 
-500 candidates $d$ between 0.01 and $\Delta_0 - 0.01$ are scored by an integral of the distance
-between the rate $\eta$ with its peak at $d$ (`gap_rate.fit_curvature`) and a target that rises from
-0 to $\eta_{\max}$ at $d$ and falls to $\eta_{\max}/r$ at $\Delta_0$, under the weight
+500 candidates $d$ between 0.01 and $\Delta_0 - 0.01$ are scored by an integral of the squared
+distance between the rate $\eta$ with its peak at $d$ (`gap_rate.fit_curvature`) and a target that
+rises from 0 to $\eta_{\max}$ at $d$ and falls to $\eta_{\max}/r$ at $\Delta_0$, under the weight
 $e^{-\kappa\sigma (x - d)^2/2}$. The first candidate with the best score wins.
 
 Everything is formed in the distance $v = |x - d|$ on either side of the peak and as what is missing
@@ -11,7 +11,7 @@ and with narrow weights that is all the integral sees.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,25 +19,6 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxopt_lab.core.numerics import Scalar
-
-Objective = Literal[
-    "linear_and_cos",
-    "max_linear_and_cos",
-    "linear_and_linear",
-    "integral_0_x0",
-    "func_prime",
-    "func_prime_0xs",
-    "double_prime",
-]
-TargetShape = Literal["linear", "cos"]
-OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
-# Integrated without a search for changes of sign, which is a loop.
-SMOOTH_OBJECTIVES: tuple[Objective, ...] = (
-    "linear_and_cos",
-    "max_linear_and_cos",
-    "integral_0_x0",
-)
-TARGET_SHAPES: tuple[TargetShape, ...] = get_args(TargetShape)
 
 CANDIDATES = 500
 CHUNK = 50  # candidates scored together where they are scored in turn
@@ -48,29 +29,12 @@ UNIFORM_PANELS = 16  # on each side of the peak
 # than the interval.
 WEIGHT_BREAKS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
 PEAK_BREAKS = tuple(4.0**k for k in range(7))
-BISECTIONS = 40
-
-
-class _Side(NamedTuple):
-    """One side of a candidate's peak: scalars, gaps as shares of the initial gap."""
-
-    sign: float  # of x - d
-    peak: Array  # d
-    length: Array  # from the peak to the end of the interval
-    depth: Scalar  # what the target loses from the peak to the end, as a share of the peak rate
-    bend: Array  # c of the rate x / (x + c (x - d)^2)
-
-
-# Distance from the peak -> value, both over the peak rate.
-_Function: TypeAlias = Callable[[Array], Array]
 
 
 def exact_peak_gap(
     initial_gap: Scalar,
     kappa_sigma: Scalar,
     div_factor: Scalar,
-    objective: Objective = "linear_and_cos",
-    target: TargetShape = "linear",
     *,
     chunk: int | None = CHUNK,
 ) -> Array:
@@ -85,19 +49,13 @@ def exact_peak_gap(
       initial_gap: The first loss less the target loss, above 0.02.
       kappa_sigma: `warmup_kappa` times the width parameter, usually 0.001.
       div_factor: The peak rate over the rate at the initial gap.
-      objective: What is integrated; see `peak_gap_scores`.
-      target: Form of the target in the objectives with derivatives.
       chunk: Candidates scored together, which bounds the memory; None scores all at once, in
-        straight-line code if the objective is one of `SMOOTH_OBJECTIVES`.
-
-    Raises:
-      ValueError: The objective or the target is unknown.
+        straight-line code.
     """
     gaps = peak_gap_candidates(initial_gap)
-    scores = peak_gap_scores(
-        gaps, initial_gap, kappa_sigma, div_factor, objective, target, chunk=chunk
-    )
-    return gaps[jnp.argmin(scores)]
+    return gaps[
+        jnp.argmin(peak_gap_scores(gaps, initial_gap, kappa_sigma, div_factor, chunk=chunk))
+    ]
 
 
 def peak_gap_candidates(initial_gap: Scalar) -> Array:
@@ -111,127 +69,54 @@ def peak_gap_scores(
     initial_gap: Scalar,
     kappa_sigma: Scalar,
     div_factor: Scalar,
-    objective: Objective = "linear_and_cos",
-    target: TargetShape = "linear",
     *,
     chunk: int | None = CHUNK,
 ) -> Array:
     r"""The scores of peak gaps; the smallest is best.
 
-    With the weight $w$ and $\eta$ and its target $\tau$ over $\eta_{\max}$:
-
-    ====================== ===================================================================
-    linear_and_cos         mean of $w (\eta - \tau)^2$; $\tau$ a half cosine up to d, then a line
-    max_linear_and_cos     sum of the two means of the same, over [0, d] and [d, $\Delta_0$]
-    linear_and_linear      mean of $w |\eta - \tau|$; $\tau$ two lines
-    integral_0_x0          mean of $-w \eta$
-    func_prime             mean over [d, $\Delta_0$] of $w (|\eta - \tau| + |\eta' - \tau'|)$
-    func_prime_0xs         the same over [0, d]
-    double_prime           mean over [d, $\Delta_0$] of $w |\eta'' - \tau''|$
-    ====================== ===================================================================
-
-    In the last three $\tau$ has the form `target`.
+    The mean over $[0, \Delta_0]$ of $w (\eta - \tau)^2$, with the weight $w$, and $\eta$ and its
+    target $\tau$ over $\eta_{\max}$; $\tau$ is half a cosine up to $d$ and a line above it.
 
     Args:
-      gaps: Peak gaps d, shape (n,), inside the interval from 0 to the initial gap.
+      gaps: Peak gaps $d$, shape (n,), inside the interval from 0 to the initial gap.
       initial_gap: As in `exact_peak_gap`.
       kappa_sigma: As in `exact_peak_gap`.
       div_factor: As in `exact_peak_gap`.
-      objective: As above.
-      target: "linear" or "cos".
       chunk: As in `exact_peak_gap`.
-
-    Raises:
-      ValueError: The objective or the target is unknown.
     """
-    check_objective(objective, target)
 
     def score(gap: Array) -> Array:
         sharpness = kappa_sigma * jnp.square(initial_gap)
-        return _score(
-            _sides(gap, initial_gap, div_factor), sharpness, initial_gap, objective, target
-        )
+        peak, above = gap / initial_gap, (initial_gap - gap) / initial_gap
+        bend = (div_factor - 1) / jnp.square(above)
+        rise, fall = _Side(-1.0, peak, peak, bend), _Side(1.0, peak, above, bend)
+        return _square_distance(
+            rise, sharpness, lambda share: jnp.square(jnp.sin(jnp.pi / 2 * share))
+        ) + _square_distance(fall, sharpness, lambda share: (1 - 1 / div_factor) * share)
 
     return jax.vmap(score)(gaps) if chunk is None else jax.lax.map(score, gaps, batch_size=chunk)
 
 
-def _score(
-    sides: tuple[_Side, _Side],
-    sharpness: Scalar,
-    initial_gap: Scalar,
-    objective: Objective,
-    target: TargetShape,
-) -> Array:
-    below, above = sides
+class _Side(NamedTuple):
+    """One side of a candidate's peak: scalars, gaps as shares of the initial gap."""
 
-    def square(side: _Side, shape: TargetShape) -> Array:
-        return _integral(side, sharpness, lambda v: jnp.square(_difference(side, shape, v)))
-
-    def absolute(side: _Side, function: Callable[..., Array], shape: TargetShape) -> Array:
-        return _absolute_integral(side, sharpness, lambda v: function(side, shape, v))
-
-    def with_slopes(side: _Side) -> Array:
-        # The published sum is not homogeneous: its slopes are per unit of loss.
-        slopes = absolute(side, _slope_difference, target) / initial_gap
-        return (absolute(side, _difference, target) + slopes) / side.length
-
-    def negative_rate(side: _Side) -> Array:
-        return _integral(side, sharpness, lambda v: _missing_rate(side, v) - 1)
-
-    match objective:
-        case "linear_and_cos":
-            return square(below, "cos") + square(above, "linear")
-        case "max_linear_and_cos":
-            return square(below, "cos") / below.length + square(above, "linear") / above.length
-        case "linear_and_linear":
-            return absolute(below, _difference, "linear") + absolute(above, _difference, "linear")
-        case "integral_0_x0":
-            return negative_rate(below) + negative_rate(above)
-        case "func_prime":
-            return with_slopes(above)
-        case "func_prime_0xs":
-            return with_slopes(below)
-        case "double_prime":
-            return absolute(above, _bend_difference, target) / above.length
+    sign: float  # of x - d
+    peak: Array  # d
+    length: Array  # from the peak to the end of the interval
+    bend: Array  # c of the rate x / (x + c (x - d)^2)
 
 
-def check_objective(objective: str, target: str) -> None:
-    """Check two names.
-
-    Raises:
-      ValueError: One is unknown.
-    """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective is {objective!r}; choose one of {', '.join(OBJECTIVES)}")
-    if target not in TARGET_SHAPES:
-        raise ValueError(f"target is {target!r}; choose one of {', '.join(TARGET_SHAPES)}")
-
-
-def _sides(gap: Array, initial_gap: Scalar, div_factor: Scalar) -> tuple[_Side, _Side]:
-    peak, above = gap / initial_gap, (initial_gap - gap) / initial_gap
-    bend = (div_factor - 1) / jnp.square(above)
-    return _Side(-1.0, peak, peak, 1.0, bend), _Side(1.0, peak, above, 1 - 1 / div_factor, bend)
-
-
-def _integral(side: _Side, sharpness: Scalar, function: _Function) -> Array:
-    """The integral of a smooth function over a side under the weight."""
-    return _by_panels(_breaks(side, sharpness), sharpness, function)
-
-
-def _absolute_integral(side: _Side, sharpness: Scalar, function: _Function) -> Array:
-    """The integral of the absolute value, with panels that end where the function changes sign."""
+def _square_distance(side: _Side, sharpness: Scalar, target: Callable[[Array], Array]) -> Array:
+    """The integral over a side; `target` gives 1 - tau from the share of the way to its end."""
     breaks = _breaks(side, sharpness)
-    breaks = jnp.sort(jnp.concatenate([breaks, _sign_changes(function, breaks)]))
-    return _by_panels(breaks, sharpness, lambda v: jnp.abs(function(v)))
-
-
-def _by_panels(breaks: Array, sharpness: Scalar, function: _Function) -> Array:
     start, half = breaks[:-1, None], (breaks[1:, None] - breaks[:-1, None]) / 2
     rule = np.polynomial.legendre.leggauss(NODES)
     nodes, weights = (jnp.asarray(x, half.dtype)[None] for x in rule)
     v = start + half * (1 + nodes)  # (panels, nodes)
-    values = jnp.exp(-sharpness / 2 * v * v) * function(v)
-    return jnp.sum(half * weights * values)
+    bent = side.bend * v * v
+    missing = bent / (side.peak + side.sign * v + bent)  # 1 - eta
+    distance = missing - target(v / side.length)
+    return jnp.sum(half * weights * jnp.exp(-sharpness / 2 * v * v) * jnp.square(distance))
 
 
 def _breaks(side: _Side, sharpness: Scalar) -> Array:
@@ -243,49 +128,39 @@ def _breaks(side: _Side, sharpness: Scalar) -> Array:
     return jnp.sort(jnp.minimum(breaks, side.length))
 
 
-def _sign_changes(function: _Function, breaks: Array) -> Array:
-    """One sign change in each panel, by bisection; the end of the panel where there is none."""
-    # Not from the very start: at the peak all differences are zero.
-    low, high = breaks[:-1] + (breaks[1:] - breaks[:-1]) / 1024, breaks[1:]
-    sign = jnp.sign(function(low))
+# Compiled once for all: outside `jit` every loop would be compiled anew.
+@jax.jit
+def exact_where(
+    wanted: Array, known: Array, initial_gap: Array, kappa_sigma: Array, div_factor: Array
+) -> Array:
+    """The best candidate where it is wanted, else the peak gap that is known; scalars all."""
 
-    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        middle = (ends[0] + ends[1]) / 2
-        before = sign * function(middle) > 0
-        return jnp.where(before, middle, ends[0]), jnp.where(before, ends[1], middle)
+    def at_once(wanted: Array, known: Array, *numbers: Array) -> Array:
+        return jnp.where(wanted, exact_peak_gap(*numbers, chunk=None).astype(known.dtype), known)
 
-    _, root = jax.lax.fori_loop(0, BISECTIONS, halve, (low, high))
-    return jnp.where(sign * function(high) < 0, root, high)
+    def if_wanted(wanted: Array, known: Array, *numbers: Array) -> Array:
+        return searched_if(wanted, known, numbers, exact_peak_gap)
 
-
-def _missing_rate(side: _Side, v: Array) -> Array:
-    """1 - eta."""
-    bent = side.bend * v * v
-    return bent / (side.peak + side.sign * v + bent)
-
-
-def _difference(side: _Side, shape: TargetShape, v: Array) -> Array:
-    """The target less the rate."""
-    share = v / side.length
-    missing = side.depth * (share if shape == "linear" else jnp.sin(jnp.pi / 2 * share) ** 2)
-    return _missing_rate(side, v) - missing
+    # Piecewise constant in everything, so there is no derivative to take.
+    numbers = jax.lax.stop_gradient((initial_gap, kappa_sigma, div_factor))
+    # On a GPU the host reads the predicate of a loop, at every step, and so waits for all that was
+    # dispatched before. There the search itself is a few small kernels; on a CPU it takes longer
+    # than many a step.
+    return jax.lax.platform_dependent(
+        wanted, known, *numbers, cuda=at_once, rocm=at_once, default=if_wanted
+    )
 
 
-def _slope_difference(side: _Side, shape: TargetShape, v: Array) -> Array:
-    # eta' = -c (x - d) (x + d) / (x + c (x - d)^2)^2, towards larger gaps; here both slopes are
-    # taken away from the peak, which changes the sign of both or of neither.
-    x = side.peak + side.sign * v
-    of_rate = -side.bend * v * (x + side.peak) / jnp.square(x + side.bend * v * v)
-    fall = 1.0 if shape == "linear" else jnp.pi / 2 * jnp.sin(jnp.pi * v / side.length)
-    return of_rate + side.depth / side.length * fall
+def searched_if(
+    wanted: Array, known: Array, numbers: tuple[Array, ...], find: Callable[..., Array]
+) -> Array:
+    """`find(*numbers)` where wanted, else what is known; runs `find` only if it is wanted."""
 
+    def search(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        # Tied to the carry, or the compiler moves the search out of the loop and always runs it.
+        tied, _ = jax.lax.optimization_barrier((numbers, carry))
+        return jnp.zeros_like(carry[0]), find(*tied).astype(known.dtype)
 
-def _bend_difference(side: _Side, shape: TargetShape, v: Array) -> Array:
-    u = side.sign * v
-    x, c = side.peak + u, side.bend
-    k = x + c * u * u
-    of_rate = -2 * c * (x * k - u * (x + side.peak) * (1 + 2 * c * u)) / k**3
-    if shape == "linear":
-        return of_rate
-    turn = jnp.cos(jnp.pi * v / side.length) * (jnp.pi / side.length) ** 2 / 2
-    return of_rate + side.depth * turn
+    # A loop of one pass rather than a cond: when runs are vmapped a cond becomes a select and
+    # would search at every step, a loop runs while there is a run that wants it.
+    return jax.lax.while_loop(lambda carry: carry[0], search, (wanted, known))[1]

@@ -1,7 +1,7 @@
 """Checks of the arguments of `adaptive_warmup`; traced numbers have no value to look at."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,10 +11,7 @@ from jaxtyping import Array
 from jaxopt_lab.core.dual_norms import check_pair
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.schedules.gap_rate import Curvature
-from jaxopt_lab.schedules.peak_gap import check_objective
-from jaxopt_lab.schedules.warmup_phases import DecayFactory, WarmupPhases
-
-RULES = ("exact", "official")
+from jaxopt_lab.schedules.warmup_phases import DecayFactory, WarmupPhases, official_cosine
 
 
 def check_phases(p: WarmupPhases) -> None:
@@ -23,31 +20,29 @@ def check_phases(p: WarmupPhases) -> None:
     Raises:
       ValueError: One is out of range or unknown.
     """
-    _check("peak_lr", p.peak_lr, "a finite number above 0", lambda x: 0 < x < math.inf)
-    _check("total_steps", p.total_steps, "a whole number of at least 1", _is_count)
+    check_number("peak_lr", p.peak_lr, "a finite number above 0", lambda x: 0 < x < math.inf)
+    check_number("total_steps", p.total_steps, "a whole number of at least 1", _is_count)
     if not (isinstance(p.target_loss, str) and p.target_loss == "auto"):
-        _check("target_loss", p.target_loss, "a finite number, or 'auto'", math.isfinite)
-    _check("div_factor", p.div_factor, "a finite number of at least 1", lambda x: 1 <= x < math.inf)
-    _check("sigma", p.sigma, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
-    _check("final_div_factor", p.final_div_factor, "a number of at least 1", lambda x: x >= 1)
-    _check("smoothing", p.smoothing, "in [0, 1)", lambda x: 0 <= x < 1)
+        check_number("target_loss", p.target_loss, "a finite number, or 'auto'", math.isfinite)
+    check_number(
+        "div_factor", p.div_factor, "a finite number of at least 1", lambda x: 1 <= x < math.inf
+    )
+    check_number("sigma", p.sigma, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
+    check_number("final_div_factor", p.final_div_factor, "a number of at least 1", lambda x: x >= 1)
+    check_number("smoothing", p.smoothing, "in [0, 1)", lambda x: 0 <= x < 1)
     if p.fallback_after is not None:
-        _check("fallback_after", p.fallback_after, "in (0, 1], or None", lambda x: 0 < x <= 1)
-    if not (isinstance(p.delta_star_rule, str) and p.delta_star_rule in RULES):
-        wanted = "'exact', 'official' or a number in (0, 1), a share of the first gap"
-        _check("delta_star_rule", p.delta_star_rule, wanted, lambda x: 0 < x < 1)
-    check_objective(p.objective, p.target)
+        check_number("fallback_after", p.fallback_after, "in (0, 1], or None", lambda x: 0 < x <= 1)
+    if not (isinstance(p.delta_star_rule, str) and p.delta_star_rule == "exact"):
+        wanted = "'exact' or a number in (0, 1), a share of the first gap"
+        if isinstance(p.delta_star_rule, str) and p.delta_star_rule == "official":
+            wanted += "; the released rule is jaxopt_lab.parity.warmup.official_warmup"
+        check_number("delta_star_rule", p.delta_star_rule, wanted, lambda x: 0 < x < 1)
     if p.curvature is not None:
         _check_curvature(p.curvature)
     if p.curvature is not None and isinstance(p.target_loss, str):
         raise ValueError(
             "target_loss is 'auto' and curvature is given; coefficients by hand are those of gaps "
             "to a fixed target"
-        )
-    if p.use_current_loss and p.official_first_step:
-        raise ValueError(
-            "official_first_step and use_current_loss are both True; with use_current_loss the "
-            "first loss sets the rate of the first step"
         )
 
 
@@ -60,9 +55,9 @@ def check_kappa(norm: Any, kappa: Scalar | None) -> None:
     for pair, weight in norm.items() if isinstance(norm, Mapping) else [(norm, 1.0)]:
         check_pair(pair)
         wanted = "a finite weight of at least 0"
-        _check(f"norm[{pair!r}]", weight, wanted, lambda x: 0 <= x < math.inf)
+        check_number(f"norm[{pair!r}]", weight, wanted, lambda x: 0 <= x < math.inf)
     if kappa is not None:
-        _check("kappa", kappa, "a finite number above 0", lambda x: 0 < x < math.inf)
+        check_number("kappa", kappa, "a finite number above 0", lambda x: 0 < x < math.inf)
 
 
 def positive_kappa(kappa: float) -> float:
@@ -80,11 +75,13 @@ def positive_kappa(kappa: float) -> float:
 
 
 def decay_factory(decay: DecayFactory | str) -> DecayFactory:
-    """The argument, if it makes a schedule of scalars from a number of steps that is traced.
+    """The factory that the argument names or is.
 
     Raises:
-      ValueError: It does not.
+      ValueError: It does not make a schedule of scalars from a number of steps that is traced.
     """
+    if isinstance(decay, str) and decay == "cosine":
+        return official_cosine
     if not callable(decay):
         raise ValueError(
             f"decay is {decay!r}; it must be 'cosine' or a function from a number of steps to a "
@@ -125,14 +122,19 @@ def scalar_loss(value: Any) -> Array:
 
 
 def _check_curvature(c: Curvature) -> None:
-    _check("curvature.k0", c.k0, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
-    _check("curvature.k1", c.k1, "a finite number", math.isfinite)
+    check_number("curvature.k0", c.k0, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
+    check_number("curvature.k1", c.k1, "a finite number", math.isfinite)
     wanted = "a finite number above 0; without it the rate has no peak"
-    _check("curvature.k_rho", c.k_rho, wanted, lambda x: 0 < x < math.inf)
-    _check("curvature.rho", c.rho, "a finite number above 1", lambda x: 1 < x < math.inf)
+    check_number("curvature.k_rho", c.k_rho, wanted, lambda x: 0 < x < math.inf)
+    check_number("curvature.rho", c.rho, "a finite number above 1", lambda x: 1 < x < math.inf)
 
 
-def _check(name: str, value: Any, wanted: str, holds: Any) -> None:
+def check_number(name: str, value: Any, wanted: str, holds: Callable[[Any], bool]) -> None:
+    """Check a number that has a value.
+
+    Raises:
+      ValueError: It is none, or does not hold.
+    """
     if isinstance(value, jax.Array):
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):

@@ -3,27 +3,18 @@
 Scalars alone: what a transform does with the rate is its own matter (`adaptive_warmup`).
 """
 
-import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array
 
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.schedules.gap_rate import Curvature, gap_rate, peak_gap_of, relative_rate
-from jaxopt_lab.schedules.peak_gap import (
-    SMOOTH_OBJECTIVES,
-    Objective,
-    TargetShape,
-    exact_peak_gap,
-)
-from jaxopt_lab.schedules.quadrature_peak_gap import quadrature_peak_gap
+from jaxopt_lab.schedules.peak_gap import exact_where
 from jaxopt_lab.schedules.target_estimate import (
     TargetEstimate,
     estimated_target,
@@ -31,11 +22,12 @@ from jaxopt_lab.schedules.target_estimate import (
     with_loss,
 )
 
-# "exact", "official", or the peak gap as a share of the initial one.
-DeltaStarRule: TypeAlias = Literal["exact", "official"] | Scalar
+# (whether to search, known peak gap, initial gap, kappa sigma, div_factor) -> peak gap
+PeakGapSearch: TypeAlias = Callable[..., Array]
 # (steps of the decay) -> schedule from 1 to 0 in the steps since the switch.
 DecayFactory: TypeAlias = Callable[[Array], optax.Schedule]
 
+SIGMA = 1e-3  # width parameter of the weight, the released default
 SMALLEST_GAP = 1e-8
 # The candidates keep 0.01 from both ends, so a smaller initial gap leaves no room for them.
 SMALLEST_INITIAL_GAP = 0.02
@@ -58,28 +50,33 @@ class AdaptiveWarmupState(NamedTuple):
 
 @dataclass(frozen=True)
 class WarmupPhases:
-    """The rule of a run; the arguments of `adaptive_warmup`, checked."""
+    """The rule of a run: the arguments of `adaptive_warmup`, then what only parity sets."""
 
     peak_lr: Scalar
     total_steps: Scalar
     target_loss: Scalar | Literal["auto"]
     div_factor: Scalar
-    delta_star_rule: DeltaStarRule
-    objective: Objective
-    target: TargetShape
-    sigma: Scalar
+    delta_star_rule: Literal["exact"] | Scalar
     curvature: Curvature | None
     decay: DecayFactory
     final_div_factor: Scalar
     smoothing: Scalar
     fallback_after: Scalar | None
-    use_current_loss: bool
-    official_first_step: bool
+
+    sigma: Scalar = SIGMA
+    search: PeakGapSearch = exact_where
+    first_step_at_peak: bool = False
+    use_current_loss: bool = False  # a loss sets the rate of its own step
+
+    @property
+    def searches(self) -> bool:
+        """Whether the peak gap is searched for, which takes a kappa."""
+        return self.curvature is None and isinstance(self.delta_star_rule, str)
 
     def start(self) -> AdaptiveWarmupState:
         """The state before the first step."""
         dtype = jnp.result_type(float)
-        first = self.peak_lr if self.official_first_step else self.peak_lr / self.div_factor
+        first = self.peak_lr if self.first_step_at_peak else self.peak_lr / self.div_factor
         known = 0.0 if self.curvature is None else peak_gap_of(self.curvature)
         return AdaptiveWarmupState(
             count=jnp.zeros([], jnp.int32),
@@ -94,7 +91,7 @@ class WarmupPhases:
             estimate=self._start_estimate(dtype),
         )
 
-    def absorb(self, state: AdaptiveWarmupState, loss: Array, kappa: Scalar) -> AdaptiveWarmupState:
+    def step(self, state: AdaptiveWarmupState, loss: Array, kappa: Scalar) -> AdaptiveWarmupState:
         """The state after a step with this loss; a loss that is not finite only lets time pass."""
         loss = loss.astype(state.loss.dtype)
         finite = jnp.isfinite(loss)
@@ -142,8 +139,7 @@ class WarmupPhases:
         """Whether the first loss leaves nothing to warm up for."""
         if self.curvature is not None:
             return jnp.zeros([], bool)
-        fraction = not isinstance(self.delta_star_rule, str)
-        return initial_gap <= 0 if fraction else initial_gap < SMALLEST_INITIAL_GAP
+        return initial_gap < SMALLEST_INITIAL_GAP if self.searches else initial_gap <= 0
 
     def _peak_gap(self, first: Array, state: AdaptiveWarmupState, kappa: Scalar) -> Array:
         if self.curvature is not None:
@@ -151,16 +147,8 @@ class WarmupPhases:
         wanted = first & ~self._too_close(state.initial_gap)
         if not isinstance(self.delta_star_rule, str):
             return jnp.where(wanted, self.delta_star_rule * state.initial_gap, state.peak_gap)
-        return _searched_where(
-            wanted,
-            state.peak_gap,
-            state.initial_gap,
-            kappa * self.sigma,
-            self.div_factor,
-            self.peak_lr,
-            rule=self.delta_star_rule,
-            objective=self.objective,
-            target=self.target,
+        return self.search(
+            wanted, state.peak_gap, state.initial_gap, kappa * self.sigma, self.div_factor
         )
 
     def _switched(self, finite: Array, state: AdaptiveWarmupState) -> AdaptiveWarmupState:
@@ -204,77 +192,3 @@ def official_cosine(horizon: Array) -> optax.Schedule:
     """
     # A squared sine keeps the precision that 1 + cos loses near the end.
     return lambda step: jnp.square(jnp.sin(jnp.pi / 2 * ((horizon - step - 1) / horizon)))
-
-
-# Compiled once for all: outside `jit` every loop would be compiled anew.
-@functools.partial(jax.jit, static_argnames=("rule", "objective", "target"))
-def _searched_where(
-    wanted: Array,
-    known: Array,
-    initial_gap: Array,
-    kappa_sigma: Array,
-    div_factor: Array,
-    peak_lr: Array,
-    *,
-    rule: str,
-    objective: Objective,
-    target: TargetShape,
-) -> Array:
-    """The peak gap of a search where one is wanted, else the one that is known."""
-    # Piecewise constant in everything, so there is no derivative to take.
-    given = jax.lax.stop_gradient((initial_gap, kappa_sigma, div_factor, peak_lr))
-
-    def at_once(wanted: Array, known: Array, numbers: tuple[Array, ...]) -> Array:
-        gap, sharpness, div, _ = numbers
-        found = exact_peak_gap(gap, sharpness, div, objective, target, chunk=None)
-        return jnp.where(wanted, found.astype(known.dtype), known)
-
-    def if_wanted(wanted: Array, known: Array, numbers: tuple[Array, ...]) -> Array:
-        def search(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            # Tied to the carry, or the compiler moves the search out of the loop and always runs
-            # it.
-            tied, _ = jax.lax.optimization_barrier((numbers, carry))
-            if rule == "exact":
-                gap, sharpness, div, _ = tied
-                found = exact_peak_gap(gap, sharpness, div, objective, target)
-            else:
-                found = _on_host(tied, objective, target)
-            return jnp.zeros_like(carry[0]), found.astype(known.dtype)
-
-        # A loop of one pass rather than a cond: when runs are vmapped a cond becomes a select and
-        # would search at every step, a loop runs while there is a run that wants it.
-        return jax.lax.while_loop(lambda carry: carry[0], search, (wanted, known))[1]
-
-    if rule != "exact" or objective not in SMOOTH_OBJECTIVES:
-        return if_wanted(wanted, known, given)
-    # On a GPU the host reads the predicate of a loop, at every step, and so waits for all that was
-    # dispatched before. There the search itself is a few small kernels; on a CPU it takes longer
-    # than many a step.
-    return jax.lax.platform_dependent(
-        wanted, known, given, cuda=at_once, rocm=at_once, default=if_wanted
-    )
-
-
-def _on_host(numbers: tuple[Array, ...], objective: Objective, target: TargetShape) -> Array:
-    dtype, thread = numbers[0].dtype, _ieee_thread()
-
-    def search(*numbers: Array) -> np.ndarray:
-        gap, sharpness, div, peak = map(float, numbers)
-        task = thread.submit(quadrature_peak_gap, gap, sharpness, div, peak, objective, target)
-        return np.asarray(task.result(), dtype)
-
-    result = jax.ShapeDtypeStruct((), dtype)
-    return jax.pure_callback(search, result, *numbers, vmap_method="sequential")
-
-
-@functools.cache
-def _ieee_thread() -> ThreadPoolExecutor:
-    """A thread with denormal numbers.
-
-    XLA flushes them to zero wherever it computes, callbacks included, but the released integrals of
-    narrow weights hang on them. A thread inherits this from the one that starts it: start it here,
-    while a program is being traced.
-    """
-    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="peak-gap")
-    thread.submit(lambda: None).result()
-    return thread

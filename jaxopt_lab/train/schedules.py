@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 
 from jaxopt_lab import schedules
 from jaxopt_lab.diagnostics import find_state
+from jaxopt_lab.parity.warmup import official_warmup
 from jaxopt_lab.schedules import DecayShape
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.optimizers import ModelInfo, OptimizerConfig
@@ -178,12 +179,15 @@ class AdaptiveWarmupConfig(ScheduleConfig):
         self, peak: float, steps: int, norm: Any, matrix_axes: PyTree
     ) -> optax.GradientTransformationExtraArgs:
         assert self.target_loss is not None
-        return schedules.adaptive_warmup(
-            peak, steps, self.target_loss, self.div_factor,
-            norm=norm, matrix_axes=matrix_axes, delta_star_rule=self.delta_star_rule,
-            smoothing=self.smoothing, fallback_after=self.fallback_after,
-            final_div_factor=self.final_div_factor, relative=True,
+        options = dict(
+            norm=norm, matrix_axes=matrix_axes, smoothing=self.smoothing,
+            fallback_after=self.fallback_after, final_div_factor=self.final_div_factor,
+            relative=True,
         )  # fmt: skip
+        run = (peak, steps, self.target_loss, self.div_factor)
+        if self.delta_star_rule == "official":
+            return official_warmup(*run, official_first_step=False, **options)
+        return schedules.adaptive_warmup(*run, delta_star_rule=self.delta_star_rule, **options)
 
     def _outcome(self, opt_state: PyTree, peak: float, steps: int) -> tuple[dict[str, Any], str]:
         assert self.target_loss is not None

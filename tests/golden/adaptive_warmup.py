@@ -1,6 +1,5 @@
 """Replay of the adaptive warm-up: rates over given losses, both rules of the peak gap, tables."""
 
-import functools
 import re
 from typing import Any
 
@@ -8,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jaxopt_lab as jol
 from jaxopt_lab.core.dual_norms import DualNorms
+from jaxopt_lab.parity.warmup import OBJECTIVES, official_warmup
 from jaxopt_lab.schedules import Curvature, exact_peak_gap, fit_curvature, gap_rate, warmup_kappa
-from jaxopt_lab.schedules.peak_gap import OBJECTIVES
 from tests.golden.adaptive_warmup_decays import DECAY_OPTIONS, decay_options
 from tests.golden.harness import Case, Check, NotUnderstood, Result
 
@@ -98,20 +96,18 @@ def _by_hand(h: Any) -> Curvature | None:
 def _official(case: Case) -> list[Check]:
     h, stored = case.sidecar["hyperparameters"], case.arrays
     by_hand = _by_hand(h)
-    options: dict[str, Any] = {"official_first_step": True, "fallback_after": None}
-    tx = jol.adaptive_warmup(
+    tx = official_warmup(
         h["lr_max"],
         h["iterations"],
         h["loss_star"],
         h["div_factor"],
         kappa=_kappa(case),
         sigma=h.get("sigma_F", 1e-3),
-        delta_star_rule="official",
         objective=_mode(h),  # pyright: ignore[reportArgumentType]
         target=h.get("target", "linear"),
         curvature=by_hand,
         **decay_options(h),
-        **options | {name: h[name] for name in OPTIONS & set(h)},
+        **{name: h[name] for name in OPTIONS & set(h)},
     )
     rates, state = _run(tx, stored["loss"])
     # All groups follow the first, in the proportion of their base rates.
@@ -171,21 +167,13 @@ def _kappa(case: Case) -> float:
     return warmup_kappa(leaves, norm)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _search(*arguments: Any) -> jax.Array:
-    return exact_peak_gap(*arguments)
-
-
 def _exact(case: Case) -> list[Check]:
     h, reference = case.sidecar["hyperparameters"], case.sidecar["independent_reference"]
     gap = float(case.arrays["loss"][0]) - h["loss_star"]
-    found = _search(
-        gap,
-        _kappa(case) * h.get("sigma_F", 1e-3),
-        h["div_factor"],
-        _mode(h),
-        h.get("target", "linear"),
-    )
+    if _mode(h) != "linear_and_cos":
+        raise NotUnderstood(f"independent_reference of mode {h['mode']!r}")
+    sharpness = _kappa(case) * h.get("sigma_F", 1e-3)
+    found = jax.jit(exact_peak_gap)(gap, sharpness, h["div_factor"])
     # The grid is formed in another order: one rounding.
     checks = [Check.of("delta_star_exact", found, reference["delta_star_exact"], 1e-14)]
     k = fit_curvature(h["lr_max"], h["div_factor"], gap, found)

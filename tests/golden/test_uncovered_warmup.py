@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxopt_lab.schedules.quadrature_peak_gap import quadrature_peak_gap
+from jaxopt_lab.parity.warmup import quadrature_peak_gap
 from tests.golden.adaptive_warmup import replay
 from tests.golden.harness import Case, NotUnderstood
 

@@ -18,8 +18,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxopt_lab as jol
-from jaxopt_lab.schedules import AdaptiveWarmupState, adaptive_warmup, warmup_phases
-from jaxopt_lab.schedules.peak_gap import SMOOTH_OBJECTIVES
+from jaxopt_lab.schedules import AdaptiveWarmupState, adaptive_warmup
+from jaxopt_lab.schedules.adaptive_warmup import warmup_by
+from jaxopt_lab.schedules.peak_gap import exact_where
+from jaxopt_lab.schedules.warmup_phases import WarmupPhases, official_cosine
 from tests.schedules.warmup_runs import NOISY, PARAMS, PEAK, STEPS, TARGET, make, run, scan
 
 TREE = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6), "embedding": jnp.ones((8, 4))}
@@ -106,42 +108,16 @@ def test_members_with_their_own_peaks_kappas_and_losses():
     assert len(set(np.asarray(states.peak_gap[:, -1]))) == 3
 
 
-@pytest.mark.parametrize("members", [None, 2])
-def test_the_search_runs_only_where_it_is_needed(monkeypatch, members):
-    calls = []
-
-    def counted(*args):
-        calls.append(args)
-        return 1.0
-
-    monkeypatch.setattr("jaxopt_lab.schedules.warmup_phases.quadrature_peak_gap", counted)
-    # A number that no other test compiles for.
-    tx = adaptive_warmup(0.125, STEPS, TARGET, kappa=7.0, delta_star_rule="official")
-    one = lambda losses: scan(tx, tx.init(PARAMS), losses)[1]  # noqa: E731
-    losses = jnp.asarray(NOISY[:6], jnp.float32)
-    if members is None:
-        jax.block_until_ready(jax.jit(one)(losses))
-        assert len(calls) == 1
-    else:
-        # The second run sees its first finite loss a step later: two searches of two members.
-        together = jnp.stack([losses, losses.at[0].set(jnp.nan)])
-        jax.block_until_ready(jax.jit(jax.vmap(one))(together))
-        assert len(calls) == 4
-
-
 def control_flow(program, platform, *args):
     """How often the program for a platform branches or loops, by the name of the operation."""
     lowered = jax.jit(program).trace(*args).lower(lowering_platforms=(platform,))
     return collections.Counter(re.findall(r"stablehlo\.(while|case|if)\b", lowered.as_text()))
 
 
-@pytest.mark.parametrize("objective", SMOOTH_OBJECTIVES)
 @pytest.mark.parametrize("target_loss", [TARGET, "auto"])
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
-def test_on_a_gpu_nothing_depends_on_data_that_the_host_would_have_to_read(
-    objective, target_loss, platform
-):
-    tx = adaptive_warmup(PEAK, STEPS, target_loss, kappa=100.0, objective=objective)
+def test_on_a_gpu_nothing_depends_on_data_that_the_host_would_have_to_read(target_loss, platform):
+    tx = adaptive_warmup(PEAK, STEPS, target_loss, kappa=100.0)
     state, loss = tx.init(TREE), jnp.float32(8.0)
 
     def step(state, loss):
@@ -169,16 +145,26 @@ def test_the_program_for_a_gpu_gives_the_same_rates(monkeypatch):
     losses = jnp.stack([jnp.asarray(NOISY[::3] + d, jnp.float32) for d in (0.0, 1.0)])
     losses = losses.at[1, 0].set(jnp.nan)
 
-    def member(losses):
-        tx = adaptive_warmup(PEAK, STEPS, TARGET, kappa=1e4)
-        return scan(tx, tx.init(PARAMS), losses)[1]
+    def members(tx):
+        return jax.jit(jax.vmap(lambda losses: scan(tx, tx.init(PARAMS), losses)[1]))(losses)
 
-    updates, states = jax.jit(jax.vmap(member))(losses)
-    searched = warmup_phases._searched_where.__wrapped__
-    monkeypatch.setattr(warmup_phases, "_searched_where", searched)
+    updates, states = members(adaptive_warmup(PEAK, STEPS, TARGET, kappa=1e4))
     monkeypatch.setattr(jax.lax, "platform_dependent", on_gpu)
-    # Another function, or what is compiled already would run.
-    at_once, at_once_states = jax.jit(jax.vmap(lambda losses: member(losses)))(losses)
+    # Not the function that is compiled already.
+    phases = WarmupPhases(
+        peak_lr=PEAK,
+        total_steps=STEPS,
+        target_loss=TARGET,
+        div_factor=100.0,
+        delta_star_rule="exact",
+        curvature=None,
+        decay=official_cosine,
+        final_div_factor=1e4,
+        smoothing=0.0,
+        fallback_after=0.5,
+        search=exact_where.__wrapped__,
+    )
+    at_once, at_once_states = members(warmup_by(phases, kappa=1e4))
     np.testing.assert_allclose(at_once, updates, rtol=1e-5)
     chex.assert_trees_all_close(at_once_states, states, rtol=1e-5)
     assert states.switch_step[0, -1] > 0 and (states.peak_gap[:, -1] > 0).all()

@@ -1,4 +1,4 @@
-"""The search for the peak gap: published values, both rules, both precisions."""
+"""The search for the peak gap: published values, both precisions."""
 
 import functools
 
@@ -6,19 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy.integrate import quad
 
-from jaxopt_lab.schedules.peak_gap import (
-    OBJECTIVES,
-    SMOOTH_OBJECTIVES,
-    exact_peak_gap,
-    peak_gap_candidates,
-    peak_gap_scores,
-)
-from jaxopt_lab.schedules.quadrature_peak_gap import quadrature_peak_gap
-from tests.examples import examples
+from jaxopt_lab.schedules.peak_gap import exact_peak_gap, peak_gap_candidates, peak_gap_scores
 
 # Loss at the start less the target, kappa, div_factor, peak rates, what the released code finds for
 # each of them, accurate minimum of the same objective.
@@ -36,11 +26,10 @@ SIGMA = 1e-3
 # Compiled fast, not to be fast.
 fast_jit = functools.partial(
     jax.jit,
-    static_argnames=("objective", "target", "chunk"),
+    static_argnames="chunk",
     compiler_options={"xla_backend_optimization_level": 0},
 )
 search, scores = fast_jit(exact_peak_gap), fast_jit(peak_gap_scores)
-WITH_TARGET = ("func_prime", "func_prime_0xs", "double_prime")
 
 
 def grid_step(initial_gap):
@@ -56,52 +45,18 @@ def test_accurate_minimum_of_the_published_settings(x64):
         assert abs(got - wanted) < 0.1 * grid_step(gap)
 
 
-@pytest.mark.parametrize("objective", SMOOTH_OBJECTIVES)
-def test_scored_all_at_once_the_best_candidate_is_the_same(objective):
+def test_scored_all_at_once_the_best_candidate_is_the_same():
     for gap, kappa, div in [row[:3] for row in TABLE[::5]]:
-        in_turn, at_once = (
-            search(gap, kappa * SIGMA, div, objective=objective, chunk=c) for c in (50, None)
-        )
+        in_turn, at_once = (search(gap, kappa * SIGMA, div, chunk=c) for c in (50, None))
         np.testing.assert_allclose(at_once, in_turn, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("gap", "kappa", "div", "rates", "wanted"), [row[:5] for row in TABLE])
-def test_official_rule_repeats_the_published_luck(gap, kappa, div, rates, wanted):
-    found = [quadrature_peak_gap(gap, kappa * SIGMA, div, rate) for rate in rates]
-    np.testing.assert_allclose(found, wanted, atol=6e-4)
-
-
-@pytest.mark.parametrize(
-    ("objective", "target"),
-    [(o, "linear") for o in OBJECTIVES] + [(o, "cos") for o in WITH_TARGET],
-)
-def test_both_rules_agree_for_wide_weights(objective, target):
-    # Peak rate 1: the absolute tolerance of the official rule then means what it says.
-    with jax.enable_x64(True):
-        exact = float(search(6.98, 0.004, 10.0, objective=objective, target=target))
-    official = quadrature_peak_gap(6.98, 0.004, 10.0, 1.0, objective, target)
-    np.testing.assert_allclose(exact, official, rtol=1e-12)
-
-
-@examples(6)
-@given(st.floats(1.0, 10.0), st.floats(1e-4, 0.1), st.floats(2.0, 200.0))
-def test_published_objective_agrees_for_wide_weights(gap, kappa_sigma, div):
-    with jax.enable_x64(True):
-        exact = float(search(gap, kappa_sigma, div))
-    official = quadrature_peak_gap(gap, kappa_sigma, div, 1.0)
-    # Two neighbours may score equally to the official tolerance.
-    assert abs(exact - official) < 1.01 * grid_step(gap)
-
-
-@pytest.mark.parametrize("objective", ["linear_and_cos", "integral_0_x0", "func_prime"])
-def test_single_precision_finds_the_same_candidate(objective):
-    published = [(7.78, 46848, 100.0), (6.98, 4, 10.0), (3.0, 1.2e8, 30.0)]
-    # Under a narrow weight the integral of the rate alone is the same for all candidates.
-    for gap, kappa, div in published[: 2 if objective == "integral_0_x0" else 3]:
+def test_single_precision_finds_the_same_candidate():
+    for gap, kappa, div in [(7.78, 46848, 100.0), (6.98, 4, 10.0), (3.0, 1.2e8, 30.0)]:
         found = []
         for x64 in (False, True):
             with jax.enable_x64(x64):
-                found.append(float(search(gap, kappa * SIGMA, div, objective=objective)))
+                found.append(float(search(gap, kappa * SIGMA, div)))
         assert abs(found[0] - found[1]) < 0.1 * grid_step(gap)
 
 
@@ -143,12 +98,3 @@ def test_vmapped_search_is_the_search():
     together = jax.vmap(lambda g, s: search(g, s, 100.0))(gaps, sharpness)
     alone = [search(g, s, 100.0) for g, s in zip(gaps, sharpness, strict=True)]
     np.testing.assert_allclose(together, alone, rtol=1e-6)
-
-
-def test_unknown_names():
-    for rule in (lambda *names: exact_peak_gap(3.0, 1.0, 10.0, *names),
-                 lambda *names: quadrature_peak_gap(3.0, 1.0, 10.0, 1e-3, *names)):  # fmt: skip
-        with pytest.raises(ValueError, match="objective is 'linear_and_linaer'; choose one of"):
-            rule("linear_and_linaer")
-        with pytest.raises(ValueError, match="target is 'cosine'; choose one of linear, cos"):
-            rule("func_prime", "cosine")

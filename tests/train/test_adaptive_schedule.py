@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 from jaxopt_lab.diagnostics import find_state
+from jaxopt_lab.parity.warmup import quadrature_peak_gap
 from jaxopt_lab.report.tracker import read_metrics
-from jaxopt_lab.schedules import AdaptiveWarmupState
+from jaxopt_lab.schedules import AdaptiveWarmupState, exact_peak_gap, warmup_kappa
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.mesh import MeshConfig, make_mesh, to_global
 from jaxopt_lab.train.optimizers import OPTIMIZERS, AdamWConfig, LionMuonConfig, ModelInfo
@@ -138,3 +140,28 @@ def test_the_end_is_told_in_plain_words(words):
 def test_settings_that_cannot_work_are_named(changes, words):
     with pytest.raises(ConfigError, match=words):
         replace(SCHEDULE, **changes).validate(100)
+
+
+def test_the_official_rule_changes_the_search_alone():
+    info = ModelInfo({"a": MuonDimensionNumbers(0, 1)})
+    params = {"a": jnp.ones((256, 256))}
+    tx = {}
+    for name in ("exact", "official"):
+        config = replace(SCHEDULE, delta_star_rule=name)
+        config.validate(100)
+        tx[name] = config.apply(AdamWConfig(learning_rate=1e-3), info, 100).tx
+    states = {}
+    for name, rule in tx.items():
+        states[name] = []
+        state = rule.init(params)
+        for _ in range(2):
+            states[name].append(find_state(state, AdaptiveWarmupState))
+            _, state = rule.update(params, state, params, value=jnp.float32(8.78))
+    (start, official), (other, exact) = states["official"], states["exact"]
+    np.testing.assert_allclose(start.rate, 1e-3 / SCHEDULE.div_factor, rtol=1e-6)
+    chex.assert_trees_all_equal(start, other)
+    kappa = warmup_kappa(params, AdamWConfig().step_norm(), info.matrix_axes)
+    gaps = (7.78, kappa * 1e-3, SCHEDULE.div_factor)
+    np.testing.assert_allclose(official.peak_gap, quadrature_peak_gap(*gaps, 1e-3), rtol=1e-5)
+    np.testing.assert_allclose(exact.peak_gap, exact_peak_gap(*gaps), rtol=1e-5)
+    assert official.peak_gap != exact.peak_gap
