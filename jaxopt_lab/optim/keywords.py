@@ -28,7 +28,7 @@ ELSEWHERE = {
     "adam_b1": "fallback=AdamW(b1=...)",
     "adam_b2": "fallback=AdamW(b2=...)",
     "adam_eps": "fallback=AdamW(eps=...)",
-    "adam_eps_root": "no such option: eps stands outside of the root",
+    "adam_eps_root": "fallback=AdamW(eps=...), which stands outside of the root",
     "adam_weight_decay": "fallback=AdamW(weight_decay=...)",
     "adam_learning_rate": "fallback=AdamW(learning_rate=...)",
     "adam_lr_ratio": "fallback=AdamW(lr_ratio=...)",
@@ -52,18 +52,21 @@ def explains_keywords(**elsewhere: str) -> Callable[[Callable[P, T]], Callable[P
     Args:
       **elsewhere: What to write instead of a keyword, for this factory; `ELSEWHERE` holds for all.
     """
-    known = ELSEWHERE | elsewhere
 
     def decorate(factory: Callable[P, T]) -> Callable[P, T]:
         own = inspect.signature(factory).parameters
+        # Of what holds for all, only what this factory has.
+        common = {old: new for old, new in ELSEWHERE.items() if new.split("=")[0] in own}
+        known = common | elsewhere
 
         # Not `**unknown` in the signature: `optax.inject_hyperparams` reads that.
         @functools.wraps(factory)
         def checked(*args: P.args, **kwargs: P.kwargs) -> T:
             for name in kwargs:
                 if name not in own and name in known:
+                    verb = "there is" if known[name].startswith("no such") else "write"
                     raise TypeError(
-                        f"{factory.__name__} has no argument {name!r}; write {known[name]}"
+                        f"{factory.__name__} has no argument {name!r}; {verb} {known[name]}"
                     )
             return factory(*args, **kwargs)
 

@@ -29,6 +29,13 @@ def check_rates(**rates: Any) -> None:
             raise ValueError(f"{name} is {rate}; it must be a finite number of at least 0")
 
 
+def check_decays(**decays: Any) -> None:
+    """Raise `ValueError` for the decay of an average that is outside of [0, 1); names it."""
+    for name, decay in decays.items():
+        if isinstance(decay, int | float) and not 0 <= decay < 1:
+            raise ValueError(f"{name} is {decay}; it must be in [0, 1)")
+
+
 def decayed_weights(
     weight_decay: optax.ScalarOrSchedule, mask: Any, routing: Routing
 ) -> optax.GradientTransformation:

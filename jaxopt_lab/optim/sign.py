@@ -10,7 +10,7 @@ from jaxopt_lab.core.numerics import Scalar, frobenius_unit, widened
 from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.nonfinite import finite_entries, guarded
 from jaxopt_lab.optim.options import Routing
-from jaxopt_lab.optim.rates import check_rates, decayed_weights
+from jaxopt_lab.optim.rates import check_decays, check_rates, decayed_weights
 from jaxopt_lab.optim.routing import float_leaves
 
 Norm = Literal["sign", "frobenius"]
@@ -43,6 +43,7 @@ def scale_by_normalized_heavy_ball(
     Raises:
       ValueError: `norm` is unknown.
     """
+    check_decays(momentum=momentum)
     return guarded(normalized_direction(norm, optax.trace(momentum, nesterov)))
 
 

@@ -49,7 +49,8 @@ def distributed_shampoo(
       graft: As in `jaxopt_lab.shampoo`.
 
     Raises:
-      ValueError: `start_preconditioning_step` is below `precondition_frequency`.
+      ValueError: `start_preconditioning_step` is below `precondition_frequency`, or a choice is
+        unknown.
 
     Source: Shi et al., arXiv 2309.06497 (2023), released code.
     """
@@ -67,6 +68,8 @@ def distributed_shampoo(
     decay = optax.add_decayed_weights(weight_decay)
     trace = optax.chain(optax.scale(1 - dampening), optax.trace(momentum, nesterov))
     rest = (trace if momentum else optax.identity(), optax.scale_by_learning_rate(learning_rate))
+    if weight_decay_type not in ("decoupled", "l2"):
+        raise ValueError(f"weight_decay_type is {weight_decay_type!r}; choose decoupled or l2")
     if weight_decay_type == "l2":
         return optax.chain(decay, guarded(direction, *rest))
     return guarded(direction, decay, *rest)

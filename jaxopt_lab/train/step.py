@@ -66,7 +66,7 @@ def make_step(
 
     One step splits the batch into `accumulation` microbatches, averages their gradients in
     float32 weighted by their numbers of tokens, scales the result by
-    :math:`\min(1, \mathrm{clip} / \lVert g \rVert_2)` over all parameters, and applies `tx`,
+    $\min(1, \mathrm{clip} / \lVert g \rVert_2)$ over all parameters, and applies `tx`,
     which also receives the loss as `value`.
 
     A step whose loss or gradient norm is not finite leaves parameters and floating-point

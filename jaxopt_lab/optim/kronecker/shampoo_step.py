@@ -90,14 +90,17 @@ def shampoo_direction(
         leaves = blocked(params)
         arrays, treedef = jax.tree.flatten(params)
         dtypes = [wide_dtype(x) for x in arrays]
-        zeros = [jnp.zeros_like(x, dtype=d) for x, d in _zip(arrays, dtypes)]
+
+        def zeros() -> optax.Updates:  # buffers of its own at every call, or none could be donated
+            return treedef.unflatten([jnp.zeros_like(x, dtype=d) for x, d in _zip(arrays, dtypes)])
+
         factors = [leaf.new_factors(d) for leaf, d in _zip(leaves, dtypes)]
         roots = [leaf.new_factors(d, identity=True) for leaf, d in _zip(leaves, dtypes)]
         return ShampooState(
             count=jnp.zeros([], jnp.int32),
             notfinite_count=treedef.unflatten([leaf.new_counter() for leaf in leaves]),
-            mu=treedef.unflatten(zeros),
-            nu=treedef.unflatten(zeros) if keeps_squares(rule.graft) else optax.MaskedNode(),
+            mu=zeros(),
+            nu=zeros() if keeps_squares(rule.graft) else optax.MaskedNode(),
             factors=_by_mode(treedef, factors),
             roots=_by_mode(treedef, roots),
         )

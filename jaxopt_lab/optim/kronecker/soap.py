@@ -21,7 +21,7 @@ MOVED = {
     "skip_first_step": "nothing: the first gradient only gives the bases",
 } | dict.fromkeys(
     ("correct_bias", "normalize_grads", "decay_after_step", "merge_dims", "precondition_1d"),
-    "it with the optimizer of that name in jaxopt_lab.parity",
+    "the optimizer of that name in jaxopt_lab.parity, which has it",
 )
 
 

@@ -89,8 +89,8 @@ class EigenbasisAdam:
         """
         factors = tuple(name for name in arrays if name.startswith("factor"))
         bases = tuple(name for name in arrays if name.startswith("basis"))
-        # A place for the directions. Of ones: compilers merge equal constants, and would read these
-        # from memory wherever a zero is wanted.
+        # A place for the directions. Ones, not zeros: XLA would merge a buffer of zeros with every
+        # other zero constant, and read those from memory.
         arrays = arrays | {"grad": list(grads), "direction": [jnp.ones_like(g) for g in grads]}
         arrays["status"] = self._statuses(arrays, factors)
         starting = jnp.array(False)
@@ -102,10 +102,10 @@ class EigenbasisAdam:
             arrays = arrays | self._move(leaves, arrays, factors, bases)
             return arrays | self._refresh(count, leaves, arrays, factors, bases)
 
-        # Each predicate blocks dispatch: a host that comes to a loop or a conditional waits for the
-        # device to learn what to start next. So most steps ask three times before they work and not
-        # afterwards, and the device has work while the host prepares the next program. The bases
-        # stay outside of the last branch, which would copy what it hands on.
+        # Each predicate blocks dispatch: the host waits at every loop and conditional. All three
+        # are therefore evaluated before the heavy kernels, so that the host can dispatch the next
+        # step while the device works. The bases stay outside of the last branch, which would copy
+        # what it returns unchanged.
         moved = ("direction", *MOMENTS, *factors)
         once, at_refresh = partial(cond_without_copy, starting), partial(cond_without_copy, due)
         unless_moved = partial(lax.cond, due, lambda held: held)
@@ -290,8 +290,8 @@ class EigenbasisAdam:
         old, new, orders = sides[:third], sides[third : 2 * third], sides[2 * third :]
         mu = self._into(new, self._out_of(old, mu, rounded=True))
         if nu is not None:
-            # Or its last change would be part of the permutation, which then could not overwrite
-            # it.
+            # Without the barrier XLA fuses the last update of nu into the permutation, which then
+            # cannot run in place.
             nu = lax.optimization_barrier(nu)
             for k, order in enumerate(orders):
                 nu = permuted(nu, order, 1 + k)

@@ -259,7 +259,7 @@ def check_numbers(method: EigenbasisAdam) -> None:
         "precondition_frequency", method.frequency,
         lambda x: 1 <= x < math.inf and float(x).is_integer(), "an integer of at least 1",
     )  # fmt: skip
-    if method.stagger and not isinstance(method.frequency, int | float):
+    if method.stagger and not isinstance(method.frequency, int):
         raise ValueError(
             "stagger divides stacks into precondition_frequency shares, so that must be a plain "
             "integer; under optax.inject_hyperparams name it in static_args"

@@ -143,6 +143,11 @@ def for_a_model(
     **shared: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Decay and rates behind a direction of the family (period None: it decides), AdamW beside."""
+    if shared["routing"].on_uncovered == "modes":
+        raise ValueError(
+            "Routing.on_uncovered: got 'modes', wanted 'adamw' or 'error': this family has no rule "
+            "for leaves of more than two axes without a layout"
+        )
     decay = decayed_weights(shared["weight_decay"], shared["mask"], shared["routing"])
     if period is None:
         steps = with_rates(direction, decay, *rates, shared["matrix_axes"])

@@ -19,7 +19,7 @@ from jaxopt_lab.optim.lion_muon.transform import (
     signs,
 )
 from jaxopt_lab.optim.options import AdamW, MeshWork, NewtonSchulz, Routing
-from jaxopt_lab.optim.rates import check_rates
+from jaxopt_lab.optim.rates import check_decays, check_rates
 from jaxopt_lab.optim.routing import MatrixAxesSpec
 
 _MOMENTUM = "momentum=..."
@@ -27,6 +27,7 @@ _MOMENTUM = "momentum=..."
 
 def heavy_ball(momentum: Scalar, nesterov: bool) -> Average:
     r"""The buffer $B = \mu B + G$, and as direction $B$ or $G + \mu B$."""
+    check_decays(momentum=momentum)
 
     def average(g, buffer):
         new = momentum * buffer + g

@@ -58,7 +58,8 @@ def scale_by_stable_rank(
     A step of a matrix is spectral when the stable rank $\lVert D_t \rVert_F^2 / \sigma_1(D_t)^2$ of
     its direction is at most $\alpha \min(m, n)$. Three rounds of power iteration estimate
     $\sigma_1$. Since the branch is known to the step alone, rates and decay belong to it; one
-    scheduled rate after it is right for both branches. Whole matrices are refused.
+    scheduled rate after it is right for both branches. A gradient that is not finite leaves out its
+    whole matrix.
 
     Args:
       threshold: $\alpha$.
@@ -126,7 +127,8 @@ def deciding_direction(
         return StableRankState(
             initial_state(params, mu_dtype, matrix_axes),
             spectral=zeros_of_matrices(params, matrix_axes, jnp.bool),
-            key_data=jax.random.key_data(key),
+            # A copy: the state may be donated, and the key be used again.
+            key_data=jnp.array(jax.random.key_data(key), copy=True),
         )
 
     def update(updates, state, params=None, *, draws=None, **extra_args):

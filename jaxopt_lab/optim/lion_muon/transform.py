@@ -17,6 +17,7 @@ from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves, zeros_of_matrices
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import MeshWork, NewtonSchulz
+from jaxopt_lab.optim.rates import check_decays
 from jaxopt_lab.optim.routing import MatrixAxesSpec
 
 # The typical root mean square of an AdamW update. Singular values of 1 alone give an m x n matrix
@@ -129,6 +130,7 @@ def scale_by_lion_muon(
 
 def averaged(b1: Scalar, b2: Scalar) -> Average:
     """Two averages: of the direction and of the buffer, which does not depend on the branch."""
+    check_decays(b1=b1, b2=b2)
     return lambda g, m: (b1 * m + (1 - b1) * g, b2 * m + (1 - b2) * g)
 
 
