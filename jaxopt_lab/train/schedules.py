@@ -92,8 +92,10 @@ class CosineConfig(_WarmupConfig):
         """See the base class."""
         warmup = self.warmup(steps)
         # The first step already moves. Optax refuses a decay of no steps.
-        start, end = (0.01 * peak if warmup else peak), max(steps, warmup + 1)
-        return optax.warmup_cosine_decay_schedule(start, peak, warmup, end)
+        start, end = (0.01 if warmup else 1.0), max(steps, warmup + 1)
+        shape = optax.warmup_cosine_decay_schedule(start, 1.0, warmup, end)
+        # A comparison traces the peak, which Optax's function would look at.
+        return lambda count: peak * shape(count)
 
 
 @dataclass(frozen=True)
