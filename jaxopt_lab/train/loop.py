@@ -123,6 +123,7 @@ class Loop:
         self._saved_at = time.monotonic()
         self._unverified: int | None = None  # label of the newest checkpoint, until a loss is read
         self._bad_steps = 0  # steps in a row whose loss or gradient was not finite
+        self._stepped = False  # whether a step of this start has told anything
         self._evaluated: dict[int, float] = {}
         self.last_metrics: dict[str, Any] = {}
         self.last_evaluation: dict[str, float] = {}
@@ -207,7 +208,9 @@ class Loop:
         self._unverified = step
         if self._bad_steps >= _BAD_STEPS:
             self._run.checkpoints.verify(step, finite=False)
-        elif step == self._config.steps and loss is not None and np.isfinite(loss):
+        elif (
+            step == self._config.steps and self._stepped and loss is not None and np.isfinite(loss)
+        ):
             self._run.checkpoints.verify(step, finite=True)  # no step will follow
         self._saved_at, self._save_now = time.monotonic(), False
 
@@ -284,7 +287,7 @@ class Loop:
         Steps that are skipped leave the parameters as they are, so every step after the checkpoint
         tells about it, up to the first that is finite.
         """
-        self._bad_steps = 0 if finite else self._bad_steps + 1
+        self._bad_steps, self._stepped = (0 if finite else self._bad_steps + 1), True
         saved = self._unverified
         if saved is None or step <= saved:
             return

@@ -167,12 +167,12 @@ def test_describe_counts_factors_and_bases_with_their_leaf():
         return {r.path[2:-2]: (r.rule, r.state_bytes // 4) for r in found.rows}
 
     numbers = 2  # age and notfinite_count, one of each a matrix
-    matrix = 2 * 24 + 1.5 * (16 + 36) + numbers  # factors in float32, bases in bfloat16
+    matrix = 2 * 24 + 2 * (16 + 36) + numbers  # factors and bases in float32
     assert rows(max_precond_dim=10) == {
         "bias": ("adamw", 1.5 * 6),
         "kernel": ("dykaf", matrix),
         "stack": ("dykaf", 2 * matrix),
-        "vocabulary": ("dykaf", 2 * 48 + 1.5 * 16 + numbers),  # one side alone
+        "vocabulary": ("dykaf", 2 * 48 + 2 * 16 + numbers),  # one side alone
     }
     ranked = rows(max_precond_dim=10, second_moment="rank_one")
     assert ranked["kernel"] == ("dykaf", matrix - 24 + 10)

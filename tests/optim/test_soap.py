@@ -187,9 +187,9 @@ def test_memory_of_each_second_moment():
 
     numbers, mu, nu = 2, 24, 24
     sides = 16 + 36
-    assert floats(rotation_precision="highest") == mu + nu + 2 * sides + numbers
     # Bases in bfloat16 are half a float each.
-    sides, rows = 1.5 * sides, 1.5 * 16
+    assert floats(rotation_precision="bfloat16") == mu + nu + 1.5 * sides + numbers
+    sides, rows = 2 * sides, 2 * 16
     assert floats() == mu + nu + sides + numbers
     assert floats(second_moment="factored") == mu + 4 + 6 + sides + numbers
     assert floats(second_moment="factored", one_sided=True) == mu + 4 + 6 + rows + numbers

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optax.contrib import MuonDimensionNumbers
 
 import jaxopt_lab as jol
 from jaxopt_lab.sweep import Program, Run, StepCost, Tuned, cost, lanes_that_fit, measure_step, tune
@@ -23,7 +24,11 @@ SETTINGS = {"sweep_seed": 0, "seeds": (1, 2)}
 
 def lion_muon(rate):
     return jol.lion_muon(
-        lambda count: rate * (1 - count / STEPS), period=2, newton_schulz=TWO_STEPS
+        lambda count: rate * (1 - count / STEPS),
+        period=2,
+        newton_schulz=TWO_STEPS,
+        # By their names both matrices would be AdamW's.
+        matrix_axes={"table": MuonDimensionNumbers(), "head": MuonDimensionNumbers(), "bias": None},
     )
 
 

@@ -34,8 +34,9 @@ def only_writer(directory: Path) -> Iterator[None]:
             "host": socket.gethostname(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps(holder).encode())
+        with contextlib.suppress(OSError):  # the lock holds without its holder's name
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, json.dumps(holder).encode())
         yield
     finally:
         path.unlink(missing_ok=True)

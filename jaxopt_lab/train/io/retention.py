@@ -15,7 +15,8 @@ def labels(directory: Path) -> list[int]:
     """Labels of all checkpoints below a directory, committed or not, ascending."""
     if not directory.is_dir():
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+    names = [path.name for path in directory.iterdir() if path.is_dir()]
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
 def committed_steps(directory: Path) -> list[int]:
