@@ -55,8 +55,15 @@ def explains_keywords(**elsewhere: str) -> Callable[[Callable[P, T]], Callable[P
 
     def decorate(factory: Callable[P, T]) -> Callable[P, T]:
         own = inspect.signature(factory).parameters
-        # Of what holds for all, only what this factory has.
+        # Of what holds for all, only what this factory has, or its ready optimizer.
         common = {old: new for old, new in ELSEWHERE.items() if new.split("=")[0] in own}
+        if factory.__name__.startswith("scale_by_"):
+            ready = ("mask=", "routing=", "fallback=")
+            common |= {
+                old: f"{new} of the ready optimizer"
+                for old, new in ELSEWHERE.items()
+                if new.startswith(ready)
+            }
         known = common | elsewhere
 
         # Not `**unknown` in the signature: `optax.inject_hyperparams` reads that.

@@ -418,7 +418,9 @@ def test_bad_options(option, field, value, wanted):
 )
 def test_old_keywords_say_where_they_went(keyword, answer):
     for factory, args in ((jol.shampoo, (1e-3,)), (jol.scale_by_shampoo, ())):
-        with pytest.raises(TypeError, match=f"no argument '{keyword}'; write .*{answer}"):
+        with pytest.raises(
+            TypeError, match=f"no argument '{keyword}'; (write|there is) .*{answer}"
+        ):
             factory(*args, **{keyword: 1})
 
 
