@@ -8,6 +8,7 @@ next time:
 """
 
 import hypothesis
+import hypothesis.database
 from hypothesis.internal.conjecture import providers
 
 PER_TEST = 25
@@ -21,8 +22,14 @@ def register_profiles() -> None:
     hypothesis.settings.register_profile(
         "ci", derandomize=True, max_examples=PER_TEST, print_blob=True, **calm
     )
+    # Hypothesis derandomizes by itself and keeps nothing where the environment says CI.
     hypothesis.settings.register_profile(
-        "search", max_examples=SEARCH_FACTOR * PER_TEST, print_blob=True, **calm
+        "search",
+        derandomize=False,
+        database=hypothesis.database.DirectoryBasedExampleDatabase(".hypothesis/examples"),
+        max_examples=SEARCH_FACTOR * PER_TEST,
+        print_blob=True,
+        **calm,
     )
     hypothesis.settings.load_profile("ci")
     # Hypothesis mixes numbers that it reads in the source of the modules imported so far into its
