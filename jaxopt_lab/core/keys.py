@@ -18,10 +18,8 @@ def path_names(path: KeyPath) -> tuple[str, ...]:
         match entry:
             case DictKey(key=name) | FlattenedIndexKey(key=name):
                 names.append(str(name))
-            case GetAttrKey(name=name):
-                names.append(name)
-            case SequenceKey(idx=index):
-                names.append(str(index))
+            case GetAttrKey(name=name) | SequenceKey(idx=name):
+                names.append(str(name))
             case other:
                 names.append(str(other))
     if path and isinstance(path[-1], GetAttrKey) and names[-1] == "value":

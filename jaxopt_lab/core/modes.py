@@ -30,7 +30,7 @@ def mode_product(x: Float[Array, "..."], matrix: Float[Array, "e d"], axis: int)
 
 
 def merged_shape(shape: Sequence[int], limit: int) -> tuple[int, ...]:
-    """Multiply axes together from the left while the product is at most `limit`.
+    """Multiply axes together from the left while the product is at most `limit`; 1 is left out.
 
     Args:
       shape: Of an array in C order.
@@ -41,15 +41,9 @@ def merged_shape(shape: Sequence[int], limit: int) -> tuple[int, ...]:
       ((12, 2), (6, 40), (40,))
     """
     merged: list[int] = []
-    size = 1
     for d in shape:
-        if size * d <= limit:
-            size *= d
-        elif size > 1:
-            merged.append(size)
-            size = d
-        else:
+        if merged and merged[-1] * d <= limit:
+            merged[-1] *= d
+        elif d != 1:
             merged.append(d)
-    if size > 1 or (shape and not merged):
-        merged.append(size)
-    return tuple(merged)
+    return tuple(merged or shape[:1])
