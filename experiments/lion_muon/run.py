@@ -18,7 +18,9 @@ import optax
 from methods import METHODS, Method, optimizer_flops
 
 from jaxopt_lab import data, models, optim
+from jaxopt_lab.step import Step
 from jaxopt_lab.sweep.decoder_runs import DecoderRuns
+from jaxopt_lab.tasks import language_model_loss
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
@@ -39,33 +41,31 @@ def make_run(scale: DecoderRuns, method: Method, validation: jax.Array):
     """
     config = scale.model()
     schedule = optax.warmup_cosine_decay_schedule(0.01, 1.0, scale.warmup, scale.steps)
-    loss = jax.value_and_grad(
-        lambda params, tokens: models.loss(config, params, {"tokens": tokens}), has_aux=True
-    )
+    loss = language_model_loss(config)
 
     def run(spectral_rate, sign_rate, adam_rate, seed, windows):
-        params = models.init_params(config, jax.random.key(seed))
+        key = jax.random.key(seed)
         axes = models.matrix_axes(config)
         tx = method.build(schedule, spectral_rate, sign_rate, adam_rate, axes)
+        step = Step(loss, tx, guarded=False)
 
-        def step(carry, tokens):
-            params, state = carry
-            (value, _), grads = loss(params, tokens.astype(jnp.int32))
-            updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), value
+        def take(state, tokens):
+            state, metrics = step.take(state, {"tokens": tokens.astype(jnp.int32)})
+            return state, metrics["loss"]
 
         def evaluate(params):
             def one(tokens):
-                return models.loss(config, params, {"tokens": tokens.astype(jnp.int32)})[0]
+                return loss(params, {"tokens": tokens.astype(jnp.int32)}, None)[0]
 
             return jax.lax.map(one, validation).mean()
 
-        def chunk(carry, tokens):
-            carry, values = jax.lax.scan(step, carry, tokens)
-            return carry, (values, evaluate(carry[0]))
+        def chunk(state, tokens):
+            state, values = jax.lax.scan(take, state, tokens)
+            return state, (values, evaluate(state.params))
 
+        state = step.start(models.init_params(config, key), key)
         chunks = windows.reshape(-1, scale.evaluate_every, *windows.shape[1:])
-        _, (train, held_out) = jax.lax.scan(chunk, (params, tx.init(params)), chunks)
+        _, (train, held_out) = jax.lax.scan(chunk, state, chunks)
         return train.reshape(-1), held_out
 
     return run

@@ -1,7 +1,6 @@
 """Times training steps on meshes at an equal batch per device: weak scaling."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,15 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxopt_lab import models
 from jaxopt_lab.bench.conditions import device_name, versions
 from jaxopt_lab.bench.methods import method
-from jaxopt_lab.optim.shardings import state_shardings
 from jaxopt_lab.report.hlo import collectives
 from jaxopt_lab.report.tables import format_table
+from jaxopt_lab.step import Step, TrainState, state_layout
+from jaxopt_lab.tasks import language_model_loss
 
 DEFAULT_METHODS = ("adamw", "lion_muon_p2", "soap_f10", "dykaf_f10")
 # Factors have full rank by then, and kernels are loaded.
@@ -160,31 +159,30 @@ class _Step:
             is_leaf=lambda node: isinstance(node, PartitionSpec),
         )
         tx = chosen.build(models.matrix_axes(config), params_at)
-        init = functools.partial(models.init_params, config)
-        state_at = state_shardings(tx, jax.eval_shape(init, jax.random.key(0)), params_at)
+        step = Step(language_model_loss(config, mesh=mesh), tx, guarded=False)
+
+        def init(key: jax.Array) -> TrainState:
+            return step.start(models.init_params(config, key), key)
+
+        def take(state: TrainState, tokens: jax.Array) -> tuple[TrainState, jax.Array]:
+            state, metrics = step.take(state, {"tokens": tokens})
+            return state, metrics["loss"]
+
+        key = jax.random.key(0)
+        state_at = state_layout(tx, jax.eval_shape(init, key), params_at)
         batch_at = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-
-        def step(params: Any, state: Any, tokens: jax.Array) -> tuple[Any, Any, jax.Array]:
-            def objective(params: Any) -> jax.Array:
-                return models.loss(config, params, {"tokens": tokens}, mesh=mesh)[0]
-
-            loss, grads = jax.value_and_grad(objective)(params)
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, loss
-
         shape = (rows, config.context + 1)
         tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, np.int32)
         self._tokens = jax.device_put(jnp.asarray(tokens), batch_at)
-        self._params = jax.jit(init, out_shardings=params_at)(jax.random.key(0))
-        self._state = jax.jit(tx.init, out_shardings=state_at)(self._params)
+        self._state = jax.jit(init, out_shardings=state_at)(key)
         self._program = (
             jax.jit(
-                step,
-                in_shardings=(params_at, state_at, batch_at),
-                out_shardings=(params_at, state_at, NamedSharding(mesh, PartitionSpec())),
-                donate_argnums=(0, 1),
+                take,
+                in_shardings=(state_at, batch_at),
+                out_shardings=(state_at, NamedSharding(mesh, PartitionSpec())),
+                donate_argnums=0,
             )
-            .lower(self._params, self._state, self._tokens)
+            .lower(self._state, self._tokens)
             .compile()
         )
         totals = collectives(self._program.as_text() or "")
@@ -199,6 +197,6 @@ class _Step:
         start = time.perf_counter()
         loss = None
         for _ in range(steps):
-            self._params, self._state, loss = self._program(self._params, self._state, self._tokens)
-        jax.block_until_ready((self._params, self._state, loss))
+            self._state, loss = self._program(self._state, self._tokens)
+        jax.block_until_ready((self._state, loss))
         return time.perf_counter() - start

@@ -1,6 +1,7 @@
 """Times training steps of a named decoder on random tokens, on one device."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from jaxopt_lab.bench.timing import (
     random_gradients,
 )
 from jaxopt_lab.report.tables import format_table
+from jaxopt_lab.step import Step, TrainState
+from jaxopt_lab.tasks import language_model_loss
 
 _ROUNDS = 5
 
@@ -135,15 +138,13 @@ def run_training(
         jax.random.key(1), (batch, config.context + 1), 0, config.vocab_size
     )
     start = time.perf_counter()
-    program = _training_step(config, tx, head_chunks, params, tokens)
+    begin, program = _training_step(config, tx, head_chunks, params, tokens)
     compile_seconds = time.perf_counter() - start
     alone = CompiledStep(tx, params)
     on_progress("timing")
     probe = CeilingProbe()
     optimizer_seconds = _time_optimizer(alone, chosen.period, params)
-    seconds = _time_training(
-        program, params, jax.jit(tx.init)(params), tokens, periods * chosen.period, probe
-    )
+    seconds = _time_training(program, begin(), tokens, periods * chosen.period, probe)
     ceilings = probe.ceilings()
     tokens_per_second = batch * config.context / seconds
     flops_per_second = tokens_per_second * models.flops_per_token(config)
@@ -176,21 +177,21 @@ def _training_step(
     head_chunks: int,
     params: Any,
     tokens: jax.Array,
-) -> Any:
-    def step(params: Any, state: Any, tokens: jax.Array) -> tuple[Any, Any, jax.Array]:
-        def objective(params: Any) -> jax.Array:
-            return models.loss(config, params, {"tokens": tokens}, head_chunks=head_chunks)[0]
+) -> tuple[Callable[[], TrainState], Any]:
+    """What makes the first state, and the compiled step: bare, as nothing is clipped or guarded."""
+    step = Step(language_model_loss(config, head_chunks=head_chunks), tx, guarded=False)
 
-        loss, grads = jax.value_and_grad(objective)(params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
+    def take(state: TrainState, tokens: jax.Array) -> tuple[TrainState, jax.Array]:
+        state, metrics = step.take(state, {"tokens": tokens})
+        return state, metrics["loss"]
 
-    abstract_state = jax.eval_shape(tx.init, params)
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, abstract_state, tokens).compile()
+    start = functools.partial(jax.jit(step.start), params, jax.random.key(0))
+    abstract_state = jax.eval_shape(start)
+    return start, jax.jit(take, donate_argnums=0).lower(abstract_state, tokens).compile()
 
 
 def _time_training(
-    program: Any, params: Any, state: Any, tokens: jax.Array, steps: int, probe: CeilingProbe
+    program: Any, state: TrainState, tokens: jax.Array, steps: int, probe: CeilingProbe
 ) -> float:
     """Seconds a step: the median over rounds, after a round that is not counted."""
     rounds = []
@@ -198,8 +199,8 @@ def _time_training(
         probe.sample()
         start = time.perf_counter()
         for _ in range(steps):
-            params, state, loss = program(params, state, tokens)
-        jax.block_until_ready((params, state, loss))
+            state, loss = program(state, tokens)
+        jax.block_until_ready((state, loss))
         rounds.append((time.perf_counter() - start) / steps)
     return float(np.median(rounds[1:]))
 

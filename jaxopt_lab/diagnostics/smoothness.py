@@ -25,6 +25,7 @@ from jaxopt_lab.core.matrices import MatrixAxes, batch_first
 from jaxopt_lab.diagnostics.norms import SMALLEST_DENOMINATOR
 from jaxopt_lab.diagnostics.recording import Every, Snapshot
 from jaxopt_lab.optim.routing import MatrixAxesSpec, route_with_embeddings
+from jaxopt_lab.step import apply_updates
 
 
 class LocalSmoothness(NamedTuple):
@@ -157,7 +158,7 @@ class Smoothness:
                 "value_and_grad: the snapshot has none, and the smoothness of a step needs the "
                 "gradients of its minibatch before and after it"
             )
-        params_after = optax.apply_updates(snapshot.params, snapshot.updates)
+        params_after = apply_updates(snapshot.params, snapshot.updates)
         _, before = snapshot.value_and_grad(snapshot.params)
         loss_after, after = snapshot.value_and_grad(params_after)
         measured = local_smoothness(

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, PyTree
 
-from jaxopt_lab.sweep.task import BuildOptimizer, RunState, Task, gradient, start, step
+from jaxopt_lab.step import TrainState
+from jaxopt_lab.sweep.task import Batch, BuildOptimizer, Task, start, step, step_of
 
 # Part of the memory that runs side by side may fill: what a program of several lanes needs is
 # estimated from the program of one.
@@ -67,21 +69,20 @@ def measure_step(
     whole = jax.jit(lambda s, b: step(task, build, jnp.float32(rate), s, b), donate_argnums=0)
     # The previous gradient is donated, so that both programs write where they read.
     alone = jax.jit(
-        lambda params, old, b: (gradient(task, params, b), old)[0],
-        donate_argnums=1, keep_unused=True,
-    )  # fmt: skip
+        functools.partial(_received, task, build, rate), donate_argnums=1, keep_unused=True
+    )
     before = time.perf_counter()
     compiled = whole.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - before
-    params: Any = jax.tree.map(jnp.copy, state.params)
-    grads: Any = jax.tree.map(jnp.zeros_like, params)
-    gradient_only = alone.lower(params, grads, batch).compile()
+    first: Any = jax.tree.map(jnp.copy, state._replace(opt_state=()))
+    grads: Any = jax.tree.map(jnp.zeros_like, first.params)
+    gradient_only = alone.lower(first, grads, batch).compile()
 
-    def update(state: RunState) -> RunState:
+    def update(state: TrainState) -> TrainState:
         return compiled(state, batch)[0]
 
     def differentiate(grads: Any) -> Any:
-        return gradient_only(params, grads, batch)[1]
+        return gradient_only(first, grads, batch)[1]
 
     times = np.zeros((rounds + 1, 2))
     for number in range(rounds + 1):
@@ -115,6 +116,15 @@ def device_memory() -> int:
     if "bytes_limit" in statistics:
         return int(statistics["bytes_limit"])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _received(
+    task: Task, build: BuildOptimizer, rate: float, state: TrainState, old: PyTree, batch: Batch
+) -> tuple[Array, PyTree]:
+    """Loss and gradient as the optimizer receives it, written where the last one was."""
+    del old
+    found, _ = step_of(task, build, rate).received(state, batch)
+    return found.metrics["loss"], found.grads
 
 
 def _time(f: Callable[[Any], Any], carry: Any, times: int) -> tuple[Any, float]:

@@ -10,6 +10,7 @@ import jax
 from jaxopt_lab import data, models
 from jaxopt_lab.models.config import DType
 from jaxopt_lab.sweep.task import Task
+from jaxopt_lab.tasks import language_model_loss
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class DecoderRuns:
         config = self.model()
         return Task(
             init_params=lambda key: models.init_params(config, key),
-            loss=lambda params, batch: models.loss(config, params, batch),
+            loss=language_model_loss(config),
             batches=tokens.batches,
             held_out=tokens.held_out(),
             steps=self.steps,

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jaxopt_lab.sweep.task import Batch, BuildOptimizer, RunState, Task, held_out_loss, start, step
+from jaxopt_lab.step import TrainState
+from jaxopt_lab.sweep.task import Batch, BuildOptimizer, Task, held_out_loss, start, step
 
 OnEvaluation = Callable[[int, np.ndarray], None]
 """Receives the number of steps taken and the held-out loss of every run."""
@@ -116,16 +117,16 @@ def _advance(
     task: Task,
     build: BuildOptimizer,
     rate: Array,
-    state: RunState,
+    state: TrainState,
     batches: Batch,
     held_out: Batch,
-) -> tuple[RunState, Array, Array]:
+) -> tuple[TrainState, Array, Array]:
     """Steps over the leading axis of the batches, then one evaluation."""
     state, losses = jax.lax.scan(functools.partial(step, task, build, rate), state, batches)
     return state, losses, held_out_loss(task, state.params, held_out)
 
 
-def _state_axes(task: Task, build: BuildOptimizer, lanes: int) -> RunState:
+def _state_axes(task: Task, build: BuildOptimizer, lanes: int) -> TrainState:
     """0 for the leaves of the state that differ between lanes, None for the others."""
     rates = jax.ShapeDtypeStruct((lanes,), jnp.float32)
     seeds = jax.ShapeDtypeStruct((lanes,), jnp.int32)
@@ -134,7 +135,7 @@ def _state_axes(task: Task, build: BuildOptimizer, lanes: int) -> RunState:
     begin = functools.partial(start, task, build)
     state, batched = _batched_leaves(begin, (0, 0), (rates, seeds))
 
-    def one_step(rate: Array, state: RunState, batch: Batch) -> RunState:
+    def one_step(rate: Array, state: TrainState, batch: Batch) -> TrainState:
         return step(task, build, rate, state, batch)[0]
 
     # A leaf that starts the same everywhere may come to depend on its lane: at most once each.

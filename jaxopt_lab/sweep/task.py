@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-Batch = Mapping[str, Any]
+from jaxopt_lab.step import Loss, Step, TrainState, measured
+
+Batch = Mapping[str, Any]  # of arrays on the host or a device
 BuildOptimizer = Callable[[Any], optax.GradientTransformation]
 """(learning rate, a number or a traced scalar) -> optimizer whose updates are added."""
 
@@ -20,7 +22,7 @@ class Task:
 
     Args:
       init_params: (key) -> parameters.
-      loss: (params, batch) -> (mean nats per token, {"tokens": number of tokens in the mean}).
+      loss: (params, batch, key) -> (objective, weight, metrics), as the step takes it.
       batches: (seed, start, stop) -> the batches of steps `start` to `stop - 1` in the order that
         belongs to the seed, as host arrays with a leading axis of that length.
       held_out: Batches to evaluate on, stacked along a leading axis.
@@ -31,7 +33,7 @@ class Task:
     """
 
     init_params: Callable[[Array], PyTree]
-    loss: Callable[[PyTree, Batch], tuple[Float[Array, " "], Mapping[str, Array]]]
+    loss: Loss
     batches: Callable[[int, int, int], Batch]
     held_out: Batch
     steps: int
@@ -49,46 +51,31 @@ class Task:
         return [*inner, self.steps]
 
 
-class RunState(NamedTuple):
-    """What training changes; under vmap, leaves that no run changes on its own stay unbatched."""
-
-    params: PyTree
-    opt_state: PyTree
+def step_of(task: Task, build: BuildOptimizer, rate: Any) -> Step:
+    """The training step of a run; a run that diverges is to show it, so nothing is guarded."""
+    return Step(task.loss, build(rate), clip=task.clip, guarded=False)
 
 
-def start(task: Task, build: BuildOptimizer, rate: Any, seed: Int[Array, " "]) -> RunState:
-    """Parameters of a seed and the first optimizer state."""
-    params = task.init_params(jax.random.key(seed))
-    return RunState(params, build(rate).init(params))
-
-
-def gradient(task: Task, params: PyTree, batch: Batch) -> tuple[Float[Array, " "], PyTree]:
-    """Loss and clipped gradient, in the dtype of the parameters."""
-    (loss, _), grads = jax.value_and_grad(task.loss, has_aux=True)(params, batch)
-    if task.clip is None:
-        return loss, grads
-    norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-    scale = jnp.minimum(1.0, task.clip / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
-    return loss, jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+def start(task: Task, build: BuildOptimizer, rate: Any, seed: Int[Array, " "]) -> TrainState:
+    """The first state of a seed; under vmap, leaves that no run changes alone stay unbatched."""
+    key = jax.random.key(seed)
+    return step_of(task, build, rate).start(task.init_params(key), key)
 
 
 def step(
-    task: Task, build: BuildOptimizer, rate: Any, state: RunState, batch: Batch
-) -> tuple[RunState, Float[Array, " "]]:
+    task: Task, build: BuildOptimizer, rate: Any, state: TrainState, batch: Batch
+) -> tuple[TrainState, Float[Array, " "]]:
     """One optimizer step; returns the training loss before it."""
-    loss, grads = gradient(task, state.params, batch)
-    tx = optax.with_extra_args_support(build(rate))
-    updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
-    return RunState(optax.apply_updates(state.params, updates), opt_state), loss
+    state, metrics = step_of(task, build, rate).take(state, batch)
+    return state, metrics["loss"]
 
 
 def held_out_loss(task: Task, params: PyTree, held_out: Batch) -> Float[Array, " "]:
     """Mean over all held-out tokens, one batch after the other."""
 
     def sums(batch: Batch) -> tuple[Array, Array]:
-        loss, aux = task.loss(params, batch)
-        tokens = jnp.asarray(aux["tokens"], jnp.float32)
-        return loss * tokens, tokens
+        _, (weight, metrics) = measured(task.loss, params, batch, jax.random.key(0))
+        return metrics["loss"] * weight, weight
 
     nats, tokens = jax.lax.map(sums, held_out)
     return jnp.sum(nats) / jnp.sum(tokens)

@@ -15,6 +15,7 @@ from jaxopt_lab import data, models
 from jaxopt_lab.report.files import read_json, write_json
 from jaxopt_lab.sweep import RULE, StepCost, Task, Tuned, lanes_that_fit, measure_step, tune
 from jaxopt_lab.sweep.task import BuildOptimizer
+from jaxopt_lab.tasks import language_model_loss
 from jaxopt_lab.train.compare_config import CompareConfig, Entrant, validate_comparison
 from jaxopt_lab.train.compare_report import CompareResult, Outcome, write_report
 from jaxopt_lab.train.errors import ConfigError
@@ -106,15 +107,9 @@ def _task(
         for reader in readers.values():
             reader.close()
 
-    loss = functools.partial(models.loss, model, head_chunks=config.head_chunks)
-
-    def objective(params: Any, batch: Any) -> Any:
-        # Held-out batches come with a mask and are scored by the plain cross-entropy.
-        return loss(params, batch, z_loss=0.0 if "mask" in batch else config.z_loss)
-
     task = Task(
         init_params=functools.partial(models.init_params, model),
-        loss=objective,
+        loss=language_model_loss(model, z_loss=config.z_loss, head_chunks=config.head_chunks),
         batches=batches,
         held_out=_stacked(held_out),
         steps=config.steps,

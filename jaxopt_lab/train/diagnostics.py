@@ -20,10 +20,11 @@ from jaxopt_lab.diagnostics import (
     Snapshot,
     direction_of,
 )
+from jaxopt_lab.step import TrainState
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.optimizers import LionMuonConfig, ModelInfo, OptimizerConfig
 from jaxopt_lab.train.optimizers_kronecker import EigenbasisConfig
-from jaxopt_lab.train.step import Step, TrainState
+from jaxopt_lab.train.step import PlacedStep
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,11 @@ def _every(config: DiagnosticsConfig) -> Every:
 
 
 def take_record(
-    recorders: Recorders, step: Step, number: int, state: TrainState, batch: Mapping[str, Array]
+    recorders: Recorders,
+    step: PlacedStep,
+    number: int,
+    state: TrainState,
+    batch: Mapping[str, Array],
 ) -> dict[str, float]:
     """Records one step that is about to be taken; waits for the result.
 
@@ -170,6 +175,6 @@ def take_record(
     loss, grads, updates = step.preview(state, batch)
     snapshot = Snapshot(
         number, state.params, grads, state.opt_state, updates, loss,
-        value_and_grad=lambda params: step.value_and_grad(params, batch),
+        value_and_grad=lambda params: step.value_and_grad(state._replace(params=params), batch),
     )  # fmt: skip
     return recorders.record(snapshot)

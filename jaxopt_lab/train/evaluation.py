@@ -1,16 +1,16 @@
 """Held-out loss on fixed batches, in nats per token and bits per byte."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from jaxopt_lab import data
-from jaxopt_lab.train.mesh import from_whole
-from jaxopt_lab.train.step import Batch
+from jaxopt_lab.step import Batch, Loss, measured
+from jaxopt_lab.train.mesh import BATCH_AXES, from_whole
 
 
 class HeldOut:
@@ -47,3 +47,25 @@ class HeldOut:
     def bits_per_byte(self, nats_per_token: float) -> float:
         """A loss on these batches per byte of text."""
         return data.bits_per_byte(nats_per_token, self._host_batches, self._tokenizer)
+
+
+def make_eval(
+    loss: Loss,
+    *,
+    mesh: Mesh,
+    param_shardings: PyTree,
+    compiler_options: Mapping[str, Any] | None = None,
+) -> Callable[[PyTree, Batch], tuple[Array, Array]]:
+    """Builds the jitted (parameters, batch) -> (sum of the reported loss, sum of weights)."""
+
+    def evaluate(params: PyTree, batch: Batch) -> tuple[Array, Array]:
+        _, (weight, metrics) = measured(loss, params, batch, jax.random.key(0))
+        return metrics["loss"] * weight, weight
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        evaluate,
+        in_shardings=(param_shardings, NamedSharding(mesh, PartitionSpec(BATCH_AXES))),
+        out_shardings=(replicated, replicated),
+        compiler_options=dict(compiler_options) if compiler_options else None,
+    )

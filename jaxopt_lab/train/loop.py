@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from jaxopt_lab import data
+from jaxopt_lab.step import Batch, TrainState, merged
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.diagnostics import take_record
 from jaxopt_lab.train.errors import TrainingError
@@ -21,7 +22,7 @@ from jaxopt_lab.train.io.checkpoints import Checkpoints
 from jaxopt_lab.train.io.run_log import RunLog, logged_at
 from jaxopt_lab.train.mesh import batch_slice, to_global
 from jaxopt_lab.train.program import Program, averaged_params
-from jaxopt_lab.train.step import SIGNALS, Batch, TrainState
+from jaxopt_lab.train.step import SIGNALS
 
 Status = Literal["finished", "terminated", "interrupted"]
 
@@ -181,12 +182,12 @@ class Loop:
 
     def evaluate(self, step: int, state: TrainState) -> float:
         """Evaluates parameters and, if there is one, their average; logs, returns the loss."""
-        loss = self._run.held_out.loss(state.params)
         held_out = self._run.held_out
+        loss = held_out.loss(merged(state.params, state.frozen))
         metrics = {"validation_loss": loss, "bits_per_byte": held_out.bits_per_byte(loss)}
         average = averaged_params(self._config, state)
         if average is not None:
-            loss = held_out.loss(average)
+            loss = held_out.loss(merged(average, state.frozen))
             metrics["validation_loss_ema"] = loss
             metrics["bits_per_byte_ema"] = held_out.bits_per_byte(loss)
         self._evaluated, self.last_evaluation = {step: loss}, metrics
@@ -263,7 +264,7 @@ class Loop:
         metrics = jax.device_get(dict(taken.metrics))
         stop, save = metrics.pop(SIGNALS)
         self._stop_code, self._save_now = max(self._stop_code, int(stop)), bool(save)
-        del metrics["tokens"]  # the log counts the run's tokens
+        del metrics["weight"]  # the log counts the run's tokens
         metrics = {name: float(value) for name, value in metrics.items()}
         finite, skipped = bool(metrics.pop("finite")), int(metrics["skipped"])
         self.last_metrics = metrics

@@ -17,6 +17,7 @@ from jaxopt_lab import data, models
 from jaxopt_lab.report.figures import loss_figure
 from jaxopt_lab.report.files import write_json
 from jaxopt_lab.report.schedule_figure import schedule_figure
+from jaxopt_lab.step import TrainState, merged
 from jaxopt_lab.train.config import PretrainConfig, validate
 from jaxopt_lab.train.errors import CheckpointError, TrainingError
 from jaxopt_lab.train.evaluation import HeldOut
@@ -46,7 +47,6 @@ from jaxopt_lab.train.program import (
     step_flops,
 )
 from jaxopt_lab.train.smoothness import fit_run
-from jaxopt_lab.train.step import TrainState
 from jaxopt_lab.train.text import open_text
 from jaxopt_lab.train.trained import forked_params
 
@@ -214,6 +214,7 @@ def _prepare(config: PretrainConfig, say: Message) -> tuple[data.Corpus, list[da
 
 def _initial_state(run: Run, say: Message) -> tuple[TrainState, Position]:
     step, checkpoints = run.program.step, run.checkpoints
+    key = jax.random.key(run.config.seed)
     if run.config.resume and checkpoints.are_all_damaged():
         raise CheckpointError(f"{run.directory}: every checkpoint is damaged, nothing to resume")
     if run.config.resume and checkpoints.exist():
@@ -229,8 +230,8 @@ def _initial_state(run: Run, say: Message) -> tuple[TrainState, Position]:
         say("no checkpoint was saved yet: starting from the beginning")
     if run.config.fork_from is not None:
         say(f"starting from the weights of {run.config.fork_from}")
-        return step.init_from(forked_params(run)), Position(0, 0)
-    return step.init(jax.random.key(run.config.seed)), Position(0, 0)
+        return step.init_from(forked_params(run), key), Position(0, 0)
+    return step.init(key), Position(0, 0)
 
 
 def _refuse_other_text(run: Run, stored: Mapping[str, Any]) -> None:
@@ -270,11 +271,11 @@ def _sample(run: Run, state: TrainState) -> dict[str, str] | None:
     config, steps = run.config, run.config.eval.sample_tokens
     if not steps or jax.process_count() > 1:  # drawing token by token is not worth a network
         return None
-    params = averaged_params(config, state)
+    average = averaged_params(config, state)
     prompt = jnp.asarray(run.corpus.validation.tokens[:_PROMPT_TOKENS], jnp.int32)
     drawn = models.generate(
         config.model,
-        state.params if params is None else params,
+        merged(state.params if average is None else average, state.frozen),
         prompt,
         steps=steps,
         temperature=_TEMPERATURE,

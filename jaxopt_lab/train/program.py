@@ -1,6 +1,5 @@
 """From a configuration to compiled programs, and what a compiled program will cost."""
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +15,14 @@ from jaxopt_lab import models, optim
 from jaxopt_lab.diagnostics import Recorders
 from jaxopt_lab.report.hlo import CollectiveTotal, collectives
 from jaxopt_lab.report.tables import format_table
+from jaxopt_lab.step import TrainState, accumulated
+from jaxopt_lab.tasks import Task, language_model
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.diagnostics import make_recorders
+from jaxopt_lab.train.evaluation import make_eval
 from jaxopt_lab.train.mesh import batch_sharding, make_mesh
 from jaxopt_lab.train.optimizers import ModelInfo
-from jaxopt_lab.train.step import SIGNALS, Step, TrainState, make_eval, make_step, param_shardings
+from jaxopt_lab.train.step import SIGNALS, PlacedStep, make_step, param_shardings
 
 KERNEL_CHOICES = "kernel-choices"
 """Directory below a deterministic run that keeps the choice of GPU kernels."""
@@ -31,7 +33,8 @@ class Program:
     """Everything that is compiled for one run."""
 
     mesh: Mesh
-    step: Step
+    task: Task
+    step: PlacedStep
     evaluate: Callable[..., Any]
     recorders: Recorders | None
     compiler_options: Mapping[str, Any]
@@ -86,41 +89,34 @@ def build_program(
     """
     model = decoder_of(config)
     mesh = make_mesh(config.mesh)
-    specs = models.partition_specs(model, mesh)
-    shardings = param_shardings(mesh, specs)
+    task = language_model(model, mesh, z_loss=config.z_loss, head_chunks=config.head_chunks)
+    shardings = param_shardings(mesh, task.param_specs)
     info = ModelInfo(models.matrix_axes(model), shardings, vocab_size or model.vocab_size)
     rule = config.schedule.apply(config.optimizer, info, config.steps)
     ema = None if config.ema is None else optim.track_params_ema(config.ema)
     tx = rule.tx if ema is None else optax.chain(rule.tx, ema)
     options = _compiler_options(config, mesh, run_directory)
-    loss = functools.partial(models.loss, model, mesh=mesh, head_chunks=config.head_chunks)
     step = make_step(
-        functools.partial(models.init_params, model),
-        functools.partial(loss, z_loss=config.z_loss),
+        task.init,
+        task.loss,
         tx,
         mesh=mesh,
-        param_specs=specs,
-        accumulation=config.accumulation,
+        param_specs=task.param_specs,
+        gradient=accumulated(config.accumulation),
         clip=config.clip,
         rates=rule.rates,
         compiler_options=options,
     )
-    evaluate = make_eval(loss, mesh=mesh, param_shardings=shardings, compiler_options=options)
+    evaluate = make_eval(task.loss, mesh=mesh, param_shardings=shardings, compiler_options=options)
     recorders = make_recorders(config.diagnostics, config.optimizer, info, ema)
-    return Program(mesh, step, evaluate, recorders, options, rule.outcome)
+    return Program(mesh, task, step, evaluate, recorders, options, rule.outcome)
 
 
 def compile_step(config: PretrainConfig, program: Program) -> jax.stages.Compiled:
     """Compiles the training step for the batches of the run."""
-    rows, context = config.batch_size, config.model.context
-    sharding = batch_sharding(program.mesh)
-    shapes = {"tokens": (rows, context + 1), SIGNALS: (rows, 2)}
-    if config.model.document_mask:
-        shapes["segment_ids"] = (rows, context)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-        for name, shape in shapes.items()
-    }
+    rows, sharding = config.batch_size, batch_sharding(program.mesh)
+    batch = program.task.abstract_batch(rows, sharding)
+    batch[SIGNALS] = jax.ShapeDtypeStruct((rows, 2), jnp.int32, sharding=sharding)
     return program.step.update.lower(program.step.abstract_state, batch).compile()
 
 

@@ -19,14 +19,14 @@ def init_params(key):
     }
 
 
-def loss_fn(params, batch):
+def loss_fn(params, batch, key=None):
     """Next-token cross-entropy of a bigram model, with an optional mask over targets."""
     tokens = batch["tokens"]
     logits = jnp.tanh(params["table"][tokens[:, :-1]]) @ params["head"] + params["bias"]
     nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]
     mask = batch.get("mask", jnp.ones_like(nats))
     count = jnp.sum(mask)
-    return jnp.sum(nats * mask) / jnp.maximum(count, 1), {"tokens": count}
+    return jnp.sum(nats * mask) / jnp.maximum(count, 1), count, {}
 
 
 def batch_at(step, batch_size=32, length=9):

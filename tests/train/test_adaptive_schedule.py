@@ -15,6 +15,7 @@ from jaxopt_lab.diagnostics import find_state
 from jaxopt_lab.parity.warmup import quadrature_peak_gap
 from jaxopt_lab.report.tracker import read_metrics
 from jaxopt_lab.schedules import AdaptiveWarmupState, exact_peak_gap, warmup_kappa
+from jaxopt_lab.step import accumulated
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.mesh import MeshConfig, make_mesh, to_global
 from jaxopt_lab.train.optimizers import OPTIMIZERS, AdamWConfig, LionMuonConfig, ModelInfo
@@ -69,7 +70,7 @@ def test_replicas_and_microbatches_follow_the_mean_loss_of_the_step():
         mesh = make_mesh(config)
         step = make_step(
             stand_in.init_params, stand_in.loss_fn, rule.tx, mesh=mesh, param_specs=stand_in.SPECS,
-            accumulation=accumulation, rates=rule.rates,
+            gradient=accumulated(accumulation), rates=rule.rates,
         )  # fmt: skip
         state, rates = step.init(jax.random.key(0)), []
         for number in range(8):

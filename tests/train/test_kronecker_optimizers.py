@@ -105,12 +105,12 @@ def test_when_errors_of_the_factors_are_recorded():
         config.validate(ShampooConfig())
 
 
-def nan_in_one_leaf(params, batch):
+def nan_in_one_leaf(params, batch, key):
     """In a marked batch the gradient of `bias` is NaN, and the loss and all others are finite."""
-    loss, aux = stand_in.loss_fn(params, {"tokens": batch["tokens"]})
+    loss, weight, metrics = stand_in.loss_fn(params, {"tokens": batch["tokens"]})
     zero = params["bias"] - jax.lax.stop_gradient(params["bias"])
     flat = 1 - jnp.max(batch["marked"])
-    return loss + jnp.sqrt(flat + jnp.sum(jnp.square(zero))), aux
+    return loss + jnp.sqrt(flat + jnp.sum(jnp.square(zero))), weight, metrics
 
 
 @each_optimizer(slow=["dykaf", "shampoo"])

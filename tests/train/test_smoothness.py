@@ -10,6 +10,7 @@ import pytest
 
 from jaxopt_lab.diagnostics import Every, Recorders, Smoothness
 from jaxopt_lab.report.tracker import Tracker, read_metrics
+from jaxopt_lab.step import accumulated
 from jaxopt_lab.train import fit_run
 from jaxopt_lab.train.config import EvalConfig
 from jaxopt_lab.train.diagnostics import DiagnosticsConfig, make_recorders, take_record
@@ -44,16 +45,17 @@ def built(config, tx=None, **options):
 
 @pytest.mark.parametrize("config", [MeshConfig(1), MeshConfig(2, 2, 2)], ids=str)
 def test_gradients_of_the_whole_step_are_neither_clipped_nor_moved(config):
-    mesh, step = built(config, clip=1e-3, accumulation=2)
-    params = step.init(jax.random.key(0)).params
+    mesh, step = built(config, clip=1e-3, gradient=accumulated(2))
+    state = step.init(jax.random.key(0))
+    params = state.params
     rows = np.zeros((32, 2), np.int32)
     batch = to_global(mesh, {**stand_in.batch_at(0), "signals": rows}, 32)
-    loss, grads = step.value_and_grad(params, batch)
+    loss, grads = step.value_and_grad(state, batch)
     jax.tree.map(
         lambda g, p: g.sharding.is_equivalent_to(p.sharding, p.ndim) or 1 / 0, grads, params
     )
-    reference = jax.jit(jax.value_and_grad(stand_in.loss_fn, has_aux=True))
-    (wanted, _), expected = reference(jax.device_get(params), stand_in.batch_at(0))
+    reference = jax.jit(jax.value_and_grad(lambda *args: stand_in.loss_fn(*args)[0]))
+    wanted, expected = reference(jax.device_get(params), stand_in.batch_at(0))
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, expected)
     assert optax.tree.norm(grads) > 1e-2
@@ -65,7 +67,7 @@ def test_a_record_of_a_step_does_not_depend_on_the_mesh_or_the_clipping():
     records = []
     for config, options in [
         (MeshConfig(1), {}),
-        (MeshConfig(2, 2, 2), {"accumulation": 2, "clip": 1e-3}),
+        (MeshConfig(2, 2, 2), {"gradient": accumulated(2), "clip": 1e-3}),
     ]:
         mesh, step = built(config, tx, **options)
         state, batch = step.init(jax.random.key(0)), to_global(mesh, stand_in.batch_at(0), 32)

@@ -7,8 +7,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_lab.report.hlo import collectives
+from jaxopt_lab.step import accumulated
+from jaxopt_lab.train.evaluation import make_eval
 from jaxopt_lab.train.mesh import MeshConfig, make_mesh, to_global
-from jaxopt_lab.train.step import accumulated_gradients, make_eval, make_step
+from jaxopt_lab.train.step import make_step
 from tests.train import stand_in
 
 MESHES = [MeshConfig(1), MeshConfig(8), MeshConfig(2, 4), MeshConfig(2, 2, 2)]
@@ -48,16 +50,15 @@ def test_four_microbatches_of_8_are_a_batch_of_32(uneven):
     batch = stand_in.batch_at(0)
     batch = masked(batch) if uneven else batch
     params = stand_in.init_params(jax.random.key(1))
-    gradients = jax.jit(accumulated_gradients, static_argnums=(0, 3))
-    whole = gradients(stand_in.loss_fn, params, batch, 1)
-    parts = gradients(stand_in.loss_fn, params, batch, 4)
+    arguments = (stand_in.loss_fn, params, batch, jax.random.key(0))
+    whole, parts = (jax.jit(accumulated(n), static_argnums=0)(*arguments) for n in (1, 4))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), whole, parts)
 
 
 def test_accumulation_moves_no_rows_between_devices():
     # Microbatches that were contiguous parts of the batch would cost an all-to-all or gather.
     mesh = make_mesh(MeshConfig(8))
-    step = built(mesh, accumulation=4)
+    step = built(mesh, gradient=accumulated(4))
     batch = to_global(mesh, stand_in.batch_at(0), 32)
     text = step.update.lower(step.abstract_state, batch).compile().as_text()
     assert set(collectives(text)) == {"all-reduce"}
@@ -68,7 +69,7 @@ def test_meshes_agree_with_one_device(config):
     batches = [stand_in.batch_at(i) for i in range(3)]
     one, several = make_mesh(MESHES[0]), make_mesh(config)
     state, metrics = run(built(one, clip=0.1), one, batches)
-    other, others = run(built(several, clip=0.1, accumulation=2), several, batches)
+    other, others = run(built(several, clip=0.1, gradient=accumulated(2)), several, batches)
     for a, b in zip(metrics, others, strict=True):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
         np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-4)
@@ -108,10 +109,10 @@ def test_clip_covers_all_parameters_together():
 def nan_at_token(poison):
     """A loss that is NaN, with NaN gradients, when the batch contains one token."""
 
-    def loss_fn(params, batch):
-        loss, aux = stand_in.loss_fn(params, batch)
+    def loss_fn(params, batch, key):
+        loss, weight, metrics = stand_in.loss_fn(params, batch)
         bad = jnp.any(batch["tokens"] == poison)
-        return jnp.where(bad, jnp.nan, 1.0) * loss, aux
+        return jnp.where(bad, jnp.nan, 1.0) * loss, weight, metrics
 
     return loss_fn
 
@@ -140,7 +141,7 @@ def test_a_non_finite_step_changes_nothing_but_the_counters(accumulation):
     mesh = make_mesh(MeshConfig(2))
     step = built(
         mesh, counting_branch(0.1), loss_fn=nan_at_token(stand_in.VOCAB - 1),
-        accumulation=accumulation,
+        gradient=accumulated(accumulation),
     )  # fmt: skip
     good = {"tokens": np.minimum(stand_in.batch_at(0)["tokens"], stand_in.VOCAB - 2)}
     bad = {"tokens": good["tokens"].copy()}
@@ -169,9 +170,11 @@ def test_the_loss_of_the_whole_step_reaches_the_optimizer():
         lambda updates, state, params=None, *, value, **extra: (updates, {"value": value}),
     )
     mesh = make_mesh(MeshConfig(8))
-    state, (metrics,) = run(built(mesh, seen, accumulation=4), mesh, [masked(stand_in.batch_at(0))])
+    state, (metrics,) = run(
+        built(mesh, seen, gradient=accumulated(4)), mesh, [masked(stand_in.batch_at(0))]
+    )
     params = stand_in.init_params(jax.random.key(0))
-    expected, _ = stand_in.loss_fn(params, masked(stand_in.batch_at(0)))
+    expected, _, _ = stand_in.loss_fn(params, masked(stand_in.batch_at(0)))
     np.testing.assert_allclose(state.opt_state["value"], expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
 
@@ -192,7 +195,7 @@ def test_bfloat16_parameters_keep_their_dtype_everywhere():
     mesh = make_mesh(MeshConfig(2, 4))
     step = make_step(
         init_params, stand_in.loss_fn, optax.adam(1e-2), mesh=mesh,
-        param_specs=stand_in.SPECS, accumulation=2,
+        param_specs=stand_in.SPECS, gradient=accumulated(2),
     )  # fmt: skip
     state, _ = run(step, mesh, [stand_in.batch_at(0)] * 2)
     dtypes = {x.dtype for x in jax.tree.leaves((state.params, state.opt_state[0].mu))}
@@ -208,6 +211,6 @@ def test_eval_sums_nats_and_tokens():
     evaluate = make_eval(stand_in.loss_fn, mesh=mesh, param_shardings=shardings)
     batch = masked(stand_in.batch_at(0))
     nats, tokens = evaluate(jax.device_put(params, shardings), to_global(mesh, batch, 32))
-    expected, _ = stand_in.loss_fn(params, batch)
+    expected, _, _ = stand_in.loss_fn(params, batch)
     assert tokens == batch["mask"].sum()
     np.testing.assert_allclose(nats / tokens, expected, rtol=1e-5)

@@ -1,0 +1,29 @@
+"""The training step as pure functions: trainer, sweep, benchmarks and experiments take this one."""
+
+from jaxopt_lab.step.gradients import (
+    Batch,
+    Estimate,
+    Estimator,
+    Loss,
+    accumulated,
+    backprop,
+    measured,
+)
+from jaxopt_lab.step.state import TrainState, merged, split, state_layout
+from jaxopt_lab.step.update import Step, apply_updates
+
+__all__ = [
+    "Batch",
+    "Estimate",
+    "Estimator",
+    "Loss",
+    "Step",
+    "TrainState",
+    "accumulated",
+    "apply_updates",
+    "backprop",
+    "measured",
+    "merged",
+    "split",
+    "state_layout",
+]
