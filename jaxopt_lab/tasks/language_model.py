@@ -1,15 +1,16 @@
 """Next-token prediction with a decoder: the task of `pretrain`."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxopt_lab import models
+from jaxopt_lab import data, models
 from jaxopt_lab.step import Loss
-from jaxopt_lab.tasks.task import Task
+from jaxopt_lab.tasks.task import Evaluation, Task
 
 
 def language_model_loss(
@@ -53,16 +54,57 @@ def language_model_loss(
     return loss
 
 
+class Text(NamedTuple):
+    """What a language model learns from and is evaluated on."""
+
+    corpus: data.Corpus
+    held_out: Sequence[data.Batch]  # what `data.validation_batches` returned
+
+
 def language_model(
-    config: models.DecoderConfig, mesh: Mesh, *, z_loss: float = 0.0, head_chunks: int = 1
+    config: models.DecoderConfig,
+    mesh: Mesh,
+    text: Text | None = None,
+    *,
+    z_loss: float = 0.0,
+    head_chunks: int = 1,
 ) -> Task:
-    """The task of a decoder on a mesh, without text."""
+    """The task of a decoder on a mesh.
+
+    Held-out text is scored in nats per token, which ranks checkpoints, and in bits per byte.
+
+    Args:
+      config: Of the decoder.
+      mesh: Axes data, fsdp, tensor.
+      text: Without it the task can be compiled, but has no evaluation.
+      z_loss: As for `language_model_loss`.
+      head_chunks: As for `language_model_loss`.
+    """
+    loss = language_model_loss(config, z_loss=z_loss, head_chunks=head_chunks, mesh=mesh)
     row = {"tokens": jax.ShapeDtypeStruct((config.context + 1,), jnp.int32)}
     if config.document_mask:
         row["segment_ids"] = jax.ShapeDtypeStruct((config.context,), jnp.int32)
     return Task(
         init=functools.partial(models.init_params, config),
-        loss=language_model_loss(config, z_loss=z_loss, head_chunks=head_chunks, mesh=mesh),
+        loss=loss,
         param_specs=models.partition_specs(config, mesh),
         batch_spec=row,
+        evaluations={} if text is None else {"validation": _evaluation(text, loss)},
+    )
+
+
+def _evaluation(text: Text, loss: Loss) -> Evaluation:
+    corpus, held_out = text
+    tokens, _ = data.count_targets(held_out, corpus.tokenizer)
+    nats, bits = data.unigram_nats(corpus, held_out)
+    return Evaluation(
+        batches=held_out,
+        loss=loss,
+        report={
+            "validation_loss": lambda means: means["loss"],
+            "bits_per_byte": lambda means: data.bits_per_byte(
+                means["loss"], held_out, corpus.tokenizer
+            ),
+        },
+        about={"tokens": tokens, "unigram_nats": nats, "unigram_bits_per_byte": bits},
     )

@@ -1,13 +1,35 @@
 """The seam between training and what is learnt: a few functions, and no hierarchy."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxopt_lab.step import Loss
+
+Report = Callable[[Mapping[str, float]], float]
+"""(means of the metrics) -> one number."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One held-out set, and what is measured on it.
+
+    Args:
+      batches: All of it, in every process.
+      loss: Its metrics are averaged over the batches by their weights; the objective is not used.
+      report: What is logged, by its name in the log. The first one ranks checkpoints; lower is
+        better.
+      about: Facts known beforehand, such as the score of a trivial predictor.
+    """
+
+    batches: Sequence[Mapping[str, np.ndarray]]
+    loss: Loss
+    report: Mapping[str, Report]
+    about: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -19,12 +41,14 @@ class Task:
       loss: (params, batch, key) -> (objective, weight, metrics), see `jaxopt_lab.step.Loss`.
       param_specs: Tree of PartitionSpec, like the parameters.
       batch_spec: Shape and dtype of one row of every entry of a batch.
+      evaluations: Held-out sets by name; what the first one reports first ranks checkpoints.
     """
 
     init: Callable[[Array], PyTree]
     loss: Loss
     param_specs: PyTree
     batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+    evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
 
     def abstract_batch(self, rows: int, sharding: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a batch of so many rows."""

@@ -1,6 +1,6 @@
-"""Held-out loss on fixed batches, in nats per token and bits per byte."""
+"""Held-out scores: the evaluations of a task on a mesh."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -8,45 +8,53 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from jaxopt_lab import data
 from jaxopt_lab.step import Batch, Loss, measured
+from jaxopt_lab.tasks import Evaluation
 from jaxopt_lab.train.mesh import BATCH_AXES, from_whole
 
 
 class HeldOut:
-    """The held-out batches of a run and the unigram model's score on them.
+    """The held-out sets of a task; their batches are put on the mesh once.
 
     Args:
-      corpus: What `data.prepare` returned.
-      batches: What `data.validation_batches` returned; they are put on the mesh once.
+      evaluations: Of the task, by name.
       mesh: Where the batches go.
-      evaluate: (params, batch) -> (sum of nats, number of tokens), from `make_eval`.
+      param_shardings: Tree of NamedSharding, like the parameters.
+      compiler_options: Passed to the compiler.
     """
 
     def __init__(
         self,
-        corpus: data.Corpus,
-        batches: Sequence[data.Batch],
+        evaluations: Mapping[str, Evaluation],
         mesh: Mesh,
-        evaluate: Callable[[PyTree, Batch], tuple[Array, Array]],
+        param_shardings: PyTree,
+        compiler_options: Mapping[str, Any] | None = None,
     ):
-        """Places the batches and scores the unigram model."""
-        self._evaluate = evaluate
-        self._host_batches = batches
-        self._batches = [from_whole(mesh, batch) for batch in batches]
-        self._tokenizer = corpus.tokenizer
-        self.unigram_nats, self.unigram_bits_per_byte = data.unigram_nats(corpus, batches)
-        self.tokens, self.bytes = data.count_targets(batches, corpus.tokenizer)
+        """Places the batches; compiles nothing."""
+        self.evaluations = evaluations
+        self.names = tuple(name for each in evaluations.values() for name in each.report)
+        self._batches = {
+            name: [from_whole(mesh, batch) for batch in each.batches]
+            for name, each in evaluations.items()
+        }
+        options: dict[str, Any] = {"mesh": mesh, "param_shardings": param_shardings}
+        options["compiler_options"] = compiler_options
+        losses = {each.loss for each in evaluations.values()}
+        self._programs = {loss: make_eval(loss, **options) for loss in losses}
 
-    def loss(self, params: PyTree) -> float:
-        """Mean loss over all held-out tokens, in nats."""
-        sums: Sequence[Any] = jax.device_get([self._evaluate(params, b) for b in self._batches])
-        nats, tokens = np.asarray(sums, np.float64).sum(axis=0)
-        return float(nats / tokens)
-
-    def bits_per_byte(self, nats_per_token: float) -> float:
-        """A loss on these batches per byte of text."""
-        return data.bits_per_byte(nats_per_token, self._host_batches, self._tokenizer)
+    def scores(self, params: PyTree) -> dict[str, float]:
+        """What all evaluations report about some parameters, by the names in the log."""
+        scores = {}
+        for set_name, each in self.evaluations.items():
+            program, batches = self._programs[each.loss], self._batches[set_name]
+            sums: Any = jax.device_get([program(params, batch) for batch in batches])
+            weight = _total(weight for _, weight in sums)
+            means = {
+                metric: _total(metrics[metric] for metrics, _ in sums) / weight
+                for metric in sums[0][0]
+            }
+            scores |= {name: report(means) for name, report in each.report.items()}
+        return scores
 
 
 def make_eval(
@@ -55,12 +63,12 @@ def make_eval(
     mesh: Mesh,
     param_shardings: PyTree,
     compiler_options: Mapping[str, Any] | None = None,
-) -> Callable[[PyTree, Batch], tuple[Array, Array]]:
-    """Builds the jitted (parameters, batch) -> (sum of the reported loss, sum of weights)."""
+) -> Callable[[PyTree, Batch], tuple[dict[str, Array], Array]]:
+    """Builds the jitted (parameters, batch) -> (weighted sums of the metrics, sum of weights)."""
 
-    def evaluate(params: PyTree, batch: Batch) -> tuple[Array, Array]:
+    def evaluate(params: PyTree, batch: Batch) -> tuple[dict[str, Array], Array]:
         _, (weight, metrics) = measured(loss, params, batch, jax.random.key(0))
-        return metrics["loss"] * weight, weight
+        return {name: value * weight for name, value in metrics.items()}, weight
 
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
@@ -69,3 +77,7 @@ def make_eval(
         out_shardings=(replicated, replicated),
         compiler_options=dict(compiler_options) if compiler_options else None,
     )
+
+
+def _total(values: Iterable[Any]) -> float:
+    return float(np.asarray(list(values), np.float64).sum())

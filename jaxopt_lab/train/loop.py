@@ -16,7 +16,6 @@ from jaxopt_lab.step import Batch, TrainState, merged
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.diagnostics import take_record
 from jaxopt_lab.train.errors import TrainingError
-from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.interrupts import INTERRUPTED, StopRequests
 from jaxopt_lab.train.io.checkpoints import Checkpoints
 from jaxopt_lab.train.io.run_log import RunLog, logged_at
@@ -29,7 +28,6 @@ Status = Literal["finished", "terminated", "interrupted"]
 # The trace leaves out the first steps, which still warm up.
 _PROFILE_AFTER, _PROFILE_STEPS = 3, 3
 PROFILE_DIRECTORY = "profile"
-_EVALUATION = ("validation_loss", "bits_per_byte", "validation_loss_ema", "bits_per_byte_ema")
 # One bad batch is no divergence; so many in a row with the same parameters are.
 _BAD_STEPS = 3
 
@@ -64,7 +62,6 @@ class Run:
     directory: Path
     corpus: data.Corpus
     program: Program
-    held_out: HeldOut
     checkpoints: Checkpoints
 
     @property
@@ -173,26 +170,32 @@ class Loop:
     def _take_up(self, start: int) -> None:
         """What was measured at `start` is not measured again: the state is the same bit for bit."""
         logged = logged_at(self._run.directory, start)
-        measured = {k: v for k, v in logged.items() if k in _EVALUATION}
+        names = self._run.program.held_out.names
+        names = {*names, *map(_of_average, names)}
+        measured = {k: v for k, v in logged.items() if k in names}
         if measured:
-            loss = measured.get("validation_loss_ema", measured["validation_loss"])
-            self._evaluated, self.last_evaluation = {start: loss}, measured
+            self._evaluated, self.last_evaluation = {start: self._ranking(measured)}, measured
         if "loss" in logged:
-            self.last_metrics = {k: v for k, v in logged.items() if k not in _EVALUATION}
+            self.last_metrics = {k: v for k, v in logged.items() if k not in names}
 
     def evaluate(self, step: int, state: TrainState) -> float:
         """Evaluates parameters and, if there is one, their average; logs, returns the loss."""
-        held_out = self._run.held_out
-        loss = held_out.loss(merged(state.params, state.frozen))
-        metrics = {"validation_loss": loss, "bits_per_byte": held_out.bits_per_byte(loss)}
+        held_out = self._run.program.held_out
+        metrics = held_out.scores(merged(state.params, state.frozen))
         average = averaged_params(self._config, state)
         if average is not None:
-            loss = held_out.loss(merged(average, state.frozen))
-            metrics["validation_loss_ema"] = loss
-            metrics["bits_per_byte_ema"] = held_out.bits_per_byte(loss)
+            scores = held_out.scores(merged(average, state.frozen))
+            metrics |= {_of_average(name): score for name, score in scores.items()}
+        loss = self._ranking(metrics)
         self._evaluated, self.last_evaluation = {step: loss}, metrics
         self._log.evaluation(step, metrics)
         return loss
+
+    def _ranking(self, scores: Mapping[str, float]) -> float:
+        """The score that ranks checkpoints: of the average, if the run keeps one."""
+        first = self._run.program.held_out.names[0]
+        average = _of_average(first)
+        return scores[average if average in scores else first]
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves unless a parameter is not finite: such a state must not replace a good one."""
@@ -323,6 +326,11 @@ class Loop:
         if not self._stop_code:
             return "finished"
         return "interrupted" if self._stop_code == INTERRUPTED else "terminated"
+
+
+def _of_average(name: str) -> str:
+    """The name of a score of the averaged parameters."""
+    return f"{name}_ema"
 
 
 @jax.jit

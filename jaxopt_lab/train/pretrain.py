@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxopt_lab import data, models
+from jaxopt_lab import models
 from jaxopt_lab.report.figures import loss_figure
 from jaxopt_lab.report.files import write_json
 from jaxopt_lab.report.schedule_figure import schedule_figure
 from jaxopt_lab.step import TrainState, merged
+from jaxopt_lab.tasks import Text
 from jaxopt_lab.train.config import PretrainConfig, validate
 from jaxopt_lab.train.errors import CheckpointError, TrainingError
-from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.checkpoints import Checkpoints, Restored
 from jaxopt_lab.train.io.run_directory import (
@@ -130,17 +130,16 @@ def _run(
     config: PretrainConfig, directory: Path, callbacks: Sequence[Callback], say: Message
 ) -> RunResult:
     with interrupt_by_the_end():
-        corpus, held_out_batches = _prepare(config, say)
+        text = _prepare(config, say)
     with interrupt_by_the_end(say):
-        program = build_program(config, corpus.tokenizer.vocab_size, directory)
-        held_out = HeldOut(corpus, held_out_batches, program.mesh, program.evaluate)
+        program = build_program(config, text, directory)
     with Checkpoints(
         directory,
         keep_newest=config.checkpoint.keep_newest,
         keep_best=config.checkpoint.keep_best,
         message=say,
     ) as checkpoints:
-        run = Run(config, directory, corpus, program, held_out, checkpoints)
+        run = Run(config, directory, text.corpus, program, checkpoints)
         return _train(run, callbacks, say)
 
 
@@ -151,10 +150,10 @@ def _train(run: Run, callbacks: Sequence[Callback], say: Message) -> RunResult:
         if leader:
             _record_start(run, position.step)
         compiled = _compile(run.config, run.program, say)
-    held_out = run.held_out
+    about = run.program.task.evaluations["validation"].about
     say(
-        f"held out: {held_out.tokens:,} tokens; a unigram model reaches "
-        f"{held_out.unigram_nats:.4f} nats/token, {held_out.unigram_bits_per_byte:.4f} bits/byte"
+        f"held out: {about['tokens']:,} tokens; a unigram model reaches "
+        f"{about['unigram_nats']:.4f} nats/token, {about['unigram_bits_per_byte']:.4f} bits/byte"
     )
     before = time.monotonic()
     with RunLog(run.config, run.directory, *position) as log:
@@ -172,8 +171,8 @@ def _train(run: Run, callbacks: Sequence[Callback], say: Message) -> RunResult:
         "training_loss": loop.last_metrics.get("loss"),
         **_schedule_outcome(run, state, say),
         **loop.last_evaluation,
-        "unigram_nats": held_out.unigram_nats,
-        "unigram_bits_per_byte": held_out.unigram_bits_per_byte,
+        "unigram_nats": about["unigram_nats"],
+        "unigram_bits_per_byte": about["unigram_bits_per_byte"],
         "sample": _sample(run, state),
     }
     if leader:
@@ -202,14 +201,14 @@ def _schedule_outcome(run: Run, state: TrainState, say: Message) -> dict[str, An
     return {"schedule": numbers}
 
 
-def _prepare(config: PretrainConfig, say: Message) -> tuple[data.Corpus, list[data.Batch]]:
+def _prepare(config: PretrainConfig, say: Message) -> Text:
     """Opens the corpus; process 0 first, so that the others find it in the cache."""
     if jax.process_index() > 0:
         multihost_utils.sync_global_devices("the corpus is prepared")
-    corpus, held_out = open_text(config, config.eval, config.batch_size // config.accumulation, say)
+    text = open_text(config, config.eval, config.batch_size // config.accumulation, say)
     if jax.process_index() == 0 and jax.process_count() > 1:
         multihost_utils.sync_global_devices("the corpus is prepared")
-    return corpus, held_out
+    return text
 
 
 def _initial_state(run: Run, say: Message) -> tuple[TrainState, Position]:
@@ -305,7 +304,7 @@ def _report(run: Run, summary: Mapping[str, Any], say: Message) -> None:
         for name, value in summary.items()
     }
     write_json(run.directory / SUMMARY_FILE, finite)
-    levels = {"unigram": run.held_out.unigram_nats}
+    levels = {"unigram": summary["unigram_nats"]}
     (run.directory / FIGURE).parent.mkdir(exist_ok=True)
     try:
         loss_figure(run.directory, run.directory / FIGURE, levels=levels)

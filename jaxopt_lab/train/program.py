@@ -16,10 +16,10 @@ from jaxopt_lab.diagnostics import Recorders
 from jaxopt_lab.report.hlo import CollectiveTotal, collectives
 from jaxopt_lab.report.tables import format_table
 from jaxopt_lab.step import TrainState, accumulated
-from jaxopt_lab.tasks import Task, language_model
+from jaxopt_lab.tasks import Task, Text, language_model
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.diagnostics import make_recorders
-from jaxopt_lab.train.evaluation import make_eval
+from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.mesh import batch_sharding, make_mesh
 from jaxopt_lab.train.optimizers import ModelInfo
 from jaxopt_lab.train.step import SIGNALS, PlacedStep, make_step, param_shardings
@@ -35,7 +35,7 @@ class Program:
     mesh: Mesh
     task: Task
     step: PlacedStep
-    evaluate: Callable[..., Any]
+    held_out: HeldOut
     recorders: Recorders | None
     compiler_options: Mapping[str, Any]
     # (optimizer state at the end) -> how the schedule went, as numbers and in a sentence
@@ -75,13 +75,13 @@ class Cost:
 
 
 def build_program(
-    config: PretrainConfig, vocab_size: int | None = None, run_directory: Path | None = None
+    config: PretrainConfig, text: Text | None = None, run_directory: Path | None = None
 ) -> Program:
-    """Builds mesh, optimizer, step and evaluation of a run; compiles nothing.
+    """Builds mesh, task, optimizer, step and evaluations of a run; compiles nothing.
 
     Args:
       config: The run.
-      vocab_size: Entries of the tokenizer.
+      text: What it learns from; None where only the parameters or the cost are wanted.
       run_directory: Where a deterministic run keeps the choice of kernels.
 
     Raises:
@@ -89,9 +89,10 @@ def build_program(
     """
     model = decoder_of(config)
     mesh = make_mesh(config.mesh)
-    task = language_model(model, mesh, z_loss=config.z_loss, head_chunks=config.head_chunks)
+    task = language_model(model, mesh, text, z_loss=config.z_loss, head_chunks=config.head_chunks)
     shardings = param_shardings(mesh, task.param_specs)
-    info = ModelInfo(models.matrix_axes(model), shardings, vocab_size or model.vocab_size)
+    vocab_size = model.vocab_size if text is None else text.corpus.tokenizer.vocab_size
+    info = ModelInfo(models.matrix_axes(model), shardings, vocab_size)
     rule = config.schedule.apply(config.optimizer, info, config.steps)
     ema = None if config.ema is None else optim.track_params_ema(config.ema)
     tx = rule.tx if ema is None else optax.chain(rule.tx, ema)
@@ -107,9 +108,9 @@ def build_program(
         rates=rule.rates,
         compiler_options=options,
     )
-    evaluate = make_eval(task.loss, mesh=mesh, param_shardings=shardings, compiler_options=options)
+    held_out = HeldOut(task.evaluations, mesh, shardings, options)
     recorders = make_recorders(config.diagnostics, config.optimizer, info, ema)
-    return Program(mesh, task, step, evaluate, recorders, options, rule.outcome)
+    return Program(mesh, task, step, held_out, recorders, options, rule.outcome)
 
 
 def compile_step(config: PretrainConfig, program: Program) -> jax.stages.Compiled:

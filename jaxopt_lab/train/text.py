@@ -3,13 +3,14 @@
 from collections.abc import Callable
 
 from jaxopt_lab import data
+from jaxopt_lab.tasks import Text
 from jaxopt_lab.train.config import HeldOutConfig, RunConfig, check_vocabulary
 from jaxopt_lab.train.errors import ConfigError
 
 
 def open_text(
     config: RunConfig, evaluation: HeldOutConfig, rows: int, say: Callable[[str], None]
-) -> tuple[data.Corpus, list[data.Batch]]:
+) -> Text:
     """Opens the corpus, preparing it where it is not in the cache.
 
     Args:
@@ -53,4 +54,4 @@ def open_text(
     note = check_vocabulary(model, corpus.tokenizer)
     if note:
         say(note)
-    return corpus, held_out
+    return Text(corpus, held_out)

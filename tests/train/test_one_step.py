@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxopt_lab
 from jaxopt_lab import models
 from jaxopt_lab.report.hlo import collectives
 from jaxopt_lab.step import Step, accumulated, backprop, merged, split
-from jaxopt_lab.tasks import language_model, language_model_loss
+from jaxopt_lab.tasks import Evaluation, language_model, language_model_loss
+from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.mesh import MeshConfig, make_mesh, to_global
 from jaxopt_lab.train.step import make_step
 from tests.train import stand_in
@@ -43,7 +45,9 @@ def test_the_z_loss_is_in_the_gradient_and_neither_in_the_loss_nor_in_what_sched
         loss = language_model_loss(TINY, z_loss=weight)
         step = Step(loss, records_value(), accumulated(parts))
         state = step.start(params, key)
-        found[weight] = step.take(state, batch), step.estimate(state, batch).grads
+        found[weight] = jax.jit(
+            lambda s, step=step: (step.take(s, batch), step.estimate(s, batch).grads)
+        )(state)
     (_, plain), plain_grads = found[0.0]
     (state, metrics), grads = found[0.1]
     np.testing.assert_allclose(metrics["loss"], plain["loss"], rtol=1e-6)
@@ -153,6 +157,27 @@ def test_the_task_of_a_decoder_tells_its_batches():
     assert loss.shape == weight.shape == ()
     specs = jax.tree.structure(task.param_specs, is_leaf=lambda x: isinstance(x, P))
     assert specs == jax.tree.structure(params)
+
+
+def with_hits(params, batch, key):
+    loss, weight, _ = stand_in.loss_fn(params, batch, key)
+    return 2 * loss, weight, {"loss": loss, "hits": batch["tokens"][0, 0] == 0}
+
+
+def test_each_evaluation_reports_its_own_metrics():
+    mesh, batches = make_mesh(MeshConfig(2)), [stand_in.batch_at(i, 4) for i in range(2)]
+    evaluations = {
+        "plain": Evaluation(batches, with_hits, {"loss": lambda means: means["loss"]}),
+        "hits": Evaluation(batches[:1], with_hits, {"percent": lambda m: 100 * m["hits"]}),
+    }
+    specs = {name: NamedSharding(mesh, P()) for name in stand_in.SPECS}
+    held_out = HeldOut(evaluations, mesh, specs)
+    assert held_out.names == ("loss", "percent")
+    params = stand_in.init_params(jax.random.key(0))
+    scores = held_out.scores(jax.device_put(params, specs))
+    wanted = np.mean([stand_in.loss_fn(params, batch)[0] for batch in batches])
+    np.testing.assert_allclose(scores["loss"], wanted, rtol=1e-6)
+    assert scores["percent"] == 100 * (batches[0]["tokens"][0, 0] == 0)
 
 
 # Bare optimizer steps are what these measure, and dynamics trains no model.
