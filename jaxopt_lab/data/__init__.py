@@ -1,6 +1,6 @@
 """Corpora, tokenizers and batches."""
 
-from jaxopt_lab.data.batches import Batch, TrainBatches, train_batches
+from jaxopt_lab.data.batches import Batch, TrainBatches, train_batches, train_rows
 from jaxopt_lab.data.corpora import Corpus, CorpusPart, TokenSplit, list_corpora, prepare
 from jaxopt_lab.data.evaluation import (
     bits_per_byte,
@@ -32,6 +32,7 @@ __all__ = [
     "list_corpora",
     "prepare",
     "train_batches",
+    "train_rows",
     "unigram_nats",
     "validation_batches",
 ]

@@ -2,7 +2,7 @@
 
 import collections
 import concurrent.futures
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -23,9 +23,9 @@ class TrainBatches(Iterator[Batch]):
     which `close` (or leaving the `with` block) stops; an error in it is raised by `next`.
     """
 
-    def __init__(self, rows: "_Rows", *, start_step: int, prefetch: int):
-        """Use `train_batches`."""
-        self._rows = rows
+    def __init__(self, batch_at: Callable[[int], Batch], *, start_step: int, prefetch: int = 2):
+        """Iterates over what `batch_at` gives for the steps; of a corpus, use `train_batches`."""
+        self._batch_at = batch_at
         self._next_step = start_step
         self._prefetch = prefetch
         self._executor: concurrent.futures.ThreadPoolExecutor | None = None
@@ -39,7 +39,7 @@ class TrainBatches(Iterator[Batch]):
 
     def batch_at(self, step: int) -> Batch:
         """This process's rows of the batch of a step."""
-        return self._rows.batch_at(step)
+        return self._batch_at(step)
 
     def __next__(self) -> Batch:
         """The batch of `step`."""
@@ -58,7 +58,7 @@ class TrainBatches(Iterator[Batch]):
             self._executor = concurrent.futures.ThreadPoolExecutor(1, "train-batches")
         while len(self._pending) <= self._prefetch:
             step = self._next_step + len(self._pending)
-            self._pending.append(self._executor.submit(self._rows.batch_at, step))
+            self._pending.append(self._executor.submit(self._batch_at, step))
         return self._pending.popleft().result()
 
     def close(self) -> None:
@@ -150,9 +150,40 @@ def train_batches(
     _check_size(corpus, batch_size, context)
     count = batch_size // process_count
     local = range(process_index * count, (process_index + 1) * count)
-    origin = start_sample - start_step * batch_size
-    rows = _Rows(corpus, batch_size, context, seed, local, segment_ids, origin)
-    return TrainBatches(rows, start_step=start_step, prefetch=prefetch)
+    origin = start_sample - start_step * batch_size  # of the numbers of rows; may be negative
+    rows = train_rows(corpus, context=context, seed=seed, segment_ids=segment_ids)
+
+    def batch_at(step: int) -> Batch:
+        first = origin + step * batch_size
+        if step < 0 or first < 0:
+            raise ValueError(f"step = {step}; wanted at least {max(0, -(origin // batch_size))}")
+        return rows([first + row for row in local])
+
+    return TrainBatches(batch_at, start_step=start_step, prefetch=prefetch)
+
+
+def train_rows(
+    corpus: Corpus, *, context: int, seed: int, segment_ids: bool = False
+) -> Callable[[Sequence[int]], Batch]:
+    """(numbers of rows) -> these rows: what `train_batches` makes batches of.
+
+    Args:
+        corpus: what `prepare` returned.
+        context: input tokens of a row, T.
+        seed: of the permutations.
+        segment_ids: as for `train_batches`.
+    """
+    windows = _window_order(corpus.parts, context, seed)
+
+    def rows(numbers: Sequence[int]) -> Batch:
+        tokens = np.stack([_read(corpus, context, windows[number]) for number in numbers])
+        tokens = tokens.astype(np.int32)
+        if not segment_ids:
+            return {"tokens": tokens}
+        inputs = tokens[:, :context]
+        return {"tokens": tokens, "segment_ids": segments(inputs, corpus.tokenizer.end_of_text)}
+
+    return rows
 
 
 def _check_size(corpus: Corpus, batch_size: int, context: int) -> None:
@@ -193,54 +224,18 @@ class _Window(NamedTuple):
     index: int
 
 
-class _Rows:
-    """The rows that one process reads of every batch."""
-
-    def __init__(
-        self,
-        corpus: Corpus,
-        batch_size: int,
-        context: int,
-        seed: int,
-        local: range,
-        segment_ids: bool,
-        origin: int,
-    ):
-        self._corpus = corpus
-        self._batch_size = batch_size
-        self._context = context
-        self._local = local
-        self._origin = origin  # of the numbers of rows; may be negative
-        self._segment_ids = segment_ids
-        self._windows = _window_order(corpus.parts, context, seed)
-
-    def batch_at(self, step: int) -> Batch:
-        first = self._origin + step * self._batch_size
-        if step < 0 or first < 0:
-            least = max(0, -(self._origin // self._batch_size))
-            raise ValueError(f"step = {step}; wanted at least {least}")
-        windows = [self._windows[first + row] for row in self._local]
-        tokens = np.stack([self._read(window) for window in windows]).astype(np.int32)
-        if not self._segment_ids:
-            return {"tokens": tokens}
-        inputs = tokens[:, : self._context]
-        return {
-            "tokens": tokens,
-            "segment_ids": segments(inputs, self._corpus.tokenizer.end_of_text),
-        }
-
-    def _read(self, window: _Window) -> np.ndarray:
-        part = self._corpus.parts[window.part]
-        size = part.stop - part.start
-        offset = int(self._context * (window.epoch * _GOLDEN % 1.0))
-        start = part.start + (offset + window.index * self._context) % size
-        stop = start + self._context + 1
-        tokens = self._corpus.train.tokens
-        if stop <= part.stop:
-            return tokens[start:stop]
-        return np.concatenate(
-            [tokens[start : part.stop], tokens[part.start : part.start + stop - part.stop]]
-        )
+def _read(corpus: Corpus, context: int, window: _Window) -> np.ndarray:
+    part = corpus.parts[window.part]
+    size = part.stop - part.start
+    offset = int(context * (window.epoch * _GOLDEN % 1.0))
+    start = part.start + (offset + window.index * context) % size
+    stop = start + context + 1
+    tokens = corpus.train.tokens
+    if stop <= part.stop:
+        return tokens[start:stop]
+    return np.concatenate(
+        [tokens[start : part.stop], tokens[part.start : part.start + stop - part.stop]]
+    )
 
 
 def _window_order(parts: tuple[CorpusPart, ...], context: int, seed: int) -> Any:

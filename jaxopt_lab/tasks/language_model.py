@@ -1,11 +1,12 @@
 """Next-token prediction with a decoder: the task of `pretrain`."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxopt_lab import data, models
@@ -66,6 +67,7 @@ def language_model(
     mesh: Mesh,
     text: Text | None = None,
     *,
+    seed: int = 0,
     z_loss: float = 0.0,
     head_chunks: int = 1,
 ) -> Task:
@@ -76,7 +78,8 @@ def language_model(
     Args:
       config: Of the decoder.
       mesh: Axes data, fsdp, tensor.
-      text: Without it the task can be compiled, but has no evaluation.
+      text: Without it the task can be compiled, but has neither batches nor evaluations.
+      seed: Of the order of training windows.
       z_loss: As for `language_model_loss`.
       head_chunks: As for `language_model_loss`.
     """
@@ -89,7 +92,16 @@ def language_model(
         loss=loss,
         param_specs=models.partition_specs(config, mesh),
         batch_spec=row,
+        batch=None if text is None else _rows(config, text, seed),
         evaluations={} if text is None else {"validation": _evaluation(text, loss)},
+    )
+
+
+def _rows(
+    config: models.DecoderConfig, text: Text, seed: int
+) -> Callable[[Sequence[int]], Mapping[str, np.ndarray]]:
+    return data.train_rows(
+        text.corpus, context=config.context, seed=seed, segment_ids=config.document_mask
     )
 
 

@@ -41,6 +41,8 @@ class Task:
       loss: (params, batch, key) -> (objective, weight, metrics), see `jaxopt_lab.step.Loss`.
       param_specs: Tree of PartitionSpec, like the parameters.
       batch_spec: Shape and dtype of one row of every entry of a batch.
+      batch: (numbers of rows) -> these rows on the host. A row is a function of its number, which
+        counts the rows that a run consumes. None where a task is only compiled.
       evaluations: Held-out sets by name; what the first one reports first ranks checkpoints.
     """
 
@@ -48,6 +50,7 @@ class Task:
     loss: Loss
     param_specs: PyTree
     batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+    batch: Callable[[Sequence[int]], Mapping[str, np.ndarray]] | None = None
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
 
     def abstract_batch(self, rows: int, sharding: Any = None) -> dict[str, jax.ShapeDtypeStruct]:

@@ -219,19 +219,18 @@ class Loop:
         self._saved_at, self._save_now = time.monotonic(), False
 
     def _batches(self) -> data.TrainBatches:
-        config = self._config
-        index, count = batch_slice(self._run.program.mesh, config.batch_size)
-        return data.train_batches(
-            self._run.corpus,
-            batch_size=config.batch_size,
-            context=config.model.context,
-            seed=config.seed,
-            start_step=self._start.step,
-            start_sample=self._start.samples,
-            process_index=index,
-            process_count=count,
-            segment_ids=config.model.document_mask,
-        )
+        """The rows of this process, by their numbers, of the step after so many steps taken."""
+        size, start = self._config.batch_size, self._start
+        part, parts = batch_slice(self._run.program.mesh, size)
+        local = range(part * size // parts, (part + 1) * size // parts)
+        rows = self._run.program.task.batch
+        assert rows is not None
+
+        def batch_at(step: int) -> data.Batch:
+            first = start.after(step, size).samples
+            return dict(rows([first + row for row in local]))
+
+        return data.TrainBatches(batch_at, start_step=start.step)
 
     def _global_batch(
         self, local: Mapping[str, np.ndarray], stop_requested: int

@@ -89,7 +89,9 @@ def build_program(
     """
     model = decoder_of(config)
     mesh = make_mesh(config.mesh)
-    task = language_model(model, mesh, text, z_loss=config.z_loss, head_chunks=config.head_chunks)
+    task = language_model(
+        model, mesh, text, seed=config.seed, z_loss=config.z_loss, head_chunks=config.head_chunks
+    )
     shardings = param_shardings(mesh, task.param_specs)
     vocab_size = model.vocab_size if text is None else text.corpus.tokenizer.vocab_size
     info = ModelInfo(models.matrix_axes(model), shardings, vocab_size)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxopt_lab.data import train_batches
+from jaxopt_lab.data import TrainBatches, train_batches, train_rows
 from tests.data.synthetic import (
     byte_tokenizer,
     corpus_of,
@@ -166,17 +166,24 @@ def test_forgotten_batches_leave_no_thread():
     assert not thread.is_alive()
 
 
+def test_rows_are_asked_for_by_their_numbers():
+    batches = _batches(batch_size=4, context=10, seed=3, segment_ids=True)
+    rows = train_rows(CORPUS, context=10, seed=3, segment_ids=True)([6, 1])
+    for name, found in rows.items():
+        wanted = [batches.batch_at(1)[name][2], batches.batch_at(0)[name][1]]
+        np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_an_error_in_the_thread_reaches_the_consumer(prefetch, monkeypatch):
-    batches = _batches(prefetch=prefetch)
-    right = batches._rows.batch_at
+def test_an_error_in_the_thread_reaches_the_consumer(prefetch):
+    right = _batches().batch_at
 
     def failing(step):
         if step == 3:
             raise OSError("the disk is gone")
         return right(step)
 
-    monkeypatch.setattr(batches._rows, "batch_at", failing)
+    batches = TrainBatches(failing, start_step=0, prefetch=prefetch)
     for _ in range(3):
         next(batches)
     with pytest.raises(OSError, match="the disk is gone"):
