@@ -55,7 +55,7 @@ def make_run(scale: DecoderRuns, method: Method, validation: jax.Array):
 
         def evaluate(params):
             def one(tokens):
-                return loss(params, {"tokens": tokens.astype(jnp.int32)}, None)[0]
+                return loss(params, {"tokens": tokens.astype(jnp.int32)}, key)[0]
 
             return jax.lax.map(one, validation).mean()
 
