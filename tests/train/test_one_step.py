@@ -161,7 +161,7 @@ def test_the_task_of_a_decoder_tells_its_batches():
 
 def with_hits(params, batch, key):
     loss, weight, _ = stand_in.loss_fn(params, batch, key)
-    return 2 * loss, weight, {"loss": loss, "hits": jnp.mean(batch["tokens"] == 0)}
+    return 2 * loss, weight, {"loss": loss, "hits": jnp.mean(batch["tokens"] < 6)}
 
 
 def test_each_evaluation_reports_its_own_metrics():
@@ -177,9 +177,9 @@ def test_each_evaluation_reports_its_own_metrics():
     scores = held_out.scores(jax.device_put(params, specs))
     wanted = np.mean([stand_in.loss_fn(params, batch)[0] for batch in batches])
     np.testing.assert_allclose(scores["loss"], wanted, rtol=1e-6)
-    hits = np.mean(batches[0]["tokens"] == 0)
+    hits = np.mean(batches[0]["tokens"] < 6)
     np.testing.assert_allclose(scores["percent"], 100 * hits, rtol=1e-6)
-    assert hits not in (0, np.mean(batches[1]["tokens"] == 0))
+    assert hits not in (0, np.mean(batches[1]["tokens"] < 6))
 
 
 # Bare optimizer steps are what these measure, and dynamics trains no model.
