@@ -104,6 +104,23 @@ BAD = {
     "--corpus mixture": "corpus: ",
     "--corpus text-files --corpus.paths /no/such/*.txt": "corpus: ",
     "--corpus text-files": "corpus: ",
+    "--corpus mixture --corpus.parts text-files:a --corpus.weights ab": "corpus.weights: got 'ab'",
+    "--optimizer.ns-steps 0": "optimizer.ns_steps: got 0, expected 1 to 100",
+    "--optimizer.sign-lr-ratio -1": "optimizer.sign_lr_ratio: got -1.0",
+    "--optimizer adamw --optimizer.eps -1": "optimizer.eps: got -1.0, expected at least 0",
+    "--optimizer signum --optimizer.momentum 1": "optimizer.momentum: got 1.0",
+    "--model.context 1": "model.context: got 1, expected at least 2",
+    "--model.param-dtype float64": "model: param_dtype: got float64",
+    "--model.tied nan": "--model.tied: got 'nan'",
+    "--clip inf": "clip: got inf, expected a finite number",
+    "--z-loss 1e400": "z_loss: got inf, expected a finite number",
+    "--seed 1180591620717411303424": "seed: got 1180591620717411303424, expected 0 to 4294967295",
+    "--distributed.num-processes 0": "distributed.num_processes: got 0",
+    "--steps 1000000000000": "steps: got 1000000000000, expected at most 2147483647",
+    "--batch-size 1000000000": "batch_size: got 1000000000, expected less: a device needs at least",
+    "--model.vocab-size 1000000000": "model.vocab_size: got 1000000000, expected less: a device",
+    "--model.width 10000000": "model.width: got 10000000, expected less: a device needs at least",
+    "--model.depth 1000000000": "model.depth: got 1000000000, expected less: a device needs",
 }
 
 

@@ -18,6 +18,7 @@ import tyro
 from jaxopt_lab.data import Mixture, PreparedTfds, PythonSource, TextFiles
 from jaxopt_lab.models import PRESETS
 from jaxopt_lab.report.files import read_text
+from jaxopt_lab.train.bounds import check_bounds
 from jaxopt_lab.train.config import (
     CORPORA,
     AnyRun,
@@ -101,7 +102,7 @@ def _parse(kind: type[Settings], default: Settings, arguments: list[str], verb: 
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
+            config = tyro.cli(
                 kind,
                 prog=f"jaxopt-lab {verb}",
                 description=text,
@@ -112,9 +113,11 @@ def _parse(kind: type[Settings], default: Settings, arguments: list[str], verb: 
     except SystemExit as exit:
         if exit.code in (0, None):
             raise
-        raise ArgumentError(_one_line(errors.getvalue())) from None
+        raise ArgumentError(_one_line(errors.getvalue(), arguments)) from None
     except ValueError as error:
         raise ArgumentError(str(error)) from error
+    check_bounds(config)
+    return config
 
 
 def _config_text(path: str) -> str:
@@ -243,6 +246,9 @@ def _mixture(parts: Sequence[str], weights: Sequence[str]) -> Mixture:
             )
     try:
         shares = tuple(float(weight) for weight in weights) or (1.0,) * len(sources)
+    except ValueError:
+        raise ConfigError("corpus.weights", " ".join(weights), "expected numbers") from None
+    try:
         return Mixture(tuple(sources), shares)
     except ValueError as error:
         raise ConfigError.inside("corpus", error) from error
@@ -277,14 +283,20 @@ def _choices_help(known: set[str]) -> str:
     return "\n".join(lines)
 
 
-def _one_line(box: str) -> str:
+def _one_line(box: str, arguments: Sequence[str]) -> str:
     """Takes the frame off an error message and joins its lines."""
     kept = []
     for line in box.splitlines():
         text = line.strip("╭╮╰╯│─ ")
-        if set(line) & set("╭╰"):
+        if set(line) & set("╭╰") or not text.strip("-"):
             continue
-        if set(line.strip("│ ")) == {"─"}:
+        if set(line.strip("│ ")) == {"─"} or text.startswith("For full helptext"):
             break  # what follows repeats the help
         kept.append(text)
-    return " ".join(" ".join(kept).split())
+    message = " ".join(" ".join(kept).split())
+    # A switch takes no value: tyro names the value alone, which belongs to nothing then.
+    stray = message.rpartition("Unrecognized options:")[2].strip()
+    if message.startswith("Unrecognized options") and not stray.startswith("--"):
+        flag = next((a for a, b in zip(arguments, arguments[1:], strict=False) if b == stray), "")
+        return f"{flag or 'arguments'}: got {stray!r}, expected no value here"
+    return message

@@ -24,6 +24,7 @@ from jaxopt_lab.train.io.run_directory import (
     describe_session,
     open_comparison,
 )
+from jaxopt_lab.train.machine import check_machine
 from jaxopt_lab.train.mesh import MeshConfig, make_mesh
 from jaxopt_lab.train.optimizers import ModelInfo
 from jaxopt_lab.train.serialize import encode, to_json
@@ -58,6 +59,7 @@ def compare(config: CompareConfig, *, message: Message | None = None) -> Compare
     """
     say = message or _to_stderr
     entrants = validate_comparison(config)
+    check_machine(config)
     directory = open_comparison(config)
     say(f"run directory: {directory}")
     with interrupt_by_the_end():

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import optax
@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from jaxopt_lab.core.dual_norms import DualNorms
 from jaxopt_lab.core.flops import matrix_shapes
-from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.bounds import check_bounds
 
 # Operations per element.
 SIGN_FLOPS, ADAM_FLOPS = 6, 12
@@ -39,22 +39,9 @@ class OptimizerConfig:
         """Checks the values.
 
         Raises:
-          ConfigError: For a rate, decay or average outside its range, or a period below 1.
+          ConfigError: For a number that is out of bounds.
         """
-        for field_name in (field.name for field in fields(self)):
-            value: Any = getattr(self, field_name)
-            if value is None:
-                continue
-            name = f"optimizer.{field_name}"
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(name, value, "expected a finite number")
-            if field_name.endswith(("learning_rate", "weight_decay")):
-                if value < 0 or (field_name == "learning_rate" and value == 0):
-                    raise ConfigError(name, value, "expected a positive number")
-            if field_name.endswith(("b1", "b2", "beta")) and not 0 <= value < 1:
-                raise ConfigError(name, value, "expected an average in [0, 1)")
-            if field_name == "period" and value != "inf" and value < 1:
-                raise ConfigError(name, value, "expected at least 1, or inf for never spectral")
+        check_bounds(self, "optimizer.")
 
     def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
         """Builds the transformation; its updates are added to the parameters.

@@ -122,7 +122,7 @@ def encode(value: Any) -> Any:
 def _object(text: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError("config", text[:40], f"expected JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError("config", values, "expected a JSON object")

@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 import pytest
@@ -9,6 +9,8 @@ from optax.contrib import MuonDimensionNumbers
 
 from jaxopt_lab.data import Mixture, PreparedTfds, PythonSource, TextFiles
 from jaxopt_lab.models import PRESETS
+from jaxopt_lab.train.bounds import BOUNDS
+from jaxopt_lab.train.compare_config import CompareConfig
 from jaxopt_lab.train.config import (
     CORPORA,
     CheckpointConfig,
@@ -19,6 +21,7 @@ from jaxopt_lab.train.config import (
     validate,
 )
 from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.machine import check_machine, smallest_bytes
 from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.optimizers import OPTIMIZERS, LionMuonConfig, MuonConfig, SignMuonConfig
 from jaxopt_lab.train.program import decoder_of
@@ -117,6 +120,33 @@ def test_presets_are_valid_and_their_tokenizer_fits(name):
     assert config.tokenizer.vocab_size <= config.model.vocab_size
 
 
+def test_every_bound_is_that_of_a_setting():
+    def names(config, prefix):
+        for field in fields(config):
+            value = getattr(config, field.name)
+            if is_dataclass(value):
+                yield from names(value, f"{prefix}{field.name}.")
+            yield prefix + field.name
+
+    known = {*names(DEFAULT, ""), *names(CompareConfig(), "")}
+    for section, registry in (("optimizer.", OPTIMIZERS), ("schedule.", SCHEDULES)):
+        known |= {name for kind in registry.values() for name in names(kind(), section)}
+    assert set(BOUNDS) <= known
+
+
+def test_a_run_that_the_memory_holds_is_not_refused(monkeypatch):
+    config = from_preset("gpt2-124m")
+    needed = smallest_bytes(config, rows=8, parts=1)
+    # Weights and their gradients, and the logits of 8 x 512 tokens, all in float32.
+    assert sum(needed.values()) > 4 * (2 * 120e6 + 8 * 512 * 50304)
+    monkeypatch.setattr("jaxopt_lab.train.machine.memory_bytes", lambda: sum(needed.values()))
+    check_machine(config)
+    with pytest.raises(ConfigError, match="model.vocab_size: got 50304, expected less"):
+        check_machine(replace(config, batch_size=9))
+    check_machine(replace(config, batch_size=9), sizes=(1, 1, 2))
+    check_machine(replace(config, batch_size=16), accumulation=2)
+
+
 def test_unknown_preset_lists_the_choices():
     with pytest.raises(ConfigError, match="model: got 'llama', expected one of tiny, gpt2-124m"):
         from_preset("llama")
@@ -189,6 +219,8 @@ def test_json_without_period_inf_trouble():
         ('{"preset": "x"}', "model: got 'x'"),
         ("[1]", "expected a JSON object"),
         ("{", "expected JSON"),
+        ("[" * 100_000, "expected JSON"),
+        ('{"optimizer": {"name": {"name": "adamw"}}}', "optimizer.name: got {'name': 'adamw'}"),
     ],
 )
 def test_json_names_what_is_wrong(text, message):
