@@ -107,8 +107,7 @@ def _describe(arguments: list[str]) -> int:
 
     config = parse_config(arguments, "describe")
     config.optimizer.validate()
-    info = ModelInfo(models.matrix_axes(config.model), None, config.model.vocab_size)
-    tx = config.schedule.apply(config.optimizer, info, config.steps).tx
+    tx = config.schedule.apply(config.optimizer, ModelInfo.of(config.model), config.steps).tx
     sys.stdout.write(f"{describe(tx, models.abstract_params(config.model))}\n")
     return 0
 

@@ -46,6 +46,14 @@ def test_presets_bring_their_tokenizer():
     assert config.preset == "gpt2-124m" and config.tokenizer.vocab_size == 50304
 
 
+def test_rates_follow_the_preset_until_they_are_given():
+    assert parsed("--model gpt2-124m").optimizer == LionMuonConfig(learning_rate=1e-3)
+    assert parsed("--optimizer adamw --model gpt2-124m").optimizer == AdamWConfig(5e-4)
+    given = parsed("--model gpt2-124m --optimizer.learning-rate 0.5")
+    assert given.optimizer.learning_rate == 0.5
+    assert from_preset("gpt2-124m").optimizer == LionMuonConfig(learning_rate=1e-3)
+
+
 def test_short_forms():
     config = parsed("--precision bfloat16 --document-mask --diagnostics norms")
     assert config.model.compute_dtype == "bfloat16" and config.model.document_mask

@@ -32,6 +32,7 @@ from jaxopt_lab.train.io.run_directory import read_config
 from jaxopt_lab.train.optimizers import OPTIMIZERS
 from jaxopt_lab.train.schedules import SCHEDULES
 from jaxopt_lab.train.serialize import from_json, settings_from_json
+from jaxopt_lab.train.tuned import default_optimizer
 
 Settings = TypeVar("Settings")
 
@@ -189,11 +190,14 @@ def _default_config(
         config = with_preset(kind(), names.get("model", "tiny"))
     if names.get("model", config.preset) != config.preset:
         config = with_preset(config, names["model"])
-    for section, registry in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-        if section in names:
-            chosen = choose(section, registry, names[section])
-            if type(getattr(config, section)) is not chosen:
-                config = replace(config, **{section: chosen()})
+    if "optimizer" in names and isinstance(config, PretrainConfig):
+        name = names["optimizer"]
+        if type(config.optimizer) is not choose("optimizer", OPTIMIZERS, name):
+            config = replace(config, optimizer=default_optimizer(config.preset, name))
+    if "schedule" in names:
+        chosen = choose("schedule", SCHEDULES, names["schedule"])
+        if type(config.schedule) is not chosen:
+            config = replace(config, schedule=chosen())
     if "corpus" in names:
         chosen = choose("corpus", CORPORA, names["corpus"])
         if type(config.corpus) is not chosen or "corpus.parts" in names:

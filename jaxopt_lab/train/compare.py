@@ -129,7 +129,7 @@ def _task(
 
 def _builder(config: CompareConfig, entrant: Entrant, vocab_size: int) -> BuildOptimizer:
     """(rate) -> the optimizer as `pretrain` builds it."""
-    info = ModelInfo(models.matrix_axes(config.model), None, vocab_size)
+    info = ModelInfo.of(config.model, vocab_size=vocab_size)
 
     def build(rate: Any) -> Any:
         return config.schedule.apply(entrant.with_rate(rate), info, config.steps).tx

@@ -98,7 +98,7 @@ def validate_comparison(config: CompareConfig) -> list[Entrant]:
 
 def _entrant(text: str, config: CompareConfig, given: Mapping[str, tuple[float, ...]]) -> Entrant:
     name, _, settings = text.partition(":")
-    optimizer = optimizer_from(name, _settings(text, settings), "optimizers")
+    optimizer = optimizer_from(name, _settings(text, settings), "optimizers", config.preset)
     optimizer.validate()
     rates = given.get(text)
     if rates is None:

@@ -21,8 +21,9 @@ from jaxopt_lab.train.bounds import check_bounds
 from jaxopt_lab.train.diagnostics import DiagnosticsConfig
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.mesh import DistributedConfig, MeshConfig, axis_sizes
-from jaxopt_lab.train.optimizers import LionMuonConfig, OptimizerConfig
+from jaxopt_lab.train.optimizers import OPTIMIZERS, LionMuonConfig, OptimizerConfig
 from jaxopt_lab.train.schedules import CosineConfig, ScheduleConfig
+from jaxopt_lab.train.tuned import default_optimizer
 
 CORPORA: dict[str, type] = {
     "python-source": PythonSource,
@@ -183,10 +184,16 @@ def from_preset(preset: str) -> PretrainConfig:
 def with_preset(config: AnyRun, preset: str) -> AnyRun:
     """The same run of another named model, with a tokenizer as large as its vocabulary.
 
+    An optimizer that was left at the defaults of the model before has those of this one.
+
     Raises:
       ConfigError: If there is no such preset.
     """
     model = choose("model", PRESETS, preset)
+    if isinstance(config, PretrainConfig):
+        name = next(n for n, kind in OPTIMIZERS.items() if kind is type(config.optimizer))
+        if config.optimizer == default_optimizer(config.preset, name):
+            config = replace(config, optimizer=default_optimizer(preset, name))
     return replace(
         config,
         preset=preset,

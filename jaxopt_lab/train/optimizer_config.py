@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import optax
@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 
 from jaxopt_lab.core.dual_norms import DualNorms
 from jaxopt_lab.core.flops import matrix_shapes
+from jaxopt_lab.models import DecoderConfig, matrix_axes, roles
 from jaxopt_lab.train.bounds import check_bounds
 
 # Operations per element.
@@ -23,6 +24,20 @@ class ModelInfo(NamedTuple):
     matrix_axes: PyTree = None  # of MuonDimensionNumbers, None for leaves that are not matrices
     param_shardings: PyTree = None  # of NamedSharding
     vocab_size: int | None = None
+    decays: PyTree = None  # of bools: no norm, bias or embedding; None: every parameter
+
+    @classmethod
+    def of(
+        cls, model: DecoderConfig, param_shardings: PyTree = None, vocab_size: int | None = None
+    ) -> "ModelInfo":
+        """What there is to know about a decoder.
+
+        >>> from jaxopt_lab.models import PRESETS
+        >>> ModelInfo.of(PRESETS["tiny"]).decays["final_norm"]
+        {'scale': False}
+        """
+        decays = jax.tree.map(lambda role: role in ("matrix", "head"), roles(model))
+        return cls(matrix_axes(model), param_shardings, vocab_size or model.vocab_size, decays)
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,11 @@ class OptimizerConfig:
     """Peak learning rate."""
 
     weight_decay: float = 0.1
-    """Decoupled weight decay of all parameters, as a multiple of the rate."""
+    """Decoupled weight decay, as a multiple of the rate."""
+
+    decay: Literal["matrices", "all"] = "matrices"
+    """What decays: the matrices of the layers and a head of its own, or every parameter, norms,
+    biases and embeddings included, as in the papers."""
 
     def validate(self) -> None:
         """Checks the values.
@@ -51,6 +70,21 @@ class OptimizerConfig:
           model: Facts about the model.
         """
         raise NotImplementedError
+
+    def decay_mask(self, model: ModelInfo) -> Callable[[PyTree], PyTree] | None:
+        """(parameters) -> bools where weights decay; None where all of them do."""
+        if self.decay == "all" or model.decays is None:
+            return None
+        named = jax.tree_util.tree_leaves_with_path(model.decays)
+        decays = {jax.tree_util.keystr(path): value for path, value in named}
+
+        # By name: Optax's Muon asks with only a part of the parameters.
+        def mask(params: PyTree) -> PyTree:
+            return jax.tree_util.tree_map_with_path(
+                lambda path, _: decays[jax.tree_util.keystr(path)], params
+            )
+
+        return mask
 
     def rates(self, rate: Array) -> dict[str, Array]:
         """Learning rates to report while the scheduled one is `rate`."""

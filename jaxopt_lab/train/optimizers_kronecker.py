@@ -81,6 +81,7 @@ class EigenbasisConfig(KroneckerConfig):
         names = ("b1", "b2", "eps", "precondition_frequency", "weight_decay")
         return {name: getattr(self, name) for name in names} | {
             "matrix_axes": model.matrix_axes,
+            "mask": self.decay_mask(model),
             "eigenbasis": self._eigenbasis(),
             "routing": optim.Routing(on_uncovered="error"),
             "mesh": optim.MeshWork(model.param_shardings, self.replicated_work),
@@ -166,6 +167,7 @@ class ShampooConfig(KroneckerConfig):
             eps=self.eps,
             precondition_frequency=self.precondition_frequency,
             weight_decay=self.weight_decay,
+            mask=self.decay_mask(model),
             matrix_axes=model.matrix_axes,
             inverse_root=optim.InverseRoot(
                 stagger=self.stagger, max_precond_dim=self.max_precond_dim

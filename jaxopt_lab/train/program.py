@@ -88,7 +88,7 @@ def build_program(
     mesh = make_mesh(config.mesh)
     specs = models.partition_specs(model, mesh)
     shardings = param_shardings(mesh, specs)
-    info = ModelInfo(models.matrix_axes(model), shardings, vocab_size or model.vocab_size)
+    info = ModelInfo.of(model, shardings, vocab_size)
     rule = config.schedule.apply(config.optimizer, info, config.steps)
     ema = None if config.ema is None else optim.track_params_ema(config.ema)
     tx = rule.tx if ema is None else optax.chain(rule.tx, ema)

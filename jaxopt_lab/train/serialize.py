@@ -12,11 +12,25 @@ from jaxopt_lab.train.config import CORPORA, AnyRun, PretrainConfig, RunConfig, 
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.optimizers import OPTIMIZERS, OptimizerConfig
 from jaxopt_lab.train.schedules import SCHEDULES, ScheduleConfig
+from jaxopt_lab.train.tuned import default_optimizer
 
 Settings = TypeVar("Settings")
 
+
+def _decay_everywhere(values: dict[str, Any]) -> dict[str, Any]:
+    """Before there was a choice, every parameter decayed.
+
+    A file without the decay was not written by this package, which writes every setting.
+    """
+    optimizer = values.get("optimizer")
+    if isinstance(optimizer, Mapping) and "weight_decay" in optimizer:
+        values["optimizer"] = {"decay": "all", **optimizer}
+    return values
+
+
 _MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (
     lambda values: values,  # 0, before there were versions: the same fields
+    _decay_everywhere,
 )
 """Number i turns version i into version i + 1; one that renames or drops a field is added here."""
 VERSION = len(_MIGRATIONS)
@@ -57,6 +71,9 @@ def from_json(text: str, kind: type[RunConfig] = PretrainConfig) -> RunConfig:
     """
     values = _migrated(_object(text))
     default = with_preset(kind(), values.get("preset", "tiny"))
+    if isinstance(default, PretrainConfig) and "optimizer" in values:
+        # A section that is there says which optimizer is meant: its own defaults fill it up.
+        default = replace(default, optimizer=type(default.optimizer)())
     return _decode_dataclass(kind, default, values, "")
 
 
@@ -85,17 +102,19 @@ def settings_from_json(text: str, kind: type[Settings]) -> Settings:
     return _decode_dataclass(kind, kind(), _object(text), "")
 
 
-def optimizer_from(name: str, settings: Mapping[str, Any], path: str) -> OptimizerConfig:
-    """An optimizer by name, with settings that differ from its defaults.
+def optimizer_from(
+    name: str, settings: Mapping[str, Any], path: str, preset: str
+) -> OptimizerConfig:
+    """An optimizer by name, with settings that differ from its defaults for a preset.
 
-    >>> optimizer_from("lion-muon", {"period": 5}, "optimizer").period
+    >>> optimizer_from("lion-muon", {"period": 5}, "optimizer", "tiny").period
     5
 
     Raises:
       ConfigError: For an unknown name, an unknown setting, or a value of the wrong type.
     """
     kind = choose(path, OPTIMIZERS, name)
-    return _decode_dataclass(kind, None, settings, f"{path}.{name}")
+    return _decode_dataclass(kind, default_optimizer(preset, name), settings, f"{path}.{name}")
 
 
 def name_of(config: Any) -> str:
