@@ -7,30 +7,15 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from jaxopt_lab.data import (
-    Mixture,
-    PreparedTfds,
-    PythonSource,
-    Source,
-    TextFiles,
-    Tokenizer,
-    TokenizerConfig,
-)
+from jaxopt_lab.data import CORPORA, PythonSource, Source, Tokenizer, TokenizerConfig
 from jaxopt_lab.models import PRESETS, DecoderConfig
 from jaxopt_lab.train.bounds import check_bounds
 from jaxopt_lab.train.diagnostics import DiagnosticsConfig
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.mesh import DistributedConfig, MeshConfig, axis_sizes
 from jaxopt_lab.train.optimizers import OPTIMIZERS, LionMuonConfig, OptimizerConfig
-from jaxopt_lab.train.schedules import CosineConfig, ScheduleConfig
+from jaxopt_lab.train.schedules import SCHEDULES, CosineConfig, ScheduleConfig
 from jaxopt_lab.train.tuned import default_optimizer
-
-CORPORA: dict[str, type] = {
-    "python-source": PythonSource,
-    "text-files": TextFiles,
-    "prepared-tfds": PreparedTfds,
-    "mixture": Mixture,
-}
 
 
 @dataclass(frozen=True)
@@ -168,6 +153,14 @@ class PretrainConfig(RunConfig):
     wandb: bool = False
     """Also log to Weights & Biases; needs the package `wandb`."""
 
+
+CHOICES: dict[str, Mapping[str, Any]] = {
+    "model": PRESETS,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "corpus": CORPORA,
+}
+"""What a flag such as `--optimizer NAME` chooses from, and `name` in a section of config.json."""
 
 AnyRun = TypeVar("AnyRun", bound=RunConfig)
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
-from jaxopt_lab.train.config import CORPORA, AnyRun, PretrainConfig, RunConfig, choose, with_preset
+from jaxopt_lab.data.sources import PARTS, SinglePart, Source
+from jaxopt_lab.train.config import CHOICES, AnyRun, PretrainConfig, RunConfig, choose, with_preset
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.optimizers import OPTIMIZERS, OptimizerConfig
-from jaxopt_lab.train.schedules import SCHEDULES, ScheduleConfig
+from jaxopt_lab.train.optimizers import OptimizerConfig
+from jaxopt_lab.train.schedules import ScheduleConfig
 from jaxopt_lab.train.tuned import default_optimizer
 
 Settings = TypeVar("Settings")
@@ -35,9 +36,13 @@ _MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (
 """Number i turns version i into version i + 1; one that renames or drops a field is added here."""
 VERSION = len(_MIGRATIONS)
 
-_REGISTRIES = (OPTIMIZERS, SCHEDULES, CORPORA)
-_NAMES = {kind: name for registry in _REGISTRIES for name, kind in registry.items()}
-_PARTS = {name: kind for name, kind in CORPORA.items() if name != "mixture"}
+_REGISTRIES: dict[Any, Mapping[str, Any]] = {
+    OptimizerConfig: CHOICES["optimizer"],
+    ScheduleConfig: CHOICES["schedule"],
+    Source: CHOICES["corpus"],
+    SinglePart: PARTS,
+}
+_NAMES = {kind: name for registry in _REGISTRIES.values() for name, kind in registry.items()}
 
 
 def to_json(config: RunConfig) -> str:
@@ -113,7 +118,7 @@ def optimizer_from(
     Raises:
       ConfigError: For an unknown name, an unknown setting, or a value of the wrong type.
     """
-    kind = choose(path, OPTIMIZERS, name)
+    kind = choose(path, CHOICES["optimizer"], name)
     return _decode_dataclass(kind, default_optimizer(preset, name), settings, f"{path}.{name}")
 
 
@@ -149,7 +154,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _decode(hint: Any, default: Any, value: Any, path: str) -> Any:
-    registry = _registry(hint)
+    registry = _REGISTRIES.get(hint)
     if registry is not None:
         if not isinstance(value, Mapping):
             raise ConfigError(path, value, "expected an object")
@@ -200,17 +205,6 @@ def _decode_dataclass(kind: Any, default: Any, values: Mapping[str, Any], path: 
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError.inside(path, error) from error
-
-
-def _registry(hint: Any) -> Mapping[str, type] | None:
-    if hint is OptimizerConfig:
-        return OPTIMIZERS
-    if hint is ScheduleConfig:
-        return SCHEDULES
-    options = set(get_args(hint))
-    if options == set(CORPORA.values()):
-        return CORPORA
-    return _PARTS if options and options == set(_PARTS.values()) else None
 
 
 def _hint_text(hint: Any) -> str:
