@@ -27,6 +27,7 @@ from jaxopt_lab.train.io.run_directory import (
 from jaxopt_lab.train.machine import check_machine
 from jaxopt_lab.train.mesh import MeshConfig, make_mesh
 from jaxopt_lab.train.optimizers import ModelInfo
+from jaxopt_lab.train.rule import build_rule
 from jaxopt_lab.train.serialize import encode, to_json
 from jaxopt_lab.train.text import open_text
 
@@ -132,7 +133,7 @@ def _builder(config: CompareConfig, entrant: Entrant, vocab_size: int) -> BuildO
     info = ModelInfo.of(config.model, vocab_size=vocab_size)
 
     def build(rate: Any) -> Any:
-        return config.schedule.apply(entrant.with_rate(rate), info, config.steps).tx
+        return build_rule(entrant.with_rate(rate), config.schedule, info, config.steps).tx
 
     return build
 

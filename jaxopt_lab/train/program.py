@@ -20,6 +20,7 @@ from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.diagnostics import make_recorders
 from jaxopt_lab.train.mesh import batch_sharding, make_mesh
 from jaxopt_lab.train.optimizers import ModelInfo
+from jaxopt_lab.train.rule import build_rule
 from jaxopt_lab.train.step import SIGNALS, Step, TrainState, make_eval, make_step, param_shardings
 
 KERNEL_CHOICES = "kernel-choices"
@@ -89,7 +90,7 @@ def build_program(
     specs = models.partition_specs(model, mesh)
     shardings = param_shardings(mesh, specs)
     info = ModelInfo.of(model, shardings, vocab_size)
-    rule = config.schedule.apply(config.optimizer, info, config.steps)
+    rule = build_rule(config.optimizer, config.schedule, info, config.steps)
     ema = None if config.ema is None else optim.track_params_ema(config.ema)
     tx = rule.tx if ema is None else optax.chain(rule.tx, ema)
     options = _compiler_options(config, mesh, run_directory)
