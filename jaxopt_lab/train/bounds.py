@@ -32,7 +32,7 @@ def _at_least(low: float) -> _Bound:
 
 
 def _between(low: float, high: float) -> _Bound:
-    return _Bound(low, high, f"expected {low} to {high}")
+    return _Bound(low, high, f"expected at least {low} and at most {high}")
 
 
 _POSITIVE = _Bound(0, math.inf, "expected a positive number", open_low=True)
