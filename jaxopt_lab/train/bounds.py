@@ -63,7 +63,6 @@ BOUNDS: dict[str, _Bound] = {
     "checkpoint.keep_newest": _at_least(1),
     "checkpoint.keep_best": _at_least(0),
     "diagnostics.every": _at_least(1),
-    "diagnostics.residues": _at_least(0),
     "diagnostics.window": _at_least(1),
     "diagnostics.target_loss": _at_least(0),
     "distributed.num_processes": _at_least(1),
@@ -118,16 +117,16 @@ def check_bounds(config: Any, prefix: str = "") -> None:
             continue
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, int | float) and not isinstance(item, bool):
-                _check(name, item, value)
+                _check(name, item)
 
 
-def _check(name: str, item: float, value: Any) -> None:
-    if isinstance(item, float) and not math.isfinite(item):
+def _check(name: str, value: float) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(name, value, "expected a finite number")
     bound = BOUNDS.get(name)
-    if bound is not None and not bound.holds(item):
+    if bound is not None and not bound.holds(value):
         raise ConfigError(name, value, bound.wanted)
     # An interval that ends may end higher: seeds have 32 bits without a sign.
-    largest = _LARGEST_FLOAT if isinstance(item, float) else _LARGEST_COUNT
-    if abs(item) > largest and (bound is None or bound.high == math.inf):
+    largest = _LARGEST_FLOAT if isinstance(value, float) else _LARGEST_COUNT
+    if abs(value) > largest and (bound is None or bound.high == math.inf):
         raise ConfigError(name, value, f"expected at most {largest}")
