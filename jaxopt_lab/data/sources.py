@@ -300,7 +300,9 @@ def part_from_text(text: str) -> SinglePart:
     kind = PARTS[name]
     if not argument:
         return kind()
-    return PreparedTfds(argument) if kind is PreparedTfds else kind(tuple(argument.split(",")))
+    if issubclass(kind, PreparedTfds):
+        return kind(argument)
+    return kind(tuple(argument.split(",")))
 
 
 def _short(path: str) -> str:
