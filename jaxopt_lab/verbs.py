@@ -104,11 +104,12 @@ def _describe(arguments: list[str]) -> int:
     from jaxopt_lab import describe, models
     from jaxopt_lab.train.arguments import parse_config
     from jaxopt_lab.train.optimizers import ModelInfo
+    from jaxopt_lab.train.rule import build_rule
 
     config = parse_config(arguments, "describe")
     config.optimizer.validate()
-    info = ModelInfo(models.matrix_axes(config.model), None, config.model.vocab_size)
-    tx = config.schedule.apply(config.optimizer, info, config.steps).tx
+    info = ModelInfo.of(config.model)
+    tx = build_rule(config.optimizer, config.schedule, info, config.steps).tx
     sys.stdout.write(f"{describe(tx, models.abstract_params(config.model))}\n")
     return 0
 

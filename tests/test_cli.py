@@ -46,6 +46,14 @@ def test_presets_bring_their_tokenizer():
     assert config.preset == "gpt2-124m" and config.tokenizer.vocab_size == 50304
 
 
+def test_rates_follow_the_preset_until_they_are_given():
+    assert parsed("--model gpt2-124m").optimizer == LionMuonConfig(learning_rate=1e-3)
+    assert parsed("--optimizer adamw --model gpt2-124m").optimizer == AdamWConfig(5e-4)
+    given = parsed("--model gpt2-124m --optimizer.learning-rate 0.5")
+    assert given.optimizer.learning_rate == 0.5
+    assert from_preset("gpt2-124m").optimizer == LionMuonConfig(learning_rate=1e-3)
+
+
 def test_short_forms():
     config = parsed("--precision bfloat16 --document-mask --diagnostics norms")
     assert config.model.compute_dtype == "bfloat16" and config.model.document_mask
@@ -104,6 +112,23 @@ BAD = {
     "--corpus mixture": "corpus: ",
     "--corpus text-files --corpus.paths /no/such/*.txt": "corpus: ",
     "--corpus text-files": "corpus: ",
+    "--corpus mixture --corpus.parts text-files:a --corpus.weights ab": "corpus.weights: got 'ab'",
+    "--optimizer.ns-steps 0": "optimizer.ns_steps: got 0, expected at least 1 and at most 100",
+    "--optimizer.sign-lr-ratio -1": "optimizer.sign_lr_ratio: got -1.0",
+    "--optimizer adamw --optimizer.eps -1": "optimizer.eps: got -1.0, expected at least 0",
+    "--optimizer signum --optimizer.momentum 1": "optimizer.momentum: got 1.0",
+    "--model.context 1": "model.context: got 1, expected at least 2",
+    "--model.param-dtype float64": "model: param_dtype: got float64",
+    "--model.tied nan": "--model.tied: got 'nan'",
+    "--clip inf": "clip: got inf, expected a finite number",
+    "--z-loss 1e400": "z_loss: got inf, expected a finite number",
+    "--seed 1180591620717411303424": "seed: got 1180591620717411303424, expected at least 0",
+    "--distributed.num-processes 0": "distributed.num_processes: got 0",
+    "--steps 1000000000000": "steps: got 1000000000000, expected at most 2147483647",
+    "--batch-size 1000000000": "batch_size: got 1000000000, expected less: a device needs at least",
+    "--model.vocab-size 1000000000": "model.vocab_size: got 1000000000, expected less: a device",
+    "--model.width 10000000": "model.width: got 10000000, expected less: a device needs at least",
+    "--model.depth 1000000000": "model.depth: got 1000000000, expected less: a device needs",
 }
 
 

@@ -8,11 +8,19 @@ from jaxopt_lab.data.evaluation import (
     unigram_nats,
     validation_batches,
 )
-from jaxopt_lab.data.sources import Mixture, PreparedTfds, PythonSource, Source, TextFiles
+from jaxopt_lab.data.sources import (
+    CORPORA,
+    Mixture,
+    PreparedTfds,
+    PythonSource,
+    Source,
+    TextFiles,
+)
 from jaxopt_lab.data.tokenizer import Tokenizer, TokenizerConfig
 from jaxopt_lab.data.windows import Windows, draw_windows
 
 __all__ = [
+    "CORPORA",
     "Batch",
     "Corpus",
     "CorpusPart",

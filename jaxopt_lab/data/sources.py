@@ -94,7 +94,7 @@ def _python_files(label: str, directory: Path, skip: frozenset[str]) -> Iterator
 class TextFiles:
     """Text files: one document per txt, md or rst file, one per row of a jsonl file."""
 
-    paths: tuple[str, ...]
+    paths: tuple[str, ...] = ()
     """Files, directories (searched recursively) or globs (`**` recurses) of txt, md, rst and
     jsonl, each also as .gz."""
     text_field: str = "text"
@@ -175,7 +175,7 @@ def _text_suffix(path: Path) -> str:
 class PreparedTfds:
     """A dataset that TensorFlow Datasets has already prepared, in array_record format."""
 
-    directory: str
+    directory: str = ""
     """The prepared version: `<data_dir>/<name>/[<config>/]<version>`."""
     text_field: str = "text"
     """The feature that holds the document."""
@@ -244,8 +244,8 @@ class Mixture:
     text, which holds the parts in their natural sizes.
     """
 
-    parts: tuple[PythonSource | TextFiles | PreparedTfds, ...]
-    weights: tuple[float, ...]
+    parts: tuple[PythonSource | TextFiles | PreparedTfds, ...] = ()
+    weights: tuple[float, ...] = ()
     """One positive number per part; normalised to sum to one."""
 
     def __post_init__(self) -> None:
@@ -271,7 +271,38 @@ class Mixture:
 
 
 SinglePart = PythonSource | TextFiles | PreparedTfds
-Source = PythonSource | TextFiles | PreparedTfds | Mixture
+Source = SinglePart | Mixture
+
+PARTS: dict[str, type[SinglePart]] = {
+    "python-source": PythonSource,
+    "text-files": TextFiles,
+    "prepared-tfds": PreparedTfds,
+}
+CORPORA: dict[str, type[Source]] = {**PARTS, "mixture": Mixture}
+"""The sources by name, and those that a mixture may have as parts."""
+
+
+def part_from_text(text: str) -> SinglePart:
+    """A source in short: its name, and after a colon what it reads.
+
+    >>> part_from_text("text-files:a/*.txt,b.md").paths
+    ('a/*.txt', 'b.md')
+
+    Raises:
+        ValueError: there is no such source.
+    """
+    name, _, argument = text.partition(":")
+    if name not in PARTS:
+        raise ValueError(
+            f"parts: got {text!r}, expected python-source:ROOT[,...], text-files:GLOB[,...] or "
+            "prepared-tfds:DIRECTORY"
+        )
+    kind = PARTS[name]
+    if not argument:
+        return kind()
+    if issubclass(kind, PreparedTfds):
+        return kind(argument)
+    return kind(tuple(argument.split(",")))
 
 
 def _short(path: str) -> str:

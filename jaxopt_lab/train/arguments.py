@@ -15,11 +15,12 @@ from typing import Any, TypeVar, overload
 
 import tyro
 
-from jaxopt_lab.data import Mixture, PreparedTfds, PythonSource, TextFiles
-from jaxopt_lab.models import PRESETS
+from jaxopt_lab.data import Mixture
+from jaxopt_lab.data.sources import part_from_text
 from jaxopt_lab.report.files import read_text
+from jaxopt_lab.train.bounds import check_bounds
 from jaxopt_lab.train.config import (
-    CORPORA,
+    CHOICES,
     AnyRun,
     PretrainConfig,
     RunConfig,
@@ -28,14 +29,11 @@ from jaxopt_lab.train.config import (
 )
 from jaxopt_lab.train.errors import ArgumentError, ConfigError
 from jaxopt_lab.train.io.run_directory import read_config
-from jaxopt_lab.train.optimizers import OPTIMIZERS
-from jaxopt_lab.train.schedules import SCHEDULES
 from jaxopt_lab.train.serialize import from_json, settings_from_json
+from jaxopt_lab.train.tuned import default_optimizer
 
 Settings = TypeVar("Settings")
 
-# The flags that name a choice; which further flags there are depends on them.
-_CHOICES = ("model", "optimizer", "schedule", "corpus")
 # Common settings that live inside a section.
 _SHORT_FLAGS = {
     "--precision": "--model.compute-dtype",
@@ -101,7 +99,7 @@ def _parse(kind: type[Settings], default: Settings, arguments: list[str], verb: 
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
+            config = tyro.cli(
                 kind,
                 prog=f"jaxopt-lab {verb}",
                 description=text,
@@ -112,9 +110,11 @@ def _parse(kind: type[Settings], default: Settings, arguments: list[str], verb: 
     except SystemExit as exit:
         if exit.code in (0, None):
             raise
-        raise ArgumentError(_one_line(errors.getvalue())) from None
+        raise ArgumentError(_one_line(errors.getvalue(), arguments)) from None
     except ValueError as error:
         raise ArgumentError(str(error)) from error
+    check_bounds(config)
+    return config
 
 
 def _config_text(path: str) -> str:
@@ -143,7 +143,7 @@ def _normalized(arguments: Sequence[str]) -> list[str]:
 
 def _take_names(arguments: Sequence[str], known: set[str]) -> tuple[dict[str, Any], list[str]]:
     """Takes `--optimizer NAME` and its like, `--config FILE` and `--resume` out of the flags."""
-    chosen = [f"--{choice}" for choice in _CHOICES if choice in known]
+    chosen = [f"--{choice}" for choice in CHOICES if choice in known]
     names: dict[str, Any] = {}
     rest, position = [], 0
     while position < len(arguments):
@@ -186,15 +186,20 @@ def _default_config(
         config = with_preset(kind(), names.get("model", "tiny"))
     if names.get("model", config.preset) != config.preset:
         config = with_preset(config, names["model"])
-    for section, registry in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-        if section in names:
-            chosen = choose(section, registry, names[section])
-            if type(getattr(config, section)) is not chosen:
-                config = replace(config, **{section: chosen()})
+    if "optimizer" in names and isinstance(config, PretrainConfig):
+        name = names["optimizer"]
+        if type(config.optimizer) is not choose("optimizer", CHOICES["optimizer"], name):
+            config = replace(config, optimizer=default_optimizer(config.preset, name))
+    if "schedule" in names:
+        chosen = choose("schedule", CHOICES["schedule"], names["schedule"])
+        if type(config.schedule) is not chosen:
+            config = replace(config, schedule=chosen())
     if "corpus" in names:
-        chosen = choose("corpus", CORPORA, names["corpus"])
+        chosen = choose("corpus", CHOICES["corpus"], names["corpus"])
         if type(config.corpus) is not chosen or "corpus.parts" in names:
-            config = replace(config, corpus=_blank_corpus(names))
+            parts, weights = names.get("corpus.parts", []), names.get("corpus.weights", [])
+            corpus = _mixture(parts, weights) if chosen is Mixture else chosen()
+            config = replace(config, corpus=corpus)
     return config
 
 
@@ -212,38 +217,18 @@ def _forked(directory: str, kind: type[RunConfig]) -> RunConfig:
     return replace(config, fork_from=directory, tokenizer=tokenizer)
 
 
-def _blank_corpus(names: dict[str, Any]) -> Any:
-
-    blank = {
-        "python-source": PythonSource(),
-        "text-files": TextFiles(()),
-        "prepared-tfds": PreparedTfds(""),
-    }
-    if names["corpus"] in blank:
-        return blank[names["corpus"]]
-    return _mixture(names.get("corpus.parts", []), names.get("corpus.weights", []))
-
-
 def _mixture(parts: Sequence[str], weights: Sequence[str]) -> Mixture:
     """Builds a mixture from `python-source:stdlib text-files:notes/*.md` and weights."""
-    sources = []
-    for part in parts:
-        kind, _, argument = part.partition(":")
-        values = tuple(argument.split(",")) if argument else ()
-        if kind == "python-source":
-            sources.append(PythonSource(values) if values else PythonSource())
-        elif kind == "text-files":
-            sources.append(TextFiles(values))
-        elif kind == "prepared-tfds":
-            sources.append(PreparedTfds(argument))
-        else:
-            raise ArgumentError(
-                f"corpus.parts: got {part!r}, expected python-source:ROOT[,...], "
-                "text-files:GLOB[,...] or prepared-tfds:DIRECTORY"
-            )
     try:
-        shares = tuple(float(weight) for weight in weights) or (1.0,) * len(sources)
-        return Mixture(tuple(sources), shares)
+        shares = tuple(float(weight) for weight in weights) or (1.0,) * len(parts)
+    except ValueError:
+        raise ConfigError("corpus.weights", " ".join(weights), "expected numbers") from None
+    try:
+        sources = tuple(part_from_text(part) for part in parts)
+    except ValueError as error:
+        raise ArgumentError(f"corpus.{error}") from error
+    try:
+        return Mixture(sources, shares)
     except ValueError as error:
         raise ConfigError.inside("corpus", error) from error
 
@@ -255,7 +240,6 @@ def _value_of(arguments: Sequence[str], flag: str) -> str | None:
 
 
 def _choices_help(known: set[str]) -> str:
-    registries = {"model": PRESETS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
     resume = (
         "; --resume continues --run-directory; --fork-from RUN starts from the weights and the "
         "config.json of a run"
@@ -265,26 +249,32 @@ def _choices_help(known: set[str]) -> str:
     diagnostics = ", --diagnostics for --diagnostics.record" if "diagnostics" in known else ""
     lines = [
         "These choose what the sections below are made of:",
-        *(f"--{n} {{{','.join(names)}}}" for n, names in registries.items() if n in known),
-        f"--corpus {{{','.join(CORPORA)}}}; a mixture takes --corpus.parts python-source:stdlib "
-        "'text-files:notes/*.md' --corpus.weights 3 1",
+        *(f"--{n} {{{','.join(names)}}}" for n, names in CHOICES.items() if n in known),
+        "A mixture takes --corpus.parts python-source:stdlib 'text-files:notes/*.md' "
+        "--corpus.weights 3 1.",
         f"--config FILE starts from the config.json of a run{resume}.",
         "--precision is short for --model.compute-dtype, "
         f"--document-mask for --model.document-mask{diagnostics}.",
     ]
     if "optimizers" in known:
-        lines.insert(1, f"--optimizers some of {{{','.join(OPTIMIZERS)}}}")
+        lines.insert(1, f"--optimizers some of {{{','.join(CHOICES['optimizer'])}}}")
     return "\n".join(lines)
 
 
-def _one_line(box: str) -> str:
+def _one_line(box: str, arguments: Sequence[str]) -> str:
     """Takes the frame off an error message and joins its lines."""
     kept = []
     for line in box.splitlines():
         text = line.strip("╭╮╰╯│─ ")
-        if set(line) & set("╭╰"):
+        if set(line) & set("╭╰") or not text.strip("-"):
             continue
-        if set(line.strip("│ ")) == {"─"}:
+        if set(line.strip("│ ")) == {"─"} or text.startswith("For full helptext"):
             break  # what follows repeats the help
         kept.append(text)
-    return " ".join(" ".join(kept).split())
+    message = " ".join(" ".join(kept).split())
+    # A switch takes no value: tyro names the value alone, which belongs to nothing then.
+    stray = message.rpartition("Unrecognized options:")[2].strip()
+    if message.startswith("Unrecognized options") and not stray.startswith("--"):
+        flag = next((a for a, b in zip(arguments, arguments[1:], strict=False) if b == stray), "")
+        return f"{flag or 'arguments'}: got {stray!r}, expected no value here"
+    return message

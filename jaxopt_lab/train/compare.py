@@ -25,8 +25,10 @@ from jaxopt_lab.train.io.run_directory import (
     describe_session,
     open_comparison,
 )
+from jaxopt_lab.train.machine import check_machine
 from jaxopt_lab.train.mesh import MeshConfig, make_mesh
 from jaxopt_lab.train.optimizers import ModelInfo
+from jaxopt_lab.train.rule import build_rule
 from jaxopt_lab.train.serialize import encode, to_json
 from jaxopt_lab.train.text import open_text
 
@@ -59,6 +61,7 @@ def compare(config: CompareConfig, *, message: Message | None = None) -> Compare
     """
     say = message or _to_stderr
     entrants = validate_comparison(config)
+    check_machine(config)
     directory = open_comparison(config)
     say(f"run directory: {directory}")
     with interrupt_by_the_end():
@@ -122,10 +125,10 @@ def _task(
 
 def _builder(config: CompareConfig, entrant: Entrant, vocab_size: int) -> BuildOptimizer:
     """(rate) -> the optimizer as `pretrain` builds it."""
-    info = ModelInfo(models.matrix_axes(config.model), None, vocab_size)
+    info = ModelInfo.of(config.model, vocab_size=vocab_size)
 
     def build(rate: Any) -> Any:
-        return config.schedule.apply(entrant.with_rate(rate), info, config.steps).tx
+        return build_rule(entrant.with_rate(rate), config.schedule, info, config.steps).tx
 
     return build
 

@@ -1,13 +1,12 @@
 """What a comparison is: one run, several optimizers, the same number of learning rates for each."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jaxopt_lab.sweep.tuning import check_rates, check_seeds
-from jaxopt_lab.train.config import HeldOutConfig, RunConfig, at_least, validate_run
+from jaxopt_lab.train.config import HeldOutConfig, RunConfig, validate_run
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.optimizers import OptimizerConfig
 from jaxopt_lab.train.serialize import optimizer_from
@@ -81,14 +80,7 @@ def validate_comparison(config: CompareConfig) -> list[Entrant]:
     Raises:
       ConfigError: Names the field, the value and what would be right.
     """
-    validate_run(config, config.eval)
-    for name in ("cells", "timing_steps"):
-        at_least(config, name, 1)
-    if not (math.isfinite(config.spacing) and config.spacing > 1):
-        raise ConfigError("spacing", config.spacing, "expected a ratio above 1")
-    for seed in (config.sweep_seed, *config.seeds):
-        if seed < 0:
-            raise ConfigError("seeds", seed, "expected at least 0")
+    validate_run(config)
     try:
         check_seeds(config.sweep_seed, config.seeds)
     except ValueError as error:
@@ -106,13 +98,18 @@ def validate_comparison(config: CompareConfig) -> list[Entrant]:
 
 def _entrant(text: str, config: CompareConfig, given: Mapping[str, tuple[float, ...]]) -> Entrant:
     name, _, settings = text.partition(":")
-    optimizer = optimizer_from(name, _settings(text, settings), "optimizers")
+    optimizer = optimizer_from(name, _settings(text, settings), "optimizers", config.preset)
     optimizer.validate()
     rates = given.get(text)
     if rates is None:
         first = -(config.cells // 2)
         factors = [config.spacing**k for k in range(first, first + config.cells)]
         rates = tuple(optimizer.learning_rate * factor for factor in factors)
+        try:
+            check_rates(rates)
+        except ValueError as error:
+            wanted = f"expected a grid of {config.cells} positive numbers around {text}'s rate"
+            raise ConfigError("spacing", config.spacing, wanted) from error
     return Entrant(text, optimizer, rates)
 
 

@@ -7,28 +7,15 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from jaxopt_lab.data import (
-    Mixture,
-    PreparedTfds,
-    PythonSource,
-    Source,
-    TextFiles,
-    Tokenizer,
-    TokenizerConfig,
-)
+from jaxopt_lab.data import CORPORA, PythonSource, Source, Tokenizer, TokenizerConfig
 from jaxopt_lab.models import PRESETS, DecoderConfig
+from jaxopt_lab.train.bounds import check_bounds
 from jaxopt_lab.train.diagnostics import DiagnosticsConfig
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.mesh import DistributedConfig, MeshConfig, axis_sizes
-from jaxopt_lab.train.optimizers import LionMuonConfig, OptimizerConfig
-from jaxopt_lab.train.schedules import CosineConfig, ScheduleConfig
-
-CORPORA: dict[str, type] = {
-    "python-source": PythonSource,
-    "text-files": TextFiles,
-    "prepared-tfds": PreparedTfds,
-    "mixture": Mixture,
-}
+from jaxopt_lab.train.optimizers import OPTIMIZERS, LionMuonConfig, OptimizerConfig
+from jaxopt_lab.train.schedules import SCHEDULES, CosineConfig, ScheduleConfig
+from jaxopt_lab.train.tuned import default_optimizer
 
 
 @dataclass(frozen=True)
@@ -167,6 +154,14 @@ class PretrainConfig(RunConfig):
     """Also log to Weights & Biases; needs the package `wandb`."""
 
 
+CHOICES: dict[str, Mapping[str, Any]] = {
+    "model": PRESETS,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "corpus": CORPORA,
+}
+"""What a flag such as `--optimizer NAME` chooses from, and `name` in a section of config.json."""
+
 AnyRun = TypeVar("AnyRun", bound=RunConfig)
 
 
@@ -182,10 +177,16 @@ def from_preset(preset: str) -> PretrainConfig:
 def with_preset(config: AnyRun, preset: str) -> AnyRun:
     """The same run of another named model, with a tokenizer as large as its vocabulary.
 
+    An optimizer that was left at the defaults of the model before has those of this one.
+
     Raises:
       ConfigError: If there is no such preset.
     """
     model = choose("model", PRESETS, preset)
+    if isinstance(config, PretrainConfig):
+        name = next(n for n, kind in OPTIMIZERS.items() if kind is type(config.optimizer))
+        if config.optimizer == default_optimizer(config.preset, name):
+            config = replace(config, optimizer=default_optimizer(preset, name))
     return replace(
         config,
         preset=preset,
@@ -200,7 +201,7 @@ def choose(field_name: str, choices: Mapping[str, Any], name: Any) -> Any:
     Raises:
       ConfigError: If there is no such choice; lists them.
     """
-    if name not in choices:
+    if not isinstance(name, str) or name not in choices:
         raise ConfigError(field_name, name, f"expected one of {', '.join(choices)}")
     return choices[name]
 
@@ -211,16 +212,9 @@ def validate(config: PretrainConfig, device_count: int) -> None:
     Raises:
       ConfigError: Names the field, the value and what would be right.
     """
-    validate_run(config, config.eval)
-    at_least(config, "accumulation", 1)
-    for name in ("max_skipped", "seed"):
-        at_least(config, name, 0)
-    at_least(config.eval, "sample_tokens", 0, "eval.")
-    _validate_checkpoints(config.checkpoint)
+    validate_run(config)
     config.optimizer.validate()
     config.diagnostics.validate(config.optimizer)
-    if config.ema is not None and not 0 < config.ema < 1:
-        raise ConfigError("ema", config.ema, "expected a decay between 0 and 1, or None")
     if config.deterministic and config.model.attention == "cudnn":
         raise ConfigError(
             "model.attention", "cudnn", "expected auto or xla: cuDNN's kernel is not deterministic"
@@ -238,27 +232,16 @@ def validate(config: PretrainConfig, device_count: int) -> None:
         raise ConfigError("wandb", True, "needs a package: pip install 'jaxopt-lab[wandb]'")
 
 
-def validate_run(config: RunConfig, evaluation: HeldOutConfig) -> None:
+def validate_run(config: RunConfig) -> None:
     """Checks what all verbs that train share.
 
     Raises:
       ConfigError: Names the field, the value and what would be right.
     """
     choose("model", PRESETS, config.preset)
-    for name in ("steps", "batch_size"):
-        at_least(config, name, 1)
-    for name in ("every", "batches"):
-        at_least(evaluation, name, 1, "eval.")
+    check_bounds(config)
     config.schedule.validate(config.steps)
-    if config.clip is not None and not config.clip > 0:
-        raise ConfigError("clip", config.clip, "expected a positive norm, or None")
-    if not config.z_loss >= 0:
-        raise ConfigError("z_loss", config.z_loss, "expected at least 0")
-    if not 0 < config.validation_fraction < 1:
-        raise ConfigError(
-            "validation_fraction", config.validation_fraction, "expected a share between 0 and 1"
-        )
-    if config.head_chunks < 1 or config.model.context % config.head_chunks:
+    if config.model.context % config.head_chunks:
         raise ConfigError(
             "head_chunks",
             config.head_chunks,
@@ -287,19 +270,3 @@ def check_vocabulary(model: DecoderConfig, tokenizer: Tokenizer) -> str | None:
             f"{rows - tokens} rows of the embedding are never used"
         )
     return None
-
-
-def _validate_checkpoints(config: CheckpointConfig) -> None:
-    at_least(config, "keep_newest", 1, "checkpoint.")
-    at_least(config, "keep_best", 0, "checkpoint.")
-    if config.every_steps is not None:
-        at_least(config, "every_steps", 1, "checkpoint.")
-    if config.every_minutes is not None and not config.every_minutes > 0:
-        raise ConfigError("checkpoint.every_minutes", config.every_minutes, "expected more than 0")
-
-
-def at_least(config: Any, name: str, least: int, prefix: str = "") -> None:
-    """Raises a ConfigError unless a field is at least so large."""
-    value = getattr(config, name)
-    if value < least:
-        raise ConfigError(f"{prefix}{name}", value, f"expected at least {least}")

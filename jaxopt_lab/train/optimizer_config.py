@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import jax
 import optax
@@ -11,7 +11,8 @@ from jaxtyping import Array, PyTree
 
 from jaxopt_lab.core.dual_norms import DualNorms
 from jaxopt_lab.core.flops import matrix_shapes
-from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.models import DecoderConfig, matrix_axes, roles
+from jaxopt_lab.train.bounds import check_bounds
 
 # Operations per element.
 SIGN_FLOPS, ADAM_FLOPS = 6, 12
@@ -23,6 +24,20 @@ class ModelInfo(NamedTuple):
     matrix_axes: PyTree = None  # of MuonDimensionNumbers, None for leaves that are not matrices
     param_shardings: PyTree = None  # of NamedSharding
     vocab_size: int | None = None
+    decays: PyTree = None  # of bools: no norm, bias or embedding; None: every parameter
+
+    @classmethod
+    def of(
+        cls, model: DecoderConfig, param_shardings: PyTree = None, vocab_size: int | None = None
+    ) -> "ModelInfo":
+        """What there is to know about a decoder.
+
+        >>> from jaxopt_lab.models import PRESETS
+        >>> ModelInfo.of(PRESETS["tiny"]).decays["final_norm"]
+        {'scale': False}
+        """
+        decays = jax.tree.map(lambda role: role in ("matrix", "head"), roles(model))
+        return cls(matrix_axes(model), param_shardings, vocab_size or model.vocab_size, decays)
 
 
 @dataclass(frozen=True)
@@ -33,28 +48,19 @@ class OptimizerConfig:
     """Peak learning rate."""
 
     weight_decay: float = 0.1
-    """Decoupled weight decay of all parameters, as a multiple of the rate."""
+    """Decoupled weight decay, as a multiple of the rate."""
+
+    decay: Literal["matrices", "all"] = "matrices"
+    """What decays: the matrices of the layers and a head of its own, or every parameter, norms,
+    biases and embeddings included, as in the papers."""
 
     def validate(self) -> None:
         """Checks the values.
 
         Raises:
-          ConfigError: For a rate, decay or average outside its range, or a period below 1.
+          ConfigError: For a number that is out of bounds.
         """
-        for field_name in (field.name for field in fields(self)):
-            value: Any = getattr(self, field_name)
-            if value is None:
-                continue
-            name = f"optimizer.{field_name}"
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(name, value, "expected a finite number")
-            if field_name.endswith(("learning_rate", "weight_decay")):
-                if value < 0 or (field_name == "learning_rate" and value == 0):
-                    raise ConfigError(name, value, "expected a positive number")
-            if field_name.endswith(("b1", "b2", "beta")) and not 0 <= value < 1:
-                raise ConfigError(name, value, "expected an average in [0, 1)")
-            if field_name == "period" and value != "inf" and value < 1:
-                raise ConfigError(name, value, "expected at least 1, or inf for never spectral")
+        check_bounds(self, "optimizer.")
 
     def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
         """Builds the transformation; its updates are added to the parameters.
@@ -64,6 +70,21 @@ class OptimizerConfig:
           model: Facts about the model.
         """
         raise NotImplementedError
+
+    def decay_mask(self, model: ModelInfo) -> Callable[[PyTree], PyTree] | None:
+        """(parameters) -> bools where weights decay; None where all of them do."""
+        if self.decay == "all" or model.decays is None:
+            return None
+        named = jax.tree_util.tree_leaves_with_path(model.decays)
+        decays = {jax.tree_util.keystr(path): value for path, value in named}
+
+        # By name: Optax's Muon asks with only a part of the parameters.
+        def mask(params: PyTree) -> PyTree:
+            return jax.tree_util.tree_map_with_path(
+                lambda path, _: decays[jax.tree_util.keystr(path)], params
+            )
+
+        return mask
 
     def rates(self, rate: Array) -> dict[str, Array]:
         """Learning rates to report while the scheduled one is `rate`."""

@@ -85,6 +85,7 @@ class LionMuonConfig(OptimizerConfig):
             b1=self.b1,
             b2=self.b2,
             weight_decay=self.weight_decay,
+            mask=self.decay_mask(model),
             matrix_axes=model.matrix_axes,
             mu_dtype=self.mu_dtype,
             newton_schulz=optim.NewtonSchulz(steps=self.ns_steps, dtype=self.ns_dtype),
@@ -150,7 +151,14 @@ class AdamWConfig(OptimizerConfig):
 
     def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
         """See the base class."""
-        return optax.adamw(rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay)
+        return optax.adamw(
+            rate,
+            self.b1,
+            self.b2,
+            self.eps,
+            weight_decay=self.weight_decay,
+            mask=self.decay_mask(model),
+        )
 
     def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
         """See the base class."""
@@ -172,7 +180,8 @@ class LionConfig(OptimizerConfig):
 
     def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
         """See the base class."""
-        return optax.lion(rate, self.b1, self.b2, weight_decay=self.weight_decay)
+        mask = self.decay_mask(model)
+        return optax.lion(rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -187,7 +196,12 @@ class SignumConfig(OptimizerConfig):
 
     def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
         """See the base class."""
-        return optim.signum(rate, momentum=self.momentum, weight_decay=self.weight_decay)
+        return optim.signum(
+            rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            mask=self.decay_mask(model),
+        )
 
 
 @dataclass(frozen=True)
@@ -205,12 +219,16 @@ class OptaxMuonConfig(OptimizerConfig):
 
     def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
         """See the base class."""
+        mask = self.decay_mask(model)
         return optax.contrib.muon(
             rate,
             ns_steps=self.ns_steps,
             beta=self.beta,
             weight_decay=self.weight_decay,
-            adam_weight_decay=self.weight_decay,
+            weight_decay_mask=mask,
+            # Its AdamW takes no mask. What is left to it are norms, biases and embeddings, and a
+            # head of its own, which then does not decay either.
+            adam_weight_decay=self.weight_decay if mask is None else 0.0,
             muon_weight_dimension_numbers=model.matrix_axes,
             # The scale of the other spectral optimizers here, so that rates can be compared.
             consistent_rms=0.2,

@@ -32,13 +32,6 @@ class KroneckerConfig(OptimizerConfig):
     replicated_work: Literal["repeat", "share"] = "repeat"
     """Whether replicas repeat the work on factors or share it out and gather the result."""
 
-    def validate(self) -> None:
-        """Also checks the frequency."""
-        super().validate()
-        steps = self.precondition_frequency
-        if steps < 1:
-            raise ConfigError("optimizer.precondition_frequency", steps, "expected at least 1")
-
 
 @dataclass(frozen=True)
 class EigenbasisConfig(KroneckerConfig):
@@ -58,13 +51,6 @@ class EigenbasisConfig(KroneckerConfig):
 
     max_precond_dim: int = 10_000
     """A longer side of a matrix has no factor; a matrix with two of them is AdamW's."""
-
-    def validate(self) -> None:
-        """Also checks epsilon and the longest side."""
-        super().validate()
-        for name in ("eps", "max_precond_dim"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"optimizer.{name}", getattr(self, name), "expected at least 0")
 
     def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
         """See the base class.
@@ -95,6 +81,7 @@ class EigenbasisConfig(KroneckerConfig):
         names = ("b1", "b2", "eps", "precondition_frequency", "weight_decay")
         return {name: getattr(self, name) for name in names} | {
             "matrix_axes": model.matrix_axes,
+            "mask": self.decay_mask(model),
             "eigenbasis": self._eigenbasis(),
             "routing": optim.Routing(on_uncovered="error"),
             "mesh": optim.MeshWork(model.param_shardings, self.replicated_work),
@@ -163,12 +150,10 @@ class ShampooConfig(KroneckerConfig):
     """Longest edge of a block; longer sides are cut."""
 
     def validate(self) -> None:
-        """Also checks the average of the factors, the ridge and the blocks."""
+        """Also checks the average of the factors and the blocks."""
         super().validate()
         if self.b2 == 0:
             raise ConfigError("optimizer.b2", self.b2, "expected an average in (0, 1)")
-        if self.eps < 0:
-            raise ConfigError("optimizer.eps", self.eps, "expected at least 0")
         edge = self.max_precond_dim
         if edge < 1:
             raise ConfigError("optimizer.max_precond_dim", edge, "expected at least 1")
@@ -182,6 +167,7 @@ class ShampooConfig(KroneckerConfig):
             eps=self.eps,
             precondition_frequency=self.precondition_frequency,
             weight_decay=self.weight_decay,
+            mask=self.decay_mask(model),
             matrix_axes=model.matrix_axes,
             inverse_root=optim.InverseRoot(
                 stagger=self.stagger, max_precond_dim=self.max_precond_dim

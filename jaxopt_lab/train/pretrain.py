@@ -36,7 +36,8 @@ from jaxopt_lab.train.io.run_directory import (
 )
 from jaxopt_lab.train.io.run_log import RunLog
 from jaxopt_lab.train.loop import Callback, Loop, Position, Run, Status
-from jaxopt_lab.train.mesh import initialize_processes
+from jaxopt_lab.train.machine import check_machine
+from jaxopt_lab.train.mesh import axis_sizes, initialize_processes
 from jaxopt_lab.train.program import (
     Cost,
     Program,
@@ -98,6 +99,7 @@ def pretrain(
     initialize_processes(config.distributed)
     say = (message or _to_stderr) if jax.process_index() == 0 else _silent
     validate(config, jax.device_count())
+    check_machine(config, axis_sizes(config.mesh, jax.device_count()), config.accumulation)
     if config.dry_run:
         program = build_program(config)
         return RunResult("dry-run", cost=cost_of(config, _compile(config, program, say)))

@@ -22,6 +22,7 @@ from jaxopt_lab.train.diagnostics import make_recorders
 from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.mesh import batch_sharding, make_mesh
 from jaxopt_lab.train.optimizers import ModelInfo
+from jaxopt_lab.train.rule import build_rule
 from jaxopt_lab.train.step import SIGNALS, PlacedStep, make_step, param_shardings
 
 KERNEL_CHOICES = "kernel-choices"
@@ -94,8 +95,8 @@ def build_program(
     )
     shardings = param_shardings(mesh, task.param_specs)
     vocab_size = model.vocab_size if text is None else text.corpus.tokenizer.vocab_size
-    info = ModelInfo(models.matrix_axes(model), shardings, vocab_size)
-    rule = config.schedule.apply(config.optimizer, info, config.steps)
+    info = ModelInfo.of(model, shardings, vocab_size)
+    rule = build_rule(config.optimizer, config.schedule, info, config.steps)
     ema = None if config.ema is None else optim.track_params_ema(config.ema)
     tx = rule.tx if ema is None else optax.chain(rule.tx, ema)
     options = _compiler_options(config, mesh, run_directory)

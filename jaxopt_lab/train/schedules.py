@@ -1,30 +1,29 @@
 """The schedules a run can name: one frozen dataclass each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
 from jaxopt_lab import schedules
+from jaxopt_lab.core.dual_norms import DualNorms
 from jaxopt_lab.diagnostics import find_state
 from jaxopt_lab.parity.warmup import official_warmup
 from jaxopt_lab.schedules import DecayShape
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.optimizers import ModelInfo, OptimizerConfig
 
 
-class Rule(NamedTuple):
-    """An optimizer ready for the step."""
+class Follower(NamedTuple):
+    """A schedule that follows the run: it knows the rate only from its state."""
 
-    tx: optax.GradientTransformation
-    # (steps taken, optimizer state) -> learning rates of the next step, and what explains them
-    rates: Callable[[Array, PyTree], dict[str, Array]]
-    # (optimizer state at the end) -> how the schedule went, as numbers and in a sentence
-    outcome: Callable[[PyTree], tuple[dict[str, Any], str]] | None = None
+    scaling: optax.GradientTransformationExtraArgs  # stands behind an optimizer at its peak rate
+    # (state of the chain) -> learning rate of the next step, and what explains it
+    rate: Callable[[PyTree], tuple[Array, dict[str, Array]]]
+    # (state of the chain at the end) -> how it went, as numbers and in a sentence
+    outcome: Callable[[PyTree], tuple[dict[str, Any], str]]
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,18 @@ class ScheduleConfig:
         """(number of steps taken) -> learning rate."""
         raise NotImplementedError
 
-    def apply(self, optimizer: OptimizerConfig, model: ModelInfo, steps: int) -> Rule:
-        """Builds the optimizer under this schedule.
+    def follower(
+        self, peak: float, steps: int, norm: Mapping[DualNorms, float], matrix_axes: PyTree
+    ) -> Follower | None:
+        """For a schedule that follows the run (reads the loss, say) instead of having a `rate`.
 
-        A schedule that is a transformation of its own (one that reads the loss, say) overrides
-        this and chains itself behind the optimizer.
+        Args:
+          peak: Highest rate.
+          steps: Length of the run.
+          norm: The norm in which the optimizer's steps have one length, or shares of several.
+          matrix_axes: Tree of MuonDimensionNumbers, None for leaves that are not matrices.
         """
-        rate = self.rate(optimizer.learning_rate, steps)
-        tx = optimizer.build(rate, model)
-        return Rule(tx, lambda step, _: optimizer.rates(jnp.asarray(rate(step))))
+        return None
 
 
 @dataclass(frozen=True)
@@ -164,18 +166,18 @@ class AdaptiveWarmupConfig(ScheduleConfig):
         except ValueError as error:
             raise ConfigError.inside("schedule", error) from error
 
-    def apply(self, optimizer: OptimizerConfig, model: ModelInfo, steps: int) -> Rule:
+    def follower(
+        self, peak: float, steps: int, norm: Mapping[DualNorms, float], matrix_axes: PyTree
+    ) -> Follower:
         """See the base class."""
-        peak = optimizer.learning_rate
-        schedule = self._transform(peak, steps, optimizer.step_norm(), model.matrix_axes)
-        tx = optax.chain(optimizer.build(optax.constant_schedule(peak), model), schedule)
 
-        def rates(step: Array, opt_state: PyTree) -> dict[str, Array]:
+        def rate(opt_state: PyTree) -> tuple[Array, dict[str, Array]]:
             state = find_state(opt_state, schedules.AdaptiveWarmupState)
-            followed = {"gap": state.gap, "peak_gap": state.peak_gap}
-            return optimizer.rates(state.rate) | followed | {"switch_step": state.switch_step}
+            names = ("gap", "peak_gap", "switch_step")
+            return state.rate, {name: getattr(state, name) for name in names}
 
-        return Rule(tx, rates, lambda opt_state: self._outcome(opt_state, peak, steps))
+        scaling = self._transform(peak, steps, norm, matrix_axes)
+        return Follower(scaling, rate, lambda opt_state: self._outcome(opt_state, peak, steps))
 
     def _transform(
         self, peak: float, steps: int, norm: Any, matrix_axes: PyTree

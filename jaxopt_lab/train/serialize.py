@@ -8,22 +8,41 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
-from jaxopt_lab.train.config import CORPORA, AnyRun, PretrainConfig, RunConfig, choose, with_preset
+from jaxopt_lab.data.sources import PARTS, SinglePart, Source
+from jaxopt_lab.train.config import CHOICES, AnyRun, PretrainConfig, RunConfig, choose, with_preset
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.optimizers import OPTIMIZERS, OptimizerConfig
-from jaxopt_lab.train.schedules import SCHEDULES, ScheduleConfig
+from jaxopt_lab.train.optimizers import OptimizerConfig
+from jaxopt_lab.train.schedules import ScheduleConfig
+from jaxopt_lab.train.tuned import default_optimizer
 
 Settings = TypeVar("Settings")
 
+
+def _decay_everywhere(values: dict[str, Any]) -> dict[str, Any]:
+    """Before there was a choice, every parameter decayed.
+
+    A file without the decay was not written by this package, which writes every setting.
+    """
+    optimizer = values.get("optimizer")
+    if isinstance(optimizer, Mapping) and "weight_decay" in optimizer:
+        values["optimizer"] = {"decay": "all", **optimizer}
+    return values
+
+
 _MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (
     lambda values: values,  # 0, before there were versions: the same fields
+    _decay_everywhere,
 )
 """Number i turns version i into version i + 1; one that renames or drops a field is added here."""
 VERSION = len(_MIGRATIONS)
 
-_REGISTRIES = (OPTIMIZERS, SCHEDULES, CORPORA)
-_NAMES = {kind: name for registry in _REGISTRIES for name, kind in registry.items()}
-_PARTS = {name: kind for name, kind in CORPORA.items() if name != "mixture"}
+_REGISTRIES: dict[Any, Mapping[str, Any]] = {
+    OptimizerConfig: CHOICES["optimizer"],
+    ScheduleConfig: CHOICES["schedule"],
+    Source: CHOICES["corpus"],
+    SinglePart: PARTS,
+}
+_NAMES = {kind: name for registry in _REGISTRIES.values() for name, kind in registry.items()}
 
 
 def to_json(config: RunConfig) -> str:
@@ -57,6 +76,9 @@ def from_json(text: str, kind: type[RunConfig] = PretrainConfig) -> RunConfig:
     """
     values = _migrated(_object(text))
     default = with_preset(kind(), values.get("preset", "tiny"))
+    if isinstance(default, PretrainConfig) and "optimizer" in values:
+        # A section that is there says which optimizer is meant: its own defaults fill it up.
+        default = replace(default, optimizer=type(default.optimizer)())
     return _decode_dataclass(kind, default, values, "")
 
 
@@ -85,17 +107,19 @@ def settings_from_json(text: str, kind: type[Settings]) -> Settings:
     return _decode_dataclass(kind, kind(), _object(text), "")
 
 
-def optimizer_from(name: str, settings: Mapping[str, Any], path: str) -> OptimizerConfig:
-    """An optimizer by name, with settings that differ from its defaults.
+def optimizer_from(
+    name: str, settings: Mapping[str, Any], path: str, preset: str
+) -> OptimizerConfig:
+    """An optimizer by name, with settings that differ from its defaults for a preset.
 
-    >>> optimizer_from("lion-muon", {"period": 5}, "optimizer").period
+    >>> optimizer_from("lion-muon", {"period": 5}, "optimizer", "tiny").period
     5
 
     Raises:
       ConfigError: For an unknown name, an unknown setting, or a value of the wrong type.
     """
-    kind = choose(path, OPTIMIZERS, name)
-    return _decode_dataclass(kind, None, settings, f"{path}.{name}")
+    kind = choose(path, CHOICES["optimizer"], name)
+    return _decode_dataclass(kind, default_optimizer(preset, name), settings, f"{path}.{name}")
 
 
 def name_of(config: Any) -> str:
@@ -122,7 +146,7 @@ def encode(value: Any) -> Any:
 def _object(text: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError("config", text[:40], f"expected JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError("config", values, "expected a JSON object")
@@ -130,7 +154,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _decode(hint: Any, default: Any, value: Any, path: str) -> Any:
-    registry = _registry(hint)
+    registry = _REGISTRIES.get(hint)
     if registry is not None:
         if not isinstance(value, Mapping):
             raise ConfigError(path, value, "expected an object")
@@ -181,17 +205,6 @@ def _decode_dataclass(kind: Any, default: Any, values: Mapping[str, Any], path: 
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError.inside(path, error) from error
-
-
-def _registry(hint: Any) -> Mapping[str, type] | None:
-    if hint is OptimizerConfig:
-        return OPTIMIZERS
-    if hint is ScheduleConfig:
-        return SCHEDULES
-    options = set(get_args(hint))
-    if options == set(CORPORA.values()):
-        return CORPORA
-    return _PARTS if options and options == set(_PARTS.values()) else None
 
 
 def _hint_text(hint: Any) -> str:

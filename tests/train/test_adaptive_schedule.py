@@ -20,6 +20,7 @@ from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.mesh import MeshConfig, make_mesh, to_global
 from jaxopt_lab.train.optimizers import OPTIMIZERS, AdamWConfig, LionMuonConfig, ModelInfo
 from jaxopt_lab.train.pretrain import pretrain
+from jaxopt_lab.train.rule import build_rule
 from jaxopt_lab.train.schedules import AdaptiveWarmupConfig
 from jaxopt_lab.train.step import make_step
 from tests.train import stand_in
@@ -47,7 +48,7 @@ def test_every_optimizer_warms_up(name):
     params = {"a": jnp.ones((4, 8)), "b": jnp.ones(3)}
     info = ModelInfo({"a": MuonDimensionNumbers(0, 1), "b": None})
     optimizer = OPTIMIZERS[name]()
-    rule = replace(SCHEDULE, delta_star_rule="exact").apply(optimizer, info, 100)
+    rule = build_rule(optimizer, replace(SCHEDULE, delta_star_rule="exact"), info, 100)
     plain = optimizer.build(lambda _: optimizer.learning_rate, info)
     state, other = rule.tx.init(params), plain.init(params)
     scaled, _ = rule.tx.update(params, state, params, value=jnp.asarray(5.0))
@@ -65,7 +66,7 @@ def test_replicas_and_microbatches_follow_the_mean_loss_of_the_step():
     """Rows differ, so replicas that looked at their own losses would have other rates."""
     followed = []
     info = ModelInfo({"table": None, "head": MuonDimensionNumbers(0, 1), "bias": None})
-    rule = SCHEDULE.apply(AdamWConfig(learning_rate=0.3), info, 20)
+    rule = build_rule(AdamWConfig(learning_rate=0.3), SCHEDULE, info, 20)
     for config, accumulation in ((MeshConfig(1), 1), (MeshConfig(2, 2, 2), 4)):
         mesh = make_mesh(config)
         step = make_step(
@@ -118,7 +119,7 @@ OUTCOMES = {
 @pytest.mark.parametrize("words", OUTCOMES)
 def test_the_end_is_told_in_plain_words(words):
     info = ModelInfo({"a": MuonDimensionNumbers(0, 1)})
-    rule = SCHEDULE.apply(AdamWConfig(learning_rate=0.5), info, 100)
+    rule = build_rule(AdamWConfig(learning_rate=0.5), SCHEDULE, info, 100)
     assert rule.outcome is not None
     state = rule.tx.init({"a": jnp.ones((2, 2))})
     held = find_state(state, AdaptiveWarmupState)
@@ -150,7 +151,7 @@ def test_the_official_rule_changes_the_search_alone():
     for name in ("exact", "official"):
         config = replace(SCHEDULE, delta_star_rule=name)
         config.validate(100)
-        tx[name] = config.apply(AdamWConfig(learning_rate=1e-3), info, 100).tx
+        tx[name] = build_rule(AdamWConfig(learning_rate=1e-3), config, info, 100).tx
     states = {}
     for name, rule in tx.items():
         states[name] = []

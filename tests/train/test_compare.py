@@ -83,7 +83,8 @@ def test_results_hold_every_run_and_what_a_step_costs(finished):
     ]  # fmt: skip
     adamw = json.loads((directory / "adamw.json").read_text())
     assert adamw["optimizer"] == {"name": "adamw", "learning_rate": 3e-3, "weight_decay": 0.1,
-                                  "b1": 0.9, "b2": 0.95, "eps": 1e-8}  # fmt: skip
+                                  "b1": 0.9, "b2": 0.95, "eps": 1e-8,
+                                  "decay": "matrices"}  # fmt: skip
     assert adamw["rates"] == [1e-3, 1e-2] and len(adamw["sweep_losses"]) == 2
     assert adamw["best_cell"] == int(np.argmin(adamw["sweep_losses"]))
     assert adamw["best_cell_on_rim"] in ("lowest", "highest")

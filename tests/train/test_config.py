@@ -1,14 +1,18 @@
 import json
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 
+import jax
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optax.contrib import MuonDimensionNumbers
 
 from jaxopt_lab.data import Mixture, PreparedTfds, PythonSource, TextFiles
-from jaxopt_lab.models import PRESETS
+from jaxopt_lab.models import PRESETS, DecoderConfig, abstract_params, roles
+from jaxopt_lab.train.bounds import BOUNDS
+from jaxopt_lab.train.compare_config import CompareConfig
 from jaxopt_lab.train.config import (
     CORPORA,
     CheckpointConfig,
@@ -17,13 +21,22 @@ from jaxopt_lab.train.config import (
     check_vocabulary,
     from_preset,
     validate,
+    with_preset,
 )
 from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.machine import check_machine, smallest_bytes
 from jaxopt_lab.train.mesh import MeshConfig
-from jaxopt_lab.train.optimizers import OPTIMIZERS, LionMuonConfig, MuonConfig, SignMuonConfig
+from jaxopt_lab.train.optimizers import (
+    OPTIMIZERS,
+    LionMuonConfig,
+    ModelInfo,
+    MuonConfig,
+    SignMuonConfig,
+)
 from jaxopt_lab.train.program import decoder_of
 from jaxopt_lab.train.schedules import SCHEDULES, CosineConfig, WsdConfig
 from jaxopt_lab.train.serialize import from_json, name_of, to_json
+from jaxopt_lab.train.tuned import TUNED, default_optimizer
 
 DEFAULT = PretrainConfig()
 CORPUS_EXAMPLES = {
@@ -117,6 +130,47 @@ def test_presets_are_valid_and_their_tokenizer_fits(name):
     assert config.tokenizer.vocab_size <= config.model.vocab_size
 
 
+def test_every_bound_is_that_of_a_setting():
+    def names(config, prefix):
+        for field in fields(config):
+            value = getattr(config, field.name)
+            if is_dataclass(value):
+                yield from names(value, f"{prefix}{field.name}.")
+            yield prefix + field.name
+
+    known = {*names(DEFAULT, ""), *names(CompareConfig(), "")}
+    for section, registry in (("optimizer.", OPTIMIZERS), ("schedule.", SCHEDULES)):
+        known |= {name for kind in registry.values() for name in names(kind(), section)}
+    assert set(BOUNDS) <= known
+
+
+def test_a_run_that_the_memory_holds_is_not_refused(monkeypatch):
+    config = from_preset("gpt2-124m")
+    needed = smallest_bytes(config, rows=8, parts=1)
+    # Weights and their gradients, and the logits of 8 x 512 tokens, all in float32.
+    assert sum(needed.values()) > 4 * (2 * 120e6 + 8 * 512 * 50304)
+    monkeypatch.setattr("jaxopt_lab.train.machine.memory_bytes", lambda: sum(needed.values()))
+    check_machine(config)
+    with pytest.raises(ConfigError, match="model.vocab_size: got 50304, expected less"):
+        check_machine(replace(config, batch_size=9))
+    check_machine(replace(config, batch_size=9), sizes=(1, 1, 2))
+    check_machine(replace(config, batch_size=16), accumulation=2)
+
+
+def test_every_preset_says_for_every_optimizer_whether_it_is_tuned():
+    assert set(TUNED) == set(PRESETS)
+    for preset, cells in TUNED.items():
+        assert set(cells) == set(OPTIMIZERS)
+        for name in cells:
+            default_optimizer(preset, name).validate()
+
+
+def test_a_run_that_was_given_its_own_rate_keeps_it_with_another_model():
+    given = replace(DEFAULT, optimizer=LionMuonConfig(learning_rate=0.5))
+    assert with_preset(given, "gpt2-124m").optimizer == given.optimizer
+    assert with_preset(from_preset("gpt2-124m"), "tiny").optimizer == DEFAULT.optimizer
+
+
 def test_unknown_preset_lists_the_choices():
     with pytest.raises(ConfigError, match="model: got 'llama', expected one of tiny, gpt2-124m"):
         from_preset("llama")
@@ -189,6 +243,8 @@ def test_json_without_period_inf_trouble():
         ('{"preset": "x"}', "model: got 'x'"),
         ("[1]", "expected a JSON object"),
         ("{", "expected JSON"),
+        ("[" * 100_000, "expected JSON"),
+        ('{"optimizer": {"name": {"name": "adamw"}}}', "optimizer.name: got {'name': 'adamw'}"),
     ],
 )
 def test_json_names_what_is_wrong(text, message):
@@ -214,6 +270,33 @@ def test_flops_of_an_optimizer_step():
     gpt = [np.broadcast_to(0.0, (12, *shape)) for shape in shapes]
     layout = [MuonDimensionNumbers(1, 2)] * 4
     np.testing.assert_allclose(MuonConfig().mean_flops(gpt, layout), 1.5e12, rtol=0.03)
+
+
+# One of each class that has a `build` of its own.
+@pytest.mark.parametrize(
+    "name", ["lion-muon", "lion", "signum", "adamw", "optax-muon", "soap", "shampoo"]
+)
+def test_norms_biases_and_embeddings_decay_only_where_that_is_asked_for(name):
+    model = DecoderConfig(
+        vocab_size=16, width=4, depth=1, heads=2, context=4,
+        positions="learned", norm="layer", bias=True, tied=False,
+    )  # fmt: skip
+    ones = jax.tree.map(lambda p: np.ones(p.shape, p.dtype), abstract_params(model))
+
+    @jax.jit
+    def updated(ones):
+        results = []
+        for decay in ("matrices", "all"):
+            config = OPTIMIZERS[name](learning_rate=0.1, weight_decay=0.5, decay=decay)
+            tx = config.build(optax.constant_schedule(0.1), ModelInfo.of(model))
+            # SOAP does nothing at the first gradient.
+            _, state = tx.update(ones, tx.init(ones), ones)
+            results.append(tx.update(ones, state, ones)[0])
+        return results
+
+    same = jax.tree.map(lambda a, b: bool(np.all(a == b)), *updated(ones))
+    decaying = {"matrix", "head"} if name != "optax-muon" else {"matrix"}
+    assert same == jax.tree.map(lambda role: role in decaying, roles(model))
 
 
 def test_every_optimizer_is_documented_and_muon_is_spectral_at_every_step():

@@ -151,6 +151,14 @@ def test_a_fork_of_something_else_is_refused(finished, tmp_path, capsys):
     assert cli.main(flags) == 2 and "leave out --resume" in capsys.readouterr().err
 
 
+def test_a_configuration_of_before_goes_on_decaying_every_parameter():
+    values = json.loads(to_json(PretrainConfig()))
+    assert from_json(json.dumps(values)).optimizer.decay == "matrices"
+    del values["optimizer"]["decay"]
+    for version in (0, 1):
+        assert from_json(json.dumps(values | {"version": version})).optimizer.decay == "all"
+
+
 def test_a_configuration_has_a_version():
     values = json.loads(to_json(PretrainConfig()))
     assert values["version"] == VERSION

@@ -1,0 +1,73 @@
+"""Default rates of each optimizer for each preset, from where they were tuned.
+
+The tables of Bolatov et al., "LionMuon: Alternating Spectral and Sign Descent for Efficient
+Training", arXiv 2605.19811, are for its runs at 124M (GPT-2 and LLaMA style, 16 384 tokens a
+step), 355M (three quarters of the 124M rates) and 720M (tuned over 500 steps); its AdamW of
+embeddings and norms has a rate of its own, here a ratio.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from jaxopt_lab.train.optimizers import OPTIMIZERS, OptimizerConfig
+
+Settings = dict[str, Any]
+
+UNTUNED: Settings = {}
+"""Nobody has tuned it here that we know of: the optimizer's own default."""
+
+_124M: dict[str, Settings] = {
+    "lion-muon": {"learning_rate": 1e-3},  # two-step period, sign rate 5e-5, AdamW 1e-3
+    "sign-muon": {"learning_rate": 2e-3, "sign_lr_ratio": 0.025, "adam_lr_ratio": 0.5},
+    "muon": {"learning_rate": 1e-3},
+    "lion": UNTUNED,  # the paper's has AdamW for embeddings and norms
+    "signum": UNTUNED,  # likewise
+    "adamw": {"learning_rate": 5e-4},
+    "optax-muon": {"learning_rate": 1e-3},  # the paper's Muon, whose step has the same scale
+    # llm-baselines at 124M, LLaMA style, as the authors of DyKAF ran it.
+    "soap": {"learning_rate": 5e-4},
+    "dykaf": {"learning_rate": 1e-3},
+    "shampoo": {"learning_rate": 5e-4},  # its step is grafted from AdamW, so AdamW's
+}
+
+TUNED: dict[str, dict[str, Settings]] = {
+    "tiny": dict.fromkeys(OPTIMIZERS, UNTUNED),
+    "gpt2-124m": _124M,
+    "llama-124m": _124M,
+    "llama-210m": dict.fromkeys(OPTIMIZERS, UNTUNED)
+    | {
+        # The distributed Muon of the adaptive warm-up experiments at this shape, 1e-3 in batches of
+        # 32 x 512; these have its spectral step, of the same scale.
+        "lion-muon": {"learning_rate": 1e-3},
+        "muon": {"learning_rate": 1e-3},
+        "optax-muon": {"learning_rate": 1e-3},
+    },
+    "gpt2-355m": dict.fromkeys(OPTIMIZERS, UNTUNED)
+    | {
+        "lion-muon": {"learning_rate": 7.5e-4},
+        "sign-muon": {"learning_rate": 1.5e-3, "sign_lr_ratio": 0.025, "adam_lr_ratio": 0.5},
+        "muon": {"learning_rate": 7.5e-4},
+        "optax-muon": {"learning_rate": 7.5e-4},
+    },
+    "gpt2-720m": dict.fromkeys(OPTIMIZERS, UNTUNED)
+    | {
+        "lion-muon": {"learning_rate": 3e-3, "sign_lr_ratio": 1 / 300},
+        "sign-muon": {"learning_rate": 3e-3, "sign_lr_ratio": 0.01},
+        "muon": {"learning_rate": 3e-3},
+        "adamw": {"learning_rate": 1e-3},
+    },
+}
+"""Settings that differ from the optimizer's own defaults, by preset and optimizer."""
+
+
+def default_optimizer(preset: str, name: str) -> OptimizerConfig:
+    """An optimizer as it trains a preset without further settings.
+
+    >>> default_optimizer("gpt2-124m", "lion-muon").learning_rate
+    0.001
+
+    Args:
+      preset: Name of a preset.
+      name: Name of an optimizer.
+    """
+    return replace(OPTIMIZERS[name](), **TUNED[preset][name])
