@@ -7,8 +7,15 @@ at once, without an exception: one that is raised while packages are imported ma
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
-_EXIT = {signal.SIGTERM: 0, signal.SIGINT: 130}
+_INTERRUPTED = 130
+_CONTINUED = ("pretrain", "compare")
+
+
+def sigterm_exit(arguments: Sequence[str]) -> int:
+    """The status after SIGTERM: 0 only for a verb whose work the next start continues."""
+    return 0 if arguments and arguments[0] in _CONTINUED else 128 + signal.SIGTERM
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,30 +25,38 @@ def main(arguments: list[str] | None = None) -> int:
       arguments: What stands after the command; by default those of the process.
 
     Returns:
-      0 on success and after SIGTERM, 1 when a run failed, 2 for a mistake in the arguments, 130
-      after Ctrl-C, 141 where the reader of the output has gone, as `head` does.
+      0 on success, 1 when a run failed, 2 for a mistake in the arguments, 130 after Ctrl-C, 141
+      where the reader of the output has gone, as `head` does. After SIGTERM 143, but 0 for
+      `pretrain` and `compare`, which the next start continues.
     """
+    words = sys.argv[1:] if arguments is None else arguments
+    codes = {signal.SIGTERM: sigterm_exit(words), signal.SIGINT: _INTERRUPTED}
+
+    def end(number: int, frame: object) -> None:
+        del frame
+        text = "stopped by SIGTERM" if number == signal.SIGTERM else "error: interrupted"
+        try:
+            os.write(2, f"jaxopt-lab: {text}\n".encode())
+        finally:  # also where nobody reads that any more
+            os._exit(codes[signal.Signals(number)])
+
     before = {}
     try:
-        for number in _EXIT:
-            before[number] = signal.signal(number, _end)
+        for number in codes:
+            previous = signal.getsignal(number)
+            if previous is not signal.SIG_IGN:  # what this process was started to ignore stays so
+                signal.signal(number, end)
+                before[number] = signal.SIG_DFL if previous is None else previous
     except ValueError:
         pass  # only the main thread may: a caller's own thread
     try:
         from jaxopt_lab import verbs
 
-        return verbs.main(sys.argv[1:] if arguments is None else arguments)
+        return verbs.main(words)
     finally:
         if arguments is not None:  # otherwise the process is about to end
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _end(number: int, frame: object) -> None:
-    del frame
-    text = "stopped by SIGTERM" if number == signal.SIGTERM else "error: interrupted"
-    os.write(2, f"jaxopt-lab: {text}\n".encode())
-    os._exit(_EXIT[signal.Signals(number)])
 
 
 if __name__ == "__main__":

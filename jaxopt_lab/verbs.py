@@ -4,6 +4,7 @@ Packages are imported by the verb that needs them, so that `--help` answers at o
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import select
@@ -11,6 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
+
+from jaxopt_lab.cli import sigterm_exit
 
 _SIGINT_EXIT, _SIGPIPE_EXIT = 130, 141
 Result = TypeVar("Result")
@@ -67,7 +70,7 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt as stop:
         if type(stop).__name__ == "Terminated":
             _to_stderr("jaxopt-lab: stopped by SIGTERM")
-            return 0
+            return sigterm_exit(arguments)
         return _fail("interrupted", _SIGINT_EXIT)
 
 
@@ -307,4 +310,6 @@ def _fail(text: str, code: int) -> int:
 
 
 def _to_stderr(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    # As `report.progress.to_stderr`, which takes longer to import than `--help` should.
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text + "\n")

@@ -5,6 +5,7 @@ too many fails the run.
 """
 
 import os
+import signal
 
 from tests.quick_compile import FLAGS
 
@@ -16,6 +17,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # XLA hands on, collectives, fusions and memory included, is the one users get. Processes that tests
 # start inherit it; "0" and XLA_FLAGS of one's own compile as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Tests send Ctrl-C. What a shell runs in its background ignores that, and so would our programs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jaxtyping
 import pytest

@@ -12,6 +12,7 @@ import jax
 from jaxopt_lab.bench import shapes
 from jaxopt_lab.bench.methods import DEFAULT_METHODS
 from jaxopt_lab.bench.optimizers import run_optimizers
+from jaxopt_lab.report.progress import to_stderr
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report = options.run(options)
     except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
+        to_stderr(f"error: {error}")
         return 2
     sys.stdout.write(f"{report}\n")
     if options.json is not None:
@@ -70,7 +71,7 @@ def _run_optimizers(options: argparse.Namespace) -> Any:
         repeats=options.repeats,
         seconds_per_round=options.seconds,
         fused_qkv=options.fused_qkv,
-        on_progress=_show,
+        on_progress=to_stderr,
     )
 
 
@@ -103,7 +104,7 @@ def _run_training(options: argparse.Namespace) -> Any:
         remat=options.remat,
         head_chunks=options.head_chunks,
         peak_tflops=options.peak_tflops,
-        on_progress=_show,
+        on_progress=to_stderr,
     )
 
 
@@ -128,7 +129,7 @@ def _run_collectives(options: argparse.Namespace) -> Any:
         options.model,
         mesh=options.mesh,
         optimizers=names.split(",") if names else collective_counts.DEFAULT_METHODS,
-        on_progress=_show,
+        on_progress=to_stderr,
     )
 
 
@@ -157,7 +158,7 @@ def _run_scaling(options: argparse.Namespace) -> Any:
         batch_per_device=options.batch_per_device,
         context=options.context,
         steps=options.steps,
-        on_progress=_show,
+        on_progress=to_stderr,
     )
 
 
@@ -176,7 +177,7 @@ def _run_dynamics(options: argparse.Namespace) -> Any:
     _divide_cpu(options.cpu_devices)
     from jaxopt_lab.bench.dynamics import run_dynamics
 
-    return run_dynamics(options.only, on_progress=_show)
+    return run_dynamics(options.only, on_progress=to_stderr)
 
 
 def _divide_cpu(devices: int | None) -> None:
@@ -206,7 +207,3 @@ def _add_verb(verbs: Any, name: str, description: str) -> argparse.ArgumentParse
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
-
-
-def _show(text: str) -> None:
-    sys.stderr.write(f"{text}\n")

@@ -6,6 +6,7 @@ records our own configuration (a key that Hugging Face ignores), for the fields 
 has no place for.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -24,6 +25,7 @@ from jaxopt_lab.models.huggingface_config import from_huggingface_config, to_hug
 from jaxopt_lab.models.layout import abstract_params
 
 _OUR_KEY = "jaxopt_lab"
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 
 class _Linear(NamedTuple):
@@ -78,7 +80,8 @@ def export_huggingface(
     Args:
         config: of the decoder.
         params: as from `init_params`; every array must be addressable from this process.
-        directory: created if need be; must not hold a model yet.
+        directory: created if need be; must not hold a model yet. The files are written to
+            ``<directory>.partial`` first.
         tokenizer_file: a ``tokenizer.json`` to put beside the weights.
 
     Raises:
@@ -88,8 +91,7 @@ def export_huggingface(
     theirs = to_huggingface_config(config)
     theirs[_OUR_KEY] = dataclasses.asdict(config)
     directory = pathlib.Path(directory)
-    weights_path, config_path = directory / "model.safetensors", directory / "config.json"
-    for path in (weights_path, config_path):
+    for path in (directory / _WEIGHTS, directory / _CONFIG):
         if path.exists():
             raise FileExistsError(f"directory: {path} already exists, wanted a new directory")
     tensors = {}
@@ -97,13 +99,32 @@ def export_huggingface(
         array = _get(params, path)
         array = np.zeros(leaf.shape, leaf.dtype) if array is None else np.asarray(array)
         tensors.update(_to_theirs(config, path, array))
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file({k: jnp.asarray(v) for k, v in tensors.items()}, weights_path, {"format": "pt"})
-    if tokenizer_file is not None:
-        shutil.copyfile(tokenizer_file, directory / "tokenizer.json")
-        tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config) + "\n")
-    config_path.write_text(json.dumps(theirs, indent=2) + "\n")
+    with _appearing_whole(directory) as partial:
+        weights = {name: jnp.asarray(tensor) for name, tensor in tensors.items()}
+        save_file(weights, partial / _WEIGHTS, {"format": "pt"})
+        if tokenizer_file is not None:
+            shutil.copyfile(tokenizer_file, partial / "tokenizer.json")
+            tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+            (partial / "tokenizer_config.json").write_text(json.dumps(tokenizer_config) + "\n")
+        (partial / _CONFIG).write_text(json.dumps(theirs, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _appearing_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A directory beside it to write into, whose files are moved at the end of the block.
+
+    Nobody can load a model without its `config.json`, which comes last where the directory exists.
+    """
+    directory = directory.resolve()
+    partial = directory.with_name(f"{directory.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)  # one that was interrupted is written again
+    yield partial
+    if not directory.exists():
+        partial.rename(directory)
+        return
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == _CONFIG):
+        path.replace(directory / path.name)
+    partial.rmdir()
 
 
 def load_huggingface(directory: str | pathlib.Path) -> tuple[DecoderConfig, Params]:

@@ -1,5 +1,6 @@
 """What a run shows while it works: one live line, or plain lines where there is no terminal."""
 
+import contextlib
 import sys
 import time
 from collections import deque
@@ -16,7 +17,8 @@ class Progress:
     """The live line of a run.
 
     On a terminal it is one line that is redrawn, with messages and evaluations printed above it.
-    Elsewhere (a file, a pipe, a batch job) it is a plain line every few seconds.
+    Elsewhere (a file, a pipe, a batch job) it is a plain line every few seconds. Where nobody reads
+    it any more, as when Ctrl-C has also ended `tee`, it is silent.
 
     Args:
       total_steps: Steps of the whole run.
@@ -65,7 +67,8 @@ class Progress:
             self._recent.popleft()
         if self._live is not None:
             text = self._describe(step, loss, rate)
-            self._live.update(self._live.task_ids[0], completed=step, text=text)
+            with contextlib.suppress(OSError):
+                self._live.update(self._live.task_ids[0], completed=step, text=text)
         elif now >= self._next_line or step >= self.total_steps:
             self._next_line = now + self._interval
             self._write(f"step {step}/{self.total_steps}  {self._describe(step, loss, rate)}")
@@ -83,14 +86,16 @@ class Progress:
         """Prints a line above the live line."""
         if self._live is not None:
             # No markup: a path with brackets must appear as it is.
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            with contextlib.suppress(OSError):
+                self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             self._write(text)
 
     def close(self) -> None:
         """Leaves the last state of the line on the screen; later calls do nothing."""
         if self._live is not None:
-            self._live.stop()
+            with contextlib.suppress(OSError):
+                self._live.stop()
 
     def __enter__(self) -> "Progress":
         """Returns the progress itself."""
@@ -120,8 +125,18 @@ class Progress:
         return "  ".join(parts)
 
     def _write(self, text: str) -> None:
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        with contextlib.suppress(OSError):
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+
+def to_stderr(text: str) -> None:
+    """Prints a line to standard error, if anybody still reads it.
+
+    Ctrl-C also ends what reads a pipe, such as `tee`, and a run must outlive that to save.
+    """
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text + "\n")
 
 
 def _live_line(stream: TextIO, total_steps: int, start_step: int):

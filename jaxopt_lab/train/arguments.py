@@ -121,7 +121,7 @@ def _config_text(path: str) -> str:
     try:
         return read_text(Path(path))
     except OSError as error:
-        raise ConfigError("config", path, f"expected a file: {error}") from error
+        raise ConfigError("config", path, f"expected a file: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError.inside("config", error) from error
 

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from jaxopt_lab import data, models
 from jaxopt_lab.report.files import read_json, write_json
+from jaxopt_lab.report.progress import to_stderr
 from jaxopt_lab.sweep import RULE, StepCost, Task, Tuned, lanes_that_fit, measure_step, tune
 from jaxopt_lab.sweep.task import BuildOptimizer
 from jaxopt_lab.tasks import language_model_loss
@@ -59,7 +59,7 @@ def compare(config: CompareConfig, *, message: Message | None = None) -> Compare
     Raises:
       ConfigError: For settings that cannot work, before anything is compiled.
     """
-    say = message or _to_stderr
+    say = message or to_stderr
     entrants = validate_comparison(config)
     check_machine(config)
     directory = open_comparison(config)
@@ -225,7 +225,3 @@ class _ProgressLines:
 
 def _stacked(batches: Sequence[data.Batch]) -> dict[str, np.ndarray]:
     return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-
-
-def _to_stderr(text: str) -> None:
-    sys.stderr.write(text + "\n")

@@ -1,4 +1,9 @@
-"""Stopping politely: SIGTERM and Ctrl-C ask, what cannot be interrupted is finished first."""
+"""Stopping politely: SIGTERM and Ctrl-C ask, what cannot be interrupted is finished first.
+
+A signal that the process was started to ignore, as a shell does for what runs in its background,
+stays ignored. Handlers do not write: the stream may be the one that the signal came into, or a pipe
+whose reader the same signal has ended.
+"""
 
 import contextlib
 import signal
@@ -14,10 +19,13 @@ _CODES = {signal.SIGTERM: TERMINATED, signal.SIGINT: INTERRUPTED}
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled like Ctrl-C; the command line ends with 0 instead of 130."""
+    """SIGTERM, handled like Ctrl-C; the command line ends with 0 or 143 instead of 130."""
 
 
 _RAISED = {signal.SIGTERM: Terminated, signal.SIGINT: KeyboardInterrupt}
+# How long the end of a block waits for a message about a signal, which is to come before what the
+# program says next.
+_MESSAGE_SECONDS = 1.0
 
 
 @contextlib.contextmanager
@@ -40,20 +48,19 @@ def interrupt_by_the_end(
         yield
         return
     requests: list[type[KeyboardInterrupt]] = []
+    told: list[threading.Thread] = []
 
     def request(number: int, frame: FrameType | None) -> None:
         del frame
         requests.append(_RAISED[signal.Signals(number)])
         if message is None or len(requests) > 1:
             raise requests[-1]
-        message(f"{signal.Signals(number).name}: stopping as soon as {until}")
+        told.append(_tell(message, f"{signal.Signals(number).name}: stopping as soon as {until}"))
 
-    before = {number: signal.signal(number, request) for number in _RAISED}
-    try:
+    with _handling(request):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for thread in told:
+        thread.join(_MESSAGE_SECONDS)
     if requests:
         raise requests[-1]
 
@@ -72,12 +79,12 @@ class StopRequests:
         """Does not touch any handler yet."""
         self.requested = 0
         self._message = message
-        self._before: dict[signal.Signals, Any] = {}
+        self._handlers = contextlib.ExitStack()
 
     def __enter__(self) -> "StopRequests":
         """Installs the handlers."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._request) for number in _CODES}
+            self._handlers.enter_context(_handling(self._request))
         return self
 
     def __exit__(
@@ -87,8 +94,7 @@ class StopRequests:
         traceback: TracebackType | None,
     ) -> None:
         """Puts the previous handlers back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handlers.close()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -97,4 +103,27 @@ class StopRequests:
             raise KeyboardInterrupt
         self.requested = max(self.requested, code)
         name = signal.Signals(number).name
-        self._message(f"{name}: finishing this step and saving a checkpoint")
+        _tell(self._message, f"{name}: finishing this step and saving a checkpoint")
+
+
+@contextlib.contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within the block `handler` answers both signals, except one that is ignored."""
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for number in _CODES:
+            previous = signal.getsignal(number)
+            if previous is not signal.SIG_IGN:
+                # None is a handler that was not installed from Python, nor can be again.
+                before[number] = signal.SIG_DFL if previous is None else previous
+                signal.signal(number, handler)
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _tell(message: Callable[[str], None], text: str) -> threading.Thread:
+    thread = threading.Thread(target=message, args=(text,), daemon=True)
+    thread.start()
+    return thread

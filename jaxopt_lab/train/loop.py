@@ -165,6 +165,8 @@ class Loop:
                 self.evaluate(step, state)
             self.save(step, state)
             self._run.checkpoints.wait()
+            # No step has carried a request of the last step, evaluation or save.
+            self._stop_code = max(self._stop_code, stop.requested)
         return state, self._status()
 
     def _take_up(self, start: int) -> None:

@@ -1,7 +1,6 @@
 """`pretrain`: one run from a configuration to a trained model, a curve and a sample."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from jax.experimental import multihost_utils
 from jaxopt_lab import models
 from jaxopt_lab.report.figures import loss_figure
 from jaxopt_lab.report.files import write_json
+from jaxopt_lab.report.progress import to_stderr
 from jaxopt_lab.report.schedule_figure import schedule_figure
 from jaxopt_lab.step import TrainState, merged
 from jaxopt_lab.tasks import Text
@@ -97,7 +97,7 @@ def pretrain(
       TrainingError: If too many steps were not finite, or a step failed across processes.
     """
     initialize_processes(config.distributed)
-    say = (message or _to_stderr) if jax.process_index() == 0 else _silent
+    say = (message or to_stderr) if jax.process_index() == 0 else _silent
     validate(config, jax.device_count())
     check_machine(config, axis_sizes(config.mesh, jax.device_count()), config.accumulation)
     if config.dry_run:
@@ -106,7 +106,7 @@ def pretrain(
     with interrupt_by_the_end(), open_run(config) as directory:
         say(f"run directory: {directory}")
         if jax.process_count() > 1:
-            (message or _to_stderr)(_if_a_process_dies(config, directory))
+            (message or to_stderr)(_if_a_process_dies(config, directory))
         try:
             return _run(config, directory, callbacks, say)
         except jax.errors.JaxRuntimeError as error:
@@ -326,10 +326,6 @@ def _report(run: Run, summary: Mapping[str, Any], say: Message) -> None:
     )
     drawn = [FIGURE] if run.program.outcome is None else [FIGURE, SCHEDULE_FIGURE]
     say("\n".join(f"figure: {run.directory / figure}" for figure in drawn))
-
-
-def _to_stderr(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 def _silent(text: str) -> None:

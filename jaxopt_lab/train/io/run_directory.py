@@ -50,7 +50,7 @@ def open_run(config: PretrainConfig) -> Iterator[Path]:
       ConfigError: If a new run would write into a directory that is in use, there is no run to
         resume, or another process writes to it.
     """
-    leads = jax.process_index() == 0
+    leads, made = jax.process_index() == 0, False
     if config.resume:
         directory = _existing_run(config)
         if leads:
@@ -60,6 +60,7 @@ def open_run(config: PretrainConfig) -> Iterator[Path]:
         directory = _new_name(config)
         if leads:
             _refuse_occupied(directory)
+            made = not directory.exists()
             directory.mkdir(parents=True, exist_ok=True)
     try:
         with only_writer(directory) if leads else contextlib.nullcontext():
@@ -75,8 +76,9 @@ def open_run(config: PretrainConfig) -> Iterator[Path]:
                     discard_unstarted(directory)
                 raise
     finally:
-        # What is left of a run that was discarded, or never began.
-        if leads and not config.resume:
+        # What is left of a run that was discarded, or never began. A directory that was there
+        # before is somebody else's, and an empty one is in nobody's way.
+        if made:
             with contextlib.suppress(OSError):
                 directory.rmdir()
 
