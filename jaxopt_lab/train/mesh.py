@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Int, Shaped
 
 from jaxopt_lab.train.errors import ConfigError
 
@@ -110,7 +111,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             "mesh", _as_text(sizes), f"expected all {len(devices)} devices of the processes in use"
         )
     types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:used])
+    return Mesh(lay_out(sizes, devices[:used]), AXES, axis_types=types)
+
+
+def lay_out(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices by data, fsdp and tensor, neighbours in the network next to each other.
+
+    A mesh whose axes are no products of the torus's own, such as 2 x 8 on 4 x 4 chips, splits one
+    of these.
+    """
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def axis_sizes(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
@@ -143,43 +156,67 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def batch_slice(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """Which part of the batch this process feeds.
+def rows_of_process(
+    devices: Shaped[np.ndarray, "data fsdp tensor"], batch_size: int, process: int
+) -> Int[np.ndarray, " rows"]:
+    """Numbers of the rows of a batch that lie on the devices of a process, ascending.
 
-    Processes that differ only along the tensor axis feed the same rows, so this is not always
-    (process index, process count).
+    They need not be adjacent: on a TPU slice the devices of a host form a block of the torus. Hosts
+    that differ only along the tensor axis hold the same rows.
 
-    Returns:
-      Index of the part and number of equal parts.
-
-    Raises:
-      ConfigError: If the rows of this process are not one contiguous part.
+    Args:
+      devices: Those of the mesh.
+      batch_size: Rows of the whole batch, a multiple of data times fsdp.
+      process: Index of the process.
     """
-    layout = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    rows = {index[0].indices(batch_size)[:2] for index in layout.values() if index is not None}
-    start, stop = min(first for first, _ in rows), max(last for _, last in rows)
-    size = sum(last - first for first, last in rows)
-    if stop - start != size or batch_size % size or start % size:
-        raise ConfigError("mesh", dict(mesh.shape), "expected the rows of a process to be adjacent")
-    return start // size, batch_size // size
+    groups = devices.reshape(devices.shape[0] * devices.shape[1], -1)
+    size = batch_size // len(groups)
+    rows = np.arange(batch_size).reshape(len(groups), size)
+    own = [any(device.process_index == process for device in group) for group in groups]
+    return rows[own].ravel()
 
 
-def to_global(mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, Array]:
-    """Assembles the global batch from the rows that each process holds."""
+def to_global(
+    mesh: Mesh,
+    batch: Mapping[str, np.ndarray],
+    batch_size: int,
+    rows: Int[np.ndarray, " rows"] | None = None,
+) -> dict[str, Array]:
+    """Puts a batch onto the mesh, each device with its own rows.
+
+    Args:
+      mesh: Where the batch goes.
+      batch: Arrays with the rows that this process holds.
+      batch_size: Rows of the whole batch.
+      rows: Their numbers, ascending, with all those of `rows_of_process`; None: all rows.
+    """
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
-        for name, rows in batch.items()
-    }
+    rows = np.arange(batch_size) if rows is None else rows
+
+    def placed(held: np.ndarray) -> Array:
+        def on_device(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            # All rows of a device are held, so they are adjacent here too.
+            first = int(np.searchsorted(rows, start))
+            return held[first : first + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *held.shape[1:]), sharding, on_device)
+
+    return {name: placed(held) for name, held in batch.items()}
 
 
-def from_whole(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-    """Puts a batch that every process holds as a whole onto the mesh."""
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_callback(rows.shape, sharding, lambda index, r=rows: r[index])
-        for name, rows in batch.items()
-    }
+def flag_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array with one row a device, along every axis of the mesh.
+
+    Unlike rows of a batch, which processes may hold in common, these may differ between any two.
+    """
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def flags(mesh: Mesh, values: Sequence[int]) -> Int[Array, "devices values"]:
+    """What this process says, once for each of its devices."""
+    own, shape = np.asarray([values], np.int32), (mesh.size, len(values))
+    return jax.make_array_from_callback(shape, flag_sharding(mesh), lambda index: own)
 
 
 def _launched_as_one_of_many(environment: Mapping[str, str]) -> bool:
