@@ -1,6 +1,8 @@
 """Devices: the mesh, how a batch lies on it, and starting several processes."""
 
+import atexit
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +54,9 @@ class DistributedConfig:
     heartbeat_timeout_seconds: int = 20
     """After this long without a sign of life from one process, JAX ends the others."""
 
+    start_timeout_seconds: int = 300
+    """How long the first processes wait for the last one."""
+
 
 def initialize_processes(config: DistributedConfig) -> bool:
     """Joins the other processes of the job, if there are any.
@@ -65,16 +70,16 @@ def initialize_processes(config: DistributedConfig) -> bool:
     Raises:
       ConfigError: If only some of the three settings are given, or they contradict each other.
     """
-    timeout = config.heartbeat_timeout_seconds
-    if timeout < 1:
-        raise ConfigError(
-            "distributed.heartbeat_timeout_seconds", timeout, "expected at least 1 second"
-        )
+    for name in ("heartbeat_timeout_seconds", "start_timeout_seconds"):
+        if getattr(config, name) < 1:
+            raise ConfigError(
+                f"distributed.{name}", getattr(config, name), "expected at least 1 second"
+            )
     given = (config.coordinator_address, config.num_processes, config.process_id)
     if all(value is None for value in given):
         if not _launched_as_one_of_many(os.environ):
             return False
-        jax.distributed.initialize(heartbeat_timeout_seconds=timeout)
+        _join(config)
         return True
     address, count, index = given
     for name, value in zip(
@@ -85,8 +90,49 @@ def initialize_processes(config: DistributedConfig) -> bool:
     assert count is not None and index is not None
     if not 0 <= index < count:
         raise ConfigError("distributed.process_id", index, f"expected 0 to {count - 1}")
-    jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=timeout)
+    _join(config, coordinator_address=address, num_processes=count, process_id=index)
     return True
+
+
+def _join(config: DistributedConfig, **given: Any) -> None:
+    """Waits for the other processes, in a thread: where they do not come, JAX ends the process.
+
+    Raises:
+      ConfigError: If they do not come in time, or cannot be reached.
+    """
+    seconds = config.start_timeout_seconds
+    failures: list[Exception] = []
+
+    def join() -> None:
+        try:
+            jax.distributed.initialize(
+                **given,
+                heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
+                initialization_timeout=2 * seconds + 60,
+            )
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=join, name="distributed-start", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        # Without a word to the runtime, which would wait for the others again.
+        atexit.unregister(jax.distributed.shutdown)
+        who = (
+            "all processes" if config.num_processes is None else f"{config.num_processes} processes"
+        )
+        raise ConfigError(
+            "distributed.start_timeout_seconds",
+            seconds,
+            f"but in this time not {who} came to the coordinator "
+            f"{config.coordinator_address or 'of the launcher'}: start all of them",
+        )
+    for error in failures:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            "distributed.coordinator_address", config.coordinator_address, f"but {reason}"
+        ) from error
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -194,7 +240,7 @@ def to_global(
     rows = np.arange(batch_size) if rows is None else rows
 
     def placed(held: np.ndarray) -> Array:
-        def on_device(index: tuple[slice, ...]) -> np.ndarray:
+        def on_device(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
             # All rows of a device are held, so they are adjacent here too.
             first = int(np.searchsorted(rows, start))

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxopt_lab import models
 from jaxopt_lab.report.figures import loss_figure
@@ -19,6 +18,7 @@ from jaxopt_lab.report.files import write_json
 from jaxopt_lab.report.schedule_figure import schedule_figure
 from jaxopt_lab.step import TrainState, merged
 from jaxopt_lab.tasks import Text
+from jaxopt_lab.train.agreement import agreed, same_everywhere
 from jaxopt_lab.train.config import PretrainConfig, validate
 from jaxopt_lab.train.errors import CheckpointError, TrainingError
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
@@ -97,7 +97,8 @@ def pretrain(
     """
     initialize_processes(config.distributed)
     say = (message or _to_stderr) if jax.process_index() == 0 else _silent
-    validate(config, jax.device_count())
+    agreed(lambda: validate(config, jax.device_count()))
+    same_everywhere(as_stored(config) | {"run_directory": config.run_directory})
     if config.dry_run:
         program = build_program(config)
         return RunResult("dry-run", cost=cost_of(config, _compile(config, program, say)))
@@ -146,9 +147,8 @@ def _run(
 def _train(run: Run, callbacks: Sequence[Callback], say: Message) -> RunResult:
     leader = jax.process_index() == 0
     with interrupt_by_the_end(say):
-        state, position = _initial_state(run, say)
-        if leader:
-            _record_start(run, position.step)
+        state, position = agreed(lambda: _initial_state(run, say))
+        agreed(lambda: _record_start(run, position.step) if leader else None)
         compiled = _compile(run.config, run.program, say)
     about = run.program.task.evaluations["validation"].about
     say(
@@ -203,12 +203,9 @@ def _schedule_outcome(run: Run, state: TrainState, say: Message) -> dict[str, An
 
 def _prepare(config: PretrainConfig, say: Message) -> Text:
     """Opens the corpus; process 0 first, so that the others find it in the cache."""
-    if jax.process_index() > 0:
-        multihost_utils.sync_global_devices("the corpus is prepared")
-    text = open_text(config, config.eval, config.batch_size // config.accumulation, say)
-    if jax.process_index() == 0 and jax.process_count() > 1:
-        multihost_utils.sync_global_devices("the corpus is prepared")
-    return text
+    rows, leads = config.batch_size // config.accumulation, jax.process_index() == 0
+    text = agreed(lambda: open_text(config, config.eval, rows, say) if leads else None)
+    return agreed(lambda: open_text(config, config.eval, rows, say) if text is None else text)
 
 
 def _initial_state(run: Run, say: Message) -> tuple[TrainState, Position]:
