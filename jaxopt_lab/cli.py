@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from jaxopt_lab import verbs
 
-        return verbs.main(words)
+        return verbs.main(words, codes[signal.SIGTERM])
     finally:
         if arguments is not None:  # otherwise the process is about to end
             for number, handler in before.items():

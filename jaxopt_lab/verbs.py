@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
-from jaxopt_lab.cli import sigterm_exit
-
 _SIGINT_EXIT, _SIGPIPE_EXIT = 130, 141
 Result = TypeVar("Result")
 # XLA's CPU runtime spreads a batched LAPACK call over the same threads that such calls block: when
@@ -23,11 +21,11 @@ Result = TypeVar("Result")
 _CPU_THREADS = 16
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs a verb; see `cli.main` for the exit status."""
+def main(arguments: Sequence[str], sigterm_exit: int) -> int:
+    """Runs a verb; see `cli.main` for the exit status, after SIGTERM the one given."""
     try:
         try:
-            return _run(list(arguments))
+            return _run(list(arguments), sigterm_exit)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -47,7 +45,7 @@ def _reader_is_gone() -> bool:
     return gone
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], sigterm_exit: int) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_overview())
         return 0 if arguments else 2
@@ -70,7 +68,7 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt as stop:
         if type(stop).__name__ == "Terminated":
             _to_stderr("jaxopt-lab: stopped by SIGTERM")
-            return sigterm_exit(arguments)
+            return sigterm_exit
         return _fail("interrupted", _SIGINT_EXIT)
 
 

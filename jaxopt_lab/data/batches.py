@@ -91,8 +91,7 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     start_sample: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | Int[np.ndarray, " rows"] | None = None,
     segment_ids: bool = False,
     prefetch: int = 2,
 ) -> TrainBatches:
@@ -115,21 +114,19 @@ def train_batches(
         seed: of the permutations.
         start_step: where iteration starts.
         start_sample: rows consumed before it, if other than `start_step` times `batch_size`.
-        process_index: which slice of rows to give.
-        process_count: into how many equal slices the rows are cut.
+        rows: numbers, from 0 to B - 1, of the rows to give; None: all of them.
         segment_ids: adds the index of the document within the window, from 1 on, per input token.
         prefetch: batches computed ahead in a thread; 0 computes them on demand.
 
     Returns:
-        An iterator of `{"tokens": (B / process_count, T + 1) int32}`, with `segment_ids`
-        `(B / process_count, T)` int32 where wanted; also `batch_at(step)`.
+        An iterator of `{"tokens": (rows, T + 1) int32}`, with `segment_ids` `(rows, T)` int32 where
+        wanted; also `batch_at(step)`.
 
     Raises:
-        ValueError: a number is out of range, the processes do not divide the batch, or the corpus
-            has fewer training tokens than one batch.
+        ValueError: a number is out of range, or the corpus has fewer training tokens than one
+            batch.
     """
-    positive = {"batch_size": batch_size, "context": context, "process_count": process_count}
-    for field, value in positive.items():
+    for field, value in {"batch_size": batch_size, "context": context}.items():
         if value < 1:
             raise ValueError(f"{field} = {value}; wanted at least 1")
     start_sample = start_step * batch_size if start_sample is None else start_sample
@@ -137,27 +134,18 @@ def train_batches(
     for field, value in {"seed": seed, **counts}.items():
         if value < 0:
             raise ValueError(f"{field} = {value}; wanted at least 0")
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index = {process_index}; wanted 0 to {process_count - 1} for "
-            f"process_count = {process_count}"
-        )
-    if batch_size % process_count:
-        raise ValueError(
-            f"batch_size = {batch_size} cannot be cut into process_count = {process_count} equal "
-            "slices"
-        )
+    numbers = list(range(batch_size)) if rows is None else [int(row) for row in rows]
+    if not numbers or min(numbers) < 0 or max(numbers) >= batch_size:
+        raise ValueError(f"rows = {numbers}; wanted some of 0 to {batch_size - 1}")
     _check_size(corpus, batch_size, context)
-    count = batch_size // process_count
-    local = range(process_index * count, (process_index + 1) * count)
     origin = start_sample - start_step * batch_size  # of the numbers of rows; may be negative
-    rows = train_rows(corpus, context=context, seed=seed, segment_ids=segment_ids)
+    read = train_rows(corpus, context=context, seed=seed, segment_ids=segment_ids)
 
     def batch_at(step: int) -> Batch:
         first = origin + step * batch_size
         if step < 0 or first < 0:
             raise ValueError(f"step = {step}; wanted at least {max(0, -(origin // batch_size))}")
-        return rows([first + row for row in local])
+        return read([first + row for row in numbers])
 
     return TrainBatches(batch_at, start_step=start_step, prefetch=prefetch)
 

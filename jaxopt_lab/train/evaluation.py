@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 
 from jaxopt_lab.step import Batch, Loss, measured
 from jaxopt_lab.tasks import Evaluation
-from jaxopt_lab.train.mesh import BATCH_AXES, from_whole
+from jaxopt_lab.train.mesh import BATCH_AXES, to_global
 
 
 class HeldOut:
@@ -34,7 +34,7 @@ class HeldOut:
         self.evaluations = evaluations
         self.names = tuple(name for each in evaluations.values() for name in each.report)
         self._batches = {
-            name: [from_whole(mesh, batch) for batch in each.batches]
+            name: [to_global(mesh, batch, _rows(batch)) for batch in each.batches]
             for name, each in evaluations.items()
         }
         options: dict[str, Any] = {"mesh": mesh, "param_shardings": param_shardings}
@@ -81,3 +81,7 @@ def make_eval(
 
 def _total(values: Iterable[Any]) -> float:
     return float(np.asarray(list(values), np.float64).sum())
+
+
+def _rows(batch: Mapping[str, np.ndarray]) -> int:
+    return len(next(iter(batch.values())))

@@ -19,7 +19,7 @@ from jaxopt_lab.train.errors import TrainingError
 from jaxopt_lab.train.interrupts import INTERRUPTED, StopRequests
 from jaxopt_lab.train.io.checkpoints import Checkpoints
 from jaxopt_lab.train.io.run_log import RunLog, logged_at
-from jaxopt_lab.train.mesh import batch_slice, to_global
+from jaxopt_lab.train.mesh import flags, rows_of_process, to_global
 from jaxopt_lab.train.program import Program, averaged_params
 from jaxopt_lab.train.step import SIGNALS
 
@@ -117,6 +117,8 @@ class Loop:
         self._run, self._config, self._compiled = run, run.config, compiled
         self._log, self._callbacks = log, callbacks
         self._start = Position(0, 0)
+        devices = run.program.mesh.devices
+        self._rows = rows_of_process(devices, run.config.batch_size, jax.process_index())
         self._stop_code, self._save_now = 0, False
         self._saved_at = time.monotonic()
         self._unverified: int | None = None  # label of the newest checkpoint, until a loss is read
@@ -223,14 +225,12 @@ class Loop:
     def _batches(self) -> data.TrainBatches:
         """The rows of this process, by their numbers, of the step after so many steps taken."""
         size, start = self._config.batch_size, self._start
-        part, parts = batch_slice(self._run.program.mesh, size)
-        local = range(part * size // parts, (part + 1) * size // parts)
         rows = self._run.program.task.batch
         assert rows is not None
 
         def batch_at(step: int) -> data.Batch:
             first = start.after(step, size).samples
-            return dict(rows([first + row for row in local]))
+            return dict(rows([first + int(row) for row in self._rows]))
 
         return data.TrainBatches(batch_at, start_step=start.step)
 
@@ -240,11 +240,9 @@ class Loop:
         minutes = self._config.checkpoint.every_minutes
         waited = (time.monotonic() - self._saved_at) / 60
         save = minutes is not None and waited >= minutes and jax.process_index() == 0
-        rows = len(local["tokens"])
-        signals = np.tile(np.asarray([stop_requested, save], np.int32), (rows, 1))
-        return to_global(
-            self._run.program.mesh, {**local, SIGNALS: signals}, self._config.batch_size
-        )
+        mesh = self._run.program.mesh
+        batch = to_global(mesh, local, self._config.batch_size, self._rows)
+        return batch | {SIGNALS: flags(mesh, [stop_requested, save])}
 
     def _record(self, step: int, state: TrainState, batch: Batch) -> dict[str, float]:
         # Before the step, which consumes the state. Nothing has to be copied that way.

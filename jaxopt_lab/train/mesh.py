@@ -1,14 +1,17 @@
 """Devices: the mesh, how a batch lies on it, and starting several processes."""
 
+import atexit
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Int, Shaped
 
 from jaxopt_lab.train.errors import ConfigError
 
@@ -51,6 +54,9 @@ class DistributedConfig:
     heartbeat_timeout_seconds: int = 20
     """After this long without a sign of life from one process, JAX ends the others."""
 
+    start_timeout_seconds: int = 300
+    """How long the first processes wait for the last one."""
+
 
 def initialize_processes(config: DistributedConfig) -> bool:
     """Joins the other processes of the job, if there are any.
@@ -64,16 +70,16 @@ def initialize_processes(config: DistributedConfig) -> bool:
     Raises:
       ConfigError: If only some of the three settings are given, or they contradict each other.
     """
-    timeout = config.heartbeat_timeout_seconds
-    if timeout < 1:
-        raise ConfigError(
-            "distributed.heartbeat_timeout_seconds", timeout, "expected at least 1 second"
-        )
+    for name in ("heartbeat_timeout_seconds", "start_timeout_seconds"):
+        if getattr(config, name) < 1:
+            raise ConfigError(
+                f"distributed.{name}", getattr(config, name), "expected at least 1 second"
+            )
     given = (config.coordinator_address, config.num_processes, config.process_id)
     if all(value is None for value in given):
         if not _launched_as_one_of_many(os.environ):
             return False
-        jax.distributed.initialize(heartbeat_timeout_seconds=timeout)
+        _join(config)
         return True
     address, count, index = given
     for name, value in zip(
@@ -84,8 +90,49 @@ def initialize_processes(config: DistributedConfig) -> bool:
     assert count is not None and index is not None
     if not 0 <= index < count:
         raise ConfigError("distributed.process_id", index, f"expected 0 to {count - 1}")
-    jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=timeout)
+    _join(config, coordinator_address=address, num_processes=count, process_id=index)
     return True
+
+
+def _join(config: DistributedConfig, **given: Any) -> None:
+    """Waits for the other processes, in a thread: where they do not come, JAX ends the process.
+
+    Raises:
+      ConfigError: If they do not come in time, or cannot be reached.
+    """
+    seconds = config.start_timeout_seconds
+    failures: list[Exception] = []
+
+    def join() -> None:
+        try:
+            jax.distributed.initialize(
+                **given,
+                heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
+                initialization_timeout=2 * seconds + 60,
+            )
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=join, name="distributed-start", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        # Without a word to the runtime, which would wait for the others again.
+        atexit.unregister(jax.distributed.shutdown)
+        who = (
+            "all processes" if config.num_processes is None else f"{config.num_processes} processes"
+        )
+        raise ConfigError(
+            "distributed.start_timeout_seconds",
+            seconds,
+            f"but in this time not {who} came to the coordinator "
+            f"{config.coordinator_address or 'of the launcher'}: start all of them",
+        )
+    for error in failures:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            "distributed.coordinator_address", config.coordinator_address, f"but {reason}"
+        ) from error
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -110,7 +157,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             "mesh", _as_text(sizes), f"expected all {len(devices)} devices of the processes in use"
         )
     types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:used])
+    return Mesh(lay_out(sizes, devices[:used]), AXES, axis_types=types)
+
+
+def lay_out(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices by data, fsdp and tensor, neighbours in the network next to each other.
+
+    A mesh whose axes are no products of the torus's own, such as 2 x 8 on 4 x 4 chips, splits one
+    of these.
+    """
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def axis_sizes(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
@@ -143,43 +202,67 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def batch_slice(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """Which part of the batch this process feeds.
+def rows_of_process(
+    devices: Shaped[np.ndarray, "data fsdp tensor"], batch_size: int, process: int
+) -> Int[np.ndarray, " rows"]:
+    """Numbers of the rows of a batch that lie on the devices of a process, ascending.
 
-    Processes that differ only along the tensor axis feed the same rows, so this is not always
-    (process index, process count).
+    They need not be adjacent: on a TPU slice the devices of a host form a block of the torus. Hosts
+    that differ only along the tensor axis hold the same rows.
 
-    Returns:
-      Index of the part and number of equal parts.
-
-    Raises:
-      ConfigError: If the rows of this process are not one contiguous part.
+    Args:
+      devices: Those of the mesh.
+      batch_size: Rows of the whole batch, a multiple of data times fsdp.
+      process: Index of the process.
     """
-    layout = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    rows = {index[0].indices(batch_size)[:2] for index in layout.values() if index is not None}
-    start, stop = min(first for first, _ in rows), max(last for _, last in rows)
-    size = sum(last - first for first, last in rows)
-    if stop - start != size or batch_size % size or start % size:
-        raise ConfigError("mesh", dict(mesh.shape), "expected the rows of a process to be adjacent")
-    return start // size, batch_size // size
+    groups = devices.reshape(devices.shape[0] * devices.shape[1], -1)
+    size = batch_size // len(groups)
+    rows = np.arange(batch_size).reshape(len(groups), size)
+    own = [any(device.process_index == process for device in group) for group in groups]
+    return rows[own].ravel()
 
 
-def to_global(mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, Array]:
-    """Assembles the global batch from the rows that each process holds."""
+def to_global(
+    mesh: Mesh,
+    batch: Mapping[str, np.ndarray],
+    batch_size: int,
+    rows: Int[np.ndarray, " rows"] | None = None,
+) -> dict[str, Array]:
+    """Puts a batch onto the mesh, each device with its own rows.
+
+    Args:
+      mesh: Where the batch goes.
+      batch: Arrays with the rows that this process holds.
+      batch_size: Rows of the whole batch.
+      rows: Their numbers, ascending, with all those of `rows_of_process`; None: all rows.
+    """
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
-        for name, rows in batch.items()
-    }
+    rows = np.arange(batch_size) if rows is None else rows
+
+    def placed(held: np.ndarray) -> Array:
+        def on_device(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            # All rows of a device are held, so they are adjacent here too.
+            first = int(np.searchsorted(rows, start))
+            return held[first : first + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *held.shape[1:]), sharding, on_device)
+
+    return {name: placed(held) for name, held in batch.items()}
 
 
-def from_whole(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-    """Puts a batch that every process holds as a whole onto the mesh."""
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_callback(rows.shape, sharding, lambda index, r=rows: r[index])
-        for name, rows in batch.items()
-    }
+def flag_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array with one row a device, along every axis of the mesh.
+
+    Unlike rows of a batch, which processes may hold in common, these may differ between any two.
+    """
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def flags(mesh: Mesh, values: Sequence[int]) -> Int[Array, "devices values"]:
+    """What this process says, once for each of its devices."""
+    own, shape = np.asarray([values], np.int32), (mesh.size, len(values))
+    return jax.make_array_from_callback(shape, flag_sharding(mesh), lambda index: own)
 
 
 def _launched_as_one_of_many(environment: Mapping[str, str]) -> bool:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxopt_lab import models
 from jaxopt_lab.report.figures import loss_figure
@@ -19,6 +18,7 @@ from jaxopt_lab.report.progress import to_stderr
 from jaxopt_lab.report.schedule_figure import schedule_figure
 from jaxopt_lab.step import TrainState, merged
 from jaxopt_lab.tasks import Text
+from jaxopt_lab.train.agreement import agreed, same_everywhere
 from jaxopt_lab.train.config import PretrainConfig, validate
 from jaxopt_lab.train.errors import CheckpointError, TrainingError
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
@@ -98,8 +98,8 @@ def pretrain(
     """
     initialize_processes(config.distributed)
     say = (message or to_stderr) if jax.process_index() == 0 else _silent
-    validate(config, jax.device_count())
-    check_machine(config, axis_sizes(config.mesh, jax.device_count()), config.accumulation)
+    agreed(lambda: _check(config))
+    same_everywhere(as_stored(config) | {"run_directory": config.run_directory})
     if config.dry_run:
         program = build_program(config)
         return RunResult("dry-run", cost=cost_of(config, _compile(config, program, say)))
@@ -117,6 +117,11 @@ def pretrain(
                 f"a computation of all processes failed: {reason}; if one of them died, start all "
                 f"of them again with: {resume_command(directory)}"
             ) from error
+
+
+def _check(config: PretrainConfig) -> None:
+    validate(config, jax.device_count())
+    check_machine(config, axis_sizes(config.mesh, jax.device_count()), config.accumulation)
 
 
 def _if_a_process_dies(config: PretrainConfig, directory: Path) -> str:
@@ -148,9 +153,8 @@ def _run(
 def _train(run: Run, callbacks: Sequence[Callback], say: Message) -> RunResult:
     leader = jax.process_index() == 0
     with interrupt_by_the_end(say):
-        state, position = _initial_state(run, say)
-        if leader:
-            _record_start(run, position.step)
+        state, position = agreed(lambda: _initial_state(run, say))
+        agreed(lambda: _record_start(run, position.step) if leader else None)
         compiled = _compile(run.config, run.program, say)
     about = run.program.task.evaluations["validation"].about
     say(
@@ -205,12 +209,9 @@ def _schedule_outcome(run: Run, state: TrainState, say: Message) -> dict[str, An
 
 def _prepare(config: PretrainConfig, say: Message) -> Text:
     """Opens the corpus; process 0 first, so that the others find it in the cache."""
-    if jax.process_index() > 0:
-        multihost_utils.sync_global_devices("the corpus is prepared")
-    text = open_text(config, config.eval, config.batch_size // config.accumulation, say)
-    if jax.process_index() == 0 and jax.process_count() > 1:
-        multihost_utils.sync_global_devices("the corpus is prepared")
-    return text
+    rows, leads = config.batch_size // config.accumulation, jax.process_index() == 0
+    text = agreed(lambda: open_text(config, config.eval, rows, say) if leads else None)
+    return agreed(lambda: open_text(config, config.eval, rows, say) if text is None else text)
 
 
 def _initial_state(run: Run, say: Message) -> tuple[TrainState, Position]:

@@ -20,7 +20,7 @@ from jaxopt_lab.tasks import Task, Text, language_model
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.diagnostics import make_recorders
 from jaxopt_lab.train.evaluation import HeldOut
-from jaxopt_lab.train.mesh import batch_sharding, make_mesh
+from jaxopt_lab.train.mesh import batch_sharding, flag_sharding, make_mesh
 from jaxopt_lab.train.optimizers import ModelInfo
 from jaxopt_lab.train.rule import build_rule
 from jaxopt_lab.train.step import SIGNALS, PlacedStep, make_step, param_shardings
@@ -120,7 +120,10 @@ def compile_step(config: PretrainConfig, program: Program) -> jax.stages.Compile
     """Compiles the training step for the batches of the run."""
     rows, sharding = config.batch_size, batch_sharding(program.mesh)
     batch = program.task.abstract_batch(rows, sharding)
-    batch[SIGNALS] = jax.ShapeDtypeStruct((rows, 2), jnp.int32, sharding=sharding)
+    devices = program.mesh.size
+    batch[SIGNALS] = jax.ShapeDtypeStruct(
+        (devices, 2), jnp.int32, sharding=flag_sharding(program.mesh)
+    )
     return program.step.update.lower(program.step.abstract_state, batch).compile()
 
 

@@ -11,10 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from jaxopt_lab.step import Batch, Estimator, Loss, Step, TrainState, backprop, state_layout
-from jaxopt_lab.train.mesh import BATCH_AXES
 
 SIGNALS = "signals"
-"""Entry of a batch that carries one row of flags per batch row; see `make_step`."""
+"""Entry of a batch with one row of flags a device; see `make_step`."""
 
 Rates = Callable[[Array, PyTree], Mapping[str, Array]]
 """(steps taken, optimizer state) -> learning rates of the step, to report."""
@@ -70,9 +69,9 @@ def make_step(
       compiler_options: Passed to the compiler for every program built here.
 
     Returns:
-      The jitted programs. A batch may contain "signals", an int array (batch, k): its maximum over
-      the batch comes back as a metric, which is how processes agree on stopping and saving
-      without a synchronisation of their own.
+      The jitted programs. A batch lies on the mesh already. It may contain "signals", the ints of
+      `mesh.flags`, (devices, k): their maximum over the devices comes back as a metric, which is
+      how processes agree on stopping and saving without a synchronisation of their own.
     """
     step = Step(loss, tx, gradient, clip)
 
@@ -85,11 +84,9 @@ def make_step(
     key = jax.eval_shape(lambda: jax.random.key(0))
     params_at, abstract = param_shardings(mesh, param_specs), jax.eval_shape(init, key)
     state_at = state_layout(tx, abstract, params_at, trainable)
-    everywhere, batch_at = (
-        NamedSharding(mesh, s) for s in (PartitionSpec(), PartitionSpec(BATCH_AXES))
-    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
     jit = functools.partial(jax.jit, compiler_options=dict(compiler_options or {}) or None)
-    of_batch = functools.partial(jit, in_shardings=(state_at, batch_at))
+    of_batch = functools.partial(jit, in_shardings=(state_at, None))
     return PlacedStep(
         init=jit(init, out_shardings=state_at),
         init_from=jit(init_from, in_shardings=(params_at, everywhere), out_shardings=state_at),

@@ -44,17 +44,12 @@ def test_a_batch_is_a_function_of_seed_and_step(seed, step):
 
 
 @given(seed=SEEDS, step=STEPS, segment_ids=st.booleans())
-def test_slices_of_the_processes_make_up_the_global_batch(seed, step, segment_ids):
+def test_rows_are_those_of_the_global_batch(seed, step, segment_ids):
     whole = _batches(seed=seed, segment_ids=segment_ids).batch_at(step)
-    for count in (2, 3, 6):
-        slices = [
-            _batches(
-                seed=seed, segment_ids=segment_ids, process_index=index, process_count=count
-            ).batch_at(step)
-            for index in range(count)
-        ]
+    for rows in ([0], [1, 2, 5], range(3, 6), np.array([5, 0])):
+        own = _batches(seed=seed, segment_ids=segment_ids, rows=rows).batch_at(step)
         for name, value in whole.items():
-            np.testing.assert_array_equal(np.concatenate([s[name] for s in slices]), value)
+            np.testing.assert_array_equal(own[name], value[rows])
 
 
 @given(
@@ -200,8 +195,9 @@ def test_an_error_in_the_thread_reaches_the_consumer(prefetch):
         ({"seed": -1}, "seed = -1"),
         ({"start_step": -1}, "start_step = -1"),
         ({"prefetch": -1}, "prefetch = -1"),
-        ({"process_index": 2, "process_count": 2}, "process_index = 2; wanted 0 to 1"),
-        ({"process_count": 4}, "batch_size = 6 cannot be cut into process_count = 4"),
+        ({"rows": [0, 6]}, r"rows = \[0, 6\]; wanted some of 0 to 5"),
+        ({"rows": [-1]}, r"rows = \[-1\]; wanted some of 0 to 5"),
+        ({"rows": []}, r"rows = \[\]; wanted some of 0 to 5"),
         ({"batch_size": 10**6}, r"fewer than one batch: .* 1000000 \* 11 = 11000000"),
     ],
 )

@@ -1,3 +1,6 @@
+import itertools
+from dataclasses import dataclass
+
 import jax
 import numpy as np
 import pytest
@@ -7,10 +10,11 @@ from jaxopt_lab.train.mesh import (
     DistributedConfig,
     MeshConfig,
     axis_sizes,
-    batch_slice,
-    from_whole,
+    flags,
     initialize_processes,
+    lay_out,
     make_mesh,
+    rows_of_process,
     to_global,
 )
 
@@ -52,10 +56,84 @@ def test_axes_are_auto_and_unused_devices_are_left_out():
 def test_a_batch_lies_over_data_and_fsdp_and_is_repeated_over_tensor():
     mesh = make_mesh(MeshConfig(2, 2, 2))
     rows = np.arange(24).reshape(8, 3)
-    for batch in (to_global(mesh, {"x": rows}, 8), from_whole(mesh, {"x": rows})):
-        assert np.array_equal(batch["x"], rows)
-        assert {s.data.shape for s in batch["x"].addressable_shards} == {(2, 3)}
-    assert batch_slice(mesh, 8) == (0, 1)
+    batch = to_global(mesh, {"x": rows}, 8)
+    assert np.array_equal(batch["x"], rows)
+    assert {s.data.shape for s in batch["x"].addressable_shards} == {(2, 3)}
+    assert list(rows_of_process(mesh.devices, 8, 0)) == list(range(8))
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What laying out a mesh asks of a TPU device."""
+
+    id: int
+    platform: str
+    device_kind: str
+    process_index: int
+    coords: tuple[int, ...]
+    core_on_chip: int = 0
+    slice_index: int = 0
+
+
+def tpu_slice(kind, shape):
+    """The chips of a slice, hosts with blocks of 2 x 2 x 1, in the order of JAX's device list."""
+    chips, hosts = [], {}
+    for number, place in enumerate(itertools.product(*map(range, reversed(shape)))):
+        x, y, z = reversed(place)
+        host = hosts.setdefault((x // 2, y // 2, z), len(hosts))
+        chips.append(Chip(number, "tpu", kind, host, (x, y, z)))
+    return sorted(chips, key=lambda chip: (chip.process_index, chip.id))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("TPU v4", (2, 2, 4)), ("TPU v4", (2, 4, 4)), ("TPU v5 lite", (4, 4, 1)),
+        ("TPU v5 lite", (4, 8, 1)), ("TPU v5p", (2, 2, 4)), ("TPU v6 lite", (4, 4, 1)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("config", [
+    MeshConfig(), MeshConfig(1, -1), MeshConfig(-1, 4), MeshConfig(1, -1, 4), MeshConfig(2, -1),
+], ids=str)  # fmt: skip
+def test_every_host_of_a_tpu_slice_holds_the_rows_of_its_chips(kind, shape, config):
+    chips = tpu_slice(kind, shape)
+    sizes = axis_sizes(config, len(chips))
+    devices = lay_out(sizes, chips)
+    groups, batch_size = sizes[0] * sizes[1], 3 * sizes[0] * sizes[1]
+    for process in {chip.process_index for chip in chips}:
+        rows = rows_of_process(devices, batch_size, process)
+        wanted = set()
+        for place, chip in np.ndenumerate(devices):
+            if chip.process_index == process:
+                first = 3 * (place[0] * sizes[1] + place[1])
+                wanted |= set(range(first, first + 3))
+        assert list(rows) == sorted(wanted)
+        assert len(rows) >= batch_size // groups
+
+
+def test_devices_find_their_rows_among_those_that_a_process_holds(monkeypatch):
+    mesh = make_mesh(MeshConfig(4, 2, 1))
+    # As in a process whose devices are these: the callback is asked for their rows alone.
+    own = [0, 1, 4, 5, 10, 11]
+    held, found = np.arange(16) * 10, {}
+    monkeypatch.setattr(
+        jax,
+        "make_array_from_callback",
+        lambda shape, sharding, at: {
+            start: found.setdefault(start, at((slice(start, start + 2),))) for start in own[::2]
+        },
+    )
+    to_global(mesh, {"x": held[own]}, 16, np.asarray(own))
+    assert {start: list(rows) for start, rows in found.items()} == {
+        start: [10 * start, 10 * start + 10] for start in own[::2]
+    }
+
+
+@pytest.mark.parametrize("config", [MeshConfig(), MeshConfig(2, 2, 2), MeshConfig(1, 1, 8)])
+def test_flags_have_one_row_a_device(config):
+    array = flags(make_mesh(config), [1, 0])
+    assert array.shape == (8, 2) and np.array_equal(array, [[1, 0]] * 8)
+    assert {s.data.shape for s in array.addressable_shards} == {(1, 2)}
 
 
 @pytest.mark.parametrize(

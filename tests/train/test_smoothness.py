@@ -15,7 +15,7 @@ from jaxopt_lab.train import fit_run
 from jaxopt_lab.train.config import EvalConfig
 from jaxopt_lab.train.diagnostics import DiagnosticsConfig, make_recorders, take_record
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.mesh import MeshConfig, make_mesh, to_global
+from jaxopt_lab.train.mesh import MeshConfig, flags, make_mesh, to_global
 from jaxopt_lab.train.optimizers import OPTIMIZERS, AdamWConfig, LionMuonConfig, ModelInfo
 from jaxopt_lab.train.pretrain import pretrain
 from jaxopt_lab.train.program import build_program
@@ -48,8 +48,7 @@ def test_gradients_of_the_whole_step_are_neither_clipped_nor_moved(config):
     mesh, step = built(config, clip=1e-3, gradient=accumulated(2))
     state = step.init(jax.random.key(0))
     params = state.params
-    rows = np.zeros((32, 2), np.int32)
-    batch = to_global(mesh, {**stand_in.batch_at(0), "signals": rows}, 32)
+    batch = to_global(mesh, stand_in.batch_at(0), 32) | {"signals": flags(mesh, [0, 0])}
     loss, grads = step.value_and_grad(state, batch)
     jax.tree.map(
         lambda g, p: g.sharding.is_equivalent_to(p.sharding, p.ndim) or 1 / 0, grads, params

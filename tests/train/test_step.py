@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxopt_lab.report.hlo import collectives
 from jaxopt_lab.step import accumulated
 from jaxopt_lab.train.evaluation import make_eval
-from jaxopt_lab.train.mesh import MeshConfig, make_mesh, to_global
+from jaxopt_lab.train.mesh import MeshConfig, flag_sharding, make_mesh, to_global
 from jaxopt_lab.train.step import make_step
 from tests.train import stand_in
 
@@ -179,12 +179,15 @@ def test_the_loss_of_the_whole_step_reaches_the_optimizer():
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
 
 
-def test_signals_come_back_as_their_maximum():
-    mesh = make_mesh(MeshConfig(8))
-    batch = stand_in.batch_at(0)
-    batch["signals"] = np.zeros((32, 2), np.int32)
-    batch["signals"][17, 1] = 1
-    _, (metrics,) = run(built(mesh), mesh, [batch])
+@pytest.mark.parametrize("config", [MeshConfig(8), MeshConfig(2, 2, 2)], ids=str)
+def test_signals_of_one_device_come_back_from_all(config):
+    mesh = make_mesh(config)
+    rows = np.zeros((8, 2), np.int32)
+    rows[5, 1] = 1
+    step = built(mesh)
+    batch = to_global(mesh, stand_in.batch_at(0), 32)
+    batch["signals"] = jax.device_put(rows, flag_sharding(mesh))
+    _, metrics = step.update(step.init(jax.random.key(0)), batch)
     assert metrics["signals"].tolist() == [0, 1]
 
 

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 import jaxopt_lab
 from jaxopt_lab.report.files import read_json, read_text, write_json
 from jaxopt_lab.report.tracker import METRICS_FILE, TENSORBOARD_DIRECTORY, read_metrics
+from jaxopt_lab.train.agreement import agreed
 from jaxopt_lab.train.compare_config import CompareConfig
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.errors import CheckpointError, ConfigError
@@ -50,37 +51,41 @@ def open_run(config: PretrainConfig) -> Iterator[Path]:
       ConfigError: If a new run would write into a directory that is in use, there is no run to
         resume, or another process writes to it.
     """
-    leads, made = jax.process_index() == 0, False
-    if config.resume:
-        directory = _existing_run(config)
-        if leads:
+    leads = jax.process_index() == 0
+    directory = agreed(lambda: _existing_run(config) if config.resume else _new_name(config))
+
+    def discard(kind: type[BaseException] | None, *_rest: object) -> None:
+        if kind is not None:
+            discard_unstarted(directory)
+
+    def claim() -> None:
+        if not leads:
+            return
+        if config.resume:
             _check_files(directory)
             _refuse_other_text(directory, config)
-    else:
-        directory = _new_name(config)
-        if leads:
-            _refuse_occupied(directory)
-            made = not directory.exists()
-            directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with only_writer(directory) if leads else contextlib.nullcontext():
-            try:
-                if leads and not config.resume:
-                    _refuse_occupied(directory)
-                    write_config(directory, config)
-                if jax.process_count() > 1:
-                    multihost_utils.sync_global_devices("the run directory exists")
-                yield directory
-            except BaseException:
-                if leads and not config.resume:
-                    discard_unstarted(directory)
-                raise
-    finally:
-        # What is left of a run that was discarded, or never began. A directory that was there
-        # before is somebody else's, and an empty one is in nobody's way.
+            held.enter_context(only_writer(directory))
+            return
+        _refuse_occupied(directory)
+        # Left alone if it was there before: it is the user's.
+        made = not directory.exists()
+        directory.mkdir(parents=True, exist_ok=True)
         if made:
-            with contextlib.suppress(OSError):
-                directory.rmdir()
+            held.callback(_remove_empty, directory)
+        held.enter_context(only_writer(directory))
+        held.push(discard)
+        _refuse_occupied(directory)
+        write_config(directory, config)
+
+    with contextlib.ExitStack() as held:
+        agreed(claim)
+        yield directory
+
+
+def _remove_empty(directory: Path) -> None:
+    """What is left of a run that was discarded, or never began."""
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 def _new_name(config: PretrainConfig) -> Path:
