@@ -175,4 +175,6 @@ def test_launchers_of_several_tasks_hand_over_to_jax(environment, expected, monk
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
     settings = DistributedConfig(heartbeat_timeout_seconds=7)
     assert initialize_processes(settings) is expected
-    assert calls == ([{"heartbeat_timeout_seconds": 7}] if expected else [])
+    # JAX waits longer than we do: what it does then is no message, but an abort.
+    given = {"heartbeat_timeout_seconds": 7, "initialization_timeout": 660}
+    assert calls == ([given] if expected else [])

@@ -143,7 +143,7 @@ def test_a_handler_from_outside_python_can_be_replaced(sigterm, handled, monkeyp
                        ("pretrain", 0), ("compare", 0)],
 )  # fmt: skip
 def test_sigterm_is_a_success_only_where_the_next_start_continues(verb, code, monkeypatch):
-    def terminated(words):
+    def terminated(words, sigterm_exit):
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr("jaxopt_lab.verbs.main", terminated)
