@@ -87,7 +87,10 @@ def initialize_processes(config: DistributedConfig) -> bool:
     ):
         if value is None:
             raise ConfigError(f"distributed.{name}", None, "expected all three settings or none")
-    assert count is not None and index is not None
+    assert address is not None and count is not None and index is not None
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ConfigError("distributed.coordinator_address", address, "expected host:port")
     if not 0 <= index < count:
         raise ConfigError("distributed.process_id", index, f"expected 0 to {count - 1}")
     _join(config, coordinator_address=address, num_processes=count, process_id=index)

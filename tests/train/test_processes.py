@@ -29,7 +29,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_two(settings, run, *flags):
+def start_two(settings, run, *flags, of_second=()):
     command = [
         sys.executable, "-m", "jaxopt_lab.cli", "pretrain", "--config", settings,
         "--run-directory", str(run), "--distributed.num-processes", "2",
@@ -38,7 +38,7 @@ def start_two(settings, run, *flags):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "NO_PROXY": "*"}
     return [
         subprocess.Popen(
-            [*command, "--distributed.process-id", str(number)],
+            [*command, "--distributed.process-id", str(number), *(of_second if number else ())],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
