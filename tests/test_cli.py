@@ -211,7 +211,7 @@ def test_a_reader_that_has_gone_is_no_failure():
 
 
 def test_another_broken_pipe_is_no_closed_output(monkeypatch, capfd):
-    def fails(arguments):
+    def fails(*arguments):
         raise BrokenPipeError("a worker process")
 
     monkeypatch.setattr(verbs, "_run", fails)
