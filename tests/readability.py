@@ -12,7 +12,9 @@ the one that is called; what lies between them (`jax.tree.map`, `lax.cond`) does
 Comprehensions and returns count nothing, so the number is that of Python 3.11 and 3.13 alike.
 """
 
+import concurrent.futures
 import json
+import multiprocessing
 import pathlib
 import sys
 from collections.abc import Callable
@@ -79,15 +81,25 @@ def _optax_muon() -> Travel:
     return travel(tx, pathlib.Path(optax.__file__).parent)
 
 
+MEASURED: dict[str, Callable[[], Travel]] = {
+    "scale_by_lion_muon": lambda: travel(jol.scale_by_lion_muon()),
+    "scale_by_soap": lambda: travel(jol.scale_by_soap()),
+    "scale_by_dykaf": lambda: travel(jol.scale_by_dykaf()),
+    "scale_by_shampoo": lambda: travel(jol.scale_by_shampoo()),
+    "optax's Muon": _optax_muon,
+}
+
+
 def measure() -> dict[str, Travel]:
-    """Every method at its defaults, and Optax's Muon."""
-    ours: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
-        "scale_by_lion_muon": jol.scale_by_lion_muon,
-        "scale_by_soap": jol.scale_by_soap,
-        "scale_by_dykaf": jol.scale_by_dykaf,
-        "scale_by_shampoo": jol.scale_by_shampoo,
-    }
-    return {name: travel(make()) for name, make in ours.items()} | {"optax's Muon": _optax_muon()}
+    """Every method at its defaults, each in a process that has traced no other."""
+    with concurrent.futures.ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as processes:
+        return dict(zip(MEASURED, processes.map(_measured, MEASURED), strict=True))
+
+
+def _measured(name: str) -> Travel:
+    return MEASURED[name]()
 
 
 def lines() -> dict[str, int]:

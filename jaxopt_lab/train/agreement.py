@@ -59,11 +59,10 @@ def same_everywhere(settings: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    first, *others = [json.loads(text) for text in _gather(json.dumps(settings))]
+    first, *others = [json.loads(text) for text in _gather(json.dumps(_flat(settings)))]
     for process, other in enumerate(others, start=1):
-        names = sorted(_flat(first) | _flat(other))
-        for name in names:
-            here, there = (_flat(each).get(name) for each in (first, other))
+        for name in sorted(first | other):
+            here, there = first.get(name), other.get(name)
             if here != there:
                 raise ConfigError(
                     name, there, f"on process {process}, expected {here!r}, which process 0 has"

@@ -68,6 +68,7 @@ BOUNDS: dict[str, _Bound] = {
     "distributed.num_processes": _at_least(1),
     "distributed.process_id": _at_least(0),
     "distributed.heartbeat_timeout_seconds": _at_least(1),
+    "distributed.start_timeout_seconds": _at_least(1),
     "schedule.warmup_fraction": _SHARE,
     "schedule.warmup_steps": _at_least(0),
     "schedule.target_loss": _at_least(0),

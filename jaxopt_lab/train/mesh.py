@@ -1,6 +1,5 @@
 """Devices: the mesh, how a batch lies on it, and starting several processes."""
 
-import atexit
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -120,8 +119,6 @@ def _join(config: DistributedConfig, **given: Any) -> None:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        # Without a word to the runtime, which would wait for the others again.
-        atexit.unregister(jax.distributed.shutdown)
         who = (
             "all processes" if config.num_processes is None else f"{config.num_processes} processes"
         )

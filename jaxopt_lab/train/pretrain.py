@@ -99,7 +99,8 @@ def pretrain(
     initialize_processes(config.distributed)
     say = (message or to_stderr) if jax.process_index() == 0 else _silent
     agreed(lambda: _check(config))
-    same_everywhere(as_stored(config) | {"run_directory": config.run_directory})
+    of_one_start = ("run_directory", "resume", "dry_run")
+    same_everywhere(as_stored(config) | {name: getattr(config, name) for name in of_one_start})
     if config.dry_run:
         program = build_program(config)
         return RunResult("dry-run", cost=cost_of(config, _compile(config, program, say)))

@@ -79,6 +79,7 @@ def test_both_save_by_the_clock_and_stop_where_one_is_asked_to(tmp_path, setting
             ("--optimizer.learning-rate", "0.5"), "optimizer.learning_rate: got 0.5, on process 1",
             marks=pytest.mark.slow,
         ),
+        pytest.param(("--dry-run",), "dry_run: got True", marks=pytest.mark.slow),
         pytest.param(("--batch-size", "3"), "batch_size: got 3", marks=pytest.mark.slow),
     ],
 )  # fmt: skip

@@ -264,8 +264,13 @@ def as_stored(config: PretrainConfig) -> dict[str, Any]:
     """A configuration as JSON, without what belongs to one start only."""
     # Without the place: `--config` must start a new run, not collide with this one. And without
     # the processes: a later start may have others, or none.
-    timeout = config.distributed.heartbeat_timeout_seconds
-    distributed = DistributedConfig(heartbeat_timeout_seconds=timeout)
+    none = DistributedConfig()
+    distributed = replace(
+        config.distributed,
+        coordinator_address=none.coordinator_address,
+        num_processes=none.num_processes,
+        process_id=none.process_id,
+    )
     settings = replace(
         config, run_directory=None, resume=False, dry_run=False, distributed=distributed
     )
