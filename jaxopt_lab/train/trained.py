@@ -17,7 +17,7 @@ from jaxopt_lab.models import DecoderConfig, Params
 from jaxopt_lab.optim.params_ema import ParamsEmaState
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.errors import CheckpointError, ConfigError
-from jaxopt_lab.train.io.checkpoints import read_state, select_step
+from jaxopt_lab.train.io.checkpoints import read_leaves, select_step
 from jaxopt_lab.train.io.leaves import describe_leaves, first_difference
 from jaxopt_lab.train.io.run_directory import TOKENIZER_FILE, read_config
 from jaxopt_lab.train.loop import Run
@@ -108,8 +108,8 @@ def _read(
         raise CheckpointError(str(error)) from error
     label = select_step(run_directory, step)
     abstract = build_program(replace(config, mesh=mesh)).step.abstract_state
-    state = read_state(run_directory, label, abstract, _target(config, abstract, average))
-    params: Any = optim.params_ema(state.opt_state) if average else state.params
+    state = read_leaves(run_directory, label, _target(abstract, average))
+    params: Any = optim.params_ema(state["opt_state"]) if average else state["params"]
     return config.model, params, tokenizer
 
 
@@ -192,8 +192,8 @@ def continue_text(
     return tokenizer.decode(np.asarray(drawn)[len(ids) :])
 
 
-def _target(config: PretrainConfig, abstract: TrainState, average: bool) -> TrainState:
-    """The state with host arrays where something is to be read."""
+def _target(abstract: TrainState, average: bool) -> dict[str, PyTree]:
+    """Fields of the state, with host arrays where something is to be read."""
 
     def host(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
@@ -203,10 +203,10 @@ def _target(config: PretrainConfig, abstract: TrainState, average: bool) -> Trai
             return ParamsEmaState(_UNREAD, host(node.ema))
         return _UNREAD
 
-    state = jax.tree.map(lambda leaf: _UNREAD, abstract)
     if not average:
-        return state._replace(params=host(abstract.params))
+        return {"params": host(abstract.params)}
     opt_state = jax.tree.map(
         only_average, abstract.opt_state, is_leaf=lambda node: isinstance(node, ParamsEmaState)
     )
-    return state._replace(opt_state=opt_state)
+    unread = jax.tree.map(lambda leaf: _UNREAD, abstract)
+    return unread._replace(opt_state=opt_state)._asdict()

@@ -11,7 +11,7 @@ import pytest
 
 from jaxopt_lab.train.errors import CheckpointError
 from jaxopt_lab.train.io import retention
-from jaxopt_lab.train.io.checkpoints import Checkpoints, committed_steps
+from jaxopt_lab.train.io.checkpoints import Checkpoints, committed_steps, read_leaves
 from jaxopt_lab.train.io.leaves import first_difference
 from jaxopt_lab.train.mesh import MeshConfig, make_mesh, to_global
 from jaxopt_lab.train.step import make_step
@@ -100,6 +100,22 @@ def test_another_optimizer_names_the_first_leaf_that_differs(tmp_path):
         checkpoints.save(1, {"opt_state": optax.adam(1e-3).init(params)}, {})
         with pytest.raises(CheckpointError, match="opt_state/trace/w is missing"):
             checkpoints.restore(abstract({"opt_state": optax.trace(0.9).init(params)}))
+
+
+def test_what_is_not_read_need_not_be_what_it_was(tmp_path):
+    # As a state of an earlier version: one field less than today, one of another shape.
+    weights = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": weights, "opt_state": (jnp.zeros(5),)}, {})
+    read = read_leaves(tmp_path, 1, {"params": jax.tree.map(np.empty_like, weights)})
+    assert read.keys() == {"params"} and equal(read["params"], weights)
+    named = "params/w is float32\\(2,3\\) in the checkpoint and float32\\(4,3\\) in this run"
+    with pytest.raises(CheckpointError, match=named):
+        read_leaves(tmp_path, 1, {"params": weights | {"w": np.empty((4, 3), np.float32)}})
+    with pytest.raises(CheckpointError, match="opt_state/0 .* --fork-from RUN starts a new run"):
+        with Checkpoints(tmp_path) as checkpoints:
+            state = {"params": weights, "opt_state": (jnp.zeros(6),)}
+            checkpoints.restore(abstract(state))
 
 
 def test_first_difference_of_equal_descriptions_is_none():

@@ -177,7 +177,9 @@ class Checkpoints:
                 continue
             if difference:
                 raise CheckpointError(
-                    f"{path} was written with another model or optimizer: {difference}"
+                    f"{path} holds the state of another model or optimizer, or of another version "
+                    f"of this package: {difference}; --fork-from RUN starts a new run from its "
+                    "weights"
                 )
             self._go_on_from(step)
             self._saved = {label for label in self._saved if label <= step} | {step}
@@ -318,16 +320,19 @@ def select_step(run_directory: str | os.PathLike[str], step: int | Literal["best
     return min(losses, key=lambda label: losses[label])
 
 
-def read_state(
-    run_directory: str | os.PathLike[str], step: int, abstract_state: PyTree, target: PyTree
-) -> PyTree:
+def read_leaves(
+    run_directory: str | os.PathLike[str], step: int, target: dict[str, PyTree]
+) -> dict[str, Any]:
     """Reads leaves of one checkpoint and changes nothing on disk.
+
+    Only what is read has to fit: a state with other leaves beside it, such as that of an earlier
+    version, can be read all the same.
 
     Args:
       run_directory: The run.
       step: Label of the checkpoint.
-      abstract_state: What the checkpoint should hold, as shapes and dtypes.
-      target: The same tree with arrays where leaves are to be read, orbax's placeholder elsewhere.
+      target: Fields of the state, arrays where leaves are to be read. Where there are orbax's
+        placeholders for others, every field has to be there.
 
     Raises:
       CheckpointError: If the checkpoint is damaged, or holds something else.
@@ -339,9 +344,13 @@ def read_state(
     if reason := digests.damage(path, step):
         raise CheckpointError(f"{path} is damaged: {reason}; other checkpoints: {others or 'none'}")
     try:
-        leaves = _load(path, {"leaves": None})["leaves"]
-        difference = first_difference(describe_leaves(abstract_state), leaves)
-        state = None if difference else _load(path, {"state": target})["state"]
+        wanted = describe_leaves(target)
+        names = {name for name, _, _ in wanted}
+        stored = [leaf for leaf in _load(path, {"leaves": None})["leaves"] if leaf[0] in names]
+        difference = first_difference(wanted, stored)
+        # Orbax leaves out either what the target does not have, or its placeholders.
+        partial = all(leaf is not ... for leaf in jax.tree.leaves(target))
+        state = {} if difference else _load(path, {"state": target}, partial=partial)["state"]
     except Exception as error:
         raise CheckpointError(
             f"{path} cannot be read: {_reason(error)}; other checkpoints: {others or 'none'}"
@@ -361,8 +370,10 @@ def _context() -> ocp.Context:
     return context
 
 
-def _load(path: Path, items: dict[str, Any]) -> dict[str, Any]:
-    with _context():
+def _load(path: Path, items: dict[str, Any], *, partial: bool = False) -> dict[str, Any]:
+    context = _context()
+    context.pytree.loading.partial_load = partial
+    with context:
         return ocp.load_checkpointables(str(path), items)
 
 

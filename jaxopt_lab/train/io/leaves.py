@@ -7,7 +7,7 @@ from jaxtyping import PyTree
 
 
 def describe_leaves(tree: PyTree) -> list[list[Any]]:
-    """Path, shape and dtype of every leaf, as JSON.
+    """Path, shape and dtype of every leaf, as JSON; without orbax's placeholders.
 
     >>> describe_leaves({"a": jax.ShapeDtypeStruct((2, 3), "float32")})
     [['a', [2, 3], 'float32']]
@@ -16,6 +16,7 @@ def describe_leaves(tree: PyTree) -> list[list[Any]]:
     return [
         [jax.tree_util.keystr(path, simple=True, separator="/"), list(x.shape), str(x.dtype)]
         for path, x in leaves
+        if x is not ...
     ]
 
 
