@@ -1,5 +1,7 @@
 """Default rates of each optimizer for each preset, from where they were tuned.
 
+"Measured" stands for experiments/default_rates, a coarse sweep of short runs.
+
 The tables of Bolatov et al., "LionMuon: Alternating Spectral and Sign Descent for Efficient
 Training", arXiv 2605.19811, are for its runs at 124M (GPT-2 and LLaMA style, 16 384 tokens a
 step), 355M (three quarters of the 124M rates) and 720M (tuned over 500 steps); its AdamW of
@@ -20,8 +22,8 @@ _124M: dict[str, Settings] = {
     "lion-muon": {"learning_rate": 1e-3},  # two-step period, sign rate 5e-5, AdamW 1e-3
     "sign-muon": {"learning_rate": 2e-3, "sign_lr_ratio": 0.025, "adam_lr_ratio": 0.5},
     "muon": {"learning_rate": 1e-3},
-    "lion": UNTUNED,  # the paper's has AdamW for embeddings and norms
-    "signum": UNTUNED,  # likewise
+    "lion": {"learning_rate": 1e-4},  # measured; the paper's has AdamW for embeddings and norms
+    "signum": UNTUNED,  # nor has the paper one that is comparable
     "adamw": {"learning_rate": 5e-4},
     "optax-muon": {"learning_rate": 1e-3},  # the paper's Muon, whose step has the same scale
     # llm-baselines at 124M, LLaMA style, as the authors of DyKAF ran it.
@@ -31,7 +33,13 @@ _124M: dict[str, Settings] = {
 }
 
 TUNED: dict[str, dict[str, Settings]] = {
-    "tiny": dict.fromkeys(OPTIMIZERS, UNTUNED),
+    # Measured: the best rate of the others is their own default.
+    "tiny": dict.fromkeys(OPTIMIZERS, UNTUNED)
+    | {
+        "lion": {"learning_rate": 3e-4},
+        "signum": {"learning_rate": 3e-4},
+        "adamw": {"learning_rate": 1e-3},
+    },
     "gpt2-124m": _124M,
     "llama-124m": _124M,
     "llama-210m": dict.fromkeys(OPTIMIZERS, UNTUNED)
