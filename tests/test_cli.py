@@ -25,14 +25,14 @@ def test_named_choices_and_nested_flags():
     config = parsed(
         "--optimizer lion-muon --optimizer.period 5 --schedule wsd --schedule.decay-fraction 0.3 "
         "--model tiny --model.depth 6 --corpus text-files --corpus.paths a/*.txt b.md "
-        "--mesh.data 2 --mesh.fsdp 2 --mesh.tensor 1 --dry-run --profile --clip None "
+        "--mesh.data 2 --mesh.fsdp 2 --mesh.tensor 1 --dry-run --profile 4:3 --clip None "
         "--checkpoint.every-minutes 5 --optimizer.learning_rate=0.5"
     )
     assert config.optimizer == LionMuonConfig(period=5, learning_rate=0.5)
     assert config.schedule == WsdConfig(decay_fraction=0.3)
     assert config.model.depth == 6 and config.corpus == TextFiles(("a/*.txt", "b.md"))
     assert (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (2, 2, 1)
-    assert config.dry_run and config.profile and config.clip is None
+    assert config.dry_run and config.profile == "4:3" and config.clip is None
     assert config.checkpoint.every_minutes == 5.0
 
 

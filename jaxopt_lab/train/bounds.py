@@ -52,6 +52,7 @@ BOUNDS: dict[str, _Bound] = {
     "ema": _Bound(0, 1, "expected a decay between 0 and 1, or None", True, True),
     "seed": _between(0, 2**32 - 1),
     "max_skipped": _at_least(0),
+    "peak_tflops": _POSITIVE,
     # One token has nothing before it to be predicted from, one word nothing to be told from.
     "model.context": _at_least(2),
     "model.vocab_size": _at_least(2),

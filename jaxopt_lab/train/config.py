@@ -14,6 +14,7 @@ from jaxopt_lab.train.diagnostics import DiagnosticsConfig
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.mesh import DistributedConfig, MeshConfig, axis_sizes
 from jaxopt_lab.train.optimizers import OPTIMIZERS, LionMuonConfig, OptimizerConfig
+from jaxopt_lab.train.profile import profiled_steps
 from jaxopt_lab.train.schedules import SCHEDULES, CosineConfig, ScheduleConfig
 from jaxopt_lab.train.tuned import default_optimizer
 
@@ -140,8 +141,13 @@ class PretrainConfig(RunConfig):
     dry_run: bool = False
     """Compile, print memory, FLOPs and collectives, and stop."""
 
-    profile: bool = False
-    """Write a profiler trace of a few steps to `profile/` in the run directory."""
+    profile: str | None = None
+    """`START:STEPS`: write a profiler trace of so many steps, the first being number `START`, to
+    `profile/` in the run directory. The first steps of a run still warm up; None traces nothing."""
+
+    peak_tflops: float | None = None
+    """Peak of one device in TFLOP/s, of which MFU is the share that the model uses. None takes the
+    data sheet's dense bfloat16 peak of a known accelerator, and leaves MFU out elsewhere."""
 
     deterministic: bool = False
     """On a GPU, use deterministic kernels (slower, without cuDNN's attention) and keep the kernel
@@ -215,6 +221,7 @@ def validate(config: PretrainConfig, device_count: int) -> None:
     validate_run(config)
     config.optimizer.validate()
     config.diagnostics.validate(config.optimizer)
+    profiled_steps(config.profile, config.steps)
     if config.deterministic and config.model.attention == "cudnn":
         raise ConfigError(
             "model.attention", "cudnn", "expected auto or xla: cuDNN's kernel is not deterministic"

@@ -20,14 +20,12 @@ from jaxopt_lab.train.interrupts import INTERRUPTED, StopRequests
 from jaxopt_lab.train.io.checkpoints import Checkpoints
 from jaxopt_lab.train.io.run_log import RunLog, logged_at
 from jaxopt_lab.train.mesh import flags, rows_of_process, to_global
+from jaxopt_lab.train.profile import PROFILE_DIRECTORY, Trace, profiled_steps
 from jaxopt_lab.train.program import Program, averaged_params
 from jaxopt_lab.train.step import SIGNALS
 
 Status = Literal["finished", "terminated", "interrupted"]
 
-# The trace leaves out the first steps, which still warm up.
-_PROFILE_AFTER, _PROFILE_STEPS = 3, 3
-PROFILE_DIRECTORY = "profile"
 # One bad batch is no divergence; so many in a row with the same parameters are.
 _BAD_STEPS = 3
 
@@ -116,6 +114,8 @@ class Loop:
         """Does not start anything yet."""
         self._run, self._config, self._compiled = run, run.config, compiled
         self._log, self._callbacks = log, callbacks
+        profiled = profiled_steps(run.config.profile, run.config.steps)
+        self._trace = Trace(profiled, run.directory / PROFILE_DIRECTORY, log.message)
         self._start = Position(0, 0)
         devices = run.program.mesh.devices
         self._rows = rows_of_process(devices, run.config.batch_size, jax.process_index())
@@ -144,17 +144,18 @@ class Loop:
         taken: _Taken | None = None
         if start:
             self._take_up(start)
-        with self._batches() as batches, StopRequests(self._log.message) as stop:
+        with self._batches() as batches, StopRequests(self._log.message) as stop, self._trace:
             if start == 0:
                 self.evaluate(0, state)
             for step in range(start + 1, steps + 1):
                 batch = self._global_batch(next(batches), stop.requested)
                 record = self._record(step, state, batch)
+                self._trace.before(step, state)
                 state, metrics = self._compiled(state, batch)
                 extra = record | self._call(step, state, metrics, batch)
                 previous, taken = taken, _Taken(step, metrics, extra)
                 self._read(previous)
-                self._profile(step - start, state)
+                self._trace.after(step, state)
                 if self._is_due(step):
                     self._read(taken)
                     taken = None
@@ -311,15 +312,6 @@ class Loop:
         every = self._config.checkpoint.every_steps
         if self._save_now or (every is not None and step % every == 0):
             self.save(step, state)
-
-    def _profile(self, done: int, state: TrainState) -> None:
-        if not self._config.profile:
-            return
-        if done == _PROFILE_AFTER:
-            jax.profiler.start_trace(str(self._run.directory / PROFILE_DIRECTORY))
-        elif done == _PROFILE_AFTER + _PROFILE_STEPS:
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
 
     def _status(self) -> Status:
         if not self._stop_code:

@@ -29,9 +29,17 @@ def _decay_everywhere(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _profile_by_number(values: dict[str, Any]) -> dict[str, Any]:
+    """A profile was a switch, of steps 4 to 6 where a run had as many."""
+    if isinstance(values.get("profile"), bool):
+        values["profile"] = "4:3" if values["profile"] and values.get("steps", 6) >= 6 else None
+    return values
+
+
 _MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (
     lambda values: values,  # 0, before there were versions: the same fields
     _decay_everywhere,
+    _profile_by_number,
 )
 """Number i turns version i into version i + 1; one that renames or drops a field is added here."""
 VERSION = len(_MIGRATIONS)

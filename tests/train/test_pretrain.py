@@ -413,7 +413,7 @@ def test_options_together_on_a_mesh(text, tmp_path):
 
     config = tiny_config(
         text, tmp_path / "run", steps=7, batch_size=8, accumulation=2, mesh=MeshConfig(1, 1, 2),
-        optimizer=AdamWConfig(), ema=0.5, z_loss=1e-4, head_chunks=2, profile=True,
+        optimizer=AdamWConfig(), ema=0.5, z_loss=1e-4, head_chunks=2, profile="4:3",
         tensorboard=True,
         checkpoint=CheckpointConfig(every_steps=None, every_minutes=1e-9, keep_newest=20),
     )  # fmt: skip
