@@ -24,6 +24,9 @@ class Progress:
       total_steps: Steps of the whole run.
       start_step: Steps already taken by the run that is resumed.
       tokens_per_step: Tokens of one optimizer step over all devices; None leaves out tokens/s.
+      utilization: Share of the devices' peak that the model uses at one step a second; None leaves
+        out MFU.
+      optimizer_share: Share of the step's FLOPs in the optimizer; None leaves it out.
       stream: Where to write; standard error by default, so that output can still be piped.
       interval: Seconds between plain lines.
       clock: Seconds, monotonic; replaced in tests.
@@ -39,6 +42,8 @@ class Progress:
         *,
         start_step: int = 0,
         tokens_per_step: int | None = None,
+        utilization: float | None = None,
+        optimizer_share: float | None = None,
         stream: TextIO | None = None,
         interval: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
@@ -46,32 +51,44 @@ class Progress:
         """Starts the live line where the stream is a terminal."""
         self.total_steps = total_steps
         self.tokens_per_step = tokens_per_step
+        self._utilization, self._optimizer_share = utilization, optimizer_share
         self._stream = sys.stderr if stream is None else stream
         self._interval = interval
         self._clock = clock
-        self._recent: deque[tuple[float, int]] = deque()
+        self._recent: deque[tuple[float, int, float]] = deque()  # (time, step, wait for data)
         self._next_line = clock()
         self._live = _live_line(self._stream, total_steps, start_step)
 
-    def update(self, step: int, *, loss: float, rate: float | None = None) -> None:
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float,
+        rate: float | None = None,
+        data_wait: float = 0.0,
+        memory: float | None = None,
+    ) -> None:
         """Shows the state after `step` optimizer steps.
 
         Args:
           step: Optimizer steps taken.
           loss: Training loss in nats/token.
           rate: Learning rate of that step.
+          data_wait: Seconds for which that step waited for its batch.
+          memory: Bytes that a device needs; None leaves them out.
         """
         now = self._clock()
-        self._recent.append((now, step))
+        self._recent.append((now, step, data_wait))
         while now - self._recent[0][0] > _WINDOW_SECONDS and len(self._recent) > 2:
             self._recent.popleft()
         if self._live is not None:
-            text = self._describe(step, loss, rate)
+            text = self._describe(step, loss, rate, memory)
             with contextlib.suppress(OSError):
                 self._live.update(self._live.task_ids[0], completed=step, text=text)
         elif now >= self._next_line or step >= self.total_steps:
             self._next_line = now + self._interval
-            self._write(f"step {step}/{self.total_steps}  {self._describe(step, loss, rate)}")
+            text = self._describe(step, loss, rate, memory)
+            self._write(f"step {step}/{self.total_steps}  {text}")
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Prints one line with the results of an evaluation, above the live line.
@@ -109,19 +126,28 @@ class Progress:
         """Speed over the recent past; None before two updates."""
         if len(self._recent) < 2:
             return None
-        (first_time, first_step), (last_time, last_step) = self._recent[0], self._recent[-1]
+        (first_time, first_step, _), (last_time, last_step, _) = self._recent[0], self._recent[-1]
         seconds = last_time - first_time
         return (last_step - first_step) / seconds if seconds > 0 else None
 
-    def _describe(self, step: int, loss: float, rate: float | None) -> str:
+    def _describe(self, step: int, loss: float, rate: float | None, memory: float | None) -> str:
         parts = [f"loss {loss:.4f}"]
         if rate is not None:
             parts.append(f"rate {rate:.2e}")
         speed = self.steps_per_second()
         if speed and self.tokens_per_step:
             parts.append(f"{_short(speed * self.tokens_per_step)} tokens/s")
+        # What matters least comes last: a narrow terminal cuts it off.
         if speed:
+            waited = sum([wait for _, _, wait in self._recent][1:]) / (len(self._recent) - 1)
             parts.append(f"eta {_duration((self.total_steps - step) / speed)}")
+            if self._utilization:
+                parts.append(f"mfu {_percent(speed * self._utilization)}")
+            parts += [f"step {_seconds(1 / speed)}", f"data {_percent(waited * speed)}"]
+        if memory is not None:
+            parts.append(f"memory {memory / 2**30:.1f} GiB")
+        if speed and self._optimizer_share is not None:
+            parts.append(f"optimizer {_percent(self._optimizer_share)}")
         return "  ".join(parts)
 
     def _write(self, text: str) -> None:
@@ -165,6 +191,14 @@ def _short(number: float) -> str:
         if number < limit:
             return f"{number / divisor:.0f}{suffix}"
     return f"{number / 1e9:.0f}G"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %" if share < 1 else f"{100 * share:.0f} %"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def _duration(seconds: float) -> str:

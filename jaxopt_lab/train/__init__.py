@@ -4,6 +4,7 @@ from jaxopt_lab.train.compare import CompareResult, compare
 from jaxopt_lab.train.compare_config import CompareConfig
 from jaxopt_lab.train.config import PretrainConfig, from_preset
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
+from jaxopt_lab.train.hooks import Hook, View
 from jaxopt_lab.train.pretrain import RunResult, pretrain
 from jaxopt_lab.train.serialize import from_json, to_json
 from jaxopt_lab.train.smoothness import fit_run
@@ -14,9 +15,11 @@ __all__ = [
     "CompareConfig",
     "CompareResult",
     "ConfigError",
+    "Hook",
     "PretrainConfig",
     "RunResult",
     "TrainingError",
+    "View",
     "compare",
     "continue_text",
     "export_run",

@@ -22,6 +22,7 @@ from jaxopt_lab.diagnostics import (
 )
 from jaxopt_lab.step import TrainState
 from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.hooks import Hook
 from jaxopt_lab.train.optimizers import LionMuonConfig, ModelInfo, OptimizerConfig
 from jaxopt_lab.train.optimizers_kronecker import EigenbasisConfig
 from jaxopt_lab.train.step import PlacedStep
@@ -154,6 +155,23 @@ def _norm_ratios(
 
 def _every(config: DiagnosticsConfig) -> Every:
     return Every(config.every, tuple(residue % config.every for residue in config.residues))
+
+
+def diagnostic_hook(recorders: Recorders, step: PlacedStep) -> Hook:
+    """The hook that records.
+
+    Before the step, which consumes the state: nothing has to be copied that way.
+
+    Args:
+      recorders: The recorders.
+      step: The programs of the run.
+    """
+    return Hook(
+        lambda view: take_record(recorders, step, view.step, view.state, view.batch),
+        every=recorders,
+        before=True,
+        name="diagnostics",
+    )
 
 
 def take_record(

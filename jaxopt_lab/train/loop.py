@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,15 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from jaxopt_lab import data
-from jaxopt_lab.step import Batch, TrainState, merged
+from jaxopt_lab.step import TrainState, merged
 from jaxopt_lab.train.config import PretrainConfig
-from jaxopt_lab.train.diagnostics import take_record
 from jaxopt_lab.train.errors import TrainingError
-from jaxopt_lab.train.interrupts import INTERRUPTED, StopRequests
+from jaxopt_lab.train.hooks import Hook, Hooks, View
+from jaxopt_lab.train.interrupts import INTERRUPTED, TERMINATED, StopRequests
 from jaxopt_lab.train.io.checkpoints import Checkpoints
-from jaxopt_lab.train.io.run_log import RunLog, logged_at
+from jaxopt_lab.train.io.run_log import RESERVED, RunLog, logged_at
 from jaxopt_lab.train.mesh import flags, rows_of_process, to_global
+from jaxopt_lab.train.meter import Meter
 from jaxopt_lab.train.profile import PROFILE_DIRECTORY, Trace, profiled_steps
 from jaxopt_lab.train.program import Program, averaged_params
 from jaxopt_lab.train.step import SIGNALS
@@ -30,26 +31,12 @@ Status = Literal["finished", "terminated", "interrupted"]
 _BAD_STEPS = 3
 
 
-class Callback(Protocol):
-    """Looks at training from outside, after every step. With none given, nothing is computed.
-
-    The state is donated to the next step, so keep copies of arrays, not references. Metrics are
-    device arrays: reading one waits for the step. What is returned is logged with the step.
-    """
-
-    def __call__(
-        self, step: int, state: TrainState, metrics: Mapping[str, Any], batch: Batch
-    ) -> Mapping[str, float] | None:
-        """Called with the number of steps taken and what the last one produced and consumed."""
-        ...
-
-
 class _Taken(NamedTuple):
     """A step whose metrics have not been read yet."""
 
     step: int
     metrics: Mapping[str, Any]
-    extra: Mapping[str, float]
+    measured: Mapping[str, Any]  # by hooks
 
 
 @dataclass(frozen=True)
@@ -101,7 +88,7 @@ class Loop:
       run: What it works with.
       compiled: The compiled step.
       log: Receives metrics.
-      callbacks: Called after every step.
+      hooks: Measurements besides those of the configuration.
     """
 
     def __init__(
@@ -109,11 +96,11 @@ class Loop:
         run: Run,
         compiled: jax.stages.Compiled,
         log: RunLog,
-        callbacks: Sequence[Callback] = (),
+        hooks: Sequence[Hook] = (),
     ):
         """Does not start anything yet."""
-        self._run, self._config, self._compiled = run, run.config, compiled
-        self._log, self._callbacks = log, callbacks
+        self._run, self._config, self._compiled, self._log = run, run.config, compiled, log
+        self._hooks, self._meter = Hooks([*run.program.hooks, *hooks], RESERVED), Meter()
         profiled = profiled_steps(run.config.profile, run.config.steps)
         self._trace = Trace(profiled, run.directory / PROFILE_DIRECTORY, log.message)
         self._start = Position(0, 0)
@@ -148,12 +135,13 @@ class Loop:
             if start == 0:
                 self.evaluate(0, state)
             for step in range(start + 1, steps + 1):
-                batch = self._global_batch(next(batches), stop.requested)
-                record = self._record(step, state, batch)
+                self._meter.begin()
+                batch = self._global_batch(self._meter.next_of(batches), stop.requested)
+                measured = self._hooks.measure(View(step, state, {}, batch), before=True)
                 self._trace.before(step, state)
                 state, metrics = self._compiled(state, batch)
-                extra = record | self._call(step, state, metrics, batch)
-                previous, taken = taken, _Taken(step, metrics, extra)
+                measured |= self._hooks.measure(View(step, state, metrics, batch))
+                previous, taken = taken, _Taken(step, metrics, measured)
                 self._read(previous)
                 self._trace.after(step, state)
                 if self._is_due(step):
@@ -170,6 +158,7 @@ class Loop:
             self._run.checkpoints.wait()
             # No step has carried a request of the last step, evaluation or save.
             self._stop_code = max(self._stop_code, stop.requested)
+        self._hooks.raise_failure(f"saved after step {step}")
         return state, self._status()
 
     def _take_up(self, start: int) -> None:
@@ -241,37 +230,25 @@ class Loop:
         minutes = self._config.checkpoint.every_minutes
         waited = (time.monotonic() - self._saved_at) / 60
         save = minutes is not None and waited >= minutes and jax.process_index() == 0
+        if self._hooks.failure:
+            stop_requested = stop_requested or TERMINATED
         mesh = self._run.program.mesh
         batch = to_global(mesh, local, self._config.batch_size, self._rows)
         return batch | {SIGNALS: flags(mesh, [stop_requested, save])}
-
-    def _record(self, step: int, state: TrainState, batch: Batch) -> dict[str, float]:
-        # Before the step, which consumes the state. Nothing has to be copied that way.
-        program = self._run.program
-        if program.recorders is None or not program.recorders.due(step):
-            return {}
-        return take_record(program.recorders, program.step, step, state, batch)
-
-    def _call(
-        self, step: int, state: TrainState, metrics: Mapping[str, Any], batch: Batch
-    ) -> dict[str, float]:
-        extra: dict[str, float] = {}
-        for callback in self._callbacks:
-            extra |= callback(step, state, metrics, batch) or {}
-        return extra
 
     def _read(self, taken: _Taken | None) -> None:
         """Logs a step's metrics and acts on them; waits for that step."""
         if taken is None:
             return
-        metrics = jax.device_get(dict(taken.metrics))
+        metrics, measured = jax.device_get((dict(taken.metrics), dict(taken.measured)))
+        measured |= self._meter.step_done()
         stop, save = metrics.pop(SIGNALS)
         self._stop_code, self._save_now = max(self._stop_code, int(stop)), bool(save)
         del metrics["weight"]  # the log counts the run's tokens
         metrics = {name: float(value) for name, value in metrics.items()}
         finite, skipped = bool(metrics.pop("finite")), int(metrics["skipped"])
         self.last_metrics = metrics
-        self._log.training(taken.step, {**metrics, **taken.extra})
+        self._log.training(taken.step, {**metrics, **measured})
         self._judge_checkpoint(taken.step, finite)
         if not finite:
             self._log.message(
@@ -307,6 +284,7 @@ class Loop:
         return save or step % self._config.eval.every == 0
 
     def _evaluate_and_save(self, step: int, state: TrainState) -> None:
+        self._meter.pause()
         if step % self._config.eval.every == 0:
             self.evaluate(step, state)
         every = self._config.checkpoint.every_steps

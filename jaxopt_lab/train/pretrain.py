@@ -21,6 +21,7 @@ from jaxopt_lab.tasks import Text
 from jaxopt_lab.train.agreement import agreed, same_everywhere
 from jaxopt_lab.train.config import PretrainConfig, validate
 from jaxopt_lab.train.errors import CheckpointError, TrainingError
+from jaxopt_lab.train.hooks import Callback, Hook, hook_of
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.checkpoints import Checkpoints, Restored
 from jaxopt_lab.train.io.run_directory import (
@@ -35,9 +36,10 @@ from jaxopt_lab.train.io.run_directory import (
     write_config,
 )
 from jaxopt_lab.train.io.run_log import RunLog
-from jaxopt_lab.train.loop import Callback, Loop, Position, Run, Status
+from jaxopt_lab.train.loop import Loop, Position, Run, Status
 from jaxopt_lab.train.machine import check_machine
 from jaxopt_lab.train.mesh import axis_sizes, initialize_processes
+from jaxopt_lab.train.meter import peak_of
 from jaxopt_lab.train.program import (
     Cost,
     Program,
@@ -73,6 +75,7 @@ class RunResult:
 def pretrain(
     config: PretrainConfig,
     *,
+    hooks: Sequence[Hook] = (),
     callbacks: Sequence[Callback] = (),
     message: Message | None = None,
 ) -> RunResult:
@@ -84,7 +87,8 @@ def pretrain(
 
     Args:
       config: The run.
-      callbacks: Called after every step.
+      hooks: Measurements, logged with the steps.
+      callbacks: The same for every step, as functions (step, state, metrics, batch).
       message: Receives lines of plain text outside the loop; standard error by default.
 
     Returns:
@@ -94,8 +98,10 @@ def pretrain(
     Raises:
       ConfigError: For settings that cannot work, before anything is compiled.
       CheckpointError: If a checkpoint cannot be written or restored.
-      TrainingError: If too many steps were not finite, or a step failed across processes.
+      TrainingError: If too many steps were not finite, a step failed across processes, or a hook
+        raised; after the latter the run is saved.
     """
+    hooks = (*hooks, *map(hook_of, callbacks))
     initialize_processes(config.distributed)
     say = (message or to_stderr) if jax.process_index() == 0 else _silent
     agreed(lambda: _check(config))
@@ -109,7 +115,7 @@ def pretrain(
         if jax.process_count() > 1:
             (message or to_stderr)(_if_a_process_dies(config, directory))
         try:
-            return _run(config, directory, callbacks, say)
+            return _run(config, directory, hooks, say)
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1:
                 raise
@@ -134,9 +140,7 @@ def _if_a_process_dies(config: PretrainConfig, directory: Path) -> str:
     )
 
 
-def _run(
-    config: PretrainConfig, directory: Path, callbacks: Sequence[Callback], say: Message
-) -> RunResult:
+def _run(config: PretrainConfig, directory: Path, hooks: Sequence[Hook], say: Message) -> RunResult:
     with interrupt_by_the_end():
         text = _prepare(config, say)
     with interrupt_by_the_end(say):
@@ -148,10 +152,10 @@ def _run(
         message=say,
     ) as checkpoints:
         run = Run(config, directory, text.corpus, program, checkpoints)
-        return _train(run, callbacks, say)
+        return _train(run, hooks, say)
 
 
-def _train(run: Run, callbacks: Sequence[Callback], say: Message) -> RunResult:
+def _train(run: Run, hooks: Sequence[Hook], say: Message) -> RunResult:
     leader = jax.process_index() == 0
     with interrupt_by_the_end(say):
         state, position = agreed(lambda: _initial_state(run, say))
@@ -164,7 +168,7 @@ def _train(run: Run, callbacks: Sequence[Callback], say: Message) -> RunResult:
     )
     before = time.monotonic()
     with RunLog(run.config, run.directory, *position) as log:
-        loop = Loop(run, compiled, log, callbacks)
+        loop = Loop(run, compiled, log, hooks)
         state, status = loop.run(state, position)
     if status != "finished":
         say(f"stopped and saved; continue with: {resume_command(run.directory)}")
@@ -196,6 +200,8 @@ def _record_start(run: Run, start: int) -> None:
     run.corpus.tokenizer.save(run.directory)  # the model is of no use without it
     options = run.program.compiler_options
     session = describe_session(run.program.mesh, start, run.corpus.summary(), options)
+    peak = peak_of(jax.devices()[0].device_kind, run.config.peak_tflops)
+    session |= {"peak": None if peak is None else peak._asdict()}
     add_session(run.directory, session | {"config": as_stored(run.config)})
 
 

@@ -1,6 +1,6 @@
 """From a configuration to compiled programs, and what a compiled program will cost."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxopt_lab import models, optim
-from jaxopt_lab.diagnostics import Recorders
 from jaxopt_lab.report.hlo import CollectiveTotal, collectives
 from jaxopt_lab.report.tables import format_table
 from jaxopt_lab.step import TrainState, accumulated
 from jaxopt_lab.tasks import Task, Text, language_model
 from jaxopt_lab.train.config import PretrainConfig
-from jaxopt_lab.train.diagnostics import make_recorders
+from jaxopt_lab.train.diagnostics import diagnostic_hook, make_recorders
 from jaxopt_lab.train.evaluation import HeldOut
+from jaxopt_lab.train.hooks import Hook
 from jaxopt_lab.train.mesh import batch_sharding, flag_sharding, make_mesh
 from jaxopt_lab.train.optimizers import ModelInfo
 from jaxopt_lab.train.rule import build_rule
@@ -37,7 +37,7 @@ class Program:
     task: Task
     step: PlacedStep
     held_out: HeldOut
-    recorders: Recorders | None
+    hooks: Sequence[Hook]  # the diagnostics of the configuration
     compiler_options: Mapping[str, Any]
     # (optimizer state at the end) -> how the schedule went, as numbers and in a sentence
     outcome: Callable[[PyTree], tuple[dict[str, Any], str]] | None = None
@@ -113,7 +113,8 @@ def build_program(
     )
     held_out = HeldOut(task.evaluations, mesh, shardings, options)
     recorders = make_recorders(config.diagnostics, config.optimizer, info, ema)
-    return Program(mesh, task, step, held_out, recorders, options, rule.outcome)
+    hooks = () if recorders is None else (diagnostic_hook(recorders, step),)
+    return Program(mesh, task, step, held_out, hooks, options, rule.outcome)
 
 
 def compile_step(config: PretrainConfig, program: Program) -> jax.stages.Compiled:

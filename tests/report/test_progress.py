@@ -35,8 +35,23 @@ def test_speed_and_remaining_time():
     run(progress, clock, range(1, 101), 0.5)
     assert progress.steps_per_second() == 2.0
     assert stream.getvalue().splitlines()[-1] == (
-        "step 100/1000  loss 2.0000  rate 1.00e-03  16k tokens/s  eta 7:30"
+        "step 100/1000  loss 2.0000  rate 1.00e-03  16k tokens/s  eta 7:30  step 500 ms  data 0 %"
     )
+
+
+def test_what_the_run_measures_of_itself():
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(
+        100, stream=stream, interval=0.0, clock=clock, utilization=0.1, optimizer_share=0.07
+    )
+    for step in range(1, 11):
+        clock.now += 0.25
+        progress.update(step, loss=2.0, data_wait=0.05, memory=3 * 2**30)
+    assert stream.getvalue().splitlines()[-1] == (
+        "step 10/100  loss 2.0000  eta 0:22  mfu 40 %  step 250 ms  data 20 %  memory 3.0 GiB  "
+        "optimizer 7 %"
+    )
+    assert stream.getvalue().splitlines()[0] == "step 1/100  loss 2.0000  memory 3.0 GiB"
 
 
 def test_an_evaluation_does_not_count_as_training_time():

@@ -170,9 +170,9 @@ def test_a_directory_with_checkpoints_is_never_removed(settings, tmp_path, capsy
             raise RuntimeError("a mistake of ours")
 
     shutil.rmtree(run)
-    with pytest.raises(RuntimeError, match="mistake"):
+    with pytest.raises(TrainingError, match="fail failed at step 5: RuntimeError: a mistake"):
         pretrain(config, callbacks=[fail])
-    assert committed_steps(run / "checkpoints") == [3]
+    assert committed_steps(run / "checkpoints") == [3, 6]
 
 
 def test_one_process_writes_at_a_time(settings, finished, tmp_path, monkeypatch, capsys):

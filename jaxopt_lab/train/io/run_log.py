@@ -1,5 +1,6 @@
 """What a run shows and records: one process does, the others stay silent."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,17 @@ import jax
 from jaxopt_lab.report.progress import Progress
 from jaxopt_lab.report.tracker import METRICS_FILE, Tracker, read_metrics
 from jaxopt_lab.train.config import PretrainConfig
+from jaxopt_lab.train.mesh import axis_sizes
+from jaxopt_lab.train.meter import peak_of
 from jaxopt_lab.train.program import step_flops
 
 # What `RunLog` adds to every row by itself.
 _ADDED = ("step", "time", "tokens", "optimizer_flops")
+# And what a hook must not be called: the log's own names, and those of every step.
+RESERVED = (
+    *_ADDED, "loss", "grad_norm", "skipped", "step_seconds", "data_wait_seconds",
+    "peak_memory_bytes", "tokens_per_second", "mfu", "optimizer_share_of_flops",
+)  # fmt: skip
 
 
 def logged_at(directory: Path, step: int) -> dict[str, Any]:
@@ -44,7 +52,12 @@ class RunLog:
         # Batches may have had another size before.
         self._tokens_before = start_sample * config.model.context
         self._start_step = start_step
-        _, self._flops_per_step = step_flops(config)
+        of_model, self._flops_per_step = step_flops(config)
+        self._optimizer_share = self._flops_per_step / (of_model + self._flops_per_step)
+        peak = peak_of(jax.devices()[0].device_kind, config.peak_tflops)
+        devices = axis_sizes(config.mesh, jax.device_count())
+        # The MFU of one step a second.
+        self._utilization = peak and of_model / (1e12 * peak.tflops * math.prod(devices))
         self._tracker: Tracker | None = None
         self._progress: Progress | None = None
         if jax.process_index() == 0:
@@ -56,17 +69,38 @@ class RunLog:
                 forward=_wandb(config, directory) if config.wandb else None,
             )
             self._progress = Progress(
-                config.steps, start_step=start_step, tokens_per_step=self._tokens_per_step
+                config.steps,
+                start_step=start_step,
+                tokens_per_step=self._tokens_per_step,
+                utilization=self._utilization,
+                optimizer_share=self._optimizer_share,
             )
+            if peak:
+                self._progress.message(
+                    f"mfu: share of {peak.tflops:g} TFLOP/s a device ({peak.source})"
+                )
 
     def training(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Records one optimizer step."""
+        """Records one optimizer step: what it reports, and what `Meter` and hooks measured."""
         if self._tracker and self._progress:
-            self._tracker.log(step, {**metrics, **self._spent(step)})
-            rate = metrics.get("rate")
+            self._tracker.log(step, {**metrics, **self._speed(metrics), **self._spent(step)})
             self._progress.update(
-                step, loss=float(metrics["loss"]), rate=None if rate is None else float(rate)
+                step,
+                loss=float(metrics["loss"]),
+                rate=metrics.get("rate"),
+                data_wait=metrics.get("data_wait_seconds", 0.0),
+                memory=metrics.get("peak_memory_bytes"),
             )
+
+    def _speed(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """What follows from the time of a step."""
+        speed = {"optimizer_share_of_flops": self._optimizer_share}
+        seconds = metrics.get("step_seconds")
+        if seconds:
+            speed["tokens_per_second"] = self._tokens_per_step / seconds
+            if self._utilization:
+                speed["mfu"] = self._utilization / seconds
+        return speed
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records an evaluation after `step` optimizer steps."""

@@ -1,0 +1,113 @@
+"""What a run measures of itself, without waiting for the device."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+
+Item = TypeVar("Item")
+
+PEAK_TFLOPS = {
+    "NVIDIA A100": 312.0,
+    "NVIDIA H100": 989.4,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100 NVL": 835.5,
+    "NVIDIA H200": 989.4,
+    "NVIDIA H200 NVL": 835.5,
+    "NVIDIA B200": 2250.0,
+    "NVIDIA L4": 121.0,
+    "NVIDIA L40S": 362.05,
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5": 459.0,
+    "TPU v5p": 459.0,
+    "TPU v6 lite": 918.0,
+}
+"""Dense bfloat16 products with float32 sums, TFLOP/s of one device as JAX counts devices, from the
+makers' data sheets; by the beginning of `device_kind`."""
+
+
+class Peak(NamedTuple):
+    """What the model's FLOPs are compared with."""
+
+    tflops: float  # of one device
+    source: str
+
+
+def peak_of(device_kind: str, stated: float | None = None) -> Peak | None:
+    """The peak of a device: what the user states, else the data sheet's, or None.
+
+    >>> peak_of("NVIDIA H100 80GB HBM3").tflops, peak_of("TPU v5 lite").tflops
+    (989.4, 197.0)
+    >>> peak_of("cpu") is None, peak_of("cpu", 0.1).source
+    (True, 'stated')
+    """
+    if stated is not None:
+        return Peak(stated, "stated")
+    words = device_kind.split()
+    # A slice of a device has a share of its peak that its name does not tell.
+    if "MIG" in words:
+        return None
+    for length in range(len(words), 1, -1):
+        beginning = " ".join(words[:length])
+        # The A100's form factor is joined to its name: A100-SXM4-80GB, A100 80GB PCIe.
+        for name in (beginning, beginning.partition("-")[0]):
+            if name in PEAK_TFLOPS:
+                return Peak(PEAK_TFLOPS[name], "data sheet, dense bfloat16")
+    return None
+
+
+class Meter:
+    """Times the steps of a loop that reads the metrics of each step after it dispatched the next.
+
+    Such a read returns when its step has been computed, so the time between two of them is that of
+    a step, as long as the device has the next one to go on with; nothing is synchronised for the
+    measurement. It contains whatever the step waited for: data, hooks, and copies for a checkpoint
+    that is written beside training. Evaluations and saves themselves are left out (`pause`).
+
+    Args:
+      clock: Seconds, monotonic; replaced in tests.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        """Starts nothing yet."""
+        self._clock = clock
+        self._since: float | None = None
+        self._waited = 0.0
+
+    def begin(self) -> None:
+        """A step begins: its time counts from here, unless one before it is still being timed."""
+        if self._since is None:
+            self._since, self._waited = self._clock(), 0.0
+
+    def pause(self) -> None:
+        """Something else than steps follows."""
+        self._since = None
+
+    def next_of(self, batches: Iterator[Item]) -> Item:
+        """The next batch; the wait for it is counted."""
+        before = self._clock()
+        batch = next(batches)
+        self._waited += self._clock() - before
+        return batch
+
+    def step_done(self) -> dict[str, float]:
+        """Call when the metrics of a step have been read.
+
+        Returns:
+          `step_seconds`; `data_wait_seconds`, the part of them in which the loop waited for the
+          batch that comes next; and where the devices count it `peak_memory_bytes`: the most that
+          any device of this process has held so far, evaluations included.
+        """
+        now, since, waited = self._clock(), self._since, self._waited
+        self._since, self._waited = now, 0.0
+        if since is None:
+            return _peak_memory()
+        return {"step_seconds": now - since, "data_wait_seconds": waited, **_peak_memory()}
+
+
+def _peak_memory() -> dict[str, float]:
+    found: list[Any] = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [stats["peak_bytes_in_use"] for stats in found if "peak_bytes_in_use" in stats]
+    return {"peak_memory_bytes": max(peaks)} if peaks else {}
