@@ -18,6 +18,7 @@ from jaxopt_lab.sweep.task import BuildOptimizer
 from jaxopt_lab.tasks import language_model_loss
 from jaxopt_lab.train.compare_config import CompareConfig, Entrant, validate_comparison
 from jaxopt_lab.train.compare_report import CompareResult, Outcome, write_report
+from jaxopt_lab.train.compilation import compiled_once
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.run_directory import (
@@ -37,7 +38,10 @@ Message = Callable[[str], None]
 RESULTS = "results"
 _SECONDS_BETWEEN_LINES = 5.0
 # Settings that do not change a result: they may differ when a comparison is continued.
-_FREE = ("optimizers", "rates", "cells", "spacing", "vectorize", "run_directory")
+_FREE = (
+    "version", "optimizers", "rates", "cells", "spacing", "vectorize", "run_directory",
+    "compilation_cache",
+)  # fmt: skip
 
 
 def compare(config: CompareConfig, *, message: Message | None = None) -> CompareResult:
@@ -79,10 +83,11 @@ def compare(config: CompareConfig, *, message: Message | None = None) -> Compare
     say(f"stated before the runs: {RULE}")
     lines = _ProgressLines(config, len(missing), say)
     try:
-        for entrant in missing:
-            outcome = _run(config, task, entrant, corpus.tokenizer.vocab_size, lines)
-            outcomes[entrant.label] = outcome
-            write_json(results / entrant.file_name, {**outcome.to_json(), "common": common})
+        with compiled_once(config.compilation_cache, say):
+            for entrant in missing:
+                outcome = _run(config, task, entrant, corpus.tokenizer.vocab_size, lines)
+                outcomes[entrant.label] = outcome
+                write_json(results / entrant.file_name, {**outcome.to_json(), "common": common})
     finally:
         close()
     finished = tuple(outcome for outcome in outcomes.values() if outcome is not None)

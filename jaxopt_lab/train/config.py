@@ -93,6 +93,10 @@ class RunConfig:
     validation_fraction: float = 0.05
     """Share of the documents that is held out."""
 
+    compilation_cache: str = "auto"
+    """Where compiled programs are kept: `auto` (beside the prepared corpora, or where JAX has been
+    told to), `off`, or a directory."""
+
     run_directory: str | None = None
     """Where everything is written; by default a new directory below `runs/`."""
 

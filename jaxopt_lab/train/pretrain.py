@@ -19,6 +19,7 @@ from jaxopt_lab.report.schedule_figure import schedule_figure
 from jaxopt_lab.step import TrainState, merged
 from jaxopt_lab.tasks import Text
 from jaxopt_lab.train.agreement import agreed, same_everywhere
+from jaxopt_lab.train.compilation import compiled_once
 from jaxopt_lab.train.config import PretrainConfig, validate
 from jaxopt_lab.train.errors import CheckpointError, TrainingError
 from jaxopt_lab.train.hooks import Callback, Hook, hook_of
@@ -107,10 +108,12 @@ def pretrain(
     agreed(lambda: _check(config))
     of_one_start = ("run_directory", "resume", "dry_run")
     same_everywhere(as_stored(config) | {name: getattr(config, name) for name in of_one_start})
+    kept = compiled_once(config.compilation_cache, say)
     if config.dry_run:
-        program = build_program(config)
-        return RunResult("dry-run", cost=cost_of(config, _compile(config, program, say)))
-    with interrupt_by_the_end(), open_run(config) as directory:
+        with kept:
+            program = build_program(config)
+            return RunResult("dry-run", cost=cost_of(config, _compile(config, program, say)))
+    with interrupt_by_the_end(), open_run(config) as directory, kept:
         say(f"run directory: {directory}")
         if jax.process_count() > 1:
             (message or to_stderr)(_if_a_process_dies(config, directory))
