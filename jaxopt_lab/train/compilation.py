@@ -5,6 +5,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -28,7 +29,8 @@ def compiled_once(choice: str, message: Callable[[str], None]) -> Iterator[None]
         different programs while GPU kernels are chosen by all of them together.
       message: Receives a line of plain text.
     """
-    before = jax.config.jax_compilation_cache_dir
+    config: Any = jax.config
+    before = config.jax_compilation_cache_dir
     if choice == "off" or (choice == "auto" and (before or jax.process_count() > 1)):
         yield
         return
