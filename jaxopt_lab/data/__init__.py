@@ -5,8 +5,11 @@ from jaxopt_lab.data.corpora import Corpus, CorpusPart, TokenSplit, list_corpora
 from jaxopt_lab.data.evaluation import (
     bits_per_byte,
     count_targets,
+    nats_under,
+    unigram_model,
     unigram_nats,
     validation_batches,
+    windows_of,
 )
 from jaxopt_lab.data.sources import (
     CORPORA,
@@ -38,9 +41,12 @@ __all__ = [
     "count_targets",
     "draw_windows",
     "list_corpora",
+    "nats_under",
     "prepare",
     "train_batches",
     "train_rows",
+    "unigram_model",
     "unigram_nats",
     "validation_batches",
+    "windows_of",
 ]

@@ -4,12 +4,14 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from jaxopt_lab.data.batches import Batch, segments
-from jaxopt_lab.data.corpora import Corpus
+from jaxopt_lab.data.corpora import Corpus, TokenSplit
 from jaxopt_lab.data.tokenizer import Tokenizer
 
 _CHUNK = 1 << 22
+_GOLDEN = 0.6180339887498949
 
 
 def validation_batches(
@@ -20,18 +22,61 @@ def validation_batches(
     max_batches: int | None = None,
     segment_ids: bool = False,
 ) -> list[Batch]:
-    """The held-out windows, the same on every call.
-
-    The validation tokens, with an end-of-text in front so that the first token is a target as
-    well, are cut into windows whose targets do not overlap: under the mask every token is a target
-    exactly once and in order. With `max_batches` the list ends early; documents lie in the order
-    of their content hash, so what is kept is a random sample of them.
+    """The held-out windows of a corpus, the same on every call: `windows_of` its validation split.
 
     Args:
         corpus: what `prepare` returned.
         batch_size: rows of a batch, B.
         context: input tokens of a row, T.
-        max_batches: at most so many batches; None gives all.
+        max_batches: at most so many batches, full ones if there are as many; None gives all.
+        segment_ids: adds the document index per input token, as `train_batches` does.
+
+    Raises:
+        ValueError: the corpus holds out no documents, or a number is below 1.
+    """
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches = {max_batches}; wanted at least 1, or None for all")
+    if not corpus.validation.num_tokens:
+        raise ValueError(
+            f"the corpus {corpus.name} has no validation documents; prepare it with a "
+            "validation_fraction above 0"
+        )
+    return windows_of(
+        corpus.validation,
+        corpus.tokenizer.end_of_text,
+        batch_size=batch_size,
+        context=context,
+        max_windows=None if max_batches is None else max_batches * batch_size,
+        segment_ids=segment_ids,
+    )
+
+
+def windows_of(
+    split: TokenSplit,
+    end_of_text: int,
+    *,
+    batch_size: int,
+    context: int,
+    max_windows: int | None = None,
+    segment_ids: bool = False,
+) -> list[Batch]:
+    """Windows of a split to evaluate on, the same on every call.
+
+    The tokens, with an end-of-text in front so that the first one is a target as well, are cut into
+    windows whose targets do not overlap: under the mask every token is a target at most once, and
+    exactly once if all windows are taken. With `max_windows` they are spread evenly over the whole
+    split (a Kronecker sequence with the golden ratio), so that every document has its share: a mean
+    over them is an estimate of the mean over all tokens, whatever `batch_size` is, and more windows
+    are the same ones and others.
+
+    A window knows nothing of what came before it, so a longer `context` makes the same text easier.
+
+    Args:
+        split: of a corpus.
+        end_of_text: token that ends a document.
+        batch_size: rows of a batch, B.
+        context: input tokens of a row, T.
+        max_windows: at most so many windows; None gives all.
         segment_ids: adds the document index per input token, as `train_batches` does.
 
     Returns:
@@ -39,34 +84,34 @@ def validation_batches(
         `tokens[:, 1:]` counts and 0 on the padding of the last batch.
 
     Raises:
-        ValueError: the corpus holds out no documents, or a number is below 1.
+        ValueError: a number is below 1.
     """
     for field, value in {"batch_size": batch_size, "context": context}.items():
         if value < 1:
             raise ValueError(f"{field} = {value}; wanted at least 1")
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches = {max_batches}; wanted at least 1, or None for all")
-    targets = corpus.validation.tokens
-    if not len(targets):
-        raise ValueError(
-            f"the corpus {corpus.name} has no validation documents; prepare it with a "
-            "validation_fraction above 0"
-        )
-    per_batch = batch_size * context
-    end_of_text = corpus.tokenizer.end_of_text
-    batches = []
-    for start in range(0, len(targets), per_batch)[:max_batches]:
-        chosen = targets[start : start + per_batch].astype(np.int32)
-        stream = np.full(per_batch + 1, end_of_text, np.int32)
-        stream[0] = targets[start - 1] if start else end_of_text
-        stream[1 : 1 + len(chosen)] = chosen
-        positions = context * np.arange(batch_size)[:, None] + np.arange(context + 1)
-        mask = np.arange(per_batch).reshape(batch_size, context) < len(chosen)
-        batch = {"tokens": stream[positions], "mask": mask.astype(np.float32)}
+    chosen, batches = _spread(split.num_tokens, context, max_windows), []
+    for first in range(0, len(chosen), batch_size):
+        starts = context * chosen[first : first + batch_size, None]
+        at = starts + np.arange(-1, context)  # of the inputs and the last target
+        tokens = np.full((batch_size, context + 1), end_of_text, np.int32)
+        there = (at >= 0) & (at < split.num_tokens)
+        tokens[: len(at)][there] = split.tokens[at[there]]
+        mask = np.zeros((batch_size, context), np.float32)
+        mask[: len(at)] = there[:, 1:]
+        batch = {"tokens": tokens, "mask": mask}
         if segment_ids:
-            batch["segment_ids"] = segments(batch["tokens"][:, :-1], end_of_text)
+            batch["segment_ids"] = segments(tokens[:, :-1], end_of_text)
         batches.append(batch)
     return batches
+
+
+def _spread(num_tokens: int, context: int, max_windows: int | None) -> np.ndarray:
+    """Numbers of the windows to take, ascending; a last one that is not full only with all."""
+    whole = num_tokens // context
+    if max_windows is None or max_windows > whole:
+        return np.arange(-(-num_tokens // context))
+    order = np.argsort(np.arange(whole) * _GOLDEN % 1.0, kind="stable")
+    return np.sort(order[:max_windows])
 
 
 def count_targets(batches: Sequence[Batch], tokenizer: Tokenizer) -> tuple[int, int]:
@@ -98,10 +143,7 @@ def bits_per_byte(nats_per_token: float, batches: Sequence[Batch], tokenizer: To
 
 
 def unigram_nats(corpus: Corpus, batches: Sequence[Batch]) -> tuple[float, float]:
-    r"""Loss of the unigram model of the training tokens on held-out targets.
-
-    $p(v) = \sum_k w_k (c_{kv} + 1) / (N_k + V)$ with the counts $c_{kv}$ of the $N_k$ tokens of
-    part $k$ and its weight $w_k$: a model that knows how often tokens occur and nothing else.
+    """Loss on held-out targets of a model that knows how often tokens occur and nothing else.
 
     Args:
         corpus: what `prepare` returned.
@@ -109,6 +151,15 @@ def unigram_nats(corpus: Corpus, batches: Sequence[Batch]) -> tuple[float, float
 
     Returns:
         Nats per token, and bits per byte.
+    """
+    return nats_under(unigram_model(corpus), batches, corpus.tokenizer)
+
+
+def unigram_model(corpus: Corpus) -> Float[np.ndarray, " vocabulary"]:
+    r"""The unigram model of the training tokens.
+
+    $p(v) = \sum_k w_k (c_{kv} + 1) / (N_k + V)$ with the counts $c_{kv}$ of the $N_k$ tokens of
+    part $k$ and its weight $w_k$.
     """
     size = corpus.tokenizer.vocab_size
     probability = np.zeros(size)
@@ -118,8 +169,15 @@ def unigram_nats(corpus: Corpus, batches: Sequence[Batch]) -> tuple[float, float
             stop = min(start + _CHUNK, part.stop)
             counts += np.bincount(corpus.train.tokens[start:stop], minlength=size)
         probability += part.weight * counts / counts.sum()
+    return probability
+
+
+def nats_under(
+    probability: Float[np.ndarray, " vocabulary"], batches: Sequence[Batch], tokenizer: Tokenizer
+) -> tuple[float, float]:
+    """Loss of a unigram model: nats per token, and bits per byte."""
     nats = float(-np.log(probability[_targets(batches)]).mean())
-    return nats, bits_per_byte(nats, batches, corpus.tokenizer)
+    return nats, bits_per_byte(nats, batches, tokenizer)
 
 
 def _targets(batches: Sequence[Batch]) -> np.ndarray:

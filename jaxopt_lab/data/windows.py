@@ -60,7 +60,7 @@ def draw_windows(
     context: int,
     max_batches: int,
 ) -> Windows:
-    """Draws the batches of some seeds as `train_batches` does, and the first held-out ones.
+    """Draws the batches of some seeds as `train_batches` does, and held-out ones.
 
     Args:
         corpus: what `prepare` returned.
@@ -68,10 +68,11 @@ def draw_windows(
         steps: batches of each seed.
         batch_size: rows of a batch, B.
         context: input tokens of a row, T.
-        max_batches: held-out batches.
+        max_batches: held-out batches; fewer where the held-out text does not fill as many.
 
     Raises:
-        ValueError: the vocabulary has more than 65 536 entries, or the corpus is too small.
+        ValueError: the vocabulary has more than 65 536 entries, or the corpus is too small for a
+            batch, one of held-out text included.
     """
     vocabulary = corpus.tokenizer.vocab_size
     if vocabulary > 1 << 16:
@@ -84,6 +85,12 @@ def draw_windows(
     held_out = validation_batches(
         corpus, batch_size=batch_size, context=context, max_batches=max_batches
     )
+    held_out = [batch for batch in held_out if batch["mask"].all()]  # windows have no mask
+    if not held_out:
+        raise ValueError(
+            f"the corpus {corpus.name} has {corpus.validation.num_tokens} held-out tokens, fewer "
+            f"than one batch: {batch_size} * {context}"
+        )
     tokens, size = count_targets(held_out, corpus.tokenizer)
     validation = np.stack([batch["tokens"] for batch in held_out]).astype(np.uint16)
     return Windows(train, validation, size / tokens, corpus.hash)

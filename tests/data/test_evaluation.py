@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -5,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxopt_lab.data import bits_per_byte, count_targets, unigram_nats, validation_batches
+from jaxopt_lab.data import (
+    TokenSplit,
+    bits_per_byte,
+    count_targets,
+    unigram_nats,
+    validation_batches,
+    windows_of,
+)
 from tests.data.synthetic import byte_tokenizer, corpus_of, split_of_texts, texts
 
 TOKENIZER = byte_tokenizer()
@@ -39,15 +47,56 @@ def test_tokens_and_bytes_are_counted_exactly(batch_size, context):
     assert count_targets(batches, TOKENIZER) == (HELD_OUT.num_tokens, HELD_OUT.num_bytes)
 
 
+def rows_of(batches):
+    """(tokens, mask) of every window that holds a target."""
+    return [
+        (tokens.tobytes(), mask.tobytes())
+        for batch in batches
+        for tokens, mask in zip(batch["tokens"], batch["mask"], strict=True)
+        if mask.any()
+    ]
+
+
+# Token i is i, so a row tells where it was read.
+NUMBERED = dataclasses.replace(CORPUS, validation=TokenSplit(np.arange(997), np.asarray([0]), 1))
+
+
 @given(max_batches=st.integers(1, 40), **SHAPES)
-def test_max_batches_keeps_the_beginning(max_batches, batch_size, context):
+def test_max_batches_takes_full_windows_and_more_windows_are_the_same_ones_and_others(
+    max_batches, batch_size, context
+):
     shape = {"batch_size": batch_size, "context": context}
-    everything = validation_batches(CORPUS, **shape)
-    some = validation_batches(CORPUS, max_batches=max_batches, **shape)
-    assert len(some) == min(max_batches, len(everything))
-    for one, other in zip(some, everything, strict=False):
-        np.testing.assert_array_equal(one["tokens"], other["tokens"])
-        np.testing.assert_array_equal(one["mask"], other["mask"])
+    everything = rows_of(validation_batches(NUMBERED, **shape))
+    some = rows_of(validation_batches(NUMBERED, max_batches=max_batches, **shape))
+    assert len(some) == min(max_batches * batch_size, len(everything))
+    assert some == sorted(some, key=everything.index) and len(set(some)) == len(some)
+    if len(some) < len(everything):
+        assert all(np.frombuffer(mask, np.float32).all() for _, mask in some)
+    more = rows_of(validation_batches(NUMBERED, max_batches=max_batches + 1, **shape))
+    assert set(some) <= set(more)
+
+
+@given(
+    batch_size=st.integers(1, 9), other=st.integers(1, 9), context=st.integers(1, 60),
+    windows=st.integers(1, 60),
+)  # fmt: skip
+def test_which_windows_does_not_depend_on_the_batch(batch_size, other, context, windows):
+    one, two = (
+        windows_of(HELD_OUT, 256, batch_size=rows, context=context, max_windows=windows)
+        for rows in (batch_size, other)
+    )
+    assert rows_of(one) == rows_of(two)
+
+
+@pytest.mark.parametrize("windows", [8, 20, 50])
+def test_windows_are_spread_over_all_documents(windows):
+    split = TokenSplit(np.arange(10_000), np.arange(0, 10_001, 500), 1)
+    batches = windows_of(split, 0, batch_size=4, context=10, max_windows=windows)
+    starts = np.asarray([tokens[1] for batch in batches for tokens in batch["tokens"]])[:windows]
+    gaps = np.diff([0, *starts, 10_000])
+    assert gaps.max() < 3 * 10_000 / windows  # neighbours are at most 1 + golden ratio apart
+    if windows == 50:
+        assert set(starts // 500) == set(range(20))  # each of the documents
 
 
 def test_segments_of_held_out_windows():

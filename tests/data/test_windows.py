@@ -47,3 +47,12 @@ def test_tokens_must_fit_the_file():
     large = types.SimpleNamespace(tokenizer=types.SimpleNamespace(vocab_size=70_000))
     with pytest.raises(ValueError, match="70000 entries; windows hold 16-bit tokens"):
         draw_windows(large, seeds=(0,), steps=1, max_batches=1, **SHAPE)
+
+
+def test_held_out_windows_hold_no_padding():
+    tokens = CORPUS.validation.num_tokens
+    shape = {"batch_size": 3, "context": tokens // 4}
+    drawn = draw_windows(CORPUS, seeds=(0,), steps=1, max_batches=5, **shape)
+    assert len(drawn.validation) == 1
+    with pytest.raises(ValueError, match="held-out tokens, fewer than one batch: 3 \\* "):
+        draw_windows(CORPUS, seeds=(0,), steps=1, max_batches=5, batch_size=3, context=tokens // 2)
