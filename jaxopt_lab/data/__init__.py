@@ -1,7 +1,7 @@
 """Corpora, tokenizers and batches."""
 
 from jaxopt_lab.data.batches import Batch, TrainBatches, train_batches, train_rows
-from jaxopt_lab.data.corpora import Corpus, CorpusPart, TokenSplit, list_corpora, prepare
+from jaxopt_lab.data.corpora import Corpus, CorpusPart, SetError, TokenSplit, list_corpora, prepare
 from jaxopt_lab.data.evaluation import (
     bits_per_byte,
     count_targets,
@@ -13,23 +13,27 @@ from jaxopt_lab.data.evaluation import (
 )
 from jaxopt_lab.data.sources import (
     CORPORA,
+    VALIDATION,
     Mixture,
     PreparedTfds,
     PythonSource,
     Source,
     TextFiles,
+    sets_from_text,
 )
 from jaxopt_lab.data.tokenizer import Tokenizer, TokenizerConfig
 from jaxopt_lab.data.windows import Windows, draw_windows
 
 __all__ = [
     "CORPORA",
+    "VALIDATION",
     "Batch",
     "Corpus",
     "CorpusPart",
     "Mixture",
     "PreparedTfds",
     "PythonSource",
+    "SetError",
     "Source",
     "TextFiles",
     "TokenSplit",
@@ -43,6 +47,7 @@ __all__ = [
     "list_corpora",
     "nats_under",
     "prepare",
+    "sets_from_text",
     "train_batches",
     "train_rows",
     "unigram_model",

@@ -1,7 +1,8 @@
 """From documents to memory-mapped tokens, cached by content."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,19 @@ import numpy as np
 from jaxopt_lab.data import cache
 from jaxopt_lab.data.preparation import (
     FORMAT,
+    SET,
     OnProgress,
+    Scan,
     check_splits,
     hash_json,
+    keys_of,
     scan_documents,
     split_paths,
     store_documents,
+    write_set,
     write_tokens,
 )
-from jaxopt_lab.data.sources import Mixture, Source
+from jaxopt_lab.data.sources import Mixture, SinglePart, Source
 from jaxopt_lab.data.tokenizer import Tokenizer, TokenizerConfig
 
 
@@ -75,6 +80,8 @@ class Corpus:
     manifest: dict[str, Any]
     duplicates: int
     """Documents dropped because an equal one was there."""
+    sets: Mapping[str, TokenSplit] = field(default_factory=dict)
+    """What else is evaluated, by the names given to `prepare`."""
 
     def summary(self) -> dict[str, Any]:
         """What identifies and describes the corpus, as JSON values."""
@@ -83,6 +90,7 @@ class Corpus:
             "name": self.name,
             **{key: self.manifest[key] for key in about},
             "duplicates_dropped": self.duplicates,
+            "near_copies_dropped": self.manifest["near_copies"],
             "parts": [
                 {"name": part.name, "hash": part.hash, "weight": part.weight} for part in self.parts
             ],
@@ -96,14 +104,16 @@ def prepare(
     *,
     cache_dir: str | os.PathLike[str] | None = None,
     validation_fraction: float = 0.05,
+    sets: Mapping[str, SinglePart | None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Corpus:
     """Reads, splits and tokenizes a source, or opens the cached result.
 
     Documents are decoded as UTF-8 with replacement; empty ones and exact duplicates are dropped.
     A document belongs to the validation split when its content hash falls below
-    `validation_fraction` of the hash range, so adding documents never moves another one. The
-    cache is keyed by the documents' content and the tokenizer; the source is read and hashed on
+    `validation_fraction` of the hash range, so adding documents never moves another one. One that
+    training has mostly seen (`preparation.near_copies`) is held out, but not evaluated. The cache
+    is keyed by the documents' content and the tokenizer; the source is read and hashed on
     every call.
 
     Args:
@@ -113,11 +123,14 @@ def prepare(
         cache_dir: by default `$JAXOPT_LAB_CACHE`, else `$XDG_CACHE_HOME/jaxopt-lab`, else
             `~/.cache/jaxopt-lab`.
         validation_fraction: share of the documents held out, in [0, 1); 0 holds out none.
+        sets: more text to evaluate, by names: of a source, all documents that are neither training
+            documents nor near copies of some, so of a part of a mixture its held-out ones; None
+            stands for the training documents themselves.
         on_progress: called with a line of text now and then.
 
     Raises:
         ValueError: a field of the source or tokenizer is wrong, the corpus is empty, or one of
-            the splits has no document.
+            the splits has no document; `SetError` where it is one of the sets.
 
     Example:
         >>> import tempfile
@@ -147,9 +160,11 @@ def prepare(
     key = hash_json([FORMAT, parts_hash, validation_fraction, identity])
     entry = root / "tokens" / key[:24]
 
+    def stores() -> list[Path]:
+        return [store_documents(root, scan, validation_fraction, report) for scan in scans]
+
     def write(directory: Path) -> dict[str, Any]:
-        stores = [store_documents(root, scan, validation_fraction, report) for scan in scans]
-        facts = write_tokens(directory, scans, stores, tokenizer, report)
+        facts = write_tokens(directory, scans, stores(), tokenizer, report)
         return {
             "name": source.name,
             "hash": parts_hash[0] if len(scans) == 1 else hash_json(parts_hash),
@@ -162,7 +177,7 @@ def prepare(
         CorpusPart(scan.source.name, scan.hash, weight / sum(weights), *stretch)
         for scan, weight, stretch in zip(scans, weights, manifest["stretches"], strict=True)
     ]
-    return Corpus(
+    corpus = Corpus(
         name=source.name,
         hash=manifest["hash"],
         tokenizer=Tokenizer.load(entry),
@@ -173,6 +188,36 @@ def prepare(
         manifest=manifest,
         duplicates=sum(scan.duplicates for scan in scans),
     )
+
+    def open_set(name: str, part: SinglePart | None) -> TokenSplit:
+        if part is None:
+            return corpus.train
+        try:
+            (scan,) = scan_documents([part], report)
+            trained = [keys_of(each, "train", validation_fraction) for each in scans]
+            return _open_set(scan, scan.keys.difference(*trained), corpus, stores, report)
+        except ValueError as error:
+            raise SetError(f"{name}: {error}") from error
+
+    return replace(corpus, sets={name: open_set(name, part) for name, part in (sets or {}).items()})
+
+
+class SetError(ValueError):
+    """A set to evaluate that cannot be read or has no text of its own."""
+
+
+def _open_set(
+    scan: Scan, keys: Set[str], corpus: Corpus, stores: Callable[[], list[Path]], report: OnProgress
+) -> TokenSplit:
+    if not keys:
+        raise ValueError(f"all documents of {scan.source.name} are training documents")
+    entry = corpus.path.parents[1] / "sets" / hash_json([corpus.path.name, scan.hash])[:24]
+
+    def write(directory: Path) -> dict[str, Any]:
+        report(f"encoding {scan.source.name} for evaluation")
+        return write_set(directory, scan.source, keys, stores(), corpus.tokenizer, report)
+
+    return _open_split(entry, SET, cache.open_or_build(entry, write, report))
 
 
 def list_corpora(cache_dir: str | os.PathLike[str] | None = None) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,15 @@ from jaxopt_lab.data.sources import Document, SinglePart
 from jaxopt_lab.data.tokenizer import Tokenizer, TokenizerConfig, make_tokenizer
 
 # Part of every cache key: raise it when the stored layout or the document rules change.
-FORMAT = 1
+FORMAT = 2
 _ENCODE_CHARACTERS = 2_000_000
 _REPORT_BYTES = 20_000_000
+# Lines of fewer characters recur by chance or by custom.
+_TELLING_LINE = 40
 
 OnProgress = Callable[[str], None]
+SPLITS = "train", "validation"
+SET = "set"
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ def split_of(key: str, validation_fraction: float) -> str:
     return "validation" if int(key[:16], 16) < validation_fraction * 2**64 else "train"
 
 
+def keys_of(scan: Scan, split: str, validation_fraction: float) -> set[str]:
+    """The documents of a part that belong to a split."""
+    return {key for key in scan.keys if split_of(key, validation_fraction) == split}
+
+
 def check_splits(name: str, scans: Sequence[Scan], validation_fraction: float) -> None:
     """Raises ValueError where a split has no document."""
     keys = [key for scan in scans for key in scan.keys]
@@ -92,10 +101,10 @@ def store_documents(root: Path, scan: Scan, validation_fraction: float, report: 
 
     def write(directory: Path) -> dict[str, Any]:
         report(f"storing the documents of {scan.source.name}")
-        splits = {split_of(key, validation_fraction) for key in scan.keys}
+        parts = {split: keys_of(scan, split, validation_fraction) for split in SPLITS}
         write_documents(
             directory,
-            {split: _keyed(scan, split, validation_fraction) for split in sorted(splits)},
+            {split: _keyed(scan.source, keys) for split, keys in parts.items() if keys},
         )
         return {"name": scan.source.name, "hash": scan.hash}
 
@@ -103,19 +112,51 @@ def store_documents(root: Path, scan: Scan, validation_fraction: float, report: 
     return entry
 
 
-def _keyed(scan: Scan, split: str, fraction: float) -> Iterator[tuple[str, Document]]:
-    """The documents of one split, each once, on a second pass over the source."""
-    wanted = {key for key in scan.keys if split_of(key, fraction) == split}
-    for document in scan.source.documents():
+def _keyed(source: SinglePart, keys: Set[str]) -> Iterator[tuple[str, Document]]:
+    """Some documents of a source, each once, on a second pass over it."""
+    left = set(keys)
+    for document in source.documents():
         key = hashlib.sha256(document.text.encode()).hexdigest()
-        if key in wanted:
-            wanted.discard(key)
+        if key in left:
+            left.discard(key)
             yield key, document
-    if wanted:
+    if left:
         raise ValueError(
-            f"the files of {scan.source.name} changed while they were read: {len(wanted)} "
+            f"the files of {source.name} changed while they were read: {len(left)} "
             "documents are gone; prepare the corpus again"
         )
+
+
+def near_copies(held_out: Mapping[str, str], training: Iterable[str]) -> set[str]:
+    """Held-out documents that training has mostly seen, although they are no copies.
+
+    Those are meant of whose lines with more than 40 characters at least half are lines of training
+    documents. Only the lines of held-out documents are kept in memory.
+
+    >>> line = "the quick brown fox jumps over the lazy dog"
+    >>> near_copies({"a": line, "b": line.upper()}, [line])
+    {'a'}
+
+    Args:
+        held_out: key -> text.
+        training: texts; read once.
+
+    Returns:
+        The keys of these documents.
+    """
+    telling = {key: _telling_lines(text) for key, text in held_out.items()}
+    wanted, seen = set().union(*telling.values()), set()
+    for text in training:
+        seen |= wanted.intersection(_telling_lines(text))
+    return {
+        key
+        for key, lines in telling.items()
+        if lines and 2 * sum(line in seen for line in lines) >= len(lines)
+    }
+
+
+def _telling_lines(text: str) -> list[str]:
+    return [line for line in map(str.strip, text.splitlines()) if len(line) > _TELLING_LINE]
 
 
 def write_tokens(
@@ -141,9 +182,8 @@ def write_tokens(
         start = train.num_tokens
         train.write((text for _, text in read_documents(store, "train")), report)
         stretches.append([start, train.num_tokens])
-    held_out = sorted(pair for store in stores for pair in read_documents(store, "validation"))
-    validation = _SplitWriter(directory, "validation", tokenizer)
-    validation.write((text for _, text in held_out), report)
+    held_out = dict(sorted(p for store in stores for p in read_documents(store, "validation")))
+    validation, copies = _write_unseen(directory, "validation", held_out, stores, tokenizer, report)
     return {
         "tokenizer": {
             "kind": config.kind,
@@ -152,21 +192,69 @@ def write_tokens(
         },
         "dtype": np.dtype(train.dtype).name,
         "stretches": stretches,
-        "splits": {"train": train.finish(), "validation": validation.finish()},
+        "splits": {"train": train.finish(), "validation": validation},
+        "near_copies": copies,
     }
+
+
+def write_set(
+    directory: Path,
+    source: SinglePart,
+    keys: Set[str],
+    stores: Sequence[Path],
+    tokenizer: Tokenizer,
+    report: OnProgress,
+) -> dict[str, Any]:
+    """Encodes some documents of a source for evaluation, and returns what the manifest says."""
+    documents = {key: document.text for key, document in sorted(_keyed(source, keys))}
+    facts, copies = _write_unseen(directory, SET, documents, stores, tokenizer, report)
+    dtype = np.dtype(_SplitWriter.dtype_for(tokenizer)).name
+    return {"name": source.name, "dtype": dtype, "splits": {SET: facts}, "near_copies": copies}
+
+
+def _write_unseen(
+    directory: Path,
+    split: str,
+    documents: Mapping[str, str],
+    stores: Sequence[Path],
+    tokenizer: Tokenizer,
+    report: OnProgress,
+) -> tuple[dict[str, int], int]:
+    """Encodes documents except near copies of training ones; says how many of these there were."""
+    from jaxopt_lab.data.builder import read_documents
+
+    training = (text for store in stores for _, text in read_documents(store, "train"))
+    copies = near_copies(documents, training)
+    if copies:
+        report(
+            f"{len(copies)} of {len(documents)} held-out documents are left out: at least half of "
+            f"their lines with more than {_TELLING_LINE} characters are in training documents"
+        )
+    if documents and len(copies) == len(documents):
+        raise ValueError(
+            "all held-out documents are near copies of training documents; raise "
+            "validation_fraction, or give other documents"
+        )
+    writer = _SplitWriter(directory, split, tokenizer)
+    writer.write((text for key, text in documents.items() if key not in copies), report)
+    return writer.finish(), len(copies)
 
 
 class _SplitWriter:
     """Appends encoded documents to the files of one split."""
 
     def __init__(self, directory: Path, split: str, tokenizer: Tokenizer):
-        self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
+        self.dtype = self.dtype_for(tokenizer)
         self.num_tokens = 0
         self._tokenizer = tokenizer
         self._offsets = [0]
         self._num_bytes = 0
         self._paths = split_paths(directory, split)
         self._paths[0].touch()
+
+    @staticmethod
+    def dtype_for(tokenizer: Tokenizer) -> type[np.integer]:
+        return np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
 
     def write(self, texts: Iterator[str], report: OnProgress) -> None:
         reported = self._num_bytes

@@ -4,10 +4,11 @@ import glob
 import gzip
 import json
 import os
+import re
 import site
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -278,6 +279,8 @@ PARTS: dict[str, type[SinglePart]] = {
     "text-files": TextFiles,
     "prepared-tfds": PreparedTfds,
 }
+VALIDATION = "validation"
+"""Name of the set that every run evaluates: the held-out documents of its corpus."""
 CORPORA: dict[str, type[Source]] = {**PARTS, "mixture": Mixture}
 """The sources by name, and those that a mixture may have as parts."""
 
@@ -303,6 +306,29 @@ def part_from_text(text: str) -> SinglePart:
     if issubclass(kind, PreparedTfds):
         return kind(argument)
     return kind(tuple(argument.split(",")))
+
+
+def sets_from_text(texts: Sequence[str]) -> dict[str, SinglePart | None]:
+    """Sets to evaluate in short: a name and a source, or `train` for the training text.
+
+    >>> sets_from_text(["notes=text-files:notes/*.md", "seen=train"])
+    {'notes': TextFiles(paths=('notes/*.md',), text_field='text'), 'seen': None}
+
+    Raises:
+        ValueError: a name is missing, given twice, reserved or none, or there is no such source.
+    """
+    sets: dict[str, SinglePart | None] = {}
+    for text in texts:
+        name, equals, source = text.partition("=")
+        if not equals or not re.fullmatch(r"[\w.-]+", name, re.ASCII):
+            raise ValueError(f"got {text!r}, expected NAME=SOURCE, as notes=text-files:notes/*.md")
+        if name == VALIDATION or name in sets:
+            raise ValueError(f"got {text!r}, but there is a set {name} already")
+        try:
+            sets[name] = None if source == "train" else part_from_text(source)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return sets
 
 
 def _short(path: str) -> str:

@@ -59,7 +59,8 @@ class Text(NamedTuple):
     """What a language model learns from and is evaluated on."""
 
     corpus: data.Corpus
-    held_out: Sequence[data.Batch]  # what `data.validation_batches` returned
+    # What `data.windows_of` returned, by the names of the sets; `validation` is the first.
+    held_out: Mapping[str, Sequence[data.Batch]]
 
 
 def language_model(
@@ -73,7 +74,9 @@ def language_model(
 ) -> Task:
     """The task of a decoder on a mesh.
 
-    Held-out text is scored in nats per token, which ranks checkpoints, and in bits per byte.
+    A held-out set is scored in nats per token, which ranks checkpoints, and in bits per byte: the
+    mean over all its targets, end-of-text among them, and the same sum of nats over the bytes that
+    just these targets stand for.
 
     Args:
       config: Of the decoder.
@@ -93,7 +96,7 @@ def language_model(
         param_specs=models.partition_specs(config, mesh),
         batch_spec=row,
         batch=None if text is None else _rows(config, text, seed),
-        evaluations={} if text is None else {"validation": _evaluation(text, loss)},
+        evaluations={} if text is None else _evaluations(text, loss),
     )
 
 
@@ -105,18 +108,34 @@ def _rows(
     )
 
 
-def _evaluation(text: Text, loss: Loss) -> Evaluation:
-    corpus, held_out = text
-    tokens, _ = data.count_targets(held_out, corpus.tokenizer)
-    nats, bits = data.unigram_nats(corpus, held_out)
+def _evaluations(text: Text, loss: Loss) -> dict[str, Evaluation]:
+    unigram = data.unigram_model(text.corpus)
+    return {
+        name: _evaluation(name, held_out, text.corpus.tokenizer, unigram, loss)
+        for name, held_out in text.held_out.items()
+    }
+
+
+def _evaluation(
+    name: str,
+    held_out: Sequence[data.Batch],
+    tokenizer: data.Tokenizer,
+    unigram: np.ndarray,
+    loss: Loss,
+) -> Evaluation:
+    tokens, _ = data.count_targets(held_out, tokenizer)
+    nats, bits = data.nats_under(unigram, held_out, tokenizer)
+    in_nats, in_bits = (
+        ("validation_loss", "bits_per_byte")
+        if name == data.VALIDATION
+        else (f"{name}/loss", f"{name}/bits_per_byte")
+    )
     return Evaluation(
         batches=held_out,
         loss=loss,
         report={
-            "validation_loss": lambda means: means["loss"],
-            "bits_per_byte": lambda means: data.bits_per_byte(
-                means["loss"], held_out, corpus.tokenizer
-            ),
+            in_nats: lambda means: means["loss"],
+            in_bits: lambda means: data.bits_per_byte(means["loss"], held_out, tokenizer),
         },
         about={"tokens": tokens, "unigram_nats": nats, "unigram_bits_per_byte": bits},
     )

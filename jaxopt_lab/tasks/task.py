@@ -21,7 +21,7 @@ class Evaluation:
     Args:
       batches: All of it, in every process.
       loss: Its metrics are averaged over the batches by their weights; the objective is not used.
-      report: What is logged, by its name in the log. The first one ranks checkpoints; lower is
+      report: What is logged, by its name in the log. The first one may rank checkpoints; lower is
         better.
       about: Facts known beforehand, such as the score of a trivial predictor.
     """
@@ -43,7 +43,8 @@ class Task:
       batch_spec: Shape and dtype of one row of every entry of a batch.
       batch: (numbers of rows) -> these rows on the host. A row is a function of its number, which
         counts the rows that a run consumes. None where a task is only compiled.
-      evaluations: Held-out sets by name; what the first one reports first ranks checkpoints.
+      evaluations: Held-out sets by name. What one of them reports first ranks checkpoints, by
+        default the first.
     """
 
     init: Callable[[Array], PyTree]

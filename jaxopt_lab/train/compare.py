@@ -69,7 +69,8 @@ def compare(config: CompareConfig, *, message: Message | None = None) -> Compare
     directory = open_comparison(config)
     say(f"run directory: {directory}")
     with interrupt_by_the_end():
-        corpus, held_out = open_text(config, config.eval, config.batch_size, say)
+        text = open_text(config, config.eval, config.batch_size, say)
+    corpus, held_out = text.corpus, text.held_out[data.VALIDATION]
     corpus.tokenizer.save(directory)
     task, close = _task(config, corpus, held_out)
     common = _common_settings(config, corpus)

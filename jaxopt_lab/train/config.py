@@ -7,7 +7,15 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from jaxopt_lab.data import CORPORA, PythonSource, Source, Tokenizer, TokenizerConfig
+from jaxopt_lab.data import (
+    CORPORA,
+    VALIDATION,
+    PythonSource,
+    Source,
+    Tokenizer,
+    TokenizerConfig,
+    sets_from_text,
+)
 from jaxopt_lab.models import PRESETS, DecoderConfig
 from jaxopt_lab.train.bounds import check_bounds
 from jaxopt_lab.train.diagnostics import DiagnosticsConfig
@@ -27,12 +35,21 @@ class HeldOutConfig:
     """Steps between evaluations; the last step is always evaluated."""
 
     batches: int = 16
-    """Batches of held-out text, the same every time."""
+    """Held-out text in batches of 8 windows of `model.context` tokens, whatever the batch of the
+    training is; the windows are spread over all documents and the same every time."""
 
 
 @dataclass(frozen=True)
 class EvalConfig(HeldOutConfig):
     """Held-out evaluation."""
+
+    sets: tuple[str, ...] = ()
+    """More sets to evaluate, `NAME=SOURCE` each, as `notes=text-files:notes/*.md`: documents of the
+    source that training does not see, as `NAME/loss` and `NAME/bits_per_byte`. `NAME=train` is the
+    training text."""
+
+    best: str = VALIDATION
+    """The set whose loss says which checkpoints are the best."""
 
     sample_tokens: int = 96
     """Length of the continuation sampled at the end; 0 leaves it out."""
@@ -226,6 +243,7 @@ def validate(config: PretrainConfig, device_count: int) -> None:
     config.optimizer.validate()
     config.diagnostics.validate(config.optimizer)
     profiled_steps(config.profile, config.steps)
+    _check_sets(config.eval)
     if config.deterministic and config.model.attention == "cudnn":
         raise ConfigError(
             "model.attention", "cudnn", "expected auto or xla: cuDNN's kernel is not deterministic"
@@ -241,6 +259,15 @@ def validate(config: PretrainConfig, device_count: int) -> None:
         )
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb", True, "needs a package: pip install 'jaxopt-lab[wandb]'")
+
+
+def _check_sets(evaluation: EvalConfig) -> None:
+    try:
+        names = [VALIDATION, *sets_from_text(evaluation.sets)]
+    except ValueError as error:
+        raise ConfigError.inside("eval.sets", error) from error
+    if evaluation.best not in names:
+        raise ConfigError("eval.best", evaluation.best, f"expected one of {', '.join(names)}")
 
 
 def validate_run(config: RunConfig) -> None:

@@ -21,6 +21,7 @@ class HeldOut:
       mesh: Where the batches go.
       param_shardings: Tree of NamedSharding, like the parameters.
       compiler_options: Passed to the compiler.
+      best: The evaluation whose first report ranks checkpoints; the first one by default.
     """
 
     def __init__(
@@ -29,9 +30,11 @@ class HeldOut:
         mesh: Mesh,
         param_shardings: PyTree,
         compiler_options: Mapping[str, Any] | None = None,
+        best: str | None = None,
     ):
         """Places the batches; compiles nothing."""
         self.evaluations = evaluations
+        self._best = best
         self.names = tuple(name for each in evaluations.values() for name in each.report)
         self._batches = {
             name: [to_global(mesh, batch, _rows(batch)) for batch in each.batches]
@@ -41,6 +44,12 @@ class HeldOut:
         options["compiler_options"] = compiler_options
         losses = {each.loss for each in evaluations.values()}
         self._programs = {loss: make_eval(loss, **options) for loss in losses}
+
+    @property
+    def ranking(self) -> str:
+        """What ranks checkpoints, by its name in the log."""
+        best = next(iter(self.evaluations)) if self._best is None else self._best
+        return next(iter(self.evaluations[best].report))
 
     def scores(self, params: PyTree) -> dict[str, float]:
         """What all evaluations report about some parameters, by the names in the log."""

@@ -51,7 +51,7 @@ class Run:
 
     @property
     def text(self) -> dict[str, Any]:
-        """What, besides the number of samples consumed, fixes which text comes next.
+        """What, besides the number of samples consumed, fixes which text is read.
 
         By the names of the settings, so that a change can be refused by name.
         """
@@ -62,6 +62,7 @@ class Run:
             "validation_fraction": self.config.validation_fraction,
             "tokenizer": self.corpus.tokenizer.hash,
             "model.context": self.config.model.context,
+            "eval.best": self.config.eval.best,
         }
 
 
@@ -187,9 +188,9 @@ class Loop:
 
     def _ranking(self, scores: Mapping[str, float]) -> float:
         """The score that ranks checkpoints: of the average, if the run keeps one."""
-        first = self._run.program.held_out.names[0]
-        average = _of_average(first)
-        return scores[average if average in scores else first]
+        plain = self._run.program.held_out.ranking
+        average = _of_average(plain)
+        return scores[average if average in scores else plain]
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves unless a parameter is not finite: such a state must not replace a good one."""

@@ -164,11 +164,14 @@ def _train(run: Run, hooks: Sequence[Hook], say: Message) -> RunResult:
         state, position = agreed(lambda: _initial_state(run, say))
         agreed(lambda: _record_start(run, position.step) if leader else None)
         compiled = _compile(run.config, run.program, say)
-    about = run.program.task.evaluations["validation"].about
-    say(
-        f"held out: {about['tokens']:,} tokens; a unigram model reaches "
-        f"{about['unigram_nats']:.4f} nats/token, {about['unigram_bits_per_byte']:.4f} bits/byte"
-    )
+    evaluations = run.program.task.evaluations
+    for name, each in evaluations.items():
+        say(
+            f"held out, {name}: {each.about['tokens']:,} tokens; a unigram model reaches "
+            f"{each.about['unigram_nats']:.4f} nats/token, "
+            f"{each.about['unigram_bits_per_byte']:.4f} bits/byte"
+        )
+    about = evaluations["validation"].about
     before = time.monotonic()
     with RunLog(run.config, run.directory, *position) as log:
         loop = Loop(run, compiled, log, hooks)
@@ -220,8 +223,12 @@ def _schedule_outcome(run: Run, state: TrainState, say: Message) -> dict[str, An
 def _prepare(config: PretrainConfig, say: Message) -> Text:
     """Opens the corpus; process 0 first, so that the others find it in the cache."""
     rows, leads = config.batch_size // config.accumulation, jax.process_index() == 0
-    text = agreed(lambda: open_text(config, config.eval, rows, say) if leads else None)
-    return agreed(lambda: open_text(config, config.eval, rows, say) if text is None else text)
+
+    def opened() -> Text:
+        return open_text(config, config.eval, rows, say, config.eval.sets)
+
+    text = agreed(lambda: opened() if leads else None)
+    return agreed(lambda: opened() if text is None else text)
 
 
 def _initial_state(run: Run, say: Message) -> tuple[TrainState, Position]:

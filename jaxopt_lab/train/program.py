@@ -111,7 +111,7 @@ def build_program(
         rates=rule.rates,
         compiler_options=options,
     )
-    held_out = HeldOut(task.evaluations, mesh, shardings, options)
+    held_out = HeldOut(task.evaluations, mesh, shardings, options, config.eval.best)
     recorders = make_recorders(config.diagnostics, config.optimizer, info, ema)
     hooks = () if recorders is None else (diagnostic_hook(recorders, step),)
     return Program(mesh, task, step, held_out, hooks, options, rule.outcome)

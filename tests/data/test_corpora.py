@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jaxopt_lab.data import (
     Mixture,
     PythonSource,
+    SetError,
     TextFiles,
     TokenizerConfig,
     list_corpora,
@@ -214,6 +215,93 @@ def test_nothing_held_out_on_request(tmp_path):
     source = TextFiles((str(write_texts(tmp_path / "text", DOCUMENTS[:5])),))
     corpus = _prepare(source, tmp_path, fraction=0.0)
     assert (corpus.train.num_documents, corpus.validation.num_documents) == (5, 0)
+
+
+def long_lines(name, count=6):
+    return [f"{name}, line {i}: a sentence that no other document has" for i in range(count)]
+
+
+def test_held_out_documents_that_training_has_mostly_seen_are_not_evaluated(tmp_path):
+    documents = ["\n".join(long_lines(f"document {i}")) for i in range(40)]
+    validation = held_out(documents, FRACTION)
+    first, second, third = validation[:3]
+    training = [text for text in documents if text not in validation]
+
+    def with_lines_of(text, count):
+        """A training document that repeats so many lines of another one, indented."""
+        lines = ["    " + line for line in text.splitlines()[:count]]
+        for salt in range(100):
+            copy = "\n".join([*lines, *long_lines(f"copy {salt}")])
+            if split_of(key_of(copy), FRACTION) == "train":
+                return copy
+        raise AssertionError
+
+    copies = [with_lines_of(first, 3), with_lines_of(second, 2), with_lines_of(third, 6)]
+    told = []
+    write_texts(tmp_path / "text", [*documents, *copies])
+    corpus = _prepare(
+        TextFiles((str(tmp_path / "text"),)), tmp_path / "cache", on_progress=told.append
+    )
+    kept = sorted((text for text in validation if text not in (first, third)), key=key_of)
+    assert _texts_of(corpus, corpus.validation) == kept
+    assert len(_texts_of(corpus, corpus.train)) == len(training) + 3
+    assert corpus.summary()["near_copies_dropped"] == 2
+    assert any(line.startswith(f"2 of {len(validation)} held-out documents") for line in told)
+
+
+def test_when_all_held_out_documents_are_near_copies(tmp_path):
+    shared = long_lines("licence")
+    documents = ["\n".join([*shared, f"{i}"]) for i in range(40)]
+    write_texts(tmp_path / "text", documents)
+    with pytest.raises(ValueError, match="all held-out documents are near copies"):
+        _prepare(TextFiles((str(tmp_path / "text"),)), tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def with_sets(tmp_path_factory):
+    """A mixture of two parts that share documents, and sets of one, of both, of others."""
+    root = tmp_path_factory.mktemp("sets")
+    write_texts(root / "a", DOCUMENTS[:40])
+    write_texts(root / "b", DOCUMENTS[30:])
+    write_texts(root / "other", [*texts(5, seed=1), DOCUMENTS[0], DOCUMENTS[1]])
+    a, b, other = (TextFiles((str(root / name),)) for name in ("a", "b", "other"))
+    sets = {"a": a, "b": b, "other": other, "seen": None}
+    return _prepare(Mixture((a, b), (1.0, 1.0)), root / "cache", sets=sets), root, other
+
+
+def test_sets_are_what_training_does_not_see(with_sets):
+    corpus, _, _ = with_sets
+    validation = held_out(DOCUMENTS, FRACTION)
+    wanted = {
+        "a": [text for text in DOCUMENTS[:40] if text in validation],
+        "b": [text for text in DOCUMENTS[30:] if text in validation],
+        "other": [*texts(5, seed=1), *(t for t in DOCUMENTS[:2] if t in validation)],
+    }
+    assert set(wanted["a"]) & set(wanted["b"])
+    for name, documents in wanted.items():
+        split = corpus.sets[name]
+        assert _texts_of(corpus, split) == sorted(documents, key=key_of), name
+        assert split.num_bytes == sum(len(text.encode()) for text in documents)
+    assert corpus.sets["seen"] is corpus.train
+
+
+def test_sets_are_kept_in_the_cache(with_sets, monkeypatch):
+    corpus, root, other = with_sets
+    monkeypatch.setattr(preparation, "_SplitWriter", None)  # nothing is written again
+    parts = Mixture(tuple(TextFiles((str(root / name),)) for name in "ab"), (1.0, 1.0))
+    again = _prepare(parts, root / "cache", sets={"renamed": other})
+    np.testing.assert_array_equal(again.sets["renamed"].tokens, corpus.sets["other"].tokens)
+
+
+def test_sets_without_text_of_their_own_are_named(tmp_path):
+    documents = [text for text in DOCUMENTS if text not in held_out(DOCUMENTS, FRACTION)]
+    write_texts(tmp_path / "text", DOCUMENTS)
+    write_texts(tmp_path / "same", documents[:5])
+    source = TextFiles((str(tmp_path / "text"),))
+    for directory, message in {"same": "all documents of .* are training", "no": "no file"}.items():
+        sets = {"mine": TextFiles((str(tmp_path / directory),))}
+        with pytest.raises(SetError, match=f"mine: .*{message}"):
+            _prepare(source, tmp_path / "cache", sets=sets)
 
 
 def test_corpora_without_documents_on_one_side(tmp_path):
