@@ -143,7 +143,7 @@ class Progress:
             parts.append(f"eta {_duration((self.total_steps - step) / speed)}")
             if self._utilization:
                 parts.append(f"mfu {_percent(speed * self._utilization)}")
-            parts += [f"step {_seconds(1 / speed)}", f"data {_percent(waited * speed)}"]
+            parts += [f"{_seconds(1 / speed)}/step", f"data {_percent(waited * speed)}"]
         if memory is not None:
             parts.append(f"memory {memory / 2**30:.1f} GiB")
         if speed and self._optimizer_share is not None:
@@ -194,7 +194,7 @@ def _short(number: float) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
+    return f"{100 * share:.1f} %"
 
 
 def _seconds(seconds: float) -> str:

@@ -35,7 +35,7 @@ def test_speed_and_remaining_time():
     run(progress, clock, range(1, 101), 0.5)
     assert progress.steps_per_second() == 2.0
     assert stream.getvalue().splitlines()[-1] == (
-        "step 100/1000  loss 2.0000  rate 1.00e-03  16k tokens/s  eta 7:30  step 500 ms  data 0 %"
+        "step 100/1000  loss 2.0000  rate 1.00e-03  16k tokens/s  eta 7:30  500 ms/step  data 0.0 %"
     )
 
 
@@ -48,8 +48,8 @@ def test_what_the_run_measures_of_itself():
         clock.now += 0.25
         progress.update(step, loss=2.0, data_wait=0.05, memory=3 * 2**30)
     assert stream.getvalue().splitlines()[-1] == (
-        "step 10/100  loss 2.0000  eta 0:22  mfu 40 %  step 250 ms  data 20 %  memory 3.0 GiB  "
-        "optimizer 7 %"
+        "step 10/100  loss 2.0000  eta 0:22  mfu 40.0 %  250 ms/step  data 20.0 %  "
+        "memory 3.0 GiB  optimizer 7.0 %"
     )
     assert stream.getvalue().splitlines()[0] == "step 1/100  loss 2.0000  memory 3.0 GiB"
 
