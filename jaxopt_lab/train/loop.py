@@ -165,10 +165,10 @@ class Loop:
     def _take_up(self, start: int) -> None:
         """What was measured at `start` is not measured again: the state is the same bit for bit."""
         logged = logged_at(self._run.directory, start)
-        names = self._run.program.held_out.names
-        names = {*names, *map(_of_average, names)}
+        held_out = self._run.program.held_out
+        names = {*held_out.names, *map(_of_average, held_out.names)}
         measured = {k: v for k, v in logged.items() if k in names}
-        if measured:
+        if held_out.ranking in measured:
             self._evaluated, self.last_evaluation = {start: self._ranking(measured)}, measured
         if "loss" in logged:
             self.last_metrics = {k: v for k, v in logged.items() if k not in names}

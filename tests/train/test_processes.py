@@ -29,10 +29,13 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_two(settings, run, *flags, of_second=()):
+PRETRAIN = "-m", "jaxopt_lab.cli", "pretrain"
+
+
+def start_two(settings, run, *flags, of_second=(), program=PRETRAIN):
     command = [
-        sys.executable, "-m", "jaxopt_lab.cli", "pretrain", "--config", settings,
-        "--run-directory", str(run), "--distributed.num-processes", "2",
+        sys.executable, *program, "--config", settings, "--run-directory", str(run),
+        "--distributed.num-processes", "2",
         "--distributed.coordinator-address", f"127.0.0.1:{free_port()}", *flags,
     ]  # fmt: skip
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "NO_PROXY": "*"}
@@ -85,6 +88,44 @@ def test_two_processes_train_save_and_one_process_resumes(tmp_path, monkeypatch)
     assert resumed.keys() == expected.keys()
     for step, loss in expected.items():
         np.testing.assert_allclose(resumed[step], loss, rtol=1e-5)
+
+
+# A hook that fails on the second process alone.
+HOOKED = """
+import jax, sys
+from jaxopt_lab.train import Hook, pretrain
+from jaxopt_lab.train.arguments import parse_config
+from jaxopt_lab.train.errors import TrainingError
+
+def uneven(view):
+    if jax.process_index() == 1:
+        raise ValueError("only here")
+
+try:
+    print(pretrain(parse_config(sys.argv[1:], "pretrain"), hooks=[Hook(uneven, every=2)]).status)
+except TrainingError as error:
+    print(error)
+"""
+
+
+def test_a_hook_that_fails_on_one_process_ends_both_with_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXOPT_LAB_CACHE", str(tmp_path / "cache"))
+    config = tiny_config(
+        write_text(tmp_path / "text"), None, steps=50, optimizer=AdamWConfig(),
+        mesh=MeshConfig(data=2), eval=EvalConfig(every=10**6, batches=1, sample_tokens=0),
+        checkpoint=CheckpointConfig(every_steps=None),
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(to_json(config))
+    processes = start_two(str(tmp_path / "config.json"), tmp_path / "run", program=("-c", HOOKED))
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert outputs[0].splitlines()[-1] == "terminated", outputs[0]
+    line = "hook uneven failed at step 2: ValueError: only here; saved after step 4"
+    assert outputs[1].splitlines()[-1] == line, outputs[1]
+    assert committed_steps(tmp_path / "run/checkpoints") == [4]
 
 
 @pytest.mark.slow
