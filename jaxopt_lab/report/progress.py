@@ -172,13 +172,17 @@ def _live_line(stream: TextIO, total_steps: int, start_step: int):
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as RichProgress
+    from rich.table import Column
 
+    # What does not fit on a narrow terminal is the end of the text.
+    rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
     live = RichProgress(
         TextColumn("step"),
         MofNCompleteColumn(),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[text]}", markup=False),
+        BarColumn(bar_width=10),
+        TextColumn("{task.fields[text]}", markup=False, table_column=rest),
         console=Console(file=stream),
+        expand=True,
         refresh_per_second=_REFRESHES_PER_SECOND,
     )
     live.add_task("train", total=total_steps, completed=start_step, text="")

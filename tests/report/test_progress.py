@@ -75,3 +75,14 @@ def test_messages_and_evaluations_stand_above_the_live_line():
     assert "saved [checkpoints]/5\n" in output
     assert "step 5/10  evaluation  loss 3.2500  bits/byte 1.5000\n" in output
     assert output.rindex("loss 2.0000") > output.index("evaluation")
+
+
+def test_a_narrow_terminal_cuts_off_what_matters_least(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    stream, clock = Terminal(), Clock()
+    live = {"utilization": 0.1, "optimizer_share": 0.07, "tokens_per_step": 1000}
+    with Progress(300, stream=stream, clock=clock, **live) as progress:
+        run(progress, clock, range(1, 30), 0.5)
+    last = stream.getvalue().splitlines()[-1]
+    assert "step" in last and "29/300" in last and "eta 2:16" in last
+    assert "optimizer" not in last
