@@ -83,6 +83,6 @@ def test_a_narrow_terminal_cuts_off_what_matters_least(monkeypatch):
     live = {"utilization": 0.1, "optimizer_share": 0.07, "tokens_per_step": 1000}
     with Progress(300, stream=stream, clock=clock, **live) as progress:
         run(progress, clock, range(1, 30), 0.5)
-    last = stream.getvalue().splitlines()[-1]
+    last = [line for line in stream.getvalue().splitlines() if "loss" in line][-1]
     assert "step" in last and "29/300" in last and "eta 2:16" in last
     assert "optimizer" not in last
