@@ -38,7 +38,7 @@ def test_named_choices_and_nested_flags():
 
 def test_order_of_names_and_flags_does_not_matter():
     a = parsed("--optimizer.b1 0.8 --optimizer adamw")
-    assert a.optimizer == AdamWConfig(b1=0.8)
+    assert a.optimizer == AdamWConfig(1e-3, b1=0.8)
 
 
 def test_presets_bring_their_tokenizer():
@@ -79,7 +79,7 @@ def test_a_file_gives_the_defaults_and_flags_change_them(tmp_path):
     path.write_text(to_json(saved))
     assert parsed(f"--config {path}") == saved
     changed = parsed(f"--config {path} --steps 10 --optimizer adamw")
-    assert changed.steps == 10 and changed.optimizer == AdamWConfig(b1=0.7)
+    assert changed.steps == 10 and changed.optimizer == AdamWConfig(1e-3, b1=0.7)
     assert parsed(f"--config {path} --optimizer lion-muon").optimizer == LionMuonConfig()
 
 

@@ -82,7 +82,7 @@ def test_results_hold_every_run_and_what_a_step_costs(finished):
         "adamw.json", "signum-momentum-0.8.json",
     ]  # fmt: skip
     adamw = json.loads((directory / "adamw.json").read_text())
-    assert adamw["optimizer"] == {"name": "adamw", "learning_rate": 3e-3, "weight_decay": 0.1,
+    assert adamw["optimizer"] == {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1,
                                   "b1": 0.9, "b2": 0.95, "eps": 1e-8,
                                   "decay": "matrices"}  # fmt: skip
     assert adamw["rates"] == [1e-3, 1e-2] and len(adamw["sweep_losses"]) == 2
@@ -94,7 +94,7 @@ def test_results_hold_every_run_and_what_a_step_costs(finished):
     assert cost["step_seconds"] > 0 and cost["gradient_seconds"] > 0 and cost["peak_bytes"] > 0
     signum = json.loads((directory / "signum-momentum-0.8.json").read_text())
     # The default grid lies around the optimizer's own rate.
-    assert signum["rates"] == [5e-4, 1e-3] and signum["optimizer"]["momentum"] == 0.8
+    assert signum["rates"] == [1.5e-4, 3e-4] and signum["optimizer"]["momentum"] == 0.8
 
 
 def test_the_verdict_is_that_of_the_curves(finished):
@@ -139,7 +139,7 @@ def test_one_command_runs_only_what_lacks_a_result(config, finished, monkeypatch
     monkeypatch.setattr(module, "tune", stand_in)
     monkeypatch.setattr(module, "measure_step", lambda *args, **settings: COST)
     again = compare(replace(config, vectorize="never"), message=lambda text: None)
-    assert asked == [(5e-4, 1e-3)] and kept.stat().st_mtime_ns == before
+    assert asked == [(1.5e-4, 3e-4)] and kept.stat().st_mtime_ns == before
     assert [o.label for o in again.outcomes] == [ADAMW, SIGNUM]
     assert json.loads(kept.read_text())["held_out"] == again.outcomes[0].tuned.held_out.tolist()
     compare(config, message=lambda text: None)
@@ -219,7 +219,7 @@ def test_command_line_and_json(tmp_path):
     path.write_text(to_json(config))
     assert parse_config(["--config", str(path)], "compare", CompareConfig) == config
     adamw, lion = validate_comparison(config)
-    assert adamw == Entrant("adamw", AdamWConfig(), (1e-3, 2e-3))
+    assert adamw == Entrant("adamw", AdamWConfig(1e-3), (1e-3, 2e-3))
     assert lion.optimizer == LionMuonConfig(period="inf", b2=0.95)
     assert public_compare is compare
 
