@@ -1,0 +1,243 @@
+"""LDSD: directions from a Gaussian policy whose mean is learned from the losses it leads to."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jaxopt_lab.core.keys import purpose_key, threefry_key
+from jaxopt_lab.core.numerics import Scalar, frobenius_unit, wide_dtype, widened
+from jaxopt_lab.core.whole_matrices import known_sharding
+from jaxopt_lab.optim.rates import check_rates
+from jaxopt_lab.optim.routing import float_leaves
+from jaxopt_lab.zeroth_order.directions import Direction, leaves_of
+from jaxopt_lab.zeroth_order.engines import sequential
+from jaxopt_lab.zeroth_order.probing import (
+    Probes,
+    ProbeState,
+    Step,
+    check_integer,
+    default_sampler,
+    finite_or_zero,
+    initial_state,
+    summed,
+    transformation,
+)
+from jaxopt_lab.zeroth_order.samplers import gaussian
+
+Selection = Literal["best", "random", "mean"]
+Start = Literal["zero", "random", "gradient", "estimate"]
+
+# Two-sided estimates whose sum is the mean to start from, as in the released code.
+_START_DIRECTIONS = 20
+
+
+class LDSDState(NamedTuple):
+    """State of `ldsd`."""
+
+    probes: ProbeState
+    mean: optax.Updates  # of the policy: like the parameters, float32 or wider
+    base: optax.OptState
+
+
+def ldsd(
+    base: optax.GradientTransformation,
+    *,
+    candidates: int = 5,
+    eps: Scalar = 1e-3,
+    policy_rate: Scalar = 1e-2,
+    policy_std: Scalar = 1.0,
+    selection: Selection = "best",
+    selected: int = 3,
+    start: Start = "zero",
+    start_sign: Scalar = 1.0,
+    key: Array,
+    probes: Probes = Probes(),
+) -> optax.GradientTransformationExtraArgs:
+    r"""Learnable direction sampling over any optimizer.
+
+    Candidates $v_i = \mu + \sigma \xi_i$ with Gaussian $\xi_i$, $i = 1 \dots K$, are scored by
+    $l_i = f(x + \epsilon v_i)$. The best one, $v$, becomes an estimate for the base optimizer,
+
+    $$g = D v, \qquad D = \frac{\min_i l_i - f(x - \epsilon v)}{2 \epsilon},$$
+
+    and the mean of the policy descends along the candidates by their losses,
+
+    $$\mu \leftarrow \mu - \eta \frac{1}{(K - 1) \sigma} \sum_i (l_i - \bar l)\, \xi_i,$$
+
+    a REINFORCE step with a leave-one-out baseline. It turns $\mu$ to the negative gradient: for a
+    linear loss the mean of the step is $-\eta \epsilon \nabla f$. $K + 1$ losses a step ($K + c$
+    with `selection="mean"`) and one array of the size of the parameters beside the base.
+
+    A loss that is not finite is not selected, and its candidate does not move the policy.
+
+    Args:
+      base: Takes the estimate, such as `optax.sgd(1e-3)`. With a sampler that leaves entries out it
+        is passed `support`, which `scale_by_coordinate_momentum` takes: LDSD over JAGUAR is
+        `ldsd(optax.chain(scale_by_coordinate_momentum(), optax.scale_by_sign(),
+        optax.scale_by_learning_rate(1e-3)), start="random", probes=Probes(sparse()), ...)`.
+      candidates: $K$. With one the policy stays where it is.
+      eps: $\epsilon$.
+      policy_rate: $\eta$; 0 leaves the policy alone: best-of-K descent.
+      policy_std: $\sigma$.
+      selection: "best"; "random", any of the candidates, uniformly; "mean", the average of the
+        estimates from the best `selected`, each with a loss on its other side.
+      selected: $c$ of "mean".
+      start: Of $\mu$: "zero"; "random", a Gaussian of norm 1 in each leaf; from the first batch
+        "gradient", by one backward pass, or "estimate", the sum of 20 two-sided estimates, of norm
+        1 in each leaf.
+      start_sign: Factor on the last two. The released code starts along plus the gradient, while
+        the policy learns minus the gradient: -1 saves that way.
+      key: As for `estimate`.
+      probes: Sampler (None: Gaussian), engine, layouts; one two-sided direction.
+
+    Returns:
+      A transformation with state `LDSDState`.
+
+    Raises:
+      ValueError: As for `estimate`; an option is unknown or out of range.
+
+    Example:
+      >>> tx = ldsd(optax.sgd(0.05), candidates=3, policy_rate=1.0, key=jax.random.key(0))
+      >>> x = jnp.array([1.0, -2.0])
+      >>> updates, state = tx.update(None, tx.init(x), x, value_fn=lambda x: jnp.sum(x**2))
+      >>> state.mean.shape
+      (2,)
+
+    Source: Parfenov, Evseev, Veprikov, Bushkov, Moiseev and Beznosikov, "Zero-Order Optimization
+    for LLM Fine-Tuning via Learnable Direction Sampling", arXiv 2602.13659.
+
+    Differs from the released code in: the policy is updated with the candidates that were evaluated
+    (released: with other draws, so that it learns nothing); the loss of the chosen candidate is
+    not evaluated again; leaves draw independently; one subset a step for all candidates under
+    `sparse` (released: one a candidate).
+    """
+    check_rates(policy_rate=policy_rate)
+    check_integer("candidates", candidates)
+    check_integer("selected", selected)
+    for name, value, known in (("selection", selection, Selection), ("start", start, Start)):
+        if value not in get_args(known):
+            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(get_args(known))}")
+    count = selected if selection == "mean" else 1
+    if count > candidates:
+        raise ValueError(f"selected is {selected}; there are {candidates} candidates")
+    probes.only_one_direction("ldsd")
+    # Chunks are of candidates here.
+    probes.engine.check(candidates)
+    inner = optax.with_extra_args_support(base)
+
+    def init(params: optax.Params) -> LDSDState:
+        state = initial_state(params, key, eps, candidates + count)
+        mean = _start(float_leaves(params), threefry_key(key), probes, start == "random")
+        return LDSDState(state, mean, inner.init(params))
+
+    def update(step: Step, state: LDSDState, extra_args: dict[str, Any]) -> Any:
+        mean = jax.tree.leaves(state.mean)
+        if start in ("gradient", "estimate"):
+            first = _from_first_batch(start, step, start_sign, eps)
+            kept = mean
+            mean = jax.lax.cond(state.probes.count == 0, first, lambda: kept)
+
+        def drawn(probe: Array, purpose: str = "evaluation", key: Array | None = None) -> Direction:
+            return step.direction(probe, purpose, mean=mean, std=policy_std, key=key)
+
+        numbers = jnp.arange(candidates)
+        found = step.losses(numbers, jnp.full(candidates, eps), direction=drawn)
+        chosen = _chosen(found, selection, count, purpose_key(step.key, "selection"))
+        behind = step.losses(chosen, jnp.full(count, -eps), direction=drawn)
+        weights = finite_or_zero((found[chosen] - behind) / (2 * eps)) / count
+        g, support = step.combined(weights, chosen, lambda probe: drawn(probe, "update"))
+        changes = _policy_gradient(step, found, mean, policy_std, drawn)
+        new = [
+            _moved(m, policy_rate * change, s)
+            for m, change, s in zip(mean, changes, support, strict=True)
+        ]
+        extra_args["support"] = support
+        point = step.tree(step.params)
+        out, base_state = inner.update(step.tree(g), state.base, point, **extra_args)
+        mean = jax.tree.structure(state.mean).unflatten(new)
+        return out, LDSDState(step.next_state(), mean, base_state)
+
+    return transformation(probes, default_sampler(probes), eps, init, update)
+
+
+def _chosen(losses: Array, selection: Selection, count: int, key: Array) -> Array:
+    """(count,) numbers of the candidates that become the estimate."""
+    if selection == "random":
+        return jax.random.randint(key, (1,), 0, losses.size)
+    return jnp.argsort(jnp.where(jnp.isnan(losses), jnp.inf, losses), stable=True)[:count]
+
+
+def _policy_gradient(
+    step: Step,
+    losses: Array,
+    mean: Sequence[Array],
+    std: Scalar,
+    drawn: Callable[..., Direction],
+) -> list[Array]:
+    """The gradient of the expected loss by the mean, from the noise of the candidates."""
+    finite = jnp.isfinite(losses)
+    known = jnp.where(finite, losses, 0)
+    baseline = jnp.sum(known) / jnp.maximum(jnp.sum(finite), 1)
+    weights = jnp.where(finite, losses - baseline, 0) / (std * max(losses.size - 1, 1))
+    if step.draws is None:
+        # The noise itself, not (v - mean) / std: that would cancel where std is small.
+        return step.combined(weights, direction=lambda probe: step.direction(probe))[0]
+
+    def term(weight: Array, probe: Array) -> list[Array]:
+        direction = drawn(probe, "policy")
+        noise = [(direction.of(i) - m) / std for i, m in enumerate(mean)]
+        return [weight * x for x in noise]
+
+    return summed(term, weights, jnp.arange(losses.size))
+
+
+def _moved(mean: Array, change: Array, support: Array | None) -> Array:
+    moved = (mean - change).astype(mean.dtype)
+    return moved if support is None else jnp.where(support, moved, mean)
+
+
+def _start(params: optax.Params, key: Array, probes: Probes, random: bool) -> optax.Updates:
+    """Zeros, or Gaussians of norm 1, laid out as the parameters are."""
+    if not random:
+        return jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(p)), params)
+    leaves, treedef = jax.tree.flatten(params)
+    parts = leaves_of(params, probes.matrix_axes, probes.trainable)
+    noise = Direction(gaussian(), purpose_key(key, "policy start"), 0, parts)
+
+    def placed(number: int, p: Array) -> Array:
+        unit, sharding = _unit(noise.of(number)), known_sharding(p, None)
+        return unit if sharding is None else jax.sharding.reshard(unit, sharding)
+
+    return treedef.unflatten([placed(i, p) for i, p in enumerate(leaves)])
+
+
+def _from_first_batch(
+    start: Start, step: Step, sign: Scalar, eps: Scalar
+) -> Callable[[], list[Array]]:
+    """What finds the mean from the first batch; a branch of a conditional."""
+    value_fn, point = step.value_fn, step.tree(step.params)
+    if step.recorded is not None or value_fn is None:
+        raise ValueError(f"a run with start={start!r} cannot be repeated from its losses alone")
+
+    def gradient() -> list[Array]:
+        return [sign * widened(g) for g in jax.tree.leaves(jax.grad(value_fn)(point))]
+
+    def estimate() -> list[Array]:
+        # A step of its own: what is seen in a branch must not leave it.
+        many = {"sampler": None, "num_directions": _START_DIRECTIONS, "engine": sequential()}
+        probes = replace(step.probes, **many)
+        own = Step(probes, gaussian(), step.state, point, eps=eps, value_fn=value_fn)
+        own.key = purpose_key(step.key, "policy start")
+        found, _ = own.combined(own.differences(eps))
+        return [sign * _unit(g) for g in found]
+
+    return gradient if start == "gradient" else estimate
+
+
+def _unit(x: Array) -> Array:
+    return frobenius_unit(x, range(x.ndim))

@@ -1,0 +1,115 @@
+"""The loss as a function of the parameters, `value_fn`: what it has to be, and its errors."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import keystr, tree_leaves_with_path
+from jaxtyping import Array
+
+ValueFn = Callable[[Any], Array]
+
+_BEHIND_A_MASK = (
+    "behind optax.partition or optax.masked the parameters have holes, so value_fn cannot be "
+    "called. Estimate in front of it:\n"
+    "    optax.chain(zeroth_order.estimate(..., trainable=mask), optax.partition(...))\n"
+    "or fill the holes: value_fn=zeroth_order.fill_masked(value_fn, params)"
+)
+
+
+class FilledValueFn:
+    """A loss that takes trees with holes; see `fill_masked`."""
+
+    def __init__(self, value_fn: ValueFn, params: optax.Params) -> None:
+        """Keeps both."""
+        self._value_fn, self._params = value_fn, params
+
+    def __call__(self, params: optax.Params) -> Array:
+        """The loss at `params`, its holes filled."""
+
+        def filled(mine: Any, whole: Any) -> Any:
+            return whole if isinstance(mine, optax.MaskedNode) else mine
+
+        whole = jax.tree.map(filled, params, self._params, is_leaf=_is_masked)
+        return self._value_fn(whole)
+
+
+def fill_masked(value_fn: ValueFn, params: optax.Params) -> ValueFn:
+    """A loss for a transformation behind `optax.partition` or `optax.masked`.
+
+    Args:
+      value_fn: Loss of whole parameters.
+      params: The parameters that fill what is hidden from the transformation.
+
+    Example:
+      >>> params = {"a": jnp.ones(()), "b": jnp.ones(())}
+      >>> value_fn = fill_masked(lambda p: p["a"] + p["b"], params)
+      >>> float(value_fn({"a": 2.0, "b": optax.MaskedNode()}))
+      3.0
+    """
+    return FilledValueFn(value_fn, params)
+
+
+def check_value_fn(value_fn: ValueFn | None, params: optax.Params | None, eps: Any = None) -> None:
+    """Raise where a loss cannot be evaluated, before it is.
+
+    Args:
+      value_fn: The loss.
+      params: Where it is to be evaluated.
+      eps: Size of the perturbations.
+
+    Raises:
+      ValueError: There is no loss, the parameters have holes, the loss is no scalar or depends on
+        values while it is traced, or no digit is left of its differences.
+    """
+    if value_fn is None or params is None:
+        missing = "the parameters" if params is None else "the loss as a function of them"
+        raise ValueError(
+            f"a zero-order update needs params and value_fn; {missing} is missing:\n"
+            "    value_fn = lambda params: loss(params, batch)\n"
+            "    updates, state = tx.update(None, state, params, value_fn=value_fn)"
+        )
+    has_holes = any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
+    if has_holes and not isinstance(value_fn, FilledValueFn):
+        raise ValueError(_BEHIND_A_MASK)
+    try:
+        value = jax.eval_shape(value_fn, params)
+    except jax.errors.ConcretizationTypeError as error:
+        raise ValueError(
+            "value_fn cannot be traced by jax: it looks at values in Python. Write it in jax, or "
+            f"ask for points and tell their losses, as the black-box methods do ({error})"
+        ) from error
+    dtype: Any = getattr(value, "dtype", bool)
+    if getattr(value, "shape", None) != () or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"value_fn: got {value}, wanted one floating-point number")
+    if isinstance(eps, int | float) and (digits := _digits(eps, dtype)) <= 0:
+        raise ValueError(
+            f"eps is {eps} and the loss is {dtype}: a difference of losses of size 1 has "
+            f"{digits:.1f} decimal digits. Compute the loss in float32"
+        )
+
+
+def check_eps(eps: Any, params: optax.Params) -> None:
+    """Raise `ValueError` where a perturbation is rounded away in a leaf of size 1."""
+    if not isinstance(eps, int | float):
+        return
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps is {eps}; it must be a finite number above 0")
+    for path, x in tree_leaves_with_path(params):
+        if (digits := _digits(eps, x.dtype)) <= 0:
+            raise ValueError(
+                f"eps is {eps} and leaf {keystr(path)} is {x.dtype}, which near 1 keeps "
+                f"{digits:.1f} decimal digits of such a perturbation. Keep the parameters in "
+                f"float32, or take eps above {float(jnp.finfo(x.dtype).eps):.1g}"
+            )
+
+
+def _digits(eps: float, dtype: Any) -> float:
+    return math.log10(eps / float(jnp.finfo(dtype).eps))
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)

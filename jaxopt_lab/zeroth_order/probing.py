@@ -1,0 +1,376 @@
+"""One step of a zero-order method: losses at perturbed parameters, and sums of directions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import keystr
+from jaxtyping import Array
+
+from jaxopt_lab.core.keys import leaf_keys, threefry_key
+from jaxopt_lab.core.numerics import wide_dtype, widened
+from jaxopt_lab.optim.routing import MatrixAxesSpec, float_leaves
+from jaxopt_lab.zeroth_order.directions import Direction, Sampler, leaves_of
+from jaxopt_lab.zeroth_order.engines import Engine, sequential
+from jaxopt_lab.zeroth_order.losses import ValueFn, check_eps, check_value_fn
+from jaxopt_lab.zeroth_order.samplers import gaussian
+
+
+@dataclass(frozen=True, eq=False)
+class Probes:
+    """What is evaluated in a step, and how."""
+
+    sampler: Sampler | None = None
+    """How directions are drawn; None: as the source of the method has it."""
+
+    num_directions: int = 1
+    """Directions a step. Methods average over them."""
+
+    two_sided: bool = True
+    """Central differences, two losses a direction; False: forward differences, which share the
+    loss in the middle."""
+
+    engine: Engine = sequential()
+    """`sequential()`, `chunked(size)` or `vmapped()`."""
+
+    matrix_axes: MatrixAxesSpec = None
+    """Which axes form the matrices of a leaf, as for `jaxopt_lab.lion_muon`; None: by shape. Each
+    matrix of a stack draws with a key of its own."""
+
+    trainable: Any = None
+    """Which leaves move: a tree of bools or a prefix of one; None: all. The estimate is 0 on the
+    others."""
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        check_integer("num_directions", self.num_directions)
+
+    def losses(self) -> int:
+        """Losses that a step of an estimate evaluates.
+
+        Raises:
+          ValueError: The engine's chunks do not divide the directions.
+        """
+        self.engine.check(self.num_directions)
+        return 2 * self.num_directions if self.two_sided else 1 + self.num_directions
+
+    def sampler_or(self, default: Sampler) -> Sampler:
+        """The sampler, or the method's own."""
+        return default if self.sampler is None else self.sampler
+
+    def only_one_direction(self, method: str) -> "Probes":
+        """These probes, for a method that takes one two-sided direction.
+
+        Raises:
+          ValueError: There are more, or one side.
+        """
+        if self.num_directions != 1 or not self.two_sided:
+            raise ValueError(f"{method} takes one two-sided direction a step, got {self}")
+        return self
+
+
+def check_integer(name: str, value: Any, least: int = 1) -> None:
+    """Raise `ValueError` for what is no Python integer of at least `least`."""
+    if isinstance(value, jax.Array):
+        raise ValueError(
+            f"{name}: got an array, wanted a Python integer, because it decides shapes; under "
+            f'optax.inject_hyperparams say static_args=("{name}",)'
+        )
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
+
+
+class Draws(NamedTuple):
+    """What replaces sampling: trees like the parameters, leaves (probes, *shape)."""
+
+    evaluation: Any  # directions in which losses are evaluated
+    update: Any = None  # directions of the update; None: the evaluated ones
+    policy: Any = None  # directions of LDSD's policy update; None: the evaluated ones
+    basis: Any = None  # subspaces (rows, rank) of the matrices, for `subspace_muon`
+
+
+class ProbeState(NamedTuple):
+    """State of whatever probes: with the parameters, all that a step depends on."""
+
+    count: Array  # shape=(), dtype=int32: steps taken
+    key: Array  # shape=(2,), dtype=uint32: data of a typed key
+    losses: Array  # (losses of a step,) of the last step, in the order of evaluation
+    notfinite_count: Array  # shape=(), dtype=int32: losses that were not finite, so far
+
+
+def initial_state(params: optax.Params, key: Array, eps: Any, losses: int) -> ProbeState:
+    """The state before the first step.
+
+    Args:
+      params: Arrays or `jax.ShapeDtypeStruct`s.
+      key: A threefry key.
+      eps: Size of the perturbations, to be checked.
+      losses: Losses a step.
+
+    Raises:
+      ValueError: The key is of another generator, or two leaves would share it; `eps` is too small
+        for a leaf.
+    """
+    params, key = float_leaves(params), threefry_key(key)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    leaf_keys(key, paths)  # raises where two leaves would draw the same
+    check_eps(eps, params)
+    zero = jnp.zeros((), jnp.int32)
+    # A copy: donating the state must not delete the caller's key.
+    data = jnp.array(jax.random.key_data(key), copy=True)
+    return ProbeState(zero, data, jnp.zeros(losses), zero)
+
+
+def transformation(
+    probes: Probes,
+    sampler: Sampler,
+    eps: Any,
+    init: Callable[[optax.Params], Any],
+    update: Callable[..., tuple[optax.Updates, Any]],
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation from what it does with a step.
+
+    Args:
+      probes: The options.
+      sampler: Of the directions.
+      eps: Size of the perturbations; None: there are none.
+      init: From parameters to the state, which is a `ProbeState` or has one as field `probes`.
+      update: (step, state, other extra arguments) -> (updates, state).
+    """
+
+    def run(updates, state, params=None, *, value_fn=None, draws=None, losses=None, **extra_args):
+        del updates
+        known = state if isinstance(state, ProbeState) else state.probes
+        step = Step(
+            probes, sampler, known, params, eps=eps, value_fn=value_fn, draws=draws, losses=losses
+        )
+        return update(step, state, extra_args)
+
+    start: Any = init  # its argument may have any name
+    return optax.GradientTransformationExtraArgs(start, run)
+
+
+class Step:
+    """The probes of one step, at one point. Losses that are seen are kept for the next state."""
+
+    def __init__(
+        self,
+        probes: Probes,
+        sampler: Sampler,
+        state: ProbeState,
+        params: optax.Params | None,
+        *,
+        eps: Any,
+        value_fn: ValueFn | None,
+        draws: Any = None,
+        losses: Array | None = None,
+    ) -> None:
+        """Checks what was passed to `update`.
+
+        Args:
+          probes: The options.
+          sampler: Of the directions.
+          state: The state before the step.
+          params: The point.
+          eps: Size of the perturbations.
+          value_fn: The loss.
+          draws: `Draws`, or a tree: the directions.
+          losses: Recorded ones, to take instead of evaluating.
+        """
+        if losses is None or params is None:
+            check_value_fn(value_fn, params, eps)
+        elif losses.shape != state.losses.shape:
+            raise ValueError(f"losses: got shape {losses.shape}, wanted {state.losses.shape}")
+        assert params is not None
+        params = float_leaves(params)
+        self.params, self._treedef = jax.tree.flatten(params)
+        self.leaves = leaves_of(params, probes.matrix_axes, probes.trainable)
+        self.draws = draws if isinstance(draws, Draws) or draws is None else Draws(draws)
+        key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
+        self.key = jax.random.fold_in(key, state.count)
+        self.probes, self.state, self._sampler = probes, state, sampler
+        self.value_fn, self.recorded = value_fn, losses
+        self._seen: list[Array] = []
+
+    def tree(self, arrays: Sequence[Array]) -> optax.Params:
+        """A tree like the parameters, in their dtypes."""
+        cast = [x.astype(p.dtype) for x, p in zip(arrays, self.params, strict=True)]
+        return self._treedef.unflatten(cast)
+
+    def flat(self, tree: Any) -> list[Any]:
+        """One entry a leaf of a tree like the parameters, whose entries may be trees."""
+        return self._treedef.flatten_up_to(tree)
+
+    def given(self, purpose: str) -> list[Array] | None:
+        """The draws for a purpose, (probes, *shape) a leaf; None: sample."""
+        if self.draws is None:
+            return None
+        tree = getattr(self.draws, purpose)
+        tree = self.draws.evaluation if tree is None else tree
+        leaves = self.flat(tree)
+        for leaf, z in zip(self.leaves, leaves, strict=True):
+            if tuple(z.shape[1:]) != leaf.shape:
+                wanted = ("probes", *leaf.shape)
+                raise ValueError(
+                    f"draws.{purpose} of leaf {keystr(leaf.path)}: got {z.shape}, wanted {wanted}"
+                )
+        return leaves
+
+    def direction(
+        self,
+        probe: Array | int,
+        purpose: str = "evaluation",
+        *,
+        mean: Sequence[Array] | None = None,
+        std: Any = 1.0,
+        key: Array | None = None,
+    ) -> Direction:
+        """The direction of a probe.
+
+        Args:
+          probe: Its number.
+          purpose: A field of `Draws`.
+          mean: Of the policy, one array a leaf.
+          std: Of the policy.
+          key: The key of the step, where it has passed a barrier.
+        """
+        return Direction(
+            self._sampler,
+            self.key if key is None else key,
+            probe,
+            self.leaves,
+            mean=mean,
+            std=std,
+            given=self.given(purpose),
+        )
+
+    def losses(
+        self,
+        probe: Array,
+        scale: Array,
+        *,
+        sides: int = 1,
+        direction: Callable[..., Direction] | None = None,
+    ) -> Array:
+        """Losses at `params + scale * direction(probe)`, for (n,) probes and scales.
+
+        Args:
+          probe: Numbers of probes.
+          scale: Of their directions.
+          sides: Losses a direction, for the size of chunks.
+          direction: From a probe, and a `key` of the step, to its direction; None: `direction`.
+        """
+        drawn = self.direction if direction is None else direction
+
+        def loss(probe: Array, scale: Array) -> Array:
+            # The barrier keeps XLA from drawing before the loop where the draw is the same in all
+            # of its rounds: it would be kept whole.
+            data = jax.random.key_data(self.key)
+            data, probe, scale = jax.lax.optimization_barrier((data, probe, scale))
+            key = jax.random.wrap_key_data(data, impl="threefry2x32")
+            assert self.value_fn is not None
+            return widened(self.value_fn(self.perturbed(drawn(probe, key=key), scale)))
+
+        return self.seen(
+            probe.size, lambda: self.probes.engine.map(loss, probe, scale, sides=sides)
+        )
+
+    def seen(self, size: int, evaluate: Any) -> Array:
+        """`size` numbers from `evaluate`, or the next recorded ones; kept for the state."""
+        if self.recorded is None:
+            found = evaluate()
+        else:
+            start = sum(x.size for x in self._seen)
+            found = self.recorded[start : start + size]
+        self._seen.append(found.astype(self.state.losses.dtype))
+        return found
+
+    def perturbed(self, direction: Direction, scale: Array) -> optax.Params:
+        """`params + scale * direction`, computed in float32 or wider."""
+        moved = [
+            (widened(x) + scale.astype(wide_dtype(x)) * direction.of(i)) if leaf.moves else x
+            for i, (x, leaf) in enumerate(zip(self.params, self.leaves, strict=True))
+        ]
+        return self.tree(moved)
+
+    def differences(self, eps: Any, direction: Callable[..., Direction] | None = None) -> Array:
+        """(directions,) finite differences along them, 0 where a loss is not finite."""
+        q, probes = self.probes.num_directions, jnp.arange(self.probes.num_directions)
+        if self.probes.two_sided:
+            scale = jnp.tile(eps * jnp.array([1.0, -1.0]), q)
+            plus, minus = (
+                self.losses(jnp.repeat(probes, 2), scale, sides=2, direction=direction)
+                .reshape(q, 2)
+                .T
+            )
+            return finite_or_zero((plus - minus) / (2 * eps))
+        # The loss in the middle is one more row, at a distance of 0.
+        scale = eps * jnp.minimum(jnp.arange(q + 1), 1.0)
+        middle, *_ = found = self.losses(
+            jnp.concatenate([probes[:1], probes]), scale, direction=direction
+        )
+        return finite_or_zero((found[1:] - middle) / eps)
+
+    def combined(
+        self,
+        weights: Array,
+        probes: Array | None = None,
+        direction: Callable[..., Direction] | None = None,
+    ) -> tuple[list[Array], list[Array | None]]:
+        """The sum of weighted directions, and the union of their supports, one a leaf.
+
+        Args:
+          weights: (n,) of the directions.
+          probes: (n,) their numbers; None: 0, 1, ...
+          direction: From a probe to its direction; None: `direction`, for the update.
+        """
+        numbers = jnp.arange(weights.size) if probes is None else probes
+        drawn = direction or (lambda probe: self.direction(probe, "update"))
+        indices = range(len(self.leaves))
+
+        def term(weight: Array, probe: Array) -> tuple[list[Array], list[Array | None]]:
+            one = drawn(probe)
+            sums = [weight.astype(x.dtype) * x for x in map(one.of, indices)]
+            return sums, [one.support_of(i) for i in indices]
+
+        return summed(term, weights, numbers)
+
+    def next_state(self) -> ProbeState:
+        """The state after the step."""
+        losses = jnp.concatenate(self._seen)
+        bad = jnp.sum(~jnp.isfinite(losses), dtype=jnp.int32)
+        count: Any = optax.safe_increment(self.state.count)
+        return ProbeState(count, self.state.key, losses, self.state.notfinite_count + bad)
+
+
+def summed(term: Callable[..., Any], *columns: Array) -> Any:
+    """The sum of `term` over rows, one after the other, of numbers; of bools, the union.
+
+    Args:
+      term: From one row to a tree.
+      *columns: (rows,) each.
+    """
+    if columns[0].size == 1:
+        return term(*(x[0] for x in columns))
+
+    def add(total: Any, row: Any) -> tuple[Any, None]:
+        return jax.tree.map(
+            lambda a, b: a | b if a.dtype == bool else a + b, total, term(*row)
+        ), None
+
+    abstract = jax.eval_shape(term, *(x[0] for x in columns))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+    return jax.lax.scan(add, zeros, columns)[0]
+
+
+def finite_or_zero(x: Array) -> Array:
+    """`x`, with 0 for what is not finite: such a probe does not count in an average."""
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def default_sampler(probes: Probes) -> Sampler:
+    """The sampler of the methods that draw Gaussians."""
+    return probes.sampler_or(gaussian())
