@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jax.tree_util import KeyPath
 from jaxtyping import Array
 
 from jaxopt_lab.core.keys import leaf_key, path_names
 from jaxopt_lab.core.matrices import MatrixAxes
 from jaxopt_lab.core.numerics import wide_dtype
+from jaxopt_lab.core.whole_matrices import known_sharding
 from jaxopt_lab.optim.routing import (
     MatrixAxesSpec,
     broadcast_prefix,
@@ -39,6 +41,7 @@ class Leaf(NamedTuple):
     moves: bool  # False: no direction touches it
     slices_before: int  # slices of the moving leaves before it
     entries_before: int
+    sharding: NamedSharding | None  # where its type says so, on Explicit meshes
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -86,6 +89,12 @@ class Leaf(NamedTuple):
         ]
         drawn = drawn.reshape((*self.batch_shape, *inner))
         return drawn.transpose([order.index(a) for a in range(len(order))])
+
+    def placed(self, x: Array) -> Array:
+        """`x`, which broadcasts to the leaf, in the layout that the leaf's type has."""
+        if self.sharding is None:
+            return x
+        return jax.sharding.reshard(jnp.broadcast_to(x, self.shape), self.sharding)
 
 
 class Part(NamedTuple):
@@ -157,7 +166,8 @@ def leaves_of(
         if r.role == "unspecified":
             axes = MatrixAxes((), (0,), tuple(range(1, len(shape))))
         by_row = found is not None and found.role == "embedding"
-        leaf = Leaf(r.path, shape, wide_dtype(x), axes, by_row, m, slices, entries)
+        sharding = known_sharding(x, None)
+        leaf = Leaf(r.path, shape, wide_dtype(x), axes, by_row, m, slices, entries, sharding)
         out.append(leaf)
         if m:
             slices, entries = slices + leaf.slices, entries + math.prod(shape)
@@ -202,11 +212,12 @@ class Direction:
         """The direction of a leaf, by its number in the tree; in the leaf's wide dtype."""
         leaf = self.leaves[number]
         if not leaf.moves:
-            return jnp.zeros(leaf.shape, leaf.dtype)
+            return leaf.placed(jnp.zeros(leaf.shape, leaf.dtype))
         if self._given is not None:
-            return self._given[number][self._probe].astype(leaf.dtype)
+            return leaf.placed(self._given[number][self._probe].astype(leaf.dtype))
         part = leaf.whole(self._key)
         z = leaf.arranged(self._sampler.slices(part, self._shared)).astype(leaf.dtype)
+        z = leaf.placed(z)
         mean = None if self._mean is None else self._mean[number].astype(leaf.dtype)
         return self._placed(z, mean, self.support_of(number))
 
@@ -218,7 +229,7 @@ class Direction:
         if self._given is not None:
             return self._sampler.support_of(self._given[number][self._probe])
         found = self._sampler.support(leaf.whole(self._key), self._shared)
-        return None if found is None else leaf.arranged(found)
+        return None if found is None else leaf.placed(leaf.arranged(found))
 
     def slice(self, name: str, *index: Array | int) -> Array:
         """One matrix (rows, columns) of a leaf, or a vector as it is.

@@ -11,7 +11,6 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.keys import purpose_key, threefry_key
 from jaxopt_lab.core.numerics import Scalar, frobenius_unit, wide_dtype, widened
-from jaxopt_lab.core.whole_matrices import known_sharding
 from jaxopt_lab.optim.rates import check_rates
 from jaxopt_lab.optim.routing import float_leaves
 from jaxopt_lab.zeroth_order.directions import Direction, leaves_of
@@ -209,11 +208,7 @@ def _start(params: optax.Params, key: Array, probes: Probes, random: bool) -> op
     parts = leaves_of(params, probes.matrix_axes, probes.trainable)
     noise = Direction(gaussian(), purpose_key(key, "policy start"), 0, parts)
 
-    def placed(number: int, p: Array) -> Array:
-        unit, sharding = _unit(noise.of(number)), known_sharding(p, None)
-        return unit if sharding is None else jax.sharding.reshard(unit, sharding)
-
-    return treedef.unflatten([placed(i, p) for i, p in enumerate(leaves)])
+    return treedef.unflatten([_unit(noise.of(i)) for i in range(len(leaves))])
 
 
 def _from_first_batch(

@@ -362,7 +362,7 @@ def summed(term: Callable[..., Any], *columns: Array) -> Any:
         ), None
 
     abstract = jax.eval_shape(term, *(x[0] for x in columns))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+    zeros = jax.tree.map(jnp.zeros_like, abstract)
     return jax.lax.scan(add, zeros, columns)[0]
 
 

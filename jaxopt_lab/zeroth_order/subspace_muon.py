@@ -146,7 +146,7 @@ def scale_by_subspace_muon(
 
         low = summed(inside, weights, jnp.arange(weights.size))
         out = [
-            g if basis is None else leaf.arranged(basis @ _polar(g, subspace))
+            g if basis is None else leaf.placed(leaf.arranged(basis @ _polar(g, subspace)))
             for leaf, basis, g in zip(step.leaves, bases, low, strict=True)
         ]
         return step.tree(out), step.next_state()
@@ -178,7 +178,8 @@ class _Lifted:
     def of(self, number: int) -> Array:
         """The direction of a leaf."""
         u, basis = self.inside(number), self._bases[number]
-        return u if basis is None else self._step.leaves[number].arranged(basis @ u)
+        leaf = self._step.leaves[number]
+        return u if basis is None else leaf.placed(leaf.arranged(basis @ u))
 
 
 def _bases(step: Step, state: ProbeState, subspace: Subspace) -> list[Array | None]:
