@@ -26,6 +26,7 @@ from jaxopt_lab.zeroth_order.matrix_sign import scale_by_matrix_sign
 from jaxopt_lab.zeroth_order.mezo import mezo
 from jaxopt_lab.zeroth_order.muon import sampling_muon, zo_muon
 from jaxopt_lab.zeroth_order.probing import Draws, Probes, ProbeState
+from jaxopt_lab.zeroth_order.replay import apply_replay, recorded, save_replay
 from jaxopt_lab.zeroth_order.samplers import (
     blocks,
     gaussian,
@@ -54,6 +55,7 @@ __all__ = [
     "Probes",
     "Sampler",
     "Subspace",
+    "apply_replay",
     "blocks",
     "chunked",
     "conservative",
@@ -66,7 +68,9 @@ __all__ = [
     "ldsd",
     "mezo",
     "orthogonal",
+    "recorded",
     "sampling_muon",
+    "save_replay",
     "scale_by_adamm",
     "scale_by_coordinate_momentum",
     "scale_by_jaguar",

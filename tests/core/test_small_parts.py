@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey, GetAttrKey, tree_leaves_with_path
 
-from jaxopt_lab.core.keys import leaf_key, leaf_keys
+from jaxopt_lab.core.keys import leaf_key, leaf_keys, purpose_key, threefry_key
 from jaxopt_lab.core.numerics import frobenius_unit
 from jaxopt_lab.core.precision import dot_precision
 from jaxopt_lab.core.spectral import power_iteration, stable_rank
@@ -105,6 +105,24 @@ def test_paths_that_look_alike_draw_apart():
     assert len(keys) == len(paths)
     with pytest.raises(ValueError, match=r"leaves \['x'\] and \.x would draw the same noise"):
         leaf_keys(key, [(DictKey("x"),), (GetAttrKey("x"),)])
+
+
+def test_what_belongs_to_no_leaf_draws_by_its_purpose():
+    key = jax.random.key(0)
+    paths = [path for path, _ in tree_leaves_with_path({"subset": 0})]
+    words = [purpose_key(key, "subset"), purpose_key(key, "choice")]
+    keys = {tuple(jax.random.key_data(k).tolist()) for k in [*leaf_keys(key, paths), *words]}
+    keys.add(tuple(jax.random.key_data(leaf_key(key, ())).tolist()))
+    assert len(keys) == 4
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_only_threefry_keys_are_taken(impl):
+    with pytest.raises(ValueError, match=f"key: got one of '{impl}', wanted 'threefry2x32'"):
+        threefry_key(jax.random.key(0, impl=impl))
+    with pytest.raises(ValueError, match=r"keys of shape \(2,\)"):
+        threefry_key(jax.random.split(jax.random.key(0)))
+    assert threefry_key(jax.random.key_data(jax.random.key(5))) == jax.random.key(5)
 
 
 def test_split_precisions_exist_where_they_run():

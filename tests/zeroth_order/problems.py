@@ -1,0 +1,74 @@
+"""A small tree of every kind of leaf, losses on it, and runs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from jaxopt_lab import zeroth_order as zo
+
+KEY = jax.random.key(7)
+
+# Stacked matrices, three to an attention projection, an embedding, vectors and a scalar.
+SHAPES = {
+    "attention": (2, 6, 3, 4),
+    "bias": (5,),
+    "embedding": (7, 3),
+    "kernel": (2, 4, 6),
+    "scale": (),
+}
+AXES = {
+    "attention": MuonDimensionNumbers(1, 3),
+    "bias": None,
+    "embedding": None,
+    "kernel": MuonDimensionNumbers(1, 2),
+    "scale": None,
+}
+
+
+def tree(seed=0, dtype=None):
+    keys = jax.random.split(jax.random.key(seed), len(SHAPES))
+    drawn = {n: jax.random.normal(k, s) for (n, s), k in zip(SHAPES.items(), keys, strict=True)}
+    return jax.tree.map(lambda x: x.astype(dtype or x.dtype), drawn)
+
+
+def entries(tree):
+    """The whole tree as one vector."""
+    return np.concatenate([np.asarray(x).reshape(-1) for x in jax.tree.leaves(tree)])
+
+
+def linear(slope):
+    """The loss <slope, params>."""
+    return lambda params: sum(jnp.vdot(slope[n], params[n]) for n in slope)
+
+
+def quadratic(params):
+    return 0.5 * sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
+
+
+def rough(params):
+    """Neither linear nor quadratic."""
+    return sum(jnp.sum(jnp.sin(x + i)) for i, x in enumerate(jax.tree.leaves(params)))
+
+
+def run(tx, params, loss, steps=3, **extra):
+    """Parameters, state and the last updates after some steps."""
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(None, state, params, value_fn=loss, **extra)
+        return optax.apply_updates(params, updates), state, updates
+
+    state, updates = tx.init(params), None
+    for _ in range(steps):
+        params, state, updates = step(params, state)
+    return params, state, updates
+
+
+def probe_state(state):
+    def is_probes(node):
+        return isinstance(node, zo.ProbeState)
+
+    (found,) = (x for x in jax.tree.leaves(state, is_leaf=is_probes) if is_probes(x))
+    return found
