@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, UInt32
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -59,12 +60,16 @@ def bits(
     return high ^ low
 
 
-def normals(keys: Array, shape: Sequence[int], **part: Sequence) -> Float[Array, "..."]:
-    """Standard normal float32 numbers: those of `jax.random.normal` within 2 ulp.
+def normals(
+    keys: Array, shape: Sequence[int], dtype: DTypeLike = "float32", **part: Sequence
+) -> Float[Array, "..."]:
+    """Standard normal numbers: in float32 those of `jax.random.normal` within 2 ulp.
 
     Args:
       keys: As for `bits`.
       shape: As for `bits`.
+      dtype: float32, or float64: the same numbers, computed to more digits. Compilers round the
+        last digits of the same expression differently in different programs.
       **part: `offset` and `within`, as for `bits`.
 
     Example:
@@ -76,7 +81,7 @@ def normals(keys: Array, shape: Sequence[int], **part: Sequence) -> Float[Array,
     uniform = lax.bitcast_convert_type(below_one, jnp.float32) - 1
     lowest = jnp.nextafter(jnp.float32(-1), jnp.float32(0))
     uniform = jnp.maximum(lowest, uniform * (1 - lowest) + lowest)
-    return jnp.float32(math.sqrt(2)) * lax.erf_inv(uniform)
+    return jnp.asarray(math.sqrt(2), dtype) * lax.erf_inv(uniform.astype(dtype))
 
 
 def signs(keys: Array, shape: Sequence[int]) -> Int8[Array, "..."]:

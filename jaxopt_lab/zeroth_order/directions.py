@@ -129,7 +129,7 @@ class Sampler:
     """What replays and errors call it."""
 
     slices: Callable[[Part, Any], Array]
-    """(part, shared) -> float32 (*batch, *slice)."""
+    """(part, shared) -> (*batch, *slice), float32 or the dtype of the leaf."""
 
     shared: Callable[[Array, Array, Sequence[Leaf]], Any] = _none
     """(key of the step, key of the probe, leaves) -> what is drawn for the whole tree."""

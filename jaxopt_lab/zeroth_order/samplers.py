@@ -5,6 +5,7 @@ the estimate $D z$ is unbiased for a linear loss: `sphere` includes the factor $
 vector of norm 1 lacks.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ _BLOCK_AXES = (2**32 - 1, 2**32 - 2)
 
 def gaussian() -> Sampler:
     """Independent standard normal entries."""
-    return Sampler("gaussian", lambda part, _: _noise(counter_noise.normals, part))
+    return Sampler("gaussian", _normals)
 
 
 def signs() -> Sampler:
@@ -44,13 +45,11 @@ def sphere() -> Sampler:
     def radius(step_key: Array, key: Array, leaves: Sequence[Leaf]) -> Array:
         del step_key
         moving = [leaf for leaf in leaves if leaf.moves]
-        squares = (
-            jnp.sum(jnp.square(_noise(counter_noise.normals, leaf.whole(key)))) for leaf in moving
-        )
+        squares = (jnp.sum(jnp.square(_normals(leaf.whole(key), None))) for leaf in moving)
         entries = sum(math.prod(leaf.shape) for leaf in moving)
         return jnp.sqrt(entries / sum(squares, jnp.zeros(())))
 
-    return Sampler("sphere", lambda part, r: r * _noise(counter_noise.normals, part), radius)
+    return Sampler("sphere", lambda part, r: r * _normals(part, None), radius)
 
 
 def orthogonal() -> Sampler:
@@ -62,9 +61,9 @@ def orthogonal() -> Sampler:
     def slices(part: Part, _: Any) -> Array:
         leaf = part.leaf
         if leaf.axes is None:
-            return _noise(counter_noise.normals, part)
+            return _normals(part, None)
         m, n = leaf.slice_shape
-        x = haar(counter_noise.normals(part.keys, (max(m, n), min(m, n))))
+        x = haar(counter_noise.normals(part.keys, (max(m, n), min(m, n)), leaf.dtype))
         x = x if m >= n else x.mT
         return x if part.rows is None else x[part.rows]
 
@@ -179,6 +178,10 @@ def _noise(draw: Callable[[Array, Sequence[int]], Array], part: Part) -> Array:
         return draw(part.keys, shape)
     rows = jnp.arange(shape[0]) if part.rows is None else part.rows
     return draw(folded(part.keys, rows), shape[1:])
+
+
+def _normals(part: Part, _: Any) -> Array:
+    return _noise(functools.partial(counter_noise.normals, dtype=part.leaf.dtype), part)
 
 
 def _signs(part: Part, _: Any) -> Array:

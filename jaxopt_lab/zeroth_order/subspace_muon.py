@@ -173,7 +173,7 @@ class _Lifted:
             assert self._dense is not None
             return self._dense.of(number)
         shape = (basis.shape[-1], leaf.slice_shape[1])
-        return counter_noise.normals(leaf.whole(self._key).keys, shape).astype(leaf.dtype)
+        return counter_noise.normals(leaf.whole(self._key).keys, shape, leaf.dtype)
 
     def of(self, number: int) -> Array:
         """The direction of a leaf."""
@@ -201,7 +201,7 @@ def _bases(step: Step, state: ProbeState, subspace: Subspace) -> list[Array | No
                 f"{rows} rows"
             )
         keys = leaf.whole(key).keys
-        return haar(counter_noise.normals(keys, (rows, subspace.rank))).astype(leaf.dtype)
+        return haar(counter_noise.normals(keys, (rows, subspace.rank), leaf.dtype))
 
     return [basis(i, leaf) for i, leaf in enumerate(step.leaves)]
 

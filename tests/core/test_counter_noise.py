@@ -25,6 +25,10 @@ def test_normals_are_those_of_jax_random_within_two_ulp():
     theirs = np.asarray(jax.random.normal(KEYS[0], (100_000,)))
     assert (np.abs(ours - theirs) <= 2 * np.spacing(np.abs(theirs))).all()
     assert ours.dtype == np.float32
+    with jax.enable_x64(True):
+        wide = np.asarray(normals(KEYS[0], (100_000,), "float64"))
+    np.testing.assert_allclose(wide, theirs, rtol=1e-5, atol=1e-6)
+    assert wide.dtype == np.float64
 
 
 def test_signs_are_the_bits_of_words_in_order():

@@ -52,15 +52,15 @@ def rough(params):
     return sum(jnp.sum(jnp.sin(x + i)) for i, x in enumerate(jax.tree.leaves(params)))
 
 
-def run(tx, params, loss, steps=3, **extra):
-    """Parameters, state and the last updates after some steps."""
+def run(tx, params, loss, steps=3, state=None, **extra):
+    """Parameters, state and the last updates after some steps, from `state` if given."""
 
     @jax.jit
     def step(params, state):
         updates, state = tx.update(None, state, params, value_fn=loss, **extra)
         return optax.apply_updates(params, updates), state, updates
 
-    state, updates = tx.init(params), None
+    state, updates = tx.init(params) if state is None else state, None
     for _ in range(steps):
         params, state, updates = step(params, state)
     return params, state, updates
