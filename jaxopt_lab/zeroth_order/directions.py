@@ -215,9 +215,8 @@ class Direction:
             return leaf.placed(jnp.zeros(leaf.shape, leaf.dtype))
         if self._given is not None:
             return leaf.placed(self._given[number][self._probe].astype(leaf.dtype))
-        part = leaf.whole(self._key)
-        z = leaf.arranged(self._sampler.slices(part, self._shared)).astype(leaf.dtype)
-        z = leaf.placed(z)
+        z = self._whole(leaf, self._sampler.slices)
+        assert z is not None
         mean = None if self._mean is None else self._mean[number].astype(leaf.dtype)
         return self._placed(z, mean, self.support_of(number))
 
@@ -228,8 +227,7 @@ class Direction:
             return jnp.zeros((), bool)
         if self._given is not None:
             return self._sampler.support_of(self._given[number][self._probe])
-        found = self._sampler.support(leaf.whole(self._key), self._shared)
-        return None if found is None else leaf.placed(leaf.arranged(found))
+        return self._whole(leaf, self._sampler.support)
 
     def slice(self, name: str, *index: Array | int) -> Array:
         """One matrix (rows, columns) of a leaf, or a vector as it is.
@@ -258,6 +256,25 @@ class Direction:
             return self.of(number)[rows]
         mean = None if self._mean is None else self._mean[number][rows]
         return self._drawn(leaf.one(self._key, ())._replace(rows=rows), mean)
+
+    def _whole(self, leaf: Leaf, draw: Callable[[Part, Any], Array | None]) -> Array | None:
+        """What is drawn of a leaf; on an Explicit mesh by each device for itself."""
+
+        def drawn(data: Array, shared: Any) -> Array | None:
+            key = jax.random.wrap_key_data(data, impl="threefry2x32")
+            found = draw(leaf.whole(key), shared)
+            if found is None:
+                return None
+            found = leaf.arranged(found if found.dtype == bool else found.astype(leaf.dtype))
+            return found if leaf.sharding is None else jnp.broadcast_to(found, leaf.shape)
+
+        data = jax.random.key_data(self._key)
+        if leaf.sharding is None or jax.eval_shape(drawn, data, self._shared) is None:
+            return drawn(data, self._shared)
+        # Operations whose operands say nothing of a layout have results that are whole on every
+        # device; where axes are Auto, the layout of the result reaches back to the first counter.
+        spread = jax.sharding.auto_axes(drawn, out_sharding=leaf.sharding)
+        return spread(data, self._shared)
 
     def _drawn(self, part: Part, mean: Array | None) -> Array:
         z = self._sampler.slices(part, self._shared).astype(part.leaf.dtype)
