@@ -66,9 +66,10 @@ def estimate(
     Example:
       >>> tx = optax.chain(estimate(key=jax.random.key(0)), optax.sgd(0.1))
       >>> x = jnp.array([1.0, -2.0])
-      >>> state = tx.init(x)
+      >>> state, loss = tx.init(x), lambda x: jnp.sum(x**2)
+      >>> update = jax.jit(lambda state, x: tx.update(None, state, x, value_fn=loss))
       >>> for _ in range(50):
-      ...     updates, state = tx.update(None, state, x, value_fn=lambda x: jnp.sum(x**2))
+      ...     updates, state = update(state, x)
       ...     x = optax.apply_updates(x, updates)
       >>> bool(jnp.sum(x**2) < 0.1)
       True
