@@ -13,7 +13,7 @@ from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.options import MeshWork
 from jaxopt_lab.zeroth_order.jaguar import scale_by_jaguar
 from jaxopt_lab.zeroth_order.matrix_sign import matrix_signs
-from jaxopt_lab.zeroth_order.probing import Probes
+from jaxopt_lab.zeroth_order.probes import Probes
 
 
 def jaguar_muon(

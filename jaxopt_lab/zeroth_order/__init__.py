@@ -25,7 +25,7 @@ from jaxopt_lab.zeroth_order.losses import fill_masked
 from jaxopt_lab.zeroth_order.matrix_sign import scale_by_matrix_sign
 from jaxopt_lab.zeroth_order.mezo import mezo
 from jaxopt_lab.zeroth_order.muon import sampling_muon, zo_muon
-from jaxopt_lab.zeroth_order.probing import Draws, Probes, ProbeState
+from jaxopt_lab.zeroth_order.probes import Draws, Probes, ProbeState
 from jaxopt_lab.zeroth_order.replay import apply_replay, recorded, save_replay
 from jaxopt_lab.zeroth_order.samplers import (
     blocks,

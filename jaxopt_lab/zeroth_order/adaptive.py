@@ -13,7 +13,7 @@ from jaxopt_lab.optim.nonfinite import finite_entries
 from jaxopt_lab.optim.rates import check_decays, check_rates
 from jaxopt_lab.optim.routing import float_leaves
 from jaxopt_lab.zeroth_order.estimators import estimated
-from jaxopt_lab.zeroth_order.probing import Probes
+from jaxopt_lab.zeroth_order.probes import Probes
 
 
 class AdaMMState(NamedTuple):

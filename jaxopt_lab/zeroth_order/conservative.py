@@ -8,15 +8,8 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.rates import check_rates
-from jaxopt_lab.zeroth_order.probing import (
-    Probes,
-    ProbeState,
-    Step,
-    default_sampler,
-    finite_or_zero,
-    initial_state,
-    transformation,
-)
+from jaxopt_lab.zeroth_order.probes import Probes, ProbeState, default_sampler, initial_state
+from jaxopt_lab.zeroth_order.probing import Step, finite_or_zero, transformation
 
 
 def conservative(

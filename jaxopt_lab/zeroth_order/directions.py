@@ -273,7 +273,7 @@ class Direction:
             return drawn(data, self._shared)
         # Operations whose operands say nothing of a layout have results that are whole on every
         # device; where axes are Auto, the layout of the result reaches back to the first counter.
-        spread = jax.sharding.auto_axes(drawn, out_sharding=leaf.sharding)
+        spread: Any = jax.sharding.auto_axes(drawn, out_sharding=leaf.sharding)
         return spread(data, self._shared)
 
     def _drawn(self, part: Part, mean: Array | None) -> Array:

@@ -12,15 +12,8 @@ from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.routing import MatrixAxesSpec
 from jaxopt_lab.zeroth_order.directions import Sampler
 from jaxopt_lab.zeroth_order.engines import Engine, sequential
-from jaxopt_lab.zeroth_order.probing import (
-    Probes,
-    Step,
-    check_integer,
-    default_sampler,
-    finite_or_zero,
-    initial_state,
-    transformation,
-)
+from jaxopt_lab.zeroth_order.probes import Probes, check_integer, default_sampler, initial_state
+from jaxopt_lab.zeroth_order.probing import Step, finite_or_zero, transformation
 
 
 def estimate(

@@ -8,7 +8,7 @@ from jaxtyping import Array
 from jaxopt_lab.optim.rates import check_rates
 from jaxopt_lab.zeroth_order.estimators import forward_estimated
 from jaxopt_lab.zeroth_order.mezo import decayed_unless_named
-from jaxopt_lab.zeroth_order.probing import Probes
+from jaxopt_lab.zeroth_order.probes import Probes
 
 
 def forward_gradient(

@@ -14,7 +14,8 @@ from jaxopt_lab.optim.options import MeshWork, NewtonSchulz
 from jaxopt_lab.optim.rates import check_decays, check_rates
 from jaxopt_lab.optim.routing import float_leaves
 from jaxopt_lab.zeroth_order.matrix_sign import FLOAT32, scale_by_matrix_sign
-from jaxopt_lab.zeroth_order.probing import Probes, ProbeState, Step, initial_state, transformation
+from jaxopt_lab.zeroth_order.probes import Probes, ProbeState, initial_state
+from jaxopt_lab.zeroth_order.probing import Step, transformation
 from jaxopt_lab.zeroth_order.samplers import blocks
 
 

@@ -15,17 +15,14 @@ from jaxopt_lab.optim.rates import check_rates
 from jaxopt_lab.optim.routing import float_leaves
 from jaxopt_lab.zeroth_order.directions import Direction, leaves_of
 from jaxopt_lab.zeroth_order.engines import sequential
-from jaxopt_lab.zeroth_order.probing import (
+from jaxopt_lab.zeroth_order.probes import (
     Probes,
     ProbeState,
-    Step,
     check_integer,
     default_sampler,
-    finite_or_zero,
     initial_state,
-    summed,
-    transformation,
 )
+from jaxopt_lab.zeroth_order.probing import Step, finite_or_zero, summed, transformation
 from jaxopt_lab.zeroth_order.samplers import gaussian
 
 Selection = Literal["best", "random", "mean"]

@@ -11,7 +11,7 @@ from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.options import Routing
 from jaxopt_lab.optim.rates import check_decays, check_rates, decayed_weights
 from jaxopt_lab.zeroth_order.estimators import estimated
-from jaxopt_lab.zeroth_order.probing import Probes
+from jaxopt_lab.zeroth_order.probes import Probes
 
 
 def mezo(

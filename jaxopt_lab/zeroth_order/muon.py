@@ -11,7 +11,7 @@ from jaxopt_lab.optim.options import MeshWork, NewtonSchulz
 from jaxopt_lab.optim.rates import check_rates
 from jaxopt_lab.zeroth_order.estimators import estimated
 from jaxopt_lab.zeroth_order.matrix_sign import FLOAT32, scale_by_matrix_sign
-from jaxopt_lab.zeroth_order.probing import Probes
+from jaxopt_lab.zeroth_order.probes import Probes
 from jaxopt_lab.zeroth_order.samplers import orthogonal
 
 

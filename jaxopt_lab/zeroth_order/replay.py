@@ -17,7 +17,7 @@ import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array
 
-from jaxopt_lab.zeroth_order.probing import ProbeState
+from jaxopt_lab.zeroth_order.probes import ProbeState
 
 _FORMAT = 1
 
@@ -130,7 +130,8 @@ def apply_replay(
 
     @jax.jit
     def step(params: Any, state: Any, losses: Array) -> tuple[Any, Any]:
-        updates, state = tx.update(None, state, params, losses=losses)
+        unused: Any = None
+        updates, state = tx.update(unused, state, params, losses=losses)
         return optax.apply_updates(params, updates), state
 
     for row in jnp.asarray(losses):

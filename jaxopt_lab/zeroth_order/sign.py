@@ -9,7 +9,7 @@ from jaxtyping import Array
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.rates import check_decays, check_rates
 from jaxopt_lab.zeroth_order.estimators import estimated
-from jaxopt_lab.zeroth_order.probing import Probes
+from jaxopt_lab.zeroth_order.probes import Probes
 
 
 def zo_signsgd(

@@ -18,16 +18,14 @@ from jaxopt_lab.optim.options import NewtonSchulz, Routing
 from jaxopt_lab.optim.rates import check_rates, decayed_weights
 from jaxopt_lab.zeroth_order.directions import Leaf
 from jaxopt_lab.zeroth_order.matrix_sign import FLOAT32, matrix_layouts
-from jaxopt_lab.zeroth_order.probing import (
+from jaxopt_lab.zeroth_order.probes import (
     Probes,
     ProbeState,
-    Step,
     check_integer,
     default_sampler,
     initial_state,
-    summed,
-    transformation,
 )
+from jaxopt_lab.zeroth_order.probing import Step, summed, transformation
 from jaxopt_lab.zeroth_order.samplers import haar
 
 
