@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxopt_lab import diagnostics, dynamics, schedules
+    from jaxopt_lab import diagnostics, dynamics, schedules, zeroth_order
     from jaxopt_lab.optim import (
         AdamW,
         Eigenbasis,
@@ -82,9 +82,10 @@ __all__ = [
     "soap",
     "state_shardings",
     "track_params_ema",
+    "zeroth_order",
 ]
 
-_PACKAGES = ("core", "diagnostics", "dynamics", "optim", "parity", "schedules")
+_PACKAGES = ("core", "diagnostics", "dynamics", "optim", "parity", "schedules", "zeroth_order")
 _HOMES = {
     "adaptive_warmup": "schedules",
     "dykaf_official": "parity.dykaf",

@@ -41,6 +41,40 @@ def leaf_key(key: Array, path: KeyPath) -> Array:
     return jax.random.fold_in(jax.random.fold_in(key, high), low)
 
 
+def purpose_key(key: Array, purpose: str) -> Array:
+    """The key of a draw that belongs to no leaf, such as which leaves take part in a step.
+
+    Args:
+      key: A typed PRNG key.
+      purpose: What the draw is for.
+    """
+    # The path () is that of a tree which is one array; a word follows it, where a leaf's slices
+    # are small numbers.
+    return leaf_key(leaf_key(key, ()), (DictKey(purpose),))
+
+
+def threefry_key(key: Array) -> Array:
+    """A typed key of the generator whose draws are the same in batches, loops and on meshes.
+
+    Args:
+      key: A typed key, or the uint32 data of one.
+
+    Raises:
+      ValueError: The key is of another generator, or no single key.
+    """
+    if not jax.dtypes.issubdtype(jax.numpy.result_type(key), jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key, impl="threefry2x32")
+    if key.ndim:
+        raise ValueError(f"key: got keys of shape {key.shape}, wanted a single key")
+    if (found := str(jax.random.key_impl(key))) != "threefry2x32":
+        raise ValueError(
+            f"key: got one of {found!r}, wanted 'threefry2x32': rbg draws from the first key only "
+            "under vmap and the whole array on each device of a mesh, and folding numbers into "
+            "unsafe_rbg keys commutes. Write jax.random.key(seed, impl='threefry2x32')"
+        )
+    return key
+
+
 def leaf_keys(key: Array, paths: Iterable[KeyPath]) -> list[Array]:
     """`leaf_key` of every leaf of a tree.
 

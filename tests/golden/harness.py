@@ -18,6 +18,7 @@ FAMILIES = {
     "lion_muon": "tests.golden.lion_muon",
     "shampoo": "tests.golden.shampoo",
     "soap": "tests.golden.soap",
+    "zo": "tests.golden.black_box",
 }
 
 

@@ -1,0 +1,78 @@
+r"""Momentum over the estimates of another estimator."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxopt_lab.zeroth_order.coordinate_memory import CoordinateMemory
+from jaxopt_lab.zeroth_order.differences import Estimator, Found
+
+# A number, or a function of the number of the iteration, as Optax's schedules are.
+Schedule = float | Callable[[Array], Any]
+
+
+class AverageState(NamedTuple):
+    """State of an averaged estimator.
+
+    Attributes:
+      inner: Memory of the estimator below.
+      average: $g$.
+      started: Whether it holds an estimate.
+      previous: The last estimate where that is used, () otherwise.
+    """
+
+    inner: Any
+    average: Float[Array, " d"]
+    started: Bool[Array, ""]
+    previous: Any  # Float[Array, "d"] or ()
+
+
+def averaged(
+    estimator: Estimator, weight: Schedule | None = None, *, corrected: bool = False
+) -> Estimator:
+    r"""Exponential average of estimates $\rho$.
+
+    $$g \leftarrow (1 - \eta) g + \eta \rho, \qquad \text{corrected: } \ldots
+    + (1 - \eta) (\rho - \rho^{prev})$$
+
+    It starts from the memory of the estimator, or from the first estimate if that has none.
+
+    Args:
+      estimator: Where estimates come from.
+      weight: $\eta$, from 0 to 1, a number or a schedule. None: $4 / (k + 8 d^{3/2})^{2/3}$.
+      corrected: Add how the estimate changed, as momentum-based Frank-Wolfe does.
+
+    Raises:
+      ValueError: A number is outside of its range.
+
+    Source: momentum as in Mokhtari, Hassani and Karbasi, "Stochastic Conditional Gradient Methods",
+    arXiv 1804.09554; the weight of arXiv 2409.10442.
+    """
+    if isinstance(weight, int | float) and not 0 <= weight <= 1:
+        raise ValueError(f"momentum is {weight}; wanted a weight from 0 to 1 of the new estimate")
+
+    def init(d: int, dtype: Any) -> AverageState:
+        zeros = jnp.zeros(d, dtype)
+        return AverageState(
+            estimator.init(d, dtype), zeros, jnp.zeros((), bool), zeros if corrected else ()
+        )
+
+    def estimate(state: AverageState, probes: Any, found: Found) -> tuple[Array, AverageState]:
+        new, inner = estimator.estimate(state.inner, probes, found)
+        start = state.inner.h if isinstance(state.inner, CoordinateMemory) else new
+        paper = 4 / (found.count + 8 * found.d**1.5) ** (2 / 3)
+        eta = weight(found.count) if callable(weight) else paper if weight is None else weight
+        average = (1 - eta) * jnp.where(state.started, state.average, start) + eta * new
+        if corrected:
+            change = new - jnp.where(state.started, state.previous, start)
+            average = average + (1 - eta) * change
+        started = jnp.ones((), bool)
+        return average, AverageState(inner, average, started, new if corrected else ())
+
+    inner_fill = estimator.fill
+    fill = inner_fill and (
+        lambda state, *given: state._replace(inner=inner_fill(state.inner, *given))
+    )
+    return estimator._replace(init=init, estimate=estimate, fill=fill)
