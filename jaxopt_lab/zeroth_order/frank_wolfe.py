@@ -59,10 +59,11 @@ def jaguar_frank_wolfe(
 
     Example:
       >>> import jax, jax.numpy as jnp
+      >>> from jaxopt_lab import zeroth_order as zo
       >>> target = jnp.array([0.1, 0.7, 0.2])
-      >>> opt = jaguar_frank_wolfe(l2_ball(), key=jax.random.key(0))
-      >>> state, values = opt.minimize(lambda x: float(jnp.sum((x - target) ** 2)), jnp.zeros(3),
-      ...     num_calls=400)
+      >>> opt = zo.jaguar_frank_wolfe(zo.l2_ball(), key=jax.random.key(0))
+      >>> f = lambda x: float(jnp.sum((x - target) ** 2))
+      >>> state, values = opt.minimize(f, jnp.zeros(3), num_calls=400)
       >>> bool(jnp.abs(state.x - target).max() < 0.05)
       True
 
