@@ -77,7 +77,8 @@ class BlackBox(NamedTuple):
       init: `x0 -> state`.
       ask: `state -> (state, x)`: where a value is wanted next. Asking again returns the same point.
       tell: `(state, value) -> state`. A value that is not finite is left out and counted.
-      step: `(state, f) -> state`: one iteration, and whatever the memory needs before it.
+      step: `(state, f) -> state`: one iteration, and whatever the memory needs before it, with an
+        `f` that JAX can trace. Call it inside `jit` or `scan`.
       sample_key: `state -> key` of the sample, noise or minibatch, with which the value asked for
         is to be computed. Values of one sample get equal keys. `jax.random.key_data(key)` is a seed
         for others.
@@ -199,6 +200,8 @@ def _step(
     estimator: Estimator, move: Move, state: BlackBoxState, f: Callable, draws: Draws | None
 ) -> BlackBoxState:
     x, unravel = ravel_pytree(state.x)
+    # Whatever was asked for and not told is asked for again.
+    state = state._replace(position=jnp.zeros((), jnp.int32), asked=jnp.zeros((), bool))
 
     def values(points: Callable[[Array], Array], samples: Any, number: int) -> Array:
         """(2, number) values in two parts."""

@@ -113,6 +113,16 @@ def test_asking_again_asks_the_same_and_a_stored_state_goes_on():
     assert_same(state, restored, 0)
 
 
+def test_a_step_after_an_ask_starts_the_iteration_again():
+    opt = zo.jaguar_gd(0.1, key=KEY, h0="zeros")
+    state = opt.init(start())
+    step = jax.jit(lambda s: opt.step(s, lambda x: loss(x)))
+    asked, _ = opt.ask(state)
+    asked, _ = opt.ask(opt.tell(asked, 5.0))
+    expected = step(state)
+    assert_same(step(asked), expected._replace(calls=expected.calls + 1), 0)
+
+
 def test_samples_are_shared_within_a_pair_and_in_the_first_memory():
     for feedback, pairs in (("two_point", True), ("one_point", False)):
         opt = zo.jaguar_gd(0.1, key=KEY, feedback=feedback)
