@@ -18,10 +18,12 @@ DETERMINISTIC: Estimators = {
     "JAGUAR": lambda: zo.coordinate_memory(eps=EPS),
     "full": lambda: zo.full_coordinates(eps=EPS),
     "coordinate": lambda: zo.random_coordinates(eps=EPS),
-    "sphere": lambda: zo.sphere(eps=EPS),
+    "sphere": lambda: zo.random_directions(eps=EPS),
     "SEGA": lambda: zo.sega(eps=EPS),
     "coordinate, momentum": lambda: zo.averaged(zo.random_coordinates(eps=EPS)),
-    "sphere, corrected momentum": lambda: zo.averaged(zo.sphere(eps=EPS), corrected=True),
+    "sphere, corrected momentum": lambda: zo.averaged(
+        zo.random_directions(eps=EPS), corrected=True
+    ),
 }
 
 
@@ -34,7 +36,7 @@ def stochastic(feedback: Any) -> Estimators:
         "full": lambda: zo.full_coordinates(**options),
         "full, momentum": lambda: zo.averaged(zo.full_coordinates(**options)),
         "coordinate, momentum": lambda: zo.averaged(zo.random_coordinates(**options)),
-        "sphere, momentum": lambda: zo.averaged(zo.sphere(**options)),
+        "sphere, momentum": lambda: zo.averaged(zo.random_directions(**options)),
     }
 
 

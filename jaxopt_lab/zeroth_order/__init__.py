@@ -3,13 +3,13 @@
 Black-box optimization asks for values and is told them, `jaguar_frank_wolfe` and `jaguar_gd`.
 """
 
-from jaxopt_lab.zeroth_order.ask_tell import BlackBox, BlackBoxState, Draws, ask_tell
+from jaxopt_lab.zeroth_order.ask_tell import BlackBox, BlackBoxDraws, BlackBoxState, ask_tell
 from jaxopt_lab.zeroth_order.averaging import AverageState, averaged
 from jaxopt_lab.zeroth_order.black_box_baselines import (
     full_coordinates,
     random_coordinates,
+    random_directions,
     sega,
-    sphere,
 )
 from jaxopt_lab.zeroth_order.constraints import (
     ConstraintSet,
@@ -38,7 +38,7 @@ __all__ = [
     "ConstraintSet",
     "CoordinateMemory",
     "Coordinates",
-    "Draws",
+    "BlackBoxDraws",
     "Estimator",
     "Found",
     "ask_tell",
@@ -59,5 +59,5 @@ __all__ = [
     "sega",
     "simplex",
     "spectral_ball",
-    "sphere",
+    "random_directions",
 ]

@@ -30,7 +30,7 @@ _CHUNK = 64
 _THREEFRY = "threefry2x32"
 
 
-class Draws(NamedTuple):
+class BlackBoxDraws(NamedTuple):
     """Given instead of drawn, in replays and tests.
 
     Attributes:
@@ -151,13 +151,13 @@ def ask_tell(
         )
 
     @jax.jit
-    def ask(state: BlackBoxState, draws: Draws | None = None) -> tuple[BlackBoxState, Any]:
+    def ask(state: BlackBoxState, draws: BlackBoxDraws | None = None) -> tuple[BlackBoxState, Any]:
         x, unravel = ravel_pytree(state.x)
         point = _point(estimator, x, _probes(estimator, state, draws), state.position)
         point = jnp.where(_filling(estimator, state), _fill_point(estimator, x, state), point)
         return state._replace(asked=jnp.ones((), bool)), unravel(point)
 
-    def tell(state: BlackBoxState, value: Any, draws: Draws | None = None) -> BlackBoxState:
+    def tell(state: BlackBoxState, value: Any, draws: BlackBoxDraws | None = None) -> BlackBoxState:
         if not isinstance(state.asked, Tracer) and not state.asked:
             raise ValueError(
                 "tell: no value is expected; ask first:\n"
@@ -166,7 +166,9 @@ def ask_tell(
             )
         return told(state, parts(value, state.values.dtype, "tell"), draws)
 
-    def step(state: BlackBoxState, f: Callable, draws: Draws | None = None) -> BlackBoxState:
+    def step(
+        state: BlackBoxState, f: Callable, draws: BlackBoxDraws | None = None
+    ) -> BlackBoxState:
         return _step(estimator, move, state, f, draws)
 
     def sample_key(state: BlackBoxState) -> Array:
@@ -176,7 +178,11 @@ def ask_tell(
 
 
 def _tell(
-    estimator: Estimator, move: Move, state: BlackBoxState, value: Array, draws: Draws | None
+    estimator: Estimator,
+    move: Move,
+    state: BlackBoxState,
+    value: Array,
+    draws: BlackBoxDraws | None,
 ) -> BlackBoxState:
     filling = _filling(estimator, state)
     state = state._replace(
@@ -197,7 +203,7 @@ def _tell(
 
 
 def _step(
-    estimator: Estimator, move: Move, state: BlackBoxState, f: Callable, draws: Draws | None
+    estimator: Estimator, move: Move, state: BlackBoxState, f: Callable, draws: BlackBoxDraws | None
 ) -> BlackBoxState:
     x, unravel = ravel_pytree(state.x)
     # Whatever was asked for and not told is asked for again.
@@ -236,7 +242,7 @@ def _step(
 
 
 def _finish(
-    estimator: Estimator, move: Move, state: BlackBoxState, draws: Draws | None
+    estimator: Estimator, move: Move, state: BlackBoxState, draws: BlackBoxDraws | None
 ) -> BlackBoxState:
     """The end of an iteration. Without a single finite difference, point and memory stay."""
     x, unravel = ravel_pytree(state.x)
@@ -295,7 +301,7 @@ def _fill_point(estimator: Estimator, x: Array, state: BlackBoxState) -> Array:
     return x.at[state.filled].add(jnp.where(state.position == 0, 1, -1) * estimator.eps)
 
 
-def _probes(estimator: Estimator, state: BlackBoxState, draws: Draws | None) -> Any:
+def _probes(estimator: Estimator, state: BlackBoxState, draws: BlackBoxDraws | None) -> Any:
     if draws is not None:
         return draws.probes
     d = ravel_pytree(state.x)[0].size

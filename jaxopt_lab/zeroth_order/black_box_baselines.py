@@ -48,7 +48,7 @@ def random_coordinates(
     return _coordinates(num_coordinates, eps, feedback)
 
 
-def sphere(
+def random_directions(
     *, eps: float = 1e-3, num_directions: int = 1, feedback: Feedback = "deterministic"
 ) -> Estimator:
     r"""$l_2$ smoothing: $\frac{d}{B} \sum_b D_b v_b$ with $v_b$ uniform on the unit sphere.

@@ -80,7 +80,7 @@ def gradient_descent(
 
     Args:
       learning_rate: $\gamma$, a number or a schedule.
-      estimator: For instance `sphere()` or `full_coordinates()`.
+      estimator: For instance `random_directions()` or `full_coordinates()`.
       key: A typed threefry key.
       constraint: The set, with a projection; None: the whole space.
 

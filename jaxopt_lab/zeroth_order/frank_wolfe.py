@@ -98,7 +98,7 @@ def frank_wolfe(
     r"""Frank-Wolfe with any estimator: the baselines.
 
     Args:
-      estimator: For instance `sphere()`, or `averaged(sega(), 0.1)`.
+      estimator: For instance `random_directions()`, or `averaged(sega(), 0.1)`.
       constraint: The set, with a linear minimisation oracle.
       key: A typed threefry key.
       step_size: $\gamma$, a number or a schedule, at most 1. None: $4 / (k + 8 d)$.

@@ -94,7 +94,7 @@ def _run(case: Case) -> Any:
 
     def step(state: Any, given: Any):
         index, samples = given
-        draws = zo.Draws(zo.Coordinates(index[None], jnp.ones(1)), samples)
+        draws = zo.BlackBoxDraws(zo.Coordinates(index[None], jnp.ones(1)), samples)
         state = optimizer.step(state, f, draws)
         return state, state
 

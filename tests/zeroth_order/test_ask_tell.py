@@ -24,7 +24,7 @@ CONFIGURATIONS = {
     ),
     "single": lambda: zo.jaguar_frank_wolfe(zo.l2_ball(), key=KEY, feedback="single", eps=0.1),
     "sphere": lambda: zo.gradient_descent(
-        lambda k: 0.1 / (k + 1), zo.sphere(num_directions=3, feedback="single"), key=KEY
+        lambda k: 0.1 / (k + 1), zo.random_directions(num_directions=3, feedback="single"), key=KEY
     ),
     "corrected momentum": lambda: zo.frank_wolfe(
         zo.averaged(zo.random_coordinates(), 0.3, corrected=True), zo.linf_ball(), key=KEY

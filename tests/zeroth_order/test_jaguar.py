@@ -261,7 +261,7 @@ def test_directions_on_the_sphere_average_to_the_gradient_of_a_linear_function(f
     slope = np.array([1.0, -2.0, 0.5])
     directions = 20_000
     opt = zo.gradient_descent(
-        1.0, zo.sphere(num_directions=directions, feedback=feedback, eps=0.1),
+        1.0, zo.random_directions(num_directions=directions, feedback=feedback, eps=0.1),
         key=jax.random.key(0),
     )  # fmt: skip
     state = jax.jit(lambda s: opt.step(s, lambda x, key: slope @ x))(opt.init(np.zeros(3)))
