@@ -169,7 +169,7 @@ def noise_sweep() -> dict[str, Any]:
         f = lambda x, key: problem.f(x) + level * jax.random.uniform(key, minval=-1, maxval=1)  # noqa: E731
         opt = zo.jaguar_frank_wolfe(
             problem.constraint, key=jax.random.key(seed), eps=distance, feedback="one_point",
-            sega=False, momentum=1.0, step_size=lambda k: 4 / (k + 8 * d),
+            sega=False, averaging=1.0, step_size=lambda k: 4 / (k + 8 * d),
         )  # fmt: skip
         state = opt.init(jnp.asarray(problem.x0))
         state = jax.lax.scan(lambda s, _: (opt.step(s, f), None), state, length=steps)[0]

@@ -34,11 +34,11 @@ from jaxopt_lab.zeroth_order.frank_wolfe import frank_wolfe, jaguar_frank_wolfe
 __all__ = [
     "AverageState",
     "BlackBox",
+    "BlackBoxDraws",
     "BlackBoxState",
     "ConstraintSet",
     "CoordinateMemory",
     "Coordinates",
-    "BlackBoxDraws",
     "Estimator",
     "Found",
     "ask_tell",
@@ -56,8 +56,8 @@ __all__ = [
     "lp_ball",
     "nuclear_ball",
     "random_coordinates",
+    "random_directions",
     "sega",
     "simplex",
     "spectral_ball",
-    "random_directions",
 ]

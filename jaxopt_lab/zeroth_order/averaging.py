@@ -51,7 +51,7 @@ def averaged(
     arXiv 1804.09554; the weight of arXiv 2409.10442.
     """
     if isinstance(weight, int | float) and not 0 <= weight <= 1:
-        raise ValueError(f"momentum is {weight}; wanted a weight from 0 to 1 of the new estimate")
+        raise ValueError(f"averaging: the weight of a new estimate is {weight}; wanted 0 to 1")
 
     def init(d: int, dtype: Any) -> AverageState:
         zeros = jnp.zeros(d, dtype)

@@ -16,7 +16,7 @@ def jaguar_gd(
     constraint: ConstraintSet | None = None,
     eps: float = 1e-3,
     feedback: Feedback = "deterministic",
-    momentum: Schedule = 1.0,
+    averaging: Schedule = 1.0,
     num_coordinates: int = 1,
     h0: str = "full",
     sega: bool = False,
@@ -36,7 +36,7 @@ def jaguar_gd(
       constraint: The set, with a projection; None: the whole space.
       eps: $\tau$, see `jaguar_frank_wolfe`.
       feedback: See `jaguar_frank_wolfe`.
-      momentum: $\eta$, the weight of a new estimate in their average; 1 is none.
+      averaging: $\eta$, the weight of a new estimate in their average; 1 is no average.
       num_coordinates: Coordinates an iteration, distinct; all of them is the full method.
       h0: "full": the memory is filled by the first 2 d values. "zeros": it is not.
       sega: Use the unbiased estimate of SEGA instead of $h$; wants smaller steps.
@@ -64,8 +64,8 @@ def jaguar_gd(
         sega=sega,
         refill=refill,
     )
-    if momentum != 1:
-        estimator = averaged(estimator, momentum)
+    if averaging != 1:
+        estimator = averaged(estimator, averaging)
     return gradient_descent(learning_rate, estimator, key=key, constraint=constraint)
 
 

@@ -16,7 +16,7 @@ def jaguar_frank_wolfe(
     step_size: Schedule | None = None,
     eps: float = 1e-3,
     feedback: Feedback = "deterministic",
-    momentum: Schedule | None = None,
+    averaging: Schedule | None = None,
     num_coordinates: int = 1,
     h0: str = "full",
     sega: bool | None = None,
@@ -47,8 +47,8 @@ def jaguar_frank_wolfe(
         from independent samples; "single": one value an iteration, at a random side, from a sample
         of its own, $h_i = \pm f(x \pm \tau e_i) / \tau$. The memory is first filled by pairs of one
         sample.
-      momentum: $\eta$, a number or a schedule; 1 is none. None: $4 / (k + 8 d^{3/2})^{2/3}$ for
-        stochastic feedback, 1 for deterministic.
+      averaging: $\eta$, the weight of a new estimate, a number or a schedule; 1 is no average. None:
+        $4 / (k + 8 d^{3/2})^{2/3}$ for stochastic feedback, 1 for deterministic.
       num_coordinates: Coordinates an iteration, distinct; all of them is the full method.
       h0: "full": the memory is filled by the first 2 d values. "zeros": it is not.
       sega: Use the unbiased estimate instead of $h$. None: with stochastic feedback.
@@ -83,8 +83,8 @@ def jaguar_frank_wolfe(
         sega=stochastic if sega is None else sega,
         refill=refill,
     )
-    if stochastic or momentum is not None:
-        estimator = averaged(estimator, momentum)
+    if stochastic or averaging is not None:
+        estimator = averaged(estimator, averaging)
     return _ready(estimator, constraint, key, step_size, 1.5 if stochastic else 1.0)
 
 

@@ -150,7 +150,7 @@ def test_values_in_float64_keep_their_digits():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_value_that_is_not_finite_changes_nothing_and_is_counted(bad):
-    opt = zo.jaguar_frank_wolfe(zo.l2_ball(), key=KEY, momentum=0.5)
+    opt = zo.jaguar_frank_wolfe(zo.l2_ball(), key=KEY, averaging=0.5)
     state, _ = opt.minimize(lambda x: float(loss(x)), start(), num_calls=2 * D + 4)
     lost = state
     for value in (1.0, bad):
@@ -193,7 +193,7 @@ def opt_probes(state, number):
 
 
 def test_a_start_of_zeros_with_a_lost_first_iteration_still_averages_from_the_memory():
-    opt = zo.jaguar_frank_wolfe(zo.l2_ball(), key=KEY, momentum=0.5)
+    opt = zo.jaguar_frank_wolfe(zo.l2_ball(), key=KEY, averaging=0.5)
     state, _ = opt.minimize(lambda x: float(loss(x)), start(), num_calls=2 * D)
     memory = np.asarray(state.memory.inner.h)
     for value in (np.nan, 0.0, 0.0, 0.0):
@@ -306,7 +306,7 @@ class TestBadInput:
             {"h0": "ones"},
             {"refill": 2.0},
             {"refill": 0.5, "h0": "zeros"},
-            {"momentum": 1.5},
+            {"averaging": 1.5},
             {"step_size": 2.0},
         ],
     )

@@ -240,7 +240,7 @@ class TestLimits:
         steps = dict(step_size=lambda k: 4 / (k + 8 * D), key=key)
         a = zo.jaguar_frank_wolfe(zo.l1_ball(), **steps)
         b = zo.jaguar_frank_wolfe(
-            zo.l1_ball(), feedback="two_point", momentum=1.0, sega=False, **steps
+            zo.l1_ball(), feedback="two_point", averaging=1.0, sega=False, **steps
         )
         _, x = run(a, f, np.zeros(D), 30)
         _, y = run(b, lambda x, key: f(x), np.zeros(D), 30)
