@@ -47,8 +47,8 @@ def jaguar_frank_wolfe(
         from independent samples; "single": one value an iteration, at a random side, from a sample
         of its own, $h_i = \pm f(x \pm \tau e_i) / \tau$. The memory is first filled by pairs of one
         sample.
-      averaging: $\eta$, the weight of a new estimate, a number or a schedule; 1 is no average. None:
-        $4 / (k + 8 d^{3/2})^{2/3}$ for stochastic feedback, 1 for deterministic.
+      averaging: $\eta$, the weight of a new estimate, a number or a schedule; 1 is no average.
+        None: $4 / (k + 8 d^{3/2})^{2/3}$ for stochastic feedback, 1 for deterministic.
       num_coordinates: Coordinates an iteration, distinct; all of them is the full method.
       h0: "full": the memory is filled by the first 2 d values. "zeros": it is not.
       sega: Use the unbiased estimate instead of $h$. None: with stochastic feedback.
