@@ -135,7 +135,7 @@ def ask_tell(
     def init(x0: Any) -> BlackBoxState:
         x = checked_start(x0, estimator.eps, constraint)
         flat, _ = ravel_pytree(x)
-        size = max(2, estimator.num_probes(flat.size) * estimator.values_each)
+        size = max(2, estimator.num_values(flat.size))
         # An array of its own for each field, so that a state can be donated.
         return BlackBoxState(
             key=jnp.array(data),
@@ -153,7 +153,7 @@ def ask_tell(
     @jax.jit
     def ask(state: BlackBoxState, draws: BlackBoxDraws | None = None) -> tuple[BlackBoxState, Any]:
         x, unravel = ravel_pytree(state.x)
-        point = _point(estimator, x, _probes(estimator, state, draws), state.position)
+        point = _point(estimator, state, _probes(estimator, state, draws), state.position)
         point = jnp.where(_filling(estimator, state), _fill_point(estimator, x, state), point)
         return state._replace(asked=jnp.ones((), bool)), unravel(point)
 
@@ -192,7 +192,7 @@ def _tell(
         calls=state.calls + 1,
     )
     d = ravel_pytree(state.x)[0].size
-    wanted = jnp.where(filling, 2, estimator.num_probes(d) * estimator.values_each)
+    wanted = jnp.where(filling, 2, estimator.num_values(d))
     whole = state._replace(position=jnp.zeros((), jnp.int32))
     branches = [
         lambda: state,
@@ -231,10 +231,10 @@ def _step(
     if estimator.fill is not None:
         # The predicate is a counter, the same for all instances of a vmap: it stays a branch.
         state = lax.cond(state.filled < x.size, fill, lambda state: state, state)
-    number = estimator.num_probes(x.size) * estimator.values_each
+    number = estimator.num_values(x.size)
     samples = keys(number, False) if draws is None or draws.samples is None else draws.samples
     probes = _probes(estimator, state, draws)
-    found = values(lambda j: _point(estimator, x, probes, j), samples, number)
+    found = values(lambda j: _point(estimator, state, probes, j), samples, number)
     state = state._replace(
         values=state.values.at[:, :number].set(found), calls=state.calls + number
     )
@@ -248,11 +248,14 @@ def _finish(
     x, unravel = ravel_pytree(state.x)
     number = estimator.num_probes(x.size)
     found, finite = differences(
-        state.values[:, : number * estimator.values_each], estimator.eps, estimator.values_each
+        state.values[:, : estimator.num_values(x.size)], estimator.eps, estimator.values_each
     )
+    found, finite = found.reshape(-1, number), finite.reshape(-1, number).all(axis=0)
+    found = jnp.where(finite, found, 0)
+    before = () if estimator.other is None else found[1]
     probes = _probes(estimator, state, draws)
     direction, memory = estimator.estimate(
-        state.memory, probes, Found(found, finite, state.count, x.size)
+        state.memory, probes, Found(found[0], before, finite, state.count, x)
     )
     shape = point_shape(state.x)
     moved = move(x.reshape(shape), direction.reshape(shape), state.count, x.size)
@@ -291,10 +294,15 @@ def _filling(estimator: Estimator, state: BlackBoxState) -> Array:
     return jnp.asarray(estimator.fill is not None) & (state.filled < d)
 
 
-def _point(estimator: Estimator, x: Array, probes: Any, position: Array) -> Array:
-    sign = 1 - 2 * (position % estimator.values_each)
-    offset = (sign * estimator.eps).astype(x.dtype)
-    return estimator.point(x, probes, position // estimator.values_each, offset)
+def _point(estimator: Estimator, state: BlackBoxState, probes: Any, position: Array) -> Array:
+    x, _ = ravel_pytree(state.x)
+    each = estimator.values_each
+    probe, side = position // each, position % each
+    if estimator.other is not None:
+        number = estimator.num_probes(x.size)
+        x = jnp.where(probe < number, x, estimator.other(state.memory, x))
+        probe = probe % number
+    return estimator.point(x, probes, probe, ((1 - 2 * side) * estimator.eps).astype(x.dtype))
 
 
 def _fill_point(estimator: Estimator, x: Array, state: BlackBoxState) -> Array:
@@ -317,6 +325,8 @@ def _sample_key(
     estimator: Estimator, state: BlackBoxState, position: Array, filling: Array | bool
 ) -> Array:
     """One sample for a whole filling of the memory, for a pair, or for a value."""
+    d = ravel_pytree(state.x)[0].size
+    position = position % (estimator.num_probes(d) * estimator.values_each)
     pair = position // 2 if estimator.feedback == "two_point" else position
     keys = (_draw_key(state, "memory"), jax.random.fold_in(_draw_key(state, "samples"), pair))
     data = jnp.where(filling, *map(jax.random.key_data, keys))

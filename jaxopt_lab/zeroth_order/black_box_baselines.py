@@ -78,7 +78,7 @@ def random_directions(
 
     def estimate(memory: Any, probes: Array, found: Found) -> tuple[Array, Any]:
         total = jnp.sum(found.differences[:, None] * probes, axis=0)
-        return found.d / num_directions * total, memory
+        return found.x.size / num_directions * total, memory
 
     return Estimator(
         feedback=feedback,
@@ -115,8 +115,8 @@ def _coordinates(number: int | None, eps: float, feedback: Feedback) -> Estimato
 
     def estimate(memory: Any, probes: Coordinates, found: Found) -> tuple[Array, Any]:
         fresh = found.differences * probes.sign
-        scale = found.d / fresh.size
-        return jnp.zeros(found.d, fresh.dtype).at[probes.index].set(scale * fresh), memory
+        scale = found.x.size / fresh.size
+        return jnp.zeros_like(found.x).at[probes.index].set(scale * fresh), memory
 
     draw, point = coordinate_probes(number, feedback)
     return Estimator(

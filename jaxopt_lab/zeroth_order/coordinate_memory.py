@@ -89,7 +89,7 @@ def coordinate_memory(
         if not sega:
             return new.h, new
         # The change of the memory, scaled: zero where nothing was refreshed.
-        return memory.h + found.d / fresh.size * (new.h - memory.h), new
+        return memory.h + found.x.size / fresh.size * (new.h - memory.h), new
 
     def fill(
         memory: CoordinateMemory, coordinates: Array, differences: Array, finite: Array

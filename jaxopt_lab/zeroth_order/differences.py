@@ -21,15 +21,17 @@ class Found(NamedTuple):
 
     Attributes:
       differences: $D_b$; 0 where it is not finite.
-      finite: Whether it is.
+      before: The same at the estimator's other point; () without one.
+      finite: Whether $D_b$ is, at both points.
       count: Number of the iteration.
-      d: Entries of the point.
+      x: The point, flat.
     """
 
     differences: Float[Array, " b"]
+    before: Any
     finite: Bool[Array, " b"]
     count: Int[Array, ""]
-    d: int
+    x: Float[Array, " d"]
 
 
 class Estimator(NamedTuple):
@@ -46,6 +48,8 @@ class Estimator(NamedTuple):
       fill: `(memory, coordinates, differences, finite) -> memory`; None without such a memory.
       fill_first: Whether the memory is filled before the first iteration.
       refill: Probability with which it is filled again before an iteration.
+      other: `(memory, x) -> point`, a second point at which the same probes are taken, with the
+        same samples; None without one.
     """
 
     feedback: Feedback
@@ -58,11 +62,16 @@ class Estimator(NamedTuple):
     fill: Callable[[Any, Array, Array, Array], Any] | None = None
     fill_first: bool = False
     refill: float = 0.0
+    other: Callable[[Any, Array], Array] | None = None
 
     @property
     def values_each(self) -> int:
-        """Values a probe."""
+        """Values a probe and point."""
         return 1 if self.feedback == "single" else 2
+
+    def num_values(self, d: int) -> int:
+        """Values an iteration."""
+        return self.num_probes(d) * self.values_each * (1 if self.other is None else 2)
 
 
 def differences(

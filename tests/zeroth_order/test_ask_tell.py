@@ -27,7 +27,14 @@ CONFIGURATIONS = {
         lambda k: 0.1 / (k + 1), zo.random_directions(num_directions=3, feedback="single"), key=KEY
     ),
     "corrected momentum": lambda: zo.frank_wolfe(
-        zo.averaged(zo.random_coordinates(), 0.3, corrected=True), zo.linf_ball(), key=KEY
+        zo.averaged(zo.random_coordinates(num_coordinates=2), 0.3, corrected=True),
+        zo.linf_ball(),
+        key=KEY,
+    ),
+    "corrected momentum of samples": lambda: zo.frank_wolfe(
+        zo.averaged(zo.random_directions(feedback="two_point"), 0.3, corrected=True),
+        zo.linf_ball(),
+        key=KEY,
     ),
 }
 
@@ -135,6 +142,22 @@ def test_samples_are_shared_within_a_pair_and_in_the_first_memory():
         rest = keys[2 * D :]
         assert len(set(rest)) == (3 if pairs else 6)
         assert (rest[0] == rest[1]) is pairs and keys[0] not in rest
+
+
+@pytest.mark.parametrize(("feedback", "different"), [("two_point", 1), ("one_point", 2)])
+def test_a_correction_looks_at_both_points_with_the_same_samples(feedback, different):
+    estimator = zo.averaged(zo.random_directions(feedback=feedback), 0.5, corrected=True)
+    opt = zo.gradient_descent(0.1, estimator, key=KEY)
+    state, keys, points = opt.init(np.zeros(3)), [], []
+    for value in (1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0):
+        state, x = opt.ask(state)
+        keys.append(tuple(jax.random.key_data(opt.sample_key(state)).tolist()))
+        points.append(np.asarray(x))
+        state = opt.tell(state, value)
+    assert keys[4:6] == keys[6:8] and len(set(keys[4:])) == different
+    # The middle of the second pair is the point before the move.
+    np.testing.assert_allclose(points[6] + points[7], 0, atol=1e-6)
+    assert np.abs(points[4] + points[5]).max() > 0.1
 
 
 def test_values_in_float64_keep_their_digits():

@@ -48,7 +48,7 @@ def estimates(estimator, h, differences, index, average=None):
     """Directions and memories of all single coordinates, given their exact differences."""
 
     def one(i):
-        found = Found(differences[i][None], jnp.ones(1, bool), jnp.zeros((), jnp.int32), h.size)
+        found = Found(differences[i][None], (), jnp.ones(1, bool), jnp.zeros((), jnp.int32), h)
         probes = zo.Coordinates(i[None], jnp.ones(1))
         return estimator.estimate(zo.CoordinateMemory(h), probes, found)
 
@@ -281,11 +281,28 @@ def test_single_values_overwrite_the_memory_whatever_the_sign():
     assert {-1.0, 1.0} == set(found)
 
 
-def test_corrected_momentum_follows_a_gradient_that_moves():
-    # With exact estimates the correction keeps the average equal to the newest one.
+def test_the_correction_follows_a_gradient_that_moves():
+    # With exact estimates the average is the newest one, wherever the point goes.
     matrix, target = quadratic()
     estimator = zo.averaged(zo.full_coordinates(), 0.1, corrected=True)
     opt = zo.gradient_descent(0.05, estimator, key=jax.random.key(0))
     state, path = run(opt, value_of(matrix, target), np.zeros(D), 20)
     last = matrix @ (np.asarray(path[-1]) - target)
     np.testing.assert_allclose(state.memory.average, last, atol=1e-9)
+    assert state.calls == 20 * 4 * D
+
+
+def test_the_correction_of_random_estimates_has_less_noise_than_these():
+    # At a point that hardly moves the average tends to the gradient, and the estimates do not.
+    slope = np.arange(1.0, 5.0)
+    f = lambda x: slope @ x  # noqa: E731
+    errors = []
+    for estimator in (
+        zo.random_coordinates(),
+        zo.averaged(zo.random_coordinates(), lambda k: 1 / (k + 1), corrected=True),
+    ):
+        opt = zo.gradient_descent(1e-9, estimator, key=jax.random.key(3))
+        state, path = run(opt, f, np.zeros(4), 400)
+        direction = (path[-1] - state.x) / 1e-9
+        errors.append(np.linalg.norm(direction - slope))
+    assert errors[1] < 0.2 * errors[0]
