@@ -61,6 +61,9 @@ def frobenius_unit(
     """
     if eps:
         return x / (factor * frobenius_norm(x, axes) + eps)
+    if math.prod(x.shape[axis] for axis in ((axes,) if isinstance(axes, int) else axes)) == 1:
+        # Without a sum XLA moves the powers below out of the square and folds them to 0 and inf.
+        return jnp.where(jnp.isfinite(x), jnp.sign(x), jnp.nan) / factor
     # One pass over `x`, whichever of the sums neither overflows nor vanishes: a pass that looks for
     # the largest entry first would read it twice. Powers of two round nothing.
     power = 2.0 ** (jnp.finfo(x.dtype).maxexp // 2)

@@ -4,14 +4,44 @@ Everything is an Optax transformation whose `update` takes the loss as `value_fn
 
     tx = mezo(1e-6, eps=1e-3, key=jax.random.key(0))
     updates, state = tx.update(None, state, params, value_fn=lambda p: loss(p, batch))
+
+Black-box optimization asks for values and is told them: `jaxopt_lab.zeroth_order.jaguar_frank_wolfe`
+and `jaguar_gd`.
 """
 
 from jaxopt_lab.zeroth_order.adaptive import AdaMMState, scale_by_adamm, zo_adamm
+from jaxopt_lab.zeroth_order.ask_tell import BlackBox, BlackBoxDraws, BlackBoxState, ask_tell
+from jaxopt_lab.zeroth_order.averaging import AverageState, averaged
+from jaxopt_lab.zeroth_order.black_box_baselines import (
+    full_coordinates,
+    random_coordinates,
+    random_directions,
+    sega,
+)
 from jaxopt_lab.zeroth_order.conservative import conservative
+from jaxopt_lab.zeroth_order.constraints import (
+    ConstraintSet,
+    box,
+    l1_ball,
+    l2_ball,
+    linf_ball,
+    lp_ball,
+    nuclear_ball,
+    simplex,
+    spectral_ball,
+)
+from jaxopt_lab.zeroth_order.coordinate_memory import (
+    CoordinateMemory,
+    Coordinates,
+    coordinate_memory,
+)
+from jaxopt_lab.zeroth_order.descent import gradient_descent, jaguar_gd
+from jaxopt_lab.zeroth_order.differences import Estimator, Found
 from jaxopt_lab.zeroth_order.directions import Direction, Sampler
 from jaxopt_lab.zeroth_order.engines import Engine, chunked, sequential, vmapped
 from jaxopt_lab.zeroth_order.estimators import estimate
 from jaxopt_lab.zeroth_order.forward_gradient import forward_gradient
+from jaxopt_lab.zeroth_order.frank_wolfe import frank_wolfe, jaguar_frank_wolfe
 from jaxopt_lab.zeroth_order.jaguar import (
     CoordinateMomentumState,
     JaguarState,
@@ -45,10 +75,19 @@ from jaxopt_lab.zeroth_order.subspace_muon import (
 
 __all__ = [
     "AdaMMState",
+    "AverageState",
+    "BlackBox",
+    "BlackBoxDraws",
+    "BlackBoxState",
+    "ConstraintSet",
+    "CoordinateMemory",
     "CoordinateMomentumState",
+    "Coordinates",
     "Direction",
     "Draws",
     "Engine",
+    "Estimator",
+    "Found",
     "JaguarState",
     "LDSDState",
     "ProbeState",
@@ -56,18 +95,34 @@ __all__ = [
     "Sampler",
     "Subspace",
     "apply_replay",
+    "ask_tell",
+    "averaged",
     "blocks",
+    "box",
     "chunked",
     "conservative",
+    "coordinate_memory",
     "estimate",
     "fill_masked",
     "forward_gradient",
+    "frank_wolfe",
+    "full_coordinates",
     "gaussian",
+    "gradient_descent",
+    "jaguar_frank_wolfe",
+    "jaguar_gd",
     "jaguar_muon",
     "jaguar_signsgd",
+    "l1_ball",
+    "l2_ball",
     "ldsd",
+    "linf_ball",
+    "lp_ball",
     "mezo",
+    "nuclear_ball",
     "orthogonal",
+    "random_coordinates",
+    "random_directions",
     "recorded",
     "sampling_muon",
     "save_replay",
@@ -76,10 +131,13 @@ __all__ = [
     "scale_by_jaguar",
     "scale_by_matrix_sign",
     "scale_by_subspace_muon",
+    "sega",
     "sequential",
     "signs",
+    "simplex",
     "single_coordinate",
     "sparse",
+    "spectral_ball",
     "sphere",
     "subspace_muon",
     "vmapped",

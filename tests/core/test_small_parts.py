@@ -50,6 +50,16 @@ def test_scales():
     assert frob(4, 16) == 0.25 and SIGN_SCALES["muon"](4, 16) == 0.5
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (2, 1, 1)])
+def test_the_unit_of_a_single_number_is_its_sign(shape):
+    # Compiled: XLA folds constants of a square that no sum follows.
+    axes = range(max(0, len(shape) - 2), len(shape))
+    unit = jax.jit(lambda x: frobenius_unit(x, axes))
+    for x, expected in ((0.0, 0.0), (-1e-30, -1.0), (1e30, 1.0), (-3.0, -1.0)):
+        np.testing.assert_allclose(unit(jnp.full(shape, x)), np.full(shape, expected))
+    assert jnp.isnan(unit(jnp.full(shape, jnp.inf))).all()
+
+
 @pytest.mark.parametrize("scale", [1e-35, 1e-30, 1.0, 1e18, 1e37])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_unit_of_the_frobenius_norm_at_any_scale(scale, dtype):
