@@ -16,6 +16,7 @@ FAMILIES = {
     "dykaf": "tests.golden.dykaf",
     "dynamics": "tests.golden.dynamics",
     "lion_muon": "tests.golden.lion_muon",
+    "lorsum": "tests.golden.lorsum",
     "shampoo": "tests.golden.shampoo",
     "soap": "tests.golden.soap",
 }
