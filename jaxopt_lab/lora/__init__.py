@@ -1,20 +1,42 @@
 """Low-rank adapters and their optimizers."""
 
+from jaxopt_lab.lora.adapters import Adapters, difference, effective, init, merge, unmerge
+from jaxopt_lab.lora.config import AdapterSpec, LoraConfig, LoraSpec, resolve
 from jaxopt_lab.lora.lorsum import lorsum
 from jaxopt_lab.lora.lorsum_variants import extrapolated_lorsum, projected_lorsum
 from jaxopt_lab.lora.options import FactorMetric, LowRankSum
 from jaxopt_lab.lora.preconditioned import preconditioned, scale_by_preconditioned
+from jaxopt_lab.lora.resize import Resized, fold, grow, prune, select_and_grow, selection
 from jaxopt_lab.lora.scaled_lorsum import scaled_lorsum
 from jaxopt_lab.lora.tap import Tap
+from jaxopt_lab.lora.weight_lora import weight_lora, weight_lora_plus
 
 __all__ = [
+    "AdapterSpec",
+    "Adapters",
     "FactorMetric",
+    "LoraConfig",
+    "LoraSpec",
     "LowRankSum",
+    "Resized",
     "Tap",
+    "difference",
+    "effective",
     "extrapolated_lorsum",
+    "fold",
+    "grow",
+    "init",
     "lorsum",
+    "merge",
     "preconditioned",
     "projected_lorsum",
+    "prune",
+    "resolve",
     "scale_by_preconditioned",
     "scaled_lorsum",
+    "select_and_grow",
+    "selection",
+    "unmerge",
+    "weight_lora",
+    "weight_lora_plus",
 ]

@@ -74,6 +74,7 @@ def with_rest(
     pairs_tx: optax.GradientTransformationExtraArgs,
     rest: optax.GradientTransformation,
     *,
+    weights: optax.GradientTransformation | None = None,
     clip: Scalar | None = None,
     clip_scales_stats: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -83,12 +84,13 @@ def with_rest(
       who: Name of the optimizer, for errors.
       pairs_tx: Moves the factors.
       rest: Moves the other leaves.
+      weights: Moves the weights of the adapters; None: `rest`.
       clip: Largest norm of the gradient of the kernels, $\sum \lVert X^\top S \rVert^2$, and of the
         other leaves together. Needs taps. Factor gradients are not looked at.
       clip_scales_stats: Multiply the layer inputs by the clip factor; False gives it to the rule as
         a factor of the gradient.
     """
-    tx = optax.partition({PAIRS: pairs_tx, WEIGHTS: rest, REST: rest}, labels)
+    tx = optax.partition({PAIRS: pairs_tx, WEIGHTS: weights or rest, REST: rest}, labels)
 
     def init(params: optax.Params) -> optax.OptState:
         params = float_leaves(params)

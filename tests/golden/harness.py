@@ -19,6 +19,7 @@ FAMILIES = {
     "lorsum": "tests.golden.lorsum",
     "shampoo": "tests.golden.shampoo",
     "soap": "tests.golden.soap",
+    "weight_lora": "tests.golden.weight_lora",
 }
 
 
