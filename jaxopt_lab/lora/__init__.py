@@ -8,7 +8,9 @@ from jaxopt_lab.lora.options import FactorMetric, LowRankSum
 from jaxopt_lab.lora.preconditioned import preconditioned, scale_by_preconditioned
 from jaxopt_lab.lora.resize import Resized, fold, grow, prune, select_and_grow, selection
 from jaxopt_lab.lora.scaled_lorsum import scaled_lorsum
+from jaxopt_lab.lora.side import side
 from jaxopt_lab.lora.tap import Tap
+from jaxopt_lab.lora.taps import joined_taps, value_grad_and_taps
 from jaxopt_lab.lora.weight_lora import weight_lora, weight_lora_plus
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "fold",
     "grow",
     "init",
+    "joined_taps",
     "lorsum",
     "merge",
     "preconditioned",
@@ -36,7 +39,9 @@ __all__ = [
     "scaled_lorsum",
     "select_and_grow",
     "selection",
+    "side",
     "unmerge",
+    "value_grad_and_taps",
     "weight_lora",
     "weight_lora_plus",
 ]
