@@ -2,6 +2,8 @@
 
 from jaxopt_lab.lora.adapters import Adapters, difference, effective, init, merge, unmerge
 from jaxopt_lab.lora.config import AdapterSpec, LoraConfig, LoraSpec, resolve
+from jaxopt_lab.lora.files import load, save, spec_from_json, spec_to_json
+from jaxopt_lab.lora.loraplus import lora_fa, lora_plus
 from jaxopt_lab.lora.lorsum import lorsum
 from jaxopt_lab.lora.lorsum_variants import extrapolated_lorsum, projected_lorsum
 from jaxopt_lab.lora.options import FactorMetric, LowRankSum
@@ -29,17 +31,23 @@ __all__ = [
     "grow",
     "init",
     "joined_taps",
+    "load",
+    "lora_fa",
+    "lora_plus",
     "lorsum",
     "merge",
     "preconditioned",
     "projected_lorsum",
     "prune",
     "resolve",
+    "save",
     "scale_by_preconditioned",
     "scaled_lorsum",
     "select_and_grow",
     "selection",
     "side",
+    "spec_from_json",
+    "spec_to_json",
     "unmerge",
     "value_grad_and_taps",
     "weight_lora",
