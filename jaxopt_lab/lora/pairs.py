@@ -5,13 +5,13 @@ stacks of them. `lora_a`, `lora_b` (Flax NNX) and `kernel_lora_a`, `kernel_lora_
 as well, in any kind of container.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxopt_lab.core.keys import path_names
@@ -107,6 +107,30 @@ def laid_out(array: Array, like: Any, axes: Sequence[int | None]) -> Array:
     spec = (*sharding.spec, *[None] * (len(like.shape) - len(sharding.spec)))
     placed = PartitionSpec(*(None if axis is None else spec[axis] for axis in axes))
     return jax.sharding.reshard(array, NamedSharding(sharding.mesh, placed))
+
+
+def with_auto_axes(fn: Callable[..., Any], arguments: Sequence[Any], like: Any) -> Any:
+    """`fn(*arguments)`, with the partitioner at work inside where mesh axes are Explicit.
+
+    All products here contract over sides of a factor or over rows of a batch, sharded or not, and
+    their results are small.
+
+    Args:
+      fn: Of trees of arrays.
+      arguments: The trees.
+      like: Tree of arrays that lie as the results shall; None for a replicated result.
+    """
+    kinds = [getattr(jax.typeof(x), "sharding", None) for x in jax.tree.leaves(arguments)]
+    meshes = [s.mesh for s in kinds if s is not None and AxisType.Explicit in s.mesh.axis_types]
+    if not meshes:
+        return fn(*arguments)
+    everywhere = NamedSharding(meshes[0], PartitionSpec())
+
+    def layout(x: Any) -> Any:
+        return everywhere if x is None else jax.typeof(x).sharding
+
+    out = jax.tree.map(layout, like, is_leaf=lambda x: x is None)
+    return jax.sharding.auto_axes(fn, out_sharding=out)(*arguments)
 
 
 def unflatten_pairs(

@@ -11,7 +11,14 @@ from jaxtyping import Array, Int
 from jaxopt_lab.core.keys import leaf_key
 from jaxopt_lab.core.low_rank_sum import Pair
 from jaxopt_lab.core.numerics import widened
-from jaxopt_lab.lora.pairs import PairAt, require_pairs, stacked, unflatten_pairs, zero_count
+from jaxopt_lab.lora.pairs import (
+    PairAt,
+    require_pairs,
+    stacked,
+    unflatten_pairs,
+    with_auto_axes,
+    zero_count,
+)
 from jaxopt_lab.lora.tap import Tap
 from jaxopt_lab.optim.nonfinite import finite_entries
 
@@ -77,14 +84,11 @@ def pairwise(rule: Rule, who: str, seed: int = 0) -> optax.GradientTransformatio
             {name: tree([state[name] for state in kept]) for name in kept[0]},
         )
 
-    def update(updates, state, params=None, *, taps=None, **extra_args):
-        del extra_args
-        if params is None:
-            raise ValueError(f"{who} needs the factors: call update(updates, state, params)")
+    def run(updates, state, params, taps):
         leaves, treedef = jax.tree.flatten(params)
         gradients = jax.tree.leaves(updates)
         pairs = require_pairs(params, who)
-        found = taps_of(pairs, taps, who) if rule.needs_taps else [None] * len(pairs)
+        found = [None] * len(pairs) if taps is None else taps
 
         def at(tree: Any) -> list[Any]:
             # `MaskedNode`s must stay in place for the numbers to fit.
@@ -111,6 +115,15 @@ def pairwise(rule: Rule, who: str, seed: int = 0) -> optax.GradientTransformatio
             {name: tree([new[name] for new in states]) for name in old_states},
         )
         return tree(moves), new_state
+
+    def update(updates, state, params=None, *, taps=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError(f"{who} needs the factors: call update(updates, state, params)")
+        found = None
+        if rule.needs_taps:
+            found = taps_of(require_pairs(params, who), taps, who)
+        return with_auto_axes(run, (updates, state, params, found), like=(updates, state))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

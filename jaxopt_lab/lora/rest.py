@@ -9,7 +9,15 @@ from jaxtyping import Array, Int
 
 from jaxopt_lab.core.low_rank_sum import Pair, product_norm_squared
 from jaxopt_lab.core.numerics import Scalar, wide_dtype, widened
-from jaxopt_lab.lora.pairs import PAIRS, REST, WEIGHTS, labels, require_pairs, stacked
+from jaxopt_lab.lora.pairs import (
+    PAIRS,
+    REST,
+    WEIGHTS,
+    labels,
+    require_pairs,
+    stacked,
+    with_auto_axes,
+)
 from jaxopt_lab.lora.pairwise import taps_of
 from jaxopt_lab.lora.tap import Tap
 from jaxopt_lab.optim.fallback import adam_direction
@@ -113,11 +121,8 @@ def _clipped(updates: Any, taps: Any, clip: Scalar, scales_stats: bool, who: str
     found = taps_of(pairs, taps, who)
     of_pairs = {i for pair in pairs for i in pair[1:]}
     leaves, treedef = jax.tree.flatten(updates)
-    others = [widened(g) for i, g in enumerate(leaves) if i not in of_pairs]
-    squares = [_norm_squared(tap) for tap in found] + [jnp.sum(jnp.square(g)) for g in others]
-    # What is not finite is refused where it stands and must not stop the others.
-    norm = jnp.sqrt(sum((jnp.where(jnp.isfinite(x), x, 0) for x in squares), jnp.zeros(())))
-    factor = jnp.minimum(1.0, clip / (norm + 1e-6))
+    others = [g for i, g in enumerate(leaves) if i not in of_pairs]
+    factor = with_auto_axes(_clip_factor, (found, others, clip), like=None)
     scaled = [g if i in of_pairs else g * factor.astype(g.dtype) for i, g in enumerate(leaves)]
 
     def clipped(tap: Tap) -> Tap:
@@ -127,6 +132,14 @@ def _clipped(updates: Any, taps: Any, clip: Scalar, scales_stats: bool, who: str
 
     taps = jax.tree.map(clipped, taps, is_leaf=lambda node: isinstance(node, Tap))
     return treedef.unflatten(scaled), taps
+
+
+def _clip_factor(taps: list[Tap], others: list[Array], clip: Scalar) -> Array:
+    squares = [_norm_squared(tap) for tap in taps]
+    squares += [jnp.sum(jnp.square(widened(g))) for g in others]
+    # What is not finite is refused where it stands and must not stop the others.
+    norm = jnp.sqrt(sum((jnp.where(jnp.isfinite(x), x, 0) for x in squares), jnp.zeros(())))
+    return jnp.minimum(1.0, clip / (norm + 1e-6))
 
 
 def _norm_squared(tap: Tap) -> Array:
