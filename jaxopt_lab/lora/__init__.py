@@ -1,6 +1,14 @@
 """Low-rank adapters and their optimizers."""
 
-from jaxopt_lab.lora.adapters import Adapters, difference, effective, init, merge, unmerge
+from jaxopt_lab.lora.adapters import (
+    Adapters,
+    difference,
+    effective,
+    init,
+    merge,
+    shardings,
+    unmerge,
+)
 from jaxopt_lab.lora.config import AdapterSpec, LoraConfig, LoraSpec, resolve
 from jaxopt_lab.lora.files import load, save, spec_from_json, spec_to_json
 from jaxopt_lab.lora.loraplus import lora_fa, lora_plus
@@ -45,6 +53,7 @@ __all__ = [
     "scaled_lorsum",
     "select_and_grow",
     "selection",
+    "shardings",
     "side",
     "spec_from_json",
     "spec_to_json",

@@ -1,16 +1,17 @@
 """The trainable tree: created, read, and put together with the parameters it belongs to."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import tree_map_with_path
 from jaxtyping import Array
 
 from jaxopt_lab.core.keys import path_names
-from jaxopt_lab.core.matrices import batch_first, undo_batch_first
+from jaxopt_lab.core.matrices import batch_first, batch_first_spec, undo_batch_first
 from jaxopt_lab.core.numerics import widened
 from jaxopt_lab.lora.config import AdapterSpec, LoraSpec, as_array
 from jaxopt_lab.lora.inits import START
@@ -193,6 +194,42 @@ def difference(adapters: Adapters, start: Adapters, spec: LoraSpec) -> tuple[Ada
         )
         doubled.append(entry._replace(rank=2 * entry.rank))
     return out, spec.with_adapters(doubled)
+
+
+def shardings(spec: LoraSpec, param_shardings: Any) -> Adapters:
+    """A `NamedSharding` for every leaf that `init` makes.
+
+    `a` lies along the inputs of its kernel and `b` along its outputs, so that no kernel moves. The
+    rank is replicated, and so is a side of several kernel axes that do not merge in place.
+
+    Args:
+      spec: Of the adapters.
+      param_shardings: Tree of `NamedSharding` like the parameters.
+    """
+    given = {path_names(p): s for p, s in jax.tree_util.tree_leaves_with_path(param_shardings)}
+    out: Adapters = {}
+    for entry in spec.adapters:
+        kernel = given[entry.path]
+        batch, *inner = batch_first_spec(kernel.spec, entry.axes)
+        count = len(entry.axes.reduction)
+        rows, columns = (_merged(side) for side in (inner[:count], inner[count:]))
+        stack = (batch if len(entry.kept) == entry.matrix_shape[0] else None,)
+        lead = stack if entry.axes.batch else ()
+        specs = {"a": (*lead, rows, None), "b": (*lead, None, columns)}
+        if spec.config.dora:
+            specs["magnitude"] = (*lead, columns)
+        if spec.config.weights:
+            specs["weight"] = lead
+        node = {k: NamedSharding(kernel.mesh, PartitionSpec(*s)) for k, s in specs.items()}
+        put(out, entry.path, node)
+    for path in spec.full:
+        put(out, path, given[path])
+    return out
+
+
+def _merged(sides: Sequence[Any]) -> Any:
+    """How several axes lie after they are merged: only the first may be sharded."""
+    return None if any(side is not None for side in sides[1:]) else sides[0]
 
 
 def nodes(adapters: Adapters, spec: LoraSpec) -> Iterator[tuple[AdapterSpec, Mapping[str, Array]]]:

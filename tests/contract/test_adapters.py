@@ -37,6 +37,7 @@ every = pytest.mark.parametrize("name", FACTORIES)
 def test_every_optimizer_is_here():
     others = {"difference", "effective", "fold", "grow", "init", "joined_taps", "load", "merge"}
     others |= {"prune", "resolve", "save", "select_and_grow", "selection", "side", "unmerge"}
+    others |= {"shardings"}
     others |= {"spec_from_json", "spec_to_json", "value_grad_and_taps"}
     # A direction, for trees of pairs alone.
     others |= {"scale_by_preconditioned"}
