@@ -15,8 +15,10 @@ from jaxopt_lab.lora.loraplus import lora_fa, lora_plus
 from jaxopt_lab.lora.lorsum import lorsum
 from jaxopt_lab.lora.lorsum_variants import extrapolated_lorsum, projected_lorsum
 from jaxopt_lab.lora.options import FactorMetric, LowRankSum
+from jaxopt_lab.lora.pairwise import Given, Rule, pairwise
 from jaxopt_lab.lora.preconditioned import preconditioned, scale_by_preconditioned
 from jaxopt_lab.lora.resize import Resized, fold, grow, prune, select_and_grow, selection
+from jaxopt_lab.lora.rest import with_rest
 from jaxopt_lab.lora.scaled_lorsum import scaled_lorsum
 from jaxopt_lab.lora.side import side
 from jaxopt_lab.lora.tap import Tap
@@ -27,10 +29,12 @@ __all__ = [
     "AdapterSpec",
     "Adapters",
     "FactorMetric",
+    "Given",
     "LoraConfig",
     "LoraSpec",
     "LowRankSum",
     "Resized",
+    "Rule",
     "Tap",
     "difference",
     "effective",
@@ -44,6 +48,7 @@ __all__ = [
     "lora_plus",
     "lorsum",
     "merge",
+    "pairwise",
     "preconditioned",
     "projected_lorsum",
     "prune",
@@ -61,4 +66,5 @@ __all__ = [
     "value_grad_and_taps",
     "weight_lora",
     "weight_lora_plus",
+    "with_rest",
 ]

@@ -15,6 +15,7 @@ from jax.tree_util import tree_leaves_with_path
 
 from jaxopt_lab.core.keys import path_names
 from jaxopt_lab.core.matrices import MatrixAxes
+from jaxopt_lab.lora.options import require
 from jaxopt_lab.lora.pairs import Names
 from jaxopt_lab.optim.roles import module_names, names_a_table, role_by_name
 from jaxopt_lab.optim.routing import MatrixAxesSpec, route
@@ -90,12 +91,11 @@ class LoraConfig:
             if value is not None and not isinstance(value, str):
                 object.__setattr__(self, field, tuple(value))
         ranks = [self.rank, *(rank for _, rank in self.rank_pattern)]
-        _require("rank", all(isinstance(r, int) and r > 0 for r in ranks), ranks, "integers > 0")
-        _require("dropout", 0 <= self.dropout < 1, self.dropout, "a number in [0, 1)")
-        _require("init", self.init in INITS, self.init, f"one of {', '.join(INITS)}")
-        _require(
-            "bias", self.bias in ("none", "all", "lora_only"), self.bias, "none, all, lora_only"
-        )
+        positive = all(isinstance(r, int) and r > 0 for r in ranks)
+        require(self, "rank", positive, "integers > 0, in rank_pattern as well")
+        require(self, "dropout", 0 <= self.dropout < 1, "a number in [0, 1)")
+        require(self, "init", self.init in INITS, f"one of {', '.join(INITS)}")
+        require(self, "bias", self.bias in ("none", "all", "lora_only"), "none, all or lora_only")
         given = [self.target, self.exclude, self.full, *(key for key, _ in self.rank_pattern)]
         for pattern in given:
             if isinstance(pattern, str):
@@ -103,11 +103,6 @@ class LoraConfig:
                     re.compile(pattern)
                 except re.error as error:
                     raise ValueError(f"pattern {pattern!r} of LoraConfig: {error}") from None
-
-
-def _require(field: str, holds: bool, got: Any, wanted: str) -> None:
-    if not holds:
-        raise ValueError(f"LoraConfig.{field}: got {got!r}, wanted {wanted}")
 
 
 class AdapterSpec(NamedTuple):

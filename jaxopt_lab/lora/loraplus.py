@@ -12,7 +12,7 @@ from jaxopt_lab.core import low_rank_sum
 from jaxopt_lab.core.low_rank_sum import Pair
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.lora.pairs import find_pairs
-from jaxopt_lab.lora.pairwise import Given, Rule, pairwise
+from jaxopt_lab.lora.pairwise import Given, Rule, pair_direction
 from jaxopt_lab.lora.rest import adamw_rest, with_rest
 from jaxopt_lab.optim.fallback import adam_direction
 from jaxopt_lab.optim.nonfinite import guarded
@@ -110,6 +110,6 @@ def lora_fa(
 
     own = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay}
     moved = optax.masked(adamw_rest(learning_rate, AdamW(), **own), is_right)
-    pairs = guarded(pairwise(Rule(init, step, needs_taps=False), "lora_fa"), moved)
+    pairs = guarded(pair_direction(Rule(init, step, needs_taps=False), "lora_fa"), moved)
     rest = adamw_rest(learning_rate, fallback, **{**own, "weight_decay": 0.0})
     return with_rest("lora_fa", pairs, rest)

@@ -14,7 +14,6 @@ from jaxopt_lab.lora.options import LowRankSum
 from jaxopt_lab.lora.pairs import laid_out, rate_at
 from jaxopt_lab.lora.pairwise import Given, Rule, pairwise
 from jaxopt_lab.lora.rest import adamw_rest, heavy_ball_rest, with_rest
-from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import AdamW
 from jaxopt_lab.optim.rates import check_decays, check_rates
 
@@ -98,7 +97,7 @@ def lorsum(
     else:
         rest = adamw_rest(learning_rate, fallback, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
     stats = projection.clip_scales_stats
-    return with_rest("lorsum", guarded(tx), rest, clip=clip, clip_scales_stats=stats)
+    return with_rest("lorsum", tx, rest, clip=clip, clip_scales_stats=stats)
 
 
 def gradient_of(given: Given) -> Pair:

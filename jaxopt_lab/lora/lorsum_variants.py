@@ -14,7 +14,6 @@ from jaxopt_lab.lora.options import LowRankSum
 from jaxopt_lab.lora.pairs import rate_at
 from jaxopt_lab.lora.pairwise import Given, Rule, pairwise
 from jaxopt_lab.lora.rest import heavy_ball_rest, with_rest
-from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.rates import check_decays, check_rates
 
 
@@ -85,7 +84,7 @@ def projected_lorsum(
     tx = pairwise(Rule(init, step, needs_taps=True), "projected_lorsum", projection.seed)
     rest = heavy_ball_rest(learning_rate, momentum, dampening)
     stats = projection.clip_scales_stats
-    return with_rest("projected_lorsum", guarded(tx), rest, clip=clip, clip_scales_stats=stats)
+    return with_rest("projected_lorsum", tx, rest, clip=clip, clip_scales_stats=stats)
 
 
 def extrapolated_lorsum(
@@ -141,7 +140,7 @@ def extrapolated_lorsum(
     tx = pairwise(Rule(init, step, needs_taps=True), "extrapolated_lorsum", projection.seed)
     rest = heavy_ball_rest(learning_rate, momentum, 0.0)
     stats = projection.clip_scales_stats
-    return with_rest("extrapolated_lorsum", guarded(tx), rest, clip=clip, clip_scales_stats=stats)
+    return with_rest("extrapolated_lorsum", tx, rest, clip=clip, clip_scales_stats=stats)
 
 
 def _zeros(a: Any, b: Any) -> Pair:

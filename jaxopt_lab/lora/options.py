@@ -1,9 +1,14 @@
 """Option objects of the optimizers of adapters; see `jaxopt_lab.optim.options` for the rules."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from jaxopt_lab.optim.options import _in_range, _is_integer, _require, _require_choice
+
+def require(owner: Any, field: str, holds: bool, wanted: str) -> None:
+    """Raise `ValueError` for a field of an option object that does not hold what it should."""
+    if not holds:
+        name = f"{type(owner).__name__}.{field}"
+        raise ValueError(f"{name}: got {getattr(owner, field)!r}, wanted {wanted}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +47,12 @@ class LowRankSum:
 
     def __post_init__(self) -> None:
         """Checks the fields."""
-        _require(self, "sweeps", _is_integer(self.sweeps, 0), "an integer >= 0")
-        _require_choice(self, "start", ("a", "b"))
-        _require(self, "momentum_rank", _in_range(self.momentum_rank, 0, 1e9), "a number > 0")
-        _require(self, "jitter", _in_range(self.jitter, 0, 1.0), "a number in [0, 1)")
+        sweeps = self.sweeps
+        is_count = isinstance(sweeps, int) and not isinstance(sweeps, bool) and sweeps >= 0
+        require(self, "sweeps", is_count, "an integer >= 0")
+        require(self, "start", self.start in ("a", "b"), "a or b")
+        require(self, "momentum_rank", self.momentum_rank > 0, "a number > 0")
+        require(self, "jitter", 0 <= self.jitter < 1, "a number in [0, 1)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +82,8 @@ class FactorMetric:
 
     def __post_init__(self) -> None:
         """Checks the fields."""
-        _require_choice(self, "kind", ("kfac", "shampoo"))
-        _require_choice(self, "form", ("diagonal", "dense"))
-        _require_choice(self, "loss", ("mean", "sum"))
-        _require(self, "power", isinstance(self.power, int | float), "a Python number")
-        _require(self, "power", _in_range(self.power, 0, 4), "a number in [0, 4)")
+        require(self, "kind", self.kind in ("kfac", "shampoo"), "kfac or shampoo")
+        require(self, "form", self.form in ("diagonal", "dense"), "diagonal or dense")
+        require(self, "loss", self.loss in ("mean", "sum"), "mean or sum")
+        is_power = isinstance(self.power, int | float) and 0 <= self.power < 4
+        require(self, "power", is_power, "a Python number in [0, 4)")

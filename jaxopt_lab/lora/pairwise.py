@@ -20,7 +20,7 @@ from jaxopt_lab.lora.pairs import (
     zero_count,
 )
 from jaxopt_lab.lora.tap import Tap
-from jaxopt_lab.optim.nonfinite import finite_entries
+from jaxopt_lab.optim.nonfinite import finite_entries, guarded
 
 
 class PairwiseState(NamedTuple):
@@ -54,14 +54,20 @@ class Rule(NamedTuple):
 def pairwise(rule: Rule, who: str, seed: int = 0) -> optax.GradientTransformationExtraArgs:
     """Lift a rule for one pair to a tree of adapters; stacks of pairs are one batched program.
 
-    The moves of the two factors of a pair belong together. Where the step of an adapter is not
-    finite both are NaN (`optim.nonfinite.guarded`), its state stays, and it is counted.
+    The moves of the two factors of a pair belong together. An adapter whose step is not finite
+    does not move, its state stays, and it is counted. `with_rest` makes an optimizer of whole
+    adapter trees of it.
 
     Args:
       rule: The rule.
       who: Name of the optimizer, for errors.
       seed: Of what the rule draws at `init`; every adapter draws by its path.
     """
+    return guarded(pair_direction(rule, who, seed))
+
+
+def pair_direction(rule: Rule, who: str, seed: int = 0) -> optax.GradientTransformationExtraArgs:
+    """`pairwise` with NaN in both factors where an adapter takes no step (`nonfinite.guarded`)."""
 
     def init(params: optax.Params) -> PairwiseState:
         leaves, treedef = jax.tree.flatten(params)

@@ -9,7 +9,7 @@ from jaxtyping import Array
 from jaxopt_lab.core import low_rank_sum
 from jaxopt_lab.core.low_rank_sum import Pair
 from jaxopt_lab.core.numerics import Scalar
-from jaxopt_lab.lora.pairwise import Given, Rule, pairwise
+from jaxopt_lab.lora.pairwise import Given, Rule, pair_direction
 from jaxopt_lab.lora.rest import adamw_rest, heavy_ball_rest, with_rest
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import AdamW
@@ -85,4 +85,4 @@ def _direction(rho: Scalar, jitter: float) -> optax.GradientTransformationExtraA
     def step(given: Given) -> tuple[Pair, Mapping[str, Pair]]:
         return low_rank_sum.preconditioned(given.pair, given.gradient, rho + jitter), {}
 
-    return pairwise(Rule(init, step, needs_taps=False), "preconditioned")
+    return pair_direction(Rule(init, step, needs_taps=False), "preconditioned")

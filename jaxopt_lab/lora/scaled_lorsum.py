@@ -26,7 +26,6 @@ from jaxopt_lab.lora.options import FactorMetric, LowRankSum
 from jaxopt_lab.lora.pairs import laid_out, rate_at
 from jaxopt_lab.lora.pairwise import Given, Rule, pairwise
 from jaxopt_lab.lora.rest import adamw_rest, with_rest
-from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import AdamW
 from jaxopt_lab.optim.rates import check_decays, check_rates
 
@@ -128,7 +127,7 @@ def scaled_lorsum(
     tx = pairwise(Rule(init, step, needs_taps=True), "scaled_lorsum", projection.seed)
     rest = adamw_rest(learning_rate, fallback, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
     stats = projection.clip_scales_stats
-    return with_rest("scaled_lorsum", guarded(tx), rest, clip=clip, clip_scales_stats=stats)
+    return with_rest("scaled_lorsum", tx, rest, clip=clip, clip_scales_stats=stats)
 
 
 def _metric_start(a: Any, b: Any, metric: FactorMetric) -> Metric:

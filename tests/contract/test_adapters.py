@@ -32,12 +32,16 @@ FACTORIES = {
 # Integers that decide how many rounds there are.
 STATIC = {"weight_lora_plus": ("every", "halvings")}
 every = pytest.mark.parametrize("name", FACTORIES)
+# One of each way to move: compiled in several programs.
+some = pytest.mark.parametrize(
+    "name", ["weight_lora", "scaled_lorsum", "projected_lorsum", "preconditioned"]
+)
 
 
 def test_every_optimizer_is_here():
     others = {"difference", "effective", "fold", "grow", "init", "joined_taps", "load", "merge"}
     others |= {"prune", "resolve", "save", "select_and_grow", "selection", "side", "unmerge"}
-    others |= {"shardings"}
+    others |= {"shardings", "pairwise", "with_rest"}
     others |= {"spec_from_json", "spec_to_json", "value_grad_and_taps"}
     # A direction, for trees of pairs alone.
     others |= {"scale_by_preconditioned"}
@@ -133,7 +137,7 @@ def test_what_is_not_finite_is_refused(name):
     assert updates["one"]["b"].any() and updates["head"][1] != 0
 
 
-@every
+@some
 def test_scan_equals_loop_and_traces_once(name):
     params, tx = adapters(), make(name)
     stream = [(gradients(params, t), taps(t)) for t in range(3)]
@@ -153,7 +157,7 @@ def test_scan_equals_loop_and_traces_once(name):
     chex.assert_trees_all_close((p, state), (q, s), rtol=1e-4, atol=1e-5)
 
 
-@every
+@some
 def test_vmap_over_members(name):
     params, tx = adapters(), make(name)
     members = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
@@ -215,7 +219,7 @@ SPECS = {
 }
 
 
-@every
+@some
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_eight_devices_equal_one(name, kind):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(getattr(AxisType, kind),) * 2)
