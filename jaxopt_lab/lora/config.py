@@ -111,9 +111,7 @@ class AdapterSpec(NamedTuple):
     path: Names  # of the kernel, in the parameters and in the adapters
     shape: tuple[int, ...]  # of the kernel
     axes: MatrixAxes  # which of its axes are inputs, outputs, and count its matrices
-    kept: tuple[
-        int, ...
-    ]  # its matrices with an adapter, by number; one adapter each, in this order
+    kept: tuple[int, ...]  # its matrices with an adapter, by number, in the order of the stack
     rank: int
     scale: float
     names: tuple[str, ...]  # of all its matrices

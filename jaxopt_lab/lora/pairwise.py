@@ -184,7 +184,8 @@ def _moved(
     def one(pair: Pair, gradient: Pair, kept: Mapping[str, Pair], tap: Pair | None):
         about = (1.0, 1.0) if whole is None else (whole.factor, whole.scale)
         move, new_state = rule.step(Given(pair, gradient, tap, *about, kept, count))
-        seen = (tap if rule.needs_taps else gradient, move, new_state)
+        # Gradients that a rule does not use are looked at too: who drops a step spoils them all.
+        seen = (tap, gradient, move, new_state)
         good = jnp.stack([jnp.all(finite_entries(x)) for x in jax.tree.leaves(seen)]).all()
 
         def keep(x: Array, y: Array) -> Array:

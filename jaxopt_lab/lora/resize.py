@@ -18,7 +18,7 @@ from jaxtyping import Array
 from jaxopt_lab.core.keys import leaf_key, path_names
 from jaxopt_lab.lora.adapters import Adapters, nodes, put
 from jaxopt_lab.lora.config import AdapterSpec, LoraSpec, as_array
-from jaxopt_lab.lora.pairs import PAIRS, Names, stacked
+from jaxopt_lab.lora.pairs import Names, find_pairs, stacked
 from jaxopt_lab.lora.weight_lora import largest
 
 Growth = Literal["smart", "dummy", "restart"]
@@ -79,7 +79,9 @@ def prune(
             entries.append(entry._replace(kept=tuple(entry.kept[i] for i in stay)))
             if not single:
                 taken[entry.path] = as_array(stay)
-    return Resized(smaller, spec.with_adapters(entries), carried(tx, state, smaller, taken))
+    return Resized(
+        smaller, spec.with_adapters(entries), carried(tx, state, adapters, smaller, taken)
+    )
 
 
 def grow(
@@ -102,8 +104,8 @@ def grow(
     - "dummy": $A \leftarrow [A, N]$, $B \leftarrow [B; 0]$;
     - "restart": $A \leftarrow [N_1, N_2]$, $B \leftarrow 0$, which does change it.
 
-    The Adam moments and bias corrections of all factors start anew; everything else in the state is
-    kept.
+    Adam states that hold moments of factors start anew, count included: in the optimizers of this
+    package those of the factors alone. Everything else in the state is kept.
 
     Args:
       adapters: To grow.
@@ -133,7 +135,7 @@ def grow(
             a, b = a[0], b[0]
         put(larger, entry.path, {**node, "a": a, "b": factor * b})
         entries.append(entry._replace(rank=2 * entry.rank, scale=entry.scale / factor))
-    new_state = _fresh_moments(carried(tx, state, larger, {}), tx.init(larger))
+    new_state = _fresh_moments(carried(tx, state, adapters, larger, {}), tx.init(larger))
     return Resized(larger, spec.with_adapters(entries), new_state)
 
 
@@ -183,6 +185,7 @@ def fold(adapters: Adapters, spec: LoraSpec) -> tuple[Adapters, LoraSpec]:
 def carried(
     tx: optax.GradientTransformation,
     state: optax.OptState,
+    before: Adapters,
     adapters: Adapters,
     taken: Mapping[Names, np.ndarray],
 ) -> optax.OptState:
@@ -191,9 +194,15 @@ def carried(
     Args:
       tx: The optimizer.
       state: Its state before the change.
+      before: The adapters before it.
       adapters: After it.
       taken: For each stack that lost adapters, the positions that stay.
+
+    Raises:
+      ValueError: The state is not that of `tx` for these adapters.
     """
+    if jax.tree.structure(jax.eval_shape(tx.init, before)) != jax.tree.structure(state):
+        raise ValueError("state: it is not one of tx for these adapters; nothing was changed")
     old = {path_names(path): leaf for path, leaf in tree_flatten_with_path(state)[0]}
     fresh, treedef = tree_flatten_with_path(tx.init(adapters))
     leaves = []
@@ -213,23 +222,15 @@ def _inside(path: Names, names: Names) -> bool:
 
 
 def _fresh_moments(state: Any, fresh: Any) -> Any:
-    """The state with the Adam states of the factors replaced, wherever in a chain they are."""
+    """The state with new Adam states where they hold moments of factors, count included."""
 
-    def is_kind(kind: Any) -> Any:
-        return lambda node: isinstance(node, kind)
+    def is_adam(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByAdamState)
 
-    def of_pairs(old: Any, new: Any) -> Any:
-        is_adam = is_kind(optax.ScaleByAdamState)
-        return jax.tree.map(lambda o, n: n if is_adam(o) else o, old, new, is_leaf=is_adam)
+    def pick(old: Any, new: Any) -> Any:
+        return new if is_adam(old) and find_pairs(new.mu) else old
 
-    def of_partition(old: Any, new: Any) -> Any:
-        if not is_partition(old) or PAIRS not in old.inner_states:
-            return old
-        pairs = of_pairs(old.inner_states[PAIRS], new.inner_states[PAIRS])
-        return old._replace(inner_states={**old.inner_states, PAIRS: pairs})
-
-    is_partition = is_kind(optax.transforms.PartitionState)
-    return jax.tree.map(of_partition, state, fresh, is_leaf=is_partition)
+    return jax.tree.map(pick, state, fresh, is_leaf=is_adam)
 
 
 def _active(adapters: Adapters, spec: LoraSpec) -> dict[Names, np.ndarray]:

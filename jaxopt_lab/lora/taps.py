@@ -95,12 +95,14 @@ def value_grad_and_taps(
       path of every adapted kernel. They hold (inputs + outputs) numbers for each row and kernel.
 
     Raises:
-      ValueError: With DoRA, whose kernels are rescaled.
+      ValueError: With DoRA, whose kernels are rescaled, or with weights, which change the scales.
     """
     if spec.config.dora:
         raise ValueError(
             "taps: DoRA rescales the kernel, whose gradient is not inputs times outputs"
         )
+    if spec.config.weights:
+        raise ValueError("taps: weights change the scale of adapters; use jaxopt_lab.lora.fold")
     probes = _zero_probes(loss, adapters, spec)
 
     def objective(adapters: Adapters, probes: dict[Names, tuple[Probe, ...]]) -> Any:

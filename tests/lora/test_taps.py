@@ -130,9 +130,12 @@ def test_taps_feed_the_optimizer():
     assert (np.diff(losses) < 0).all() and losses[-1] < losses[0] - 0.1, losses
 
 
-def test_dora_has_no_taps():
+def test_what_has_no_taps():
     adapters, spec = made(wide(LLAMA), dora=True)
     with pytest.raises(ValueError, match="taps: DoRA"):
+        lora.value_grad_and_taps(lambda a, side: 0.0, adapters, spec)
+    adapters, spec = made(wide(LLAMA), weights=True)
+    with pytest.raises(ValueError, match="taps: weights change the scale"):
         lora.value_grad_and_taps(lambda a, side: 0.0, adapters, spec)
     adapters, spec = made(wide(LLAMA))
     with pytest.raises(ValueError, match="never uses its layer"):

@@ -228,6 +228,15 @@ def test_weight_lora_plus_keeps_its_size():
     assert (seen[-1][0]["stack" if "stack" in adapters else "one"]["kernel"]["b"] != 0).any()
 
 
+def test_growth_under_plain_adam_starts_its_moments_anew():
+    adapters, spec = made(weights=False)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    seen, state = train(tx, adapters, spec, 2)
+    grown = lora.grow(seen[-1][0], spec, tx, state, jax.random.key(0))
+    adam = grown.state[1][0]
+    assert adam.count == 0 and not any(x.any() for x in jax.tree.leaves(adam))
+
+
 def test_growth_stops_at_the_smaller_side():
     adapters, spec = made(rank=5)
     tx = lora.weight_lora_plus(1e-2)
@@ -272,5 +281,7 @@ def test_bad_calls_are_named():
     with pytest.raises(ValueError, match=r"LoraConfig\(weights=True\)"):
         lora.weight_lora(1e-3, keep=1).init(plain)
     tx = lora.weight_lora(1e-3, keep=1)
+    with pytest.raises(ValueError, match="state: it is not one of tx for these adapters"):
+        lora.prune(adapters, spec, tx, tx.init({"adapters": adapters}))
     with pytest.raises(ValueError, match="growth is 'wild'"):
         lora.grow(adapters, spec, tx, tx.init(adapters), jax.random.key(0), growth="wild")
