@@ -1,16 +1,16 @@
 """Research optimizers as pure Optax transforms, and a stack that trains with them.
 
-Importing this is cheap: transforms, schedules, diagnostics and dynamics, which need jax, optax,
-jaxtyping and numpy, are loaded when they are first asked for, so that the command line can answer
-signals before it loads anything. `jaxopt_lab.models`, `.data`, `.train`, `.report` and `.bench` are
-imported by name.
+Importing this is cheap: transforms, adapters, schedules, diagnostics and dynamics, which need jax,
+optax, jaxtyping and numpy, are loaded when they are first asked for, so that the command line can
+answer signals before it loads anything. `jaxopt_lab.models`, `.data`, `.train`, `.report` and
+`.bench` are imported by name.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxopt_lab import diagnostics, dynamics, schedules, zeroth_order
+    from jaxopt_lab import diagnostics, dynamics, lora, schedules, zeroth_order
     from jaxopt_lab.optim import (
         AdamW,
         Eigenbasis,
@@ -65,6 +65,7 @@ __all__ = [
     "flax_matrix_axes",
     "legacy_sign_muon",
     "lion_muon",
+    "lora",
     "muon",
     "normalized_sgd",
     "params_ema",
@@ -85,7 +86,10 @@ __all__ = [
     "zeroth_order",
 ]
 
-_PACKAGES = ("core", "diagnostics", "dynamics", "optim", "parity", "schedules", "zeroth_order")
+_PACKAGES = (
+    *("core", "diagnostics", "dynamics", "lora", "optim", "parity", "schedules"),
+    "zeroth_order",
+)
 _HOMES = {
     "adaptive_warmup": "schedules",
     "dykaf_official": "parity.dykaf",

@@ -3,7 +3,7 @@
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.cross_entropy import loss
 from jaxopt_lab.models.decoder import Decoder, Params, apply, bind, init_params
-from jaxopt_lab.models.huggingface import export_huggingface, load_huggingface
+from jaxopt_lab.models.huggingface import export_huggingface, load_huggingface, matrix_names
 from jaxopt_lab.models.layout import (
     abstract_params,
     flops_per_token,
@@ -34,6 +34,7 @@ __all__ = [
     "logical_axes",
     "loss",
     "matrix_axes",
+    "matrix_names",
     "parameter_count",
     "partition_specs",
     "roles",

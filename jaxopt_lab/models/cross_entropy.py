@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxopt_lab.models.config import DecoderConfig
-from jaxopt_lab.models.decoder import Params, bind
+from jaxopt_lab.models.decoder import Params, Sides, bind
 from jaxopt_lab.models.sharding import constrain
 
 
@@ -28,6 +28,7 @@ def loss(
     z_loss: float = 0.0,
     head_chunks: int = 1,
     mesh: Mesh | None = None,
+    side: Sides = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean next-token loss of a batch.
 
@@ -44,6 +45,7 @@ def loss(
         head_chunks: pieces into which the T positions are cut for the head; 1 keeps all logits
             for the backward pass.
         mesh: with axes among data, fsdp and tensor, pins activations to it.
+        side: what stands beside the kernels of linear layers, as for `apply`.
 
     Returns:
         The objective, a scalar in nats per token, and a dict of scalars that carry no gradient:
@@ -74,7 +76,7 @@ def loss(
     if mask_BxT.shape != targets_BxT.shape:
         raise ValueError(f"mask: got shape {mask_BxT.shape}, wanted {targets_BxT.shape}")
     decoder = bind(config, params)
-    x_BxTxD = decoder.hidden(tokens_BxT, segment_ids_BxT, mesh=mesh)
+    x_BxTxD = decoder.hidden(tokens_BxT, segment_ids_BxT, mesh=mesh, side=side)
     dtype = jnp.promote_types(x_BxTxD.dtype, jnp.float32)
     count = jnp.sum(mask_BxT != 0, dtype=jnp.int32)
     weights_BxT = (mask_BxT != 0).astype(dtype) / jnp.maximum(count, 1).astype(dtype)

@@ -5,6 +5,7 @@ dict of arrays, `init_params`, and pure functions of it, `apply` and `hidden`.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,10 +14,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxopt_lab.models.config import DecoderConfig, check_dtypes, check_tokens
-from jaxopt_lab.models.layers import Block, Norm, normal, parameter
+from jaxopt_lab.models.layers import Block, Norm, attach, normal, parameter
 from jaxopt_lab.models.sharding import constrain
+from jaxopt_lab.models.side import for_scan, of_layer
 
 Params = dict[str, Any]
+Sides = Mapping[str, Any] | None
 
 
 class Embedding(nnx.Module):
@@ -77,9 +80,10 @@ class Decoder(nnx.Module):
         segment_ids_BxT: jax.Array | None = None,
         *,
         mesh: Mesh | None = None,
+        side: Sides = None,
     ) -> jax.Array:
         """Logits of the next token at every position, (B, T, V), in the compute dtype."""
-        x_BxTxD = self.hidden(tokens_BxT, segment_ids_BxT, mesh=mesh)
+        x_BxTxD = self.hidden(tokens_BxT, segment_ids_BxT, mesh=mesh, side=side)
         return constrain(x_BxTxD @ self.head_kernel(), mesh, ("batch", None, "vocab"))
 
     def hidden(
@@ -88,11 +92,16 @@ class Decoder(nnx.Module):
         segment_ids_BxT: jax.Array | None = None,
         *,
         mesh: Mesh | None = None,
+        side: Sides = None,
     ) -> jax.Array:
         """The normalised residual stream that the head reads, (B, T, D)."""
         check_tokens(self.config, tokens_BxT, segment_ids_BxT)
+        sides = dict(side or {})
+        in_layers = sides.pop("layers", {})
+        if sides:
+            raise ValueError(f"side: {', '.join(sides)} is not a stack of layers of the model")
         x_BxTxD = self.embedding(tokens_BxT, segment_ids_BxT, mesh)
-        return self.final_norm(self._through_layers(x_BxTxD, segment_ids_BxT, mesh))
+        return self.final_norm(self._through_layers(x_BxTxD, segment_ids_BxT, mesh, in_layers))
 
     def head_kernel(self) -> jax.Array:
         """The output matrix (D, V) in the compute dtype."""
@@ -100,7 +109,11 @@ class Decoder(nnx.Module):
         return kernel_DxV.astype(self.config.compute_dtype)
 
     def _through_layers(
-        self, x_BxTxD: jax.Array, segment_ids_BxT: jax.Array | None, mesh: Mesh | None
+        self,
+        x_BxTxD: jax.Array,
+        segment_ids_BxT: jax.Array | None,
+        mesh: Mesh | None,
+        sides: Mapping[str, Any],
     ) -> jax.Array:
         config = self.config
         graphdef, stacked = nnx.split(self.layers)
@@ -110,8 +123,10 @@ class Decoder(nnx.Module):
             lambda w: w.astype(config.compute_dtype) if w.ndim > 2 else w, stacked
         )
 
-        def layer(x_BxTxD: jax.Array, weights: Any) -> jax.Array:
-            return nnx.merge(graphdef, weights)(x_BxTxD, segment_ids_BxT, mesh)
+        def layer(x_BxTxD: jax.Array, weights: Any, sides: Any) -> jax.Array:
+            block = nnx.merge(graphdef, weights)
+            attach(block, sides)
+            return block(x_BxTxD, segment_ids_BxT, mesh)
 
         scanned = config.loop == "scanned"
         if config.remat != "none":
@@ -120,9 +135,11 @@ class Decoder(nnx.Module):
                 policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=not scanned)
         if scanned:
-            return jax.lax.scan(lambda x, w: (layer(x, w), None), x_BxTxD, stacked)[0]
+            xs = (stacked, for_scan(sides))
+            return jax.lax.scan(lambda x, given: (layer(x, *given), None), x_BxTxD, xs)[0]
         for i in range(config.depth):
-            x_BxTxD = layer(x_BxTxD, jax.tree.map(lambda w, i=i: w[i], stacked))
+            weights = jax.tree.map(lambda w, i=i: w[i], stacked)
+            x_BxTxD = layer(x_BxTxD, weights, of_layer(sides, i))
         return x_BxTxD
 
 
@@ -150,6 +167,7 @@ def apply(
     segment_ids_BxT: jax.Array | None = None,
     *,
     mesh: Mesh | None = None,
+    side: Sides = None,
 ) -> jax.Array:
     """Logits of the next token at every position.
 
@@ -159,19 +177,22 @@ def apply(
         tokens_BxT: token ids, at most ``config.context`` positions.
         segment_ids_BxT: document of each position; exactly when ``config.document_mask``.
         mesh: with axes among data, fsdp and tensor, pins activations to it (inside ``jax.jit``).
+        side: what stands beside the kernels of linear layers, by path (`models.side`), as from
+            ``jaxopt_lab.lora.side``; None: nothing.
 
     Returns:
         Logits (B, T, V) in the compute dtype.
 
     Raises:
-        ValueError: for too many positions, or missing or unwanted segment ids.
+        ValueError: for too many positions, missing or unwanted segment ids, or a side at a path
+            that is no linear layer's.
 
     >>> config = DecoderConfig(vocab_size=64, width=32, depth=2, heads=4, context=16)
     >>> params = init_params(config, jax.random.key(0))
     >>> apply(config, params, jnp.zeros((1, 8), int)).shape
     (1, 8, 64)
     """
-    return bind(config, params)(tokens_BxT, segment_ids_BxT, mesh=mesh)
+    return bind(config, params)(tokens_BxT, segment_ids_BxT, mesh=mesh, side=side)
 
 
 def bind(config: DecoderConfig, params: Params) -> Decoder:

@@ -9,6 +9,7 @@ has no place for.
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
@@ -107,6 +108,31 @@ def export_huggingface(
             tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast"}
             (partial / "tokenizer_config.json").write_text(json.dumps(tokenizer_config) + "\n")
         (partial / _CONFIG).write_text(json.dumps(theirs, indent=2) + "\n")
+
+
+def matrix_names(config: DecoderConfig) -> dict[str, Any]:
+    """Hugging Face module names of the matrices of each kernel of the layers.
+
+    In the order of the kernel's batch axes: for a fused projection (L, d, 3, d) the queries, keys
+    and values of layer 0, then those of layer 1. A GPT-2 has one module for all three, whose name
+    stands three times, unless ``fused_qkv_as="one"``.
+
+    >>> from jaxopt_lab.models import PRESETS
+    >>> names = matrix_names(PRESETS["llama-124m"])["layers"]["attention"]["qkv"]["kernel"]
+    >>> names[1]
+    'model.layers.0.self_attn.k_proj'
+    """
+    tree: dict[str, Any] = {"layers": {}}
+    for path, leaf in _leaves(abstract_params(config)):
+        if path[0] != "layers" or path[-1] != "kernel":
+            continue
+        names, _ = _names(config, path)
+        matrices = math.prod(leaf.shape[2:-1]) if config.fused_qkv_as == "three" else 1
+        each = names if len(names) == matrices else names * matrices
+        modules = [name.removesuffix(".weight") for name in each]
+        found = tuple(module.format(i) for i in range(config.depth) for module in modules)
+        tree["layers"].setdefault(path[1], {})[path[2]] = {"kernel": found}
+    return tree
 
 
 @contextlib.contextmanager

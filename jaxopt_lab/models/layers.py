@@ -5,6 +5,7 @@ K key and value heads, E head width, F hidden units.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from jaxopt_lab.models.attention import attend, rotate
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.sharding import constrain
+from jaxopt_lab.models.side import Side
 
 INIT_STD = 0.02
 
@@ -70,7 +72,7 @@ class Norm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """y = x W + b with W stored (in, *out)."""
+    """y = x W + b with W stored (in, *out), or what its `side` makes of x and W."""
 
     def __init__(
         self,
@@ -86,11 +88,32 @@ class Linear(nnx.Module):
         # Vectors along the residual stream are replicated, like the stream itself.
         bias_axes = tuple("stream" if name == "embed" else name for name in axes[1:])
         self.bias = zeros(config, shape[1:], bias_axes) if config.bias else None
+        self.side: Side | None = None  # `attach` sets it
 
     def __call__(self, x_BxTxI: jax.Array) -> jax.Array:
         """Applies the map to the last axis."""
-        y = jnp.tensordot(x_BxTxI, self.kernel[...].astype(x_BxTxI.dtype), axes=1)
+        kernel = self.kernel[...].astype(x_BxTxI.dtype)
+        if self.side is None:
+            y = jnp.tensordot(x_BxTxI, kernel, axes=1)
+        else:
+            y = self.side.product(x_BxTxI, kernel)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def attach(module: nnx.Module, sides: Mapping[str, Any], path: str = "layers") -> None:
+    """Set the sides of the linear layers below a module.
+
+    Raises:
+        ValueError: a path of `sides` is not that of a linear layer.
+    """
+    for name, side in sides.items():
+        child, at = getattr(module, name, None), f"{path}.{name}"
+        if isinstance(side, Mapping) and isinstance(child, nnx.Module):
+            attach(child, side, at)
+        elif isinstance(child, Linear) and not isinstance(side, Mapping):
+            child.side = None if side is None else nnx.data(side)
+        else:
+            raise ValueError(f"side: {at} is not a linear layer of the model")
 
 
 class Attention(nnx.Module):

@@ -5,8 +5,7 @@ Everything is an Optax transformation whose `update` takes the loss as `value_fn
     tx = mezo(1e-6, eps=1e-3, key=jax.random.key(0))
     updates, state = tx.update(None, state, params, value_fn=lambda p: loss(p, batch))
 
-Black-box optimization asks for values and is told them: `jaxopt_lab.zeroth_order.jaguar_frank_wolfe`
-and `jaguar_gd`.
+Black-box optimization asks for values and is told them: `jaguar_frank_wolfe`, `jaguar_gd`.
 """
 
 from jaxopt_lab.zeroth_order.adaptive import AdaMMState, scale_by_adamm, zo_adamm

@@ -16,8 +16,10 @@ FAMILIES = {
     "dykaf": "tests.golden.dykaf",
     "dynamics": "tests.golden.dynamics",
     "lion_muon": "tests.golden.lion_muon",
+    "lorsum": "tests.golden.lorsum",
     "shampoo": "tests.golden.shampoo",
     "soap": "tests.golden.soap",
+    "weight_lora": "tests.golden.weight_lora",
     "zo": "tests.golden.zo",
 }
 

@@ -1,0 +1,48 @@
+"""What may stand beside the kernel of a linear layer: low-rank adapters, noise, probes.
+
+A side is a registered pytree with three methods. The tree of sides is a nested dict with the paths
+of linear modules, `{"layers": {"attention": {"qkv": side}}}`; modules that are not in it work as
+always, and cost nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+
+@runtime_checkable
+class Side(Protocol):
+    """The product of a linear layer, in place of x @ kernel."""
+
+    def product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The output before the bias, of shape (*x.shape[:-1], *kernel.shape[1:]).
+
+        Args:
+            x: inputs (..., in), in the compute dtype.
+            kernel: (in, *out), in the compute dtype.
+        """
+        ...
+
+    def layer(self, index: int) -> "Side | None":
+        """Of a stack of layers, what one of them has; None: it works as always."""
+        ...
+
+    def scanned(self) -> "Side":
+        """Of a stack of layers, the same with a leading layer axis on every leaf."""
+        ...
+
+
+def is_side(node: Any) -> bool:
+    """Whether a node of a tree is a side, and no dict of them."""
+    return isinstance(node, Side)
+
+
+def of_layer(tree: Mapping[str, Any] | None, index: int) -> Any:
+    """The sides of one layer of a stack."""
+    return jax.tree.map(lambda side: side.layer(index), tree, is_leaf=is_side)
+
+
+def for_scan(tree: Mapping[str, Any] | None) -> Any:
+    """The sides of a stack as a scan over its layers takes them."""
+    return jax.tree.map(lambda side: side.scanned(), tree, is_leaf=is_side)
