@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from jaxopt_lab import lora
 
@@ -63,3 +64,15 @@ def test_lora_fa_moves_b_by_adam_on_the_preconditioned_gradient():
     np.testing.assert_allclose(got["up"]["b"], b, rtol=1e-9)
     moments = sum(x.size for x in jax.tree.leaves(state) if x.ndim > 1)
     assert moments == 2 * R * M  # none for a
+
+
+def test_factors_of_other_libraries():
+    module = nnx.LoRA(N, R, M, rngs=nnx.Rngs(0))
+    qwix = {"layer": {"kernel_lora_a": draw(N, R), "kernel_lora_b": draw(R, M), "bias": draw(M)}}
+    for params, moved in ((nnx.state(module), 2), (qwix, 3)):
+        tx = lora.preconditioned(1e-2)
+        grads = jax.tree.map(lambda p: draw(*p.shape, seed=7).astype(p.dtype), params)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+        leaves = jax.tree.leaves(updates)
+        assert len(leaves) == moved and all(np.isfinite(u).all() and u.any() for u in leaves)
