@@ -11,7 +11,8 @@ from jaxopt_lab.lora.adapters import (
 )
 from jaxopt_lab.lora.config import AdapterSpec, LoraConfig, LoraSpec, resolve
 from jaxopt_lab.lora.files import load, save, spec_from_json, spec_to_json
-from jaxopt_lab.lora.loraplus import lora_fa, lora_plus
+from jaxopt_lab.lora.lora_fa import lora_fa
+from jaxopt_lab.lora.loraplus import lora_plus
 from jaxopt_lab.lora.lorsum import lorsum
 from jaxopt_lab.lora.lorsum_variants import extrapolated_lorsum, projected_lorsum
 from jaxopt_lab.lora.options import FactorMetric, LowRankSum
