@@ -111,7 +111,8 @@ def forward_estimated(probes: Probes, *, key: Array) -> optax.GradientTransforma
         del state, extra_args
 
         def derivative(probe: Array) -> Array:
-            direction = step.direction(probe)
+            key, probe = step.apart(probe)
+            direction = step.direction(probe, key=key)
             tangent = step.tree([direction.of(i) for i in range(len(step.leaves))])
             assert step.value_fn is not None
             return jax.jvp(step.value_fn, (step.tree(step.params),), (tangent,))[1]

@@ -139,6 +139,16 @@ class Step:
             given=self.given(purpose),
         )
 
+    def apart(self, *numbers: Array) -> tuple[Array, ...]:
+        """The key of the step, and numbers, as XLA knows nothing of elsewhere.
+
+        It would draw before a loop where the draw is the same in all of its rounds, or once for
+        evaluation and update together, and keep the direction whole.
+        """
+        data = jax.random.key_data(self.key)
+        data, *apart = jax.lax.optimization_barrier((data, *numbers))
+        return jax.random.wrap_key_data(data, impl="threefry2x32"), *apart
+
     def losses(
         self,
         probe: Array,
@@ -158,11 +168,7 @@ class Step:
         drawn = self.direction if direction is None else direction
 
         def loss(probe: Array, scale: Array) -> Array:
-            # The barrier keeps XLA from drawing before the loop where the draw is the same in all
-            # of its rounds: it would be kept whole.
-            data = jax.random.key_data(self.key)
-            data, probe, scale = jax.lax.optimization_barrier((data, probe, scale))
-            key = jax.random.wrap_key_data(data, impl="threefry2x32")
+            key, probe, scale = self.apart(probe, scale)
             assert self.value_fn is not None
             return widened(self.value_fn(self.perturbed(drawn(probe, key=key), scale)))
 

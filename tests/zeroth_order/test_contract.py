@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxopt_lab as jol
 from jaxopt_lab import zeroth_order as zo
-from tests.contract.trees import TREES, plain
+from tests.contract.trees import TREES
 from tests.zeroth_order.problems import KEY, entries, probe_state, quadratic, rough
 
 TWO = jol.NewtonSchulz(steps=2, dtype="float32")
@@ -42,6 +42,8 @@ METHODS = {
     "ldsd": (ldsd_over_jaguar, {}),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
+# Programs of few leaves compile quickly.
+SMALL = {"embedding": jnp.ones((5, 3)), "w": 0.3 * jnp.ones((4, 3)), "b": jnp.zeros(3)}
 
 
 def make(name, learning_rate=1e-2):
@@ -62,8 +64,8 @@ def types(tree):
 
 
 @every_method
-def test_types_scan_and_donation(name):
-    params, tx = plain(), make(name)
+def test_types_scan_donation_and_replay(name, tmp_path):
+    params, tx = SMALL, make(name)
     abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     state = tx.init(params)
     assert types(jax.eval_shape(tx.init, abstract)) == types(state)
@@ -71,9 +73,10 @@ def test_types_scan_and_donation(name):
     assert probe_state(state).key.dtype == jnp.uint32
     chex.clear_trace_counter()
     one = jax.jit(chex.assert_max_traces(stepper(tx), n=1), donate_argnums=(0, 1))
-    p, s = jax.tree.map(jnp.copy, (params, state))
+    (p, s), losses = jax.tree.map(jnp.copy, (params, state)), []
     for _ in range(3):
         p, s = one(p, s)
+        losses.append(jnp.copy(zo.recorded(s)))
     assert types(p) == types(params) and types(s) == types(state)
     assert all(np.isfinite(np.asarray(x, np.float64)).all() for x in jax.tree.leaves((p, s)))
     assert (entries(p) != entries(params)).any() and probe_state(s).count == 3
@@ -83,9 +86,15 @@ def test_types_scan_and_donation(name):
     np.testing.assert_allclose(probe_state(r).losses, probe_state(s).losses, rtol=1e-4)
     np.testing.assert_allclose(entries(q), entries(p), atol=3e-3)
     assert not KEY.is_deleted()
+    # A run is its key and its losses.
+    run = {"method": name, "settings": {"learning_rate": 1e-2}}
+    file = tmp_path / "run.npz"
+    zo.save_replay(file, **run, key=KEY, params=params, losses=jnp.stack(losses))
+    np.testing.assert_array_equal(entries(zo.apply_replay(file, tx, params, **run)), entries(p))
+    assert file.stat().st_size < 5_000
 
 
-@every_method
+@pytest.mark.parametrize("name", ["mezo", "conservative", "subspace_muon", "jaguar_muon", "ldsd"])
 def test_injected_rates_lanes_and_schedules(name):
     params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
     factory, options = METHODS[name]
@@ -160,22 +169,6 @@ def test_eight_devices_take_the_step_of_one(name, kind):
         if name != "jaguar_muon":  # whole matrices move there
             text = compiled.as_text()
             assert not any(word in text for word in ("all-gather", "all-to-all", "f64[16,8]"))
-
-
-@every_method
-def test_a_run_is_its_key_and_its_losses(name, tmp_path):
-    params, tx = plain(), make(name)
-    step = jax.jit(stepper(tx))
-    state, p, losses = tx.init(params), params, []
-    for _ in range(3):
-        p, state = step(p, state)
-        losses.append(zo.recorded(state))
-    run = {"method": name, "settings": {"learning_rate": 1e-2}}
-    file = tmp_path / "run.npz"
-    zo.save_replay(file, **run, key=KEY, params=params, losses=jnp.stack(losses))
-    again = zo.apply_replay(file, tx, params, **run)
-    np.testing.assert_array_equal(entries(again), entries(p))
-    assert file.stat().st_size < 5_000
 
 
 def test_replays_of_something_else(tmp_path):

@@ -175,8 +175,11 @@ def test_one_perturbed_copy_and_nothing_else_of_the_size_of_the_parameters():
     params = {"w": jnp.ones((n, n))}
     tx = zo.mezo(1e-6, key=KEY, probes=zo.Probes(zo.signs()))
 
+    def loss(params):  # a product needs its operand whole
+        return jnp.mean(jnp.tanh(jnp.ones((4, n)) @ params["w"]))
+
     def step(params, state):
-        updates, state = tx.update(None, state, params, value_fn=quadratic)
+        updates, state = tx.update(None, state, params, value_fn=loss)
         return optax.apply_updates(params, updates), state
 
     # XLA's usual passes: what is measured is what users get.
