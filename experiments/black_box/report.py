@@ -51,13 +51,13 @@ def draw(name: str, result: dict[str, Any]) -> None:
     """Mean over seeds with their range, over the number of values asked for."""
     key, label = measure(name)
     curves = []
-    for method, run in in_order(result):
+    for color, (method, run) in enumerate(in_order(result)):
         values = np.maximum(np.array(run[key], float), FLOOR)
         mean, low, high = np.exp(np.log(values).mean(0)), values.min(0), values.max(0)
         curves.append(
             Curve(
                 method, run["calls"], mean, low=low, high=high, final_value=False,
-                color=METHODS.index(method) % 7,
+                color=color,
             )
         )  # fmt: skip
     curves_figure(
