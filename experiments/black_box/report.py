@@ -29,7 +29,11 @@ def main() -> None:
     compared = {name: r for name, r in sorted(results.items()) if "methods" in r}
     for name, result in compared.items():
         draw(name, result)
-    tables = [verdict_table(compared), *budget_tables(compared)]
+    tables = []
+    for kind in ("fw", "point", "descent"):
+        chosen = {name: r for name, r in compared.items() if kind in name.split("-")[0]}
+        tables += [verdict_table(chosen), cells_table(chosen)]
+    tables.append(budget_table(compared))
     if "noise" in results:
         tables.append(noise(results["noise"]))
     cost = sum(result["cpu_seconds"] for result in results.values())
@@ -47,13 +51,13 @@ def draw(name: str, result: dict[str, Any]) -> None:
     """Mean over seeds with their range, over the number of values asked for."""
     key, label = measure(name)
     curves = []
-    for method, run in in_order(result):
+    for color, (method, run) in enumerate(in_order(result)):
         values = np.maximum(np.array(run[key], float), FLOOR)
         mean, low, high = np.exp(np.log(values).mean(0)), values.min(0), values.max(0)
         curves.append(
             Curve(
                 method, run["calls"], mean, low=low, high=high, final_value=False,
-                color=METHODS.index(method) % 7,
+                color=color,
             )
         )  # fmt: skip
     curves_figure(
@@ -89,7 +93,7 @@ def verdict_table(compared: dict[str, Any]) -> str:
         better = [method for method, said in verdicts.items() if said == "JAGUAR is worse"]
         wins = all(said == "JAGUAR is better" for said in verdicts.values())
         cells = [
-            f"{10 ** final[m].mean():.2g}{'*' if result['methods'][m]['rim'] else ''}"
+            f"{10 ** final[m].mean():.2g}{' rim' if result['methods'][m]['rim'] else ''}"
             if m in final
             else None
             for m in METHODS
@@ -97,22 +101,34 @@ def verdict_table(compared: dict[str, Any]) -> str:
         verdict = "wins" if wins else "ties" if not better else f"loses to {', '.join(better)}"
         rows.append([name, *cells, verdict])
     used = [k for k in range(len(rows[0])) if any(row[k] is not None for row in rows)]
-    headers = ["problem", *METHODS, "JAGUAR"]
+    headers = ["problem", *METHODS, "by the rule JAGUAR"]
     table = [[row[k] for k in used] for row in rows]
     return format_table([headers[k] for k in used], table, markdown=True)
 
 
-def budget_tables(compared: dict[str, Any]) -> Iterator[str]:
+def cells_table(compared: dict[str, Any]) -> str:
+    """The cells that tuning chose."""
+    used = [m for m in METHODS if any(m in r["methods"] for r in compared.values())]
+    rows = [
+        [name, *(f"{r['methods'][m]['cell']:.3g}" if m in r["methods"] else None for m in used)]
+        for name, r in compared.items()
+    ]
+    return format_table(["chosen K or rate", *used], rows, markdown=True)
+
+
+def budget_table(compared: dict[str, Any]) -> str:
     """Values after parts of the budget."""
     rows = []
     for name, result in compared.items():
         for method in ("JAGUAR", "full"):
+            if method not in result["methods"]:
+                continue
             run = result["methods"][method]
             values = np.maximum(np.array(run[measure(name)[0]], float), FLOOR)
             mean, calls = 10 ** np.log10(values).mean(0), np.array(run["calls"])
             at = [np.interp(c, calls, mean) for c in (500, 1000, 2500, 5000, 10_000)]
             rows.append([name, method, *(f"{x:.2g}" for x in at)])
-    yield format_table(
+    return format_table(
         ["problem", "method", "500", "1000", "2500", "5000", "10000"], rows, markdown=True
     )
 

@@ -28,81 +28,67 @@ DISTANCES = tuple(float(x) for x in np.logspace(-4, 0.5, 10))
 
 
 def main() -> None:
-    """Runs what has no result file yet."""
+    """Runs the methods that have no result yet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="run the results whose name contains this")
     chosen = parser.parse_args().only
     RESULTS.mkdir(exist_ok=True)
     jax.config.update("jax_enable_x64", True)
-    for name, job in jobs().items():
+    for name, (make, estimators, kind) in jobs().items():
         path = RESULTS / f"{name}.json"
-        if path.exists() or chosen not in name:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if chosen not in name or set(estimators) <= set(known.get("methods", ())):
             continue
         started = time.process_time()
-        result = job()
-        result["cpu_seconds"] = round(time.process_time() - started, 1)
-        path.write_text(json.dumps(rounded(result), allow_nan=False) + "\n")
-        print(f"{name}: {result['cpu_seconds']} s of CPU", flush=True)
+        save(path, compare(make, estimators, kind, known.get("methods", {})), started, known)
+    if chosen in "noise" and not (RESULTS / "noise.json").exists():
+        started = time.process_time()
+        save(RESULTS / "noise.json", noise_sweep(), started, {})
 
 
-def jobs() -> dict[str, Any]:
-    """Every result file by name."""
-    result: dict[str, Any] = {"descent-quadratic": descent}
+def save(path: pathlib.Path, result: dict[str, Any], started: float, known: dict[str, Any]) -> None:
+    """Writes a result with the time it took, that of the part known before included."""
+    spent = known.get("cpu_seconds", 0.0) + time.process_time() - started
+    result["cpu_seconds"] = round(spent, 1)
+    path.write_text(json.dumps(rounded(result), allow_nan=False) + "\n")
+    print(f"{path.stem}: {result['cpu_seconds']} s of CPU", flush=True)
+
+
+def jobs() -> dict[str, tuple[Any, Any, str]]:
+    """Every comparison by name: problem, methods, kind."""
     without_momentum = {name: DETERMINISTIC[name] for name in DESCENT}
+    result: dict[str, Any] = {
+        "descent-quadratic": (functools.partial(quadratic, None), without_momentum, "descent")
+    }
     for name in ("simplex", "l1", "l2"):
         make = functools.partial(quadratic, name)
-        result[f"fw-quadratic-{name}"] = functools.partial(
-            compare, make, DETERMINISTIC, "deterministic"
-        )
+        result[f"fw-quadratic-{name}"] = make, DETERMINISTIC, "deterministic"
         for loss in ("logistic", "svm", "tanh"):
             for data in ("a9a", "mushroom") if loss != "tanh" else ("mushroom",):
                 make = functools.partial(classification, data, loss, name)
                 methods = DETERMINISTIC if loss == "logistic" else without_momentum
-                result[f"fw-{data}-{loss}-{name}"] = functools.partial(
-                    compare, make, methods, "deterministic"
-                )
+                result[f"fw-{data}-{loss}-{name}"] = make, methods, "deterministic"
         for feedback in FEEDBACKS if name != "l1" else ():
             make = functools.partial(classification, "a9a", "logistic", name)
-            result[f"{feedback}-a9a-logistic-{name}"] = functools.partial(
-                compare, make, stochastic(feedback), "stochastic"
-            )
-    result["noise"] = noise_sweep
+            result[f"{feedback}-a9a-logistic-{name}"] = make, stochastic(feedback), "stochastic"
     return result
 
 
-def compare(make: Any, estimators: Any, kind: str) -> dict[str, Any]:
+def compare(make: Any, estimators: Any, kind: str, known: dict[str, Any]) -> dict[str, Any]:
     """Every method: all cells on the tuning seed, then the best on the final seeds."""
     problem = make()
-    best, certificate = optimum(problem)
-    cells = frank_wolfe_cells(problem.x0.size)
+    d = problem.x0.size
+    best, certificate = (0.0, 0.0) if problem.constraint is None else optimum(problem)
+    cells = descent_cells(d, problem.smoothness) if kind == "descent" else frank_wolfe_cells(d)
     methods = {
         name: tuned(problem, estimator, cells, best, CALLS[kind], kind == "stochastic")
         for name, estimator in estimators.items()
+        if name not in known
     }
     return {
-        "d": problem.x0.size, "smoothness": problem.smoothness, "optimum": best,
-        "certificate": certificate, "start": float(problem.f(jnp.asarray(problem.x0))),
-        "methods": methods,
+        "d": d, "smoothness": problem.smoothness, "optimum": best, "certificate": certificate,
+        "start": float(problem.f(jnp.asarray(problem.x0))), "methods": known | methods,
     }  # fmt: skip
-
-
-def descent() -> dict[str, Any]:
-    """Gradient descent on a quadratic without constraint, condition number 50."""
-    problem = quadratic(None)
-    cells = descent_cells(problem.x0.size, problem.smoothness)
-    methods = {
-        name: tuned(problem, DETERMINISTIC[name], cells, 0.0, CALLS["descent"], False)
-        for name in DESCENT
-    }
-    start = float(problem.f(jnp.asarray(problem.x0)))
-    d = problem.x0.size
-    return {
-        "d": d,
-        "smoothness": problem.smoothness,
-        "optimum": 0.0,
-        "start": start,
-        "methods": methods,
-    }
 
 
 def tuned(
@@ -133,8 +119,7 @@ def tuned(
 def run_of(problem: Problem, make: Any, calls: int, sampled: bool):
     """One run as a function of cell and seed, that records about 200 points."""
     estimator, d = make(), problem.x0.size
-    each = estimator.num_probes(d) * estimator.values_each
-    steps = (calls - 2 * d * estimator.fill_first) // each
+    steps = (calls - 2 * d * estimator.fill_first) // estimator.num_values(d)
     stride = max(1, steps // RECORDS)
     f = problem.sampled if sampled else problem.f
     if estimator.feedback != "deterministic" and not sampled:

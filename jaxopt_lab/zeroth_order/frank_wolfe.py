@@ -41,8 +41,9 @@ def jaguar_frank_wolfe(
       key: A typed threefry key.
       step_size: $\gamma$, a number or a schedule, at most 1. None: $4 / (k + 8 d)$, stochastic
         $4 / (k + 8 d^{3/2})$.
-      eps: $\tau$, in the units of the point. Too large is biased by the curvature, too small drowns
-        in noise: $\sqrt{2 \Delta / L}$ is best for noise of size $\Delta$ and smoothness $L$.
+      eps: $\tau$, in the units of the point. Too large is biased, too small drowns in noise. Of
+        size $\Delta$, that wants $\sqrt{2 \Delta / L}$ at worst, $L$ the smoothness, and
+        $(3 \Delta / M)^{1/3}$ where third derivatives are at most $M$.
       feedback: "deterministic"; "two_point": both values of a pair from one sample; "one_point":
         from independent samples; "single": one value an iteration, at a random side, from a sample
         of its own, $h_i = \pm f(x \pm \tau e_i) / \tau$. The memory is first filled by pairs of one
