@@ -382,3 +382,16 @@ def _finish(axes: Any) -> None:
 def _save(figure: Any, axes: Any, out_path: str | os.PathLike[str]) -> Path:
     _finish(axes)
     return save_figure(figure, out_path)
+
+
+def _row(name: str, values: ArrayLike) -> np.ndarray:
+    array = np.asarray(values, np.float64)
+    if array.ndim != 1:
+        raise ValueError(f"{name}: got shape {array.shape}, expected one axis")
+    return array
+
+
+def _same_length(size: int, **arrays: np.ndarray) -> None:
+    for name, array in arrays.items():
+        if len(array) != size:
+            raise ValueError(f"{name}: {len(array)} values, expected {size}")
