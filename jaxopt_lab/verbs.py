@@ -9,12 +9,14 @@ import logging
 import os
 import select
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 _SIGINT_EXIT, _SIGPIPE_EXIT = 130, 141
+_LAST_SECONDS = 1.0  # for other processes to say why they end
 Result = TypeVar("Result")
 # XLA's CPU runtime spreads a batched LAPACK call over the same threads that such calls block: when
 # there are as many calls at once as threads, they wait for each other for ever (jaxlib 0.10). A
@@ -33,16 +35,14 @@ def main(arguments: Sequence[str], sigterm_exit: int) -> int:
         if not _reader_is_gone():
             raise
         return _SIGPIPE_EXIT
-    if code and _is_one_of_several():
+    jax: Any = sys.modules.get("jax")
+    if code and jax is not None and jax.distributed.is_initialized():
         # The usual end waits for the other processes, and for threads that wait for these.
         sys.stderr.flush()
+        if jax.process_index() == 0:  # with it the others lose their connection, and are aborted
+            time.sleep(_LAST_SECONDS)
         os._exit(code)
     return code
-
-
-def _is_one_of_several() -> bool:
-    jax: Any = sys.modules.get("jax")
-    return jax is not None and jax.distributed.is_initialized()
 
 
 def _reader_is_gone() -> bool:

@@ -7,16 +7,16 @@ checkpoint is committed. A killed process leaves either a whole checkpoint or no
 happens to the files later is found before they are used.
 
 Of several processes one may fail where the others do not: at a full disk, or a file that only it
-cannot read. All of them agree on the outcome of every save and of every attempt to restore.
+cannot read. All of them agree on the outcome of every save and of every attempt to restore
+(`restoring`).
 """
 
 import concurrent.futures
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,21 +26,12 @@ from orbax.checkpoint import v1 as ocp
 from jaxopt_lab.train.agreement import agreed, from_first, gather
 from jaxopt_lab.train.errors import CheckpointError
 from jaxopt_lab.train.io import digests, retention, stored
-from jaxopt_lab.train.io.leaves import describe_leaves, first_difference
+from jaxopt_lab.train.io.leaves import describe_leaves
+from jaxopt_lab.train.io.restoring import DAMAGED, Restored, restore
 from jaxopt_lab.train.io.retention import committed_steps, labels
 from jaxopt_lab.train.io.stored import DIRECTORY, reason
 
-# Below the checkpoints, so that moving there is a change of name on any file system.
-_DAMAGED = "damaged"
 _PENDING, _POLL_SECONDS = "pending", 0.05
-
-
-class Restored(NamedTuple):
-    """What a checkpoint gave back."""
-
-    step: int
-    state: PyTree
-    data: dict[str, Any]
 
 
 class Checkpoints:
@@ -65,7 +56,6 @@ class Checkpoints:
     ):
         """Opens the directory and clears away what a killed process left unfinished."""
         self.directory = Path(run_directory).absolute() / DIRECTORY
-        self._damaged = self.directory / _DAMAGED
         self._keep = (keep_newest, keep_best)
         self._message = message
         self._leads = jax.process_index() == 0
@@ -79,7 +69,7 @@ class Checkpoints:
         self._unverified: dict[int, bool] = {}
         # Labels not to be saved again. All processes must agree on them at every moment, so the
         # directory, where another process may just be writing its digests, is asked only here.
-        self._saved = set(self.steps())
+        self._saved = set(from_first(self.steps))
 
     def steps(self) -> list[int]:
         """Labels of the committed checkpoints, ascending."""
@@ -91,7 +81,7 @@ class Checkpoints:
 
     def are_all_damaged(self) -> bool:
         """Whether there were checkpoints, and none is left; the same on all processes."""
-        found = self._damaged
+        found = self.directory / DAMAGED
         return not self.exist() and from_first(lambda: found.is_dir() and any(found.iterdir()))
 
     def save(
@@ -166,41 +156,13 @@ class Checkpoints:
             future.result()
 
     def restore(self, abstract_state: PyTree) -> Restored:
-        """Restores the newest checkpoint that is whole.
-
-        One that cannot be read is moved to `checkpoints/damaged/`, with a message, and the one
-        before it is taken. After a doubt the last verified one comes first; one without digests is
-        taken only if nothing else exists. Both are said, and newer ones of these kinds are
-        deleted, because the run goes on from before them.
-
-        Args:
-          abstract_state: Tree of ShapeDtypeStruct with shardings. The mesh may differ from the
-            one that saved.
-
-        Raises:
-          CheckpointError: If no checkpoint can be read, or the newest belongs to another model
-            or optimizer; the first differing leaf is named.
-        """
+        """Restores the newest checkpoint that is whole: see `restoring.restore`."""
         self.wait()
-        while (step := from_first(self._choose if self._leads else lambda: None)) is not None:
-            # One after the other: orbax counts what it loads, the same number on all processes.
-            data, damage = self._attempt(step, partial(self._read_data, step, abstract_state))
-            state = None
-            if not damage:
-                state, damage = self._attempt(
-                    step, lambda step=step: stored.load(self.directory / str(step), abstract_state)
-                )
-            if damage:
-                agreed(partial(self._set_aside, step, damage))
-                continue
-            agreed(partial(self._go_on_from, step))
-            self._saved = {label for label in self._saved if label <= step} | {step}
-            verdict = retention.verdict(self.directory / str(step))
-            self._unverified = {} if verdict else {step: verdict is False}
-            return Restored(step, state, data)
-        if self.are_all_damaged():
-            raise CheckpointError(f"{self.directory}: every checkpoint is damaged")
-        raise CheckpointError(f"{self.directory}: no checkpoint that can be read")
+        found = restore(self.directory, abstract_state, self._message)
+        self._saved = {label for label in self._saved if label <= found.step} | {found.step}
+        verdict = retention.verdict(self.directory / str(found.step))
+        self._unverified = {} if verdict else {found.step: verdict is False}
+        return found
 
     def close(self) -> None:
         """Waits for the last save and releases the directory."""
@@ -279,99 +241,6 @@ class Checkpoints:
                     self._message(f"checkpoint {step} could not be deleted: {reason(error)}")
         except OSError as error:
             self._message(f"old checkpoints could not be deleted: {reason(error)}")
-
-    def _choose(self) -> int | None:
-        """The first checkpoint, in the order of preference, whose files are what was written."""
-        while candidates := self._candidates():
-            step = candidates[0]
-            if damage := digests.damage(self.directory / str(step), step):
-                self._set_aside(step, damage)
-                continue
-            return step
-        return None
-
-    def _candidates(self) -> list[int]:
-        """Labels in the order in which a run would go on from them."""
-        committed = retention.by_preference(retention.verdicts(self.directory))
-        unsealed = [step for step in labels(self.directory) if step not in committed]
-        return [*committed, *reversed(unsealed)]
-
-    def _attempt(self, step: int, read: Callable[[], Any]) -> tuple[Any, str]:
-        """What was read of a checkpoint, and how it is damaged on any of the processes.
-
-        Raises:
-          CheckpointError: If it cannot be used although it is not damaged.
-        """
-        path = self.directory / str(step)
-
-        def attempt() -> tuple[Any, str]:
-            try:
-                return read(), ""
-            except CheckpointError:
-                raise
-            except Exception as error:
-                # Files that fit their digests are not damaged: memory or a device is missing, say.
-                if digests.is_sealed(path) and not isinstance(error, ValueError | KeyError):
-                    raise CheckpointError(f"{path} cannot be restored: {reason(error)}") from error
-                return None, reason(error)
-
-        found, damage = agreed(attempt)
-        return found, next(filter(None, gather(damage)), "")
-
-    def _read_data(self, step: int, abstract_state: PyTree) -> dict[str, Any]:
-        """Position of the data, of a checkpoint with such a state."""
-        path = self.directory / str(step)
-        data = stored.read_item(path, "data")
-        if data.get("step", step) != step:
-            raise ValueError(f"it is called {step} and holds step {data['step']}")
-        difference = first_difference(
-            describe_leaves(abstract_state), stored.read_item(path, "leaves")
-        )
-        if difference:
-            raise CheckpointError(
-                f"{path} holds the state of another model or optimizer, or of another version of "
-                f"this package: {difference}; --fork-from RUN starts a new run from its weights"
-            )
-        return data
-
-    def _go_on_from(self, step: int) -> None:
-        """Says what the choice of a checkpoint means, and deletes those that it passes over."""
-        if not self._leads:
-            return
-        path = self.directory / str(step)
-        if not digests.is_sealed(path):
-            self._message(
-                f"checkpoint {step} has no digests, so its content cannot be checked; it is used "
-                "because there is no other"
-            )
-            digests.seal(path, step, None)
-        elif retention.verdict(path) is False:
-            self._message(
-                f"checkpoint {step} is used because there is no other, although the loss was not "
-                "finite with it"
-            )
-        for other in labels(self.directory):
-            if other > step:
-                why = (
-                    "the loss was not finite with it"
-                    if digests.is_sealed(self.directory / str(other))
-                    else "it was not committed"
-                )
-                self._message(f"checkpoint {other} is deleted ({why}), going on with {step}")
-                retention.delete(self.directory / str(other))
-
-    def _set_aside(self, step: int, damage: str) -> None:
-        if not self._leads:
-            return
-        self._damaged.mkdir(exist_ok=True)
-        taken = len(list(self._damaged.glob(f"{step}-*")))
-        target = self._damaged / f"{step}-{taken}"
-        (self.directory / str(step)).rename(target)
-        others = self._candidates()
-        self._message(
-            f"checkpoint {step} is damaged ({damage}); it was moved to {target}, going on with "
-            + (f"checkpoint {others[0]}" if others else "none, as there is no other")
-        )
 
 
 def _failures(work: Future[Any]) -> list[str]:
