@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from jaxopt_lab import data
 from jaxopt_lab.step import TrainState, merged
+from jaxopt_lab.train.agreement import gather
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.errors import TrainingError
 from jaxopt_lab.train.hooks import Hook, Hooks, View
@@ -153,7 +154,8 @@ class Loop:
             self.save(step, state)
             self._run.checkpoints.wait()
             # No step has carried a request of the last step, evaluation or save.
-            self._stop_code = max(self._stop_code, stop.requested)
+            codes = gather(str(max(self._stop_code, stop.requested)))
+            self._stop_code = max(map(int, codes))
         self._hooks.raise_failure(f"saved after step {step}")
         return state, self._status()
 

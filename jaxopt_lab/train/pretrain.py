@@ -177,7 +177,7 @@ def _train(run: Run, hooks: Sequence[Hook], say: Message) -> RunResult:
         )
     about = evaluations["validation"].about
     before = time.monotonic()
-    with RunLog(run.config, run.directory, *position) as log:
+    with agreed(lambda: RunLog(run.config, run.directory, *position)) as log:
         loop = Loop(run, compiled, log, hooks)
         state, status = loop.run(state, position)
     if status != "finished":

@@ -19,16 +19,22 @@ from tests.train.tiny_run import losses_of, tiny_config, write_text
 
 # The command, with something changed in one of the processes.
 CHANGED = """
-import importlib, sys, time
-from jaxopt_lab.train.io import digests, stored
+import importlib, os, signal, sys, time
+from jaxopt_lab.train.io import stored
+from jaxopt_lab.train.loop import Loop
 
-load = stored.load
+load, save = stored.load, Loop.save
 
 def fail(*arguments, **options):
     raise OSError(28, "No space left on device", "somewhere")
 
 async def fail_later(*arguments, **options):
     fail()
+
+def signalled(loop, step, state):
+    save(loop, step, state)
+    if step == loop._config.steps:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 def fail_to_read_6(path, target, **options):
     found = load(path, target, **options)
@@ -128,6 +134,16 @@ def test_damage_under_new_digests_is_passed_over_by_both(finished, tmp_path):
     outputs = ended(processes, 60)
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     assert "checkpoint 6 is damaged" in outputs[0] and "resuming after step 3" in outputs[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_signal_to_one_during_the_last_save_ends_both_in_the_same_way(settings, tmp_path, number):
+    program = changed(number, 'change("jaxopt_lab.train.loop", "Loop.save", signalled)')
+    processes = start_two(settings, tmp_path / "run", program=program)
+    outputs = ended(processes, 60)
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert "stopped and saved; continue with" in outputs[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
