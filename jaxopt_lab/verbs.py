@@ -9,14 +9,12 @@ import logging
 import os
 import select
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 _SIGINT_EXIT, _SIGPIPE_EXIT = 130, 141
-_LAST_SECONDS = 1.0  # for other processes to say why they end
 Result = TypeVar("Result")
 # XLA's CPU runtime spreads a batched LAPACK call over the same threads that such calls block: when
 # there are as many calls at once as threads, they wait for each other for ever (jaxlib 0.10). A
@@ -39,8 +37,6 @@ def main(arguments: Sequence[str], sigterm_exit: int) -> int:
     if code and jax is not None and jax.distributed.is_initialized():
         # The usual end waits for the other processes, and for threads that wait for these.
         sys.stderr.flush()
-        if jax.process_index() == 0:  # with it the others lose their connection, and are aborted
-            time.sleep(_LAST_SECONDS)
         os._exit(code)
     return code
 

@@ -1,6 +1,7 @@
 """What several processes agree on before they compute together: settings, failures, signals."""
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from jax.experimental import multihost_utils
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, Terminated, TrainingError
 
 Result = TypeVar("Result")
+_LAST_SECONDS = 1.0
 
 
 # Raised again as what it was; anything else as a TrainingError.
@@ -43,6 +45,8 @@ def agreed(work: Callable[[], Result]) -> Result:
     except BaseException as error:
         failure = error
     reports = gather("" if failure is None else _report(failure))
+    if any(reports):
+        leave_last()
     if failure is not None:
         raise failure
     for process, report in enumerate(reports):
@@ -57,6 +61,16 @@ def _report(failure: BaseException) -> str:
     # What is no user's mistake is of use only with its kind.
     told = kind in _KINDS or isinstance(failure, OSError)
     return f"{kind}\n{failure}" if told else f"{kind}\n{kind}: {failure}"
+
+
+def leave_last() -> None:
+    """Before all processes raise: the first one waits a moment.
+
+    When it ends, the others lose their connection, and JAX aborts them before they have said why
+    they end.
+    """
+    if jax.process_count() > 1 and jax.process_index() == 0:
+        time.sleep(_LAST_SECONDS)
 
 
 def from_first(work: Callable[[], Any]) -> Any:
@@ -85,6 +99,7 @@ def same_everywhere(settings: Mapping[str, Any]) -> None:
         for name in sorted(first | other):
             here, there = first.get(name), other.get(name)
             if here != there:
+                leave_last()
                 raise ConfigError(
                     name, there, f"on process {process}, expected {here!r}, which process 0 has"
                 )

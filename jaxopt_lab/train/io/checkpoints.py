@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from jaxopt_lab.train.agreement import agreed, from_first, gather
+from jaxopt_lab.train.agreement import agreed, from_first, gather, leave_last
 from jaxopt_lab.train.errors import CheckpointError
 from jaxopt_lab.train.io import digests, retention, stored
 from jaxopt_lab.train.io.leaves import describe_leaves
@@ -192,6 +192,7 @@ class Checkpoints:
     def _must_not_fail(self, step: int, work: Future[Any]) -> None:
         """Waits for part of a save; if it failed on one process, all raise."""
         if failures := _failures(work):
+            leave_last()
             self._failed = jax.process_count() > 1
             self._saved.discard(step)
             self._unverified.pop(step, None)
