@@ -5,12 +5,14 @@ import os
 import resource
 import shutil
 import tempfile
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from jaxopt_lab.train.errors import CheckpointError
 from jaxopt_lab.train.io import digests, retention
@@ -338,14 +340,29 @@ def test_a_doubt_concerns_all_that_nothing_has_verified(tmp_path):
     assert restored.step == 1 and "4 is deleted (the loss was not finite" in notes[0]
 
 
-def test_a_doubtful_checkpoint_is_marked_before_it_counts(tmp_path, monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+def test_a_doubtful_checkpoint_is_marked_before_it_counts(tmp_path, monkeypatch, late):
+    verified, usual = threading.Event(), ocp.save_checkpointables_async
+
+    class Slow:
+        def __init__(self, *arguments, **options):
+            self.response = usual(*arguments, **options)
+
+        def result(self):
+            assert verified.wait(30)
+            self.response.result()
+
     def killed(path, *rest):
         assert retention.verdict(path) is False
         raise OSError("killed")
 
     with Checkpoints(tmp_path) as checkpoints:
         monkeypatch.setattr(digests, "seal", killed)
-        checkpoints.save(1, small_tree(1), {}, doubtful=True)
+        monkeypatch.setattr(ocp, "save_checkpointables_async", Slow)
+        checkpoints.save(1, small_tree(1), {}, doubtful=not late)
+        if late:
+            checkpoints.verify(1, finite=False)
+        verified.set()
         with pytest.raises(CheckpointError, match="killed"):
             checkpoints.wait()
 
@@ -392,6 +409,7 @@ def test_a_doubt_that_cannot_be_noted_is_said(tmp_path, monkeypatch):
     notes = []
     with Checkpoints(tmp_path, message=notes.append) as checkpoints:
         checkpoints.save(1, small_tree(1), {})
+        checkpoints.wait()
         checkpoints.verify(1, finite=False)
     assert "checkpoint 1 could not be marked doubtful" in notes[0] and "No space" in notes[0]
 
@@ -400,6 +418,7 @@ def test_a_mistake_of_ours_in_the_background_is_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(retention, "mark", lambda path, finite: 1 / 0)
     with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, small_tree(1), {})
+        checkpoints.wait()
         checkpoints.verify(1, finite=False)
 
 

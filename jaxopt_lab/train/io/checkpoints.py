@@ -123,7 +123,7 @@ class Checkpoints:
             started.set_exception(error)
         self._must_not_fail(step, started)
         self._unverified[step] = doubtful
-        commit = self._worker.submit(self._commit, step, started.result(), held_out_loss, doubtful)
+        commit = self._worker.submit(self._commit, step, started.result(), held_out_loss)
         self._saving = step, commit
 
     def verify(self, step: int, finite: bool) -> None:
@@ -209,15 +209,15 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             retention.remove_leftovers(self.directory)
 
-    def _commit(
-        self, step: int, response: Any, held_out_loss: float | None, doubtful: bool
-    ) -> None:
+    def _commit(self, step: int, response: Any, held_out_loss: float | None) -> None:
         """In the background: waits for the files, writes their digests, deletes what is old."""
         # Asking each response for its result also ends the thread that orbax starts for it.
         response.result()
         path = self.directory / str(step)
-        if self._leads and doubtful:  # before the digests: a process that is killed between leaves
-            retention.mark(path, False)  # no checkpoint that looks better than it is
+        # Doubts of by now come before the digests: a process that is killed in between leaves no
+        # checkpoint that looks better than it is.
+        if self._leads and self._unverified.get(step):
+            retention.mark(path, False)
         digests.seal(path, step, held_out_loss, jax.process_index(), jax.process_count())
         if self._leads:
             self._rotate()
