@@ -43,7 +43,7 @@ def load_params(
     Args:
       run_directory: What `pretrain` wrote.
       step: Label of a kept checkpoint, "best" for the lowest held-out loss among them, None for
-        the newest.
+        the newest. The last two pass over doubtful ones, with a warning (`stored.select_step`).
       average: Take the average of the weights, of a run with `ema`.
 
     Returns:
