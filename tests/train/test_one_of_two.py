@@ -146,7 +146,9 @@ def test_a_signal_to_one_during_the_last_save_ends_both_in_the_same_way(settings
     assert "stopped and saved; continue with" in outputs[0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_one_that_others_wait_for_ends_both(settings, tmp_path, number):
     program = changed(0, 'change("jaxopt_lab.train.text", "data.prepare", wait)')
     processes = start_two(settings, tmp_path / "run", program=program)
