@@ -161,3 +161,13 @@ def test_a_signal_to_one_that_others_wait_for_ends_both(settings, tmp_path, numb
     said = "stopped by process 0: SIGTERM" if not code else "error: interrupted"
     assert outputs[1].splitlines()[-1] == f"jaxopt-lab: {said}"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_resume_that_only_one_was_told_is_refused_on_both(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    processes = start_two(str(run / "config.json"), run, of_second=("--resume",))
+    outputs = ended(processes, 60)
+    assert [process.returncode for process in processes] == [2, 2], "\n".join(outputs)
+    named = "resume: got True, on process 1, expected False, which process 0 has"
+    assert all(named in output for output in outputs)
