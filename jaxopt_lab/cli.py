@@ -1,4 +1,4 @@
-"""`jaxopt-lab VERB`: answers SIGTERM and Ctrl-C from its first line on; the verbs come after that.
+"""`jaxopt-lab VERB`: answers signals from its first line on; the verbs come after that.
 
 Until a verb has something to finish or to clear away (`train.interrupts`) a signal ends the process
 at once, without an exception: one that is raised while packages are imported may get lost there.
@@ -14,7 +14,7 @@ _CONTINUED = ("pretrain", "compare")
 
 
 def sigterm_exit(arguments: Sequence[str]) -> int:
-    """The status after SIGTERM: 0 only for a verb whose work the next start continues."""
+    """The status after SIGTERM or SIGHUP: 0 only for a verb whose work the next start continues."""
     return 0 if arguments and arguments[0] in _CONTINUED else 128 + signal.SIGTERM
 
 
@@ -26,15 +26,18 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
       0 on success, 1 when a run failed, 2 for a mistake in the arguments, 130 after Ctrl-C, 141
-      where the reader of the output has gone, as `head` does. After SIGTERM 143, but 0 for
-      `pretrain` and `compare`, which the next start continues.
+      where the reader of the output has gone, as `head` does. After SIGTERM, or SIGHUP from a
+      terminal that was closed, 143, but 0 for `pretrain` and `compare`, which the next start
+      continues.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    codes = {signal.SIGTERM: sigterm_exit(words), signal.SIGINT: _INTERRUPTED}
+    stopped = sigterm_exit(words)
+    codes = {signal.SIGTERM: stopped, signal.SIGHUP: stopped, signal.SIGINT: _INTERRUPTED}
 
     def end(number: int, frame: object) -> None:
         del frame
-        text = "stopped by SIGTERM" if number == signal.SIGTERM else "error: interrupted"
+        name = signal.Signals(number).name
+        text = "error: interrupted" if name == "SIGINT" else f"stopped by {name}"
         try:
             os.write(2, f"jaxopt-lab: {text}\n".encode())
         finally:  # also where nobody reads that any more
@@ -52,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from jaxopt_lab import verbs
 
-        return verbs.main(words, codes[signal.SIGTERM])
+        return verbs.main(words, stopped)
     finally:
         if arguments is not None:  # otherwise the process is about to end
             for number, handler in before.items():

@@ -9,6 +9,7 @@ import logging
 import os
 import select
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
@@ -25,13 +26,19 @@ def main(arguments: Sequence[str], sigterm_exit: int) -> int:
     """Runs a verb; see `cli.main` for the exit status, after SIGTERM the one given."""
     try:
         try:
-            return _run(list(arguments), sigterm_exit)
+            code = _run(list(arguments), sigterm_exit)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
         return _SIGPIPE_EXIT
+    jax: Any = sys.modules.get("jax")
+    if code and jax is not None and jax.distributed.is_initialized():
+        # The usual end waits for the other processes, and for threads that wait for these.
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _reader_is_gone() -> bool:
@@ -53,7 +60,9 @@ def _run(arguments: list[str], sigterm_exit: int) -> int:
     if verb not in _VERBS:
         return _fail(f"unknown verb {verb!r}, expected one of {', '.join(_VERBS)}", 2)
     # Background threads of the checkpoint library log tracebacks of errors that we report.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.formatwarning = lambda message, *rest, **options: f"jaxopt-lab: warning: {message}\n"
     os.environ.setdefault("PJRT_NPROC", str(max(_CPU_THREADS, os.cpu_count() or 1)))
     try:
         return _VERBS[verb][1](rest)
@@ -67,7 +76,7 @@ def _run(arguments: list[str], sigterm_exit: int) -> int:
         return _fail(_describe_os_error(error), 1)
     except KeyboardInterrupt as stop:
         if type(stop).__name__ == "Terminated":
-            _to_stderr("jaxopt-lab: stopped by SIGTERM")
+            _to_stderr(f"jaxopt-lab: stopped by {stop}")
             return sigterm_exit
         return _fail("interrupted", _SIGINT_EXIT)
 

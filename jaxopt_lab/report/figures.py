@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jaxopt_lab.report.files import appearing_whole
 from jaxopt_lab.report.tracker import read_metrics
 
 # Okabe and Ito's palette, told apart with any colour vision; its yellow is too faint on white.
@@ -106,9 +107,15 @@ def curves_figure(
     if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, fontsize=8)
     _write_final_values(axes, ends)
+    return save_figure(figure, out_path)
+
+
+def save_figure(figure: Any, out_path: str | os.PathLike[str]) -> Path:
+    """Writes a figure of matplotlib; a killed process leaves the one that was there before."""
     path = Path(out_path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with appearing_whole(path) as partial:
+        figure.savefig(partial)
     return path
 
 

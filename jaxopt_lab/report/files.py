@@ -1,6 +1,7 @@
 """Files whose errors say which file it was."""
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -50,6 +51,32 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not JSON: {error}") from error
 
 
+@contextlib.contextmanager
+def appearing_whole(path: Path) -> Iterator[Path]:
+    """Gives a path to write to; at the end of the block the file appears under its own name.
+
+    A process that is killed before leaves what was there as it was.
+    """
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network file systems cannot do that for directories
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file in one piece: readers see the old one or the new one."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
@@ -57,7 +84,9 @@ def write_json(path: Path, value: Any) -> None:
     try:
         with naming(path):
             partial.write_text(text)
+            sync_to_disk(partial)
             partial.replace(path)
+            sync_to_disk(path.parent)
     except OSError:
         partial.unlink(missing_ok=True)
         raise

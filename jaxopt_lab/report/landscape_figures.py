@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxopt_lab.report.figures import PALETTE
+from jaxopt_lab.report.figures import PALETTE, save_figure
 
 # The same colour for a regime in every figure.
 REGIME_COLORS = {
@@ -259,7 +259,7 @@ def stability_figure(
     # Below the axes, where it covers no point.
     axes.get_legend().remove()
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    return _write(figure, out_path)
+    return save_figure(figure, out_path)
 
 
 def intervention_figure(
@@ -308,7 +308,7 @@ def intervention_figure(
         _finish(axes)
     if title is not None:
         figure.suptitle(title, fontsize=11)
-    return _write(figure, out_path)
+    return save_figure(figure, out_path)
 
 
 def _draw_ratios(
@@ -381,14 +381,7 @@ def _finish(axes: Any) -> None:
 
 def _save(figure: Any, axes: Any, out_path: str | os.PathLike[str]) -> Path:
     _finish(axes)
-    return _write(figure, out_path)
-
-
-def _write(figure: Any, out_path: str | os.PathLike[str]) -> Path:
-    path = Path(out_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return save_figure(figure, out_path)
 
 
 def _row(name: str, values: ArrayLike) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxopt_lab.report.figures import PALETTE
+from jaxopt_lab.report.figures import PALETTE, save_figure
 
 _THEORY = dict(color="0.25", linewidth=1.2, linestyle=(0, (5, 2)), zorder=3)
 # Below this a logarithmic axis shows rounding errors.
@@ -69,7 +69,7 @@ def loop_figure(series: LoopSeries, out_path: str | os.PathLike[str]) -> Path:
         view(axes, series)
         axes.set_xlabel("step")
     figure.suptitle(series.label, fontsize=11)
-    return _save(figure, out_path)
+    return save_figure(figure, out_path)
 
 
 def comparison_figure(
@@ -97,7 +97,7 @@ def comparison_figure(
     _limit_decades(axes, [s.deviation / s.deviation[0, 0] for s in loops])
     axes.set(xlabel="step", ylabel="std of residuals / its start", title=title)
     axes.legend(**_LEGEND)
-    return _save(figure, out_path)
+    return save_figure(figure, out_path)
 
 
 def surface_figure(
@@ -145,7 +145,7 @@ def surface_figure(
         axes.grid(visible=False)
         figure.colorbar(image, ax=axes, label="ln(std at the end / at the start)")
     figure.suptitle(title)
-    return _save(figure, out_path)
+    return save_figure(figure, out_path)
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def critical_law_figure(
         axes.set(xlabel="adherence s", ylabel=y_label)
         axes.set_title(law.title, fontsize=10)
         axes.legend(**_LEGEND)
-    return _save(figure, out_path)
+    return save_figure(figure, out_path)
 
 
 def _deviation(axes: Any, series: LoopSeries) -> None:
@@ -289,10 +289,3 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels
-
-
-def _save(figure: Any, out_path: str | os.PathLike[str]) -> Path:
-    path = Path(out_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxopt_lab.report.figures import PALETTE, moving_average
+from jaxopt_lab.report.figures import PALETTE, moving_average, save_figure
 from jaxopt_lab.report.tracker import read_metrics
 
 
@@ -54,10 +54,7 @@ def schedule_figure(
                 label=f"warm-up ends at step {switch}",
             )  # fmt: skip
     lower.legend(frameon=False, fontsize=8)
-    path = Path(out_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return save_figure(figure, out_path)
 
 
 def _draw_gap(axes: Any, columns: dict[str, np.ndarray]) -> None:

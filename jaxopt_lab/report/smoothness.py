@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jaxopt_lab.report.figures import save_figure
+
 # Both stand out from the colours of the points.
 _CURVES = ("#D55E00", "#000000")
 _MARKERS = ("o", "^")
@@ -81,10 +83,7 @@ def smoothness_figure(
     figure.colorbar(colors, ax=all_axes, label="optimizer step", pad=0.01, aspect=30)
     if title is not None:
         figure.suptitle(title, fontsize=11)
-    path = Path(out_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return save_figure(figure, out_path)
 
 
 def _draw(axes: Any, series: Sequence[SmoothnessSeries], colors: Any) -> None:

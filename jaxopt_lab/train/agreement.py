@@ -1,6 +1,7 @@
-"""What several processes agree on before they compute together: settings, and failures."""
+"""What several processes agree on before they compute together: settings, failures, signals."""
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -8,13 +9,20 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
+from jaxopt_lab.train.errors import CheckpointError, ConfigError, Terminated, TrainingError
 
 Result = TypeVar("Result")
+_LAST_SECONDS = 1.0
 
-# What a user can act on; anything else is a defect, and ends the process with its traceback.
-_EXPECTED = (ConfigError, CheckpointError, TrainingError, OSError)
-_KINDS = {kind.__name__: kind for kind in (CheckpointError, TrainingError)}
+
+# Raised again as what it was; anything else as a TrainingError.
+_KINDS: dict[str, Callable[[str], BaseException]] = {
+    "ConfigError": lambda text: ConfigError.inside("refused", ValueError(text)),
+    "CheckpointError": CheckpointError,
+    "TrainingError": TrainingError,
+    "KeyboardInterrupt": KeyboardInterrupt,
+    "Terminated": Terminated,
+}
 
 
 def agreed(work: Callable[[], Result]) -> Result:
@@ -25,27 +33,54 @@ def agreed(work: Callable[[], Result]) -> Result:
     before anything in it can fail.
 
     Raises:
-      ConfigError, CheckpointError, TrainingError, OSError: Its own failure, or the first one
-        of another process, with the number of that process.
+      Exception: Its own failure, or the first one of another process with the number of that
+        process: ConfigError, CheckpointError, KeyboardInterrupt and Terminated as what they are,
+        others as TrainingError.
     """
     if jax.process_count() == 1:
         return work()
     result, failure = None, None
     try:
         result = work()
-    except _EXPECTED as error:
+    except BaseException as error:
         failure = error
-    reports = _gather("" if failure is None else f"{type(failure).__name__}\n{failure}")
+    reports = gather("" if failure is None else _report(failure))
+    if any(reports):
+        leave_last()
     if failure is not None:
         raise failure
     for process, report in enumerate(reports):
         if report:
             kind, text = report.split("\n", 1)
-            text = f"process {process}: {text}"
-            if kind == "ConfigError":
-                raise ConfigError.inside("refused", ValueError(text))
-            raise _KINDS.get(kind, TrainingError)(text)
+            raise _KINDS.get(kind, TrainingError)(f"process {process}: {text}")
     return result  # pyright: ignore[reportReturnType]
+
+
+def _report(failure: BaseException) -> str:
+    kind = type(failure).__name__
+    # What is no user's mistake is of use only with its kind.
+    told = kind in _KINDS or isinstance(failure, OSError)
+    return f"{kind}\n{failure}" if told else f"{kind}\n{kind}: {failure}"
+
+
+def leave_last() -> None:
+    """Before all processes raise: the first one waits a moment.
+
+    When it ends, the others lose their connection, and JAX aborts them before they have said why
+    they end.
+    """
+    if jax.process_count() > 1 and jax.process_index() == 0:
+        time.sleep(_LAST_SECONDS)
+
+
+def from_first(work: Callable[[], Any]) -> Any:
+    """What `work` returns on process 0, on all processes; a JSON value.
+
+    Raises:
+      Exception: As `agreed`.
+    """
+    text = agreed(lambda: json.dumps(work()) if jax.process_index() == 0 else "")
+    return json.loads(gather(text)[0])
 
 
 def same_everywhere(settings: Mapping[str, Any]) -> None:
@@ -59,11 +94,12 @@ def same_everywhere(settings: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    first, *others = [json.loads(text) for text in _gather(json.dumps(_flat(settings)))]
+    first, *others = [json.loads(text) for text in gather(json.dumps(_flat(settings)))]
     for process, other in enumerate(others, start=1):
         for name in sorted(first | other):
             here, there = first.get(name), other.get(name)
             if here != there:
+                leave_last()
                 raise ConfigError(
                     name, there, f"on process {process}, expected {here!r}, which process 0 has"
                 )
@@ -78,8 +114,10 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _gather(text: str) -> list[str]:
+def gather(text: str) -> list[str]:
     """The texts of all processes, in their order."""
+    if jax.process_count() == 1:
+        return [text]
     own = np.frombuffer(text.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray(own.size, np.int32))
     padded = np.zeros(max(1, int(np.max(sizes))), np.uint8)

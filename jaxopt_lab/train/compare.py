@@ -21,11 +21,8 @@ from jaxopt_lab.train.compare_report import CompareResult, Outcome, write_report
 from jaxopt_lab.train.compilation import compiled_once
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
-from jaxopt_lab.train.io.run_directory import (
-    add_session,
-    describe_session,
-    open_comparison,
-)
+from jaxopt_lab.train.io.manifest import add_session, describe_session
+from jaxopt_lab.train.io.run_directory import open_comparison
 from jaxopt_lab.train.machine import check_machine
 from jaxopt_lab.train.mesh import MeshConfig, make_mesh
 from jaxopt_lab.train.optimizers import ModelInfo

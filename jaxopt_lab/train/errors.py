@@ -37,3 +37,10 @@ class CheckpointError(RuntimeError):
 
 class TrainingError(RuntimeError):
     """A run that cannot go on, for example after too many non-finite steps."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, handled like Ctrl-C; the command line ends with 0 or 143 instead of 130.
+
+    The text is the name of the signal.
+    """

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from jaxopt_lab import data
 from jaxopt_lab.step import TrainState, merged
+from jaxopt_lab.train.agreement import gather
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.errors import TrainingError
 from jaxopt_lab.train.hooks import Hook, Hooks, View
@@ -26,9 +27,6 @@ from jaxopt_lab.train.program import Program, averaged_params
 from jaxopt_lab.train.step import SIGNALS
 
 Status = Literal["finished", "terminated", "interrupted"]
-
-# One bad batch is no divergence; so many in a row with the same parameters are.
-_BAD_STEPS = 3
 
 
 class _Taken(NamedTuple):
@@ -109,9 +107,8 @@ class Loop:
         self._rows = rows_of_process(devices, run.config.batch_size, jax.process_index())
         self._stop_code, self._save_now = 0, False
         self._saved_at = time.monotonic()
-        self._unverified: int | None = None  # label of the newest checkpoint, until a loss is read
-        self._bad_steps = 0  # steps in a row whose loss or gradient was not finite
-        self._stepped = False  # whether a step of this start has told anything
+        # Whether loss and gradient of the last step were finite; None before the first is read.
+        self._last_finite: bool | None = None
         self._evaluated: dict[int, float] = {}
         self.last_metrics: dict[str, Any] = {}
         self.last_evaluation: dict[str, float] = {}
@@ -128,7 +125,6 @@ class Loop:
         """
         self._start, start = position, position.step
         steps, step = self._config.steps, start
-        self._unverified = start or None
         taken: _Taken | None = None
         if start:
             self._take_up(start)
@@ -158,7 +154,8 @@ class Loop:
             self.save(step, state)
             self._run.checkpoints.wait()
             # No step has carried a request of the last step, evaluation or save.
-            self._stop_code = max(self._stop_code, stop.requested)
+            codes = gather(str(max(self._stop_code, stop.requested)))
+            self._stop_code = max(map(int, codes))
         self._hooks.raise_failure(f"saved after step {step}")
         return state, self._status()
 
@@ -202,15 +199,12 @@ class Loop:
         samples = self._start.after(step, self._config.batch_size).samples
         position = {"step": step, "samples": samples, **self._run.text}
         # Normalisation makes the held-out loss of parameters finite whose gradient is not.
-        loss = None if self._bad_steps else self._evaluated.get(step)
-        self._run.checkpoints.save(step, state, position, held_out_loss=loss)
-        self._unverified = step
-        if self._bad_steps >= _BAD_STEPS:
-            self._run.checkpoints.verify(step, finite=False)
-        elif (
-            step == self._config.steps and self._stepped and loss is not None and np.isfinite(loss)
-        ):
-            self._run.checkpoints.verify(step, finite=True)  # no step will follow
+        checkpoints, doubtful = self._run.checkpoints, self._last_finite is False
+        loss = self._evaluated.get(step)
+        checkpoints.save(step, state, position, held_out_loss=loss, doubtful=doubtful)
+        # No step will follow the last one.
+        if step == self._config.steps and self._last_finite and np.isfinite(loss or np.nan):
+            checkpoints.verify(step, finite=True)
         self._saved_at, self._save_now = time.monotonic(), False
 
     def _batches(self) -> data.TrainBatches:
@@ -250,7 +244,10 @@ class Loop:
         finite, skipped = bool(metrics.pop("finite")), int(metrics["skipped"])
         self.last_metrics = metrics
         self._log.training(taken.step, {**metrics, **measured})
-        self._judge_checkpoint(taken.step, finite)
+        # A step tells about the parameters that it was computed with. Where it was skipped, the
+        # next one tells about the same again.
+        self._last_finite = finite
+        self._run.checkpoints.verify(taken.step - 1, finite)
         if not finite:
             self._log.message(
                 f"step {taken.step}: loss or gradient is not finite, the update was skipped "
@@ -262,22 +259,6 @@ class Loop:
                 f"{self._config.max_skipped}; stopped after step {taken.step}, "
                 f"checkpoints: {self._run.checkpoints.steps() or 'none'}"
             )
-
-    def _judge_checkpoint(self, step: int, finite: bool) -> None:
-        """Verifies the newest checkpoint by the step after it, or doubts it.
-
-        Steps that are skipped leave the parameters as they are, so every step after the checkpoint
-        tells about it, up to the first that is finite.
-        """
-        self._bad_steps, self._stepped = (0 if finite else self._bad_steps + 1), True
-        saved = self._unverified
-        if saved is None or step <= saved:
-            return
-        if finite:
-            self._run.checkpoints.verify(saved, finite=True)
-            self._unverified = None
-        elif self._bad_steps == _BAD_STEPS:
-            self._run.checkpoints.verify(saved, finite=False)
 
     def _is_due(self, step: int) -> bool:
         every = self._config.checkpoint.every_steps

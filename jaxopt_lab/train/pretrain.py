@@ -25,11 +25,10 @@ from jaxopt_lab.train.errors import CheckpointError, TrainingError
 from jaxopt_lab.train.hooks import Callback, Hook, hook_of
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.checkpoints import Checkpoints, Restored
+from jaxopt_lab.train.io.manifest import add_session, describe_session, samples_before
 from jaxopt_lab.train.io.run_directory import (
     SUMMARY_FILE,
-    add_session,
     as_stored,
-    describe_session,
     open_run,
     other_text,
     read_config,
@@ -84,7 +83,7 @@ def pretrain(
 
     On SIGTERM or Ctrl-C the run finishes its step, saves and returns; it can be resumed. Before the
     first step and after the last, KeyboardInterrupt is raised instead, by SIGTERM its subclass
-    `interrupts.Terminated`, and a new directory is removed again.
+    `errors.Terminated`, and a new directory is removed again.
 
     Args:
       config: The run.
@@ -113,7 +112,7 @@ def pretrain(
         with kept:
             program = build_program(config)
             return RunResult("dry-run", cost=cost_of(config, _compile(config, program, say)))
-    with interrupt_by_the_end(), open_run(config) as directory, kept:
+    with interrupt_by_the_end(_note(say), "all know"), open_run(config) as directory, kept:
         say(f"run directory: {directory}")
         if jax.process_count() > 1:
             (message or to_stderr)(_if_a_process_dies(config, directory))
@@ -127,6 +126,11 @@ def pretrain(
                 f"a computation of all processes failed: {reason}; if one of them died, start all "
                 f"of them again with: {resume_command(directory)}"
             ) from error
+
+
+def _note(say: Message) -> Message | None:
+    """For work that others wait for: then a signal is told, and stops all at the end of a block."""
+    return say if jax.process_count() > 1 else None
 
 
 def _check(config: PretrainConfig) -> None:
@@ -144,10 +148,10 @@ def _if_a_process_dies(config: PretrainConfig, directory: Path) -> str:
 
 
 def _run(config: PretrainConfig, directory: Path, hooks: Sequence[Hook], say: Message) -> RunResult:
-    with interrupt_by_the_end():
+    with interrupt_by_the_end(_note(say), "the text is prepared"):
         text = _prepare(config, say)
     with interrupt_by_the_end(say):
-        program = build_program(config, text, directory)
+        program = agreed(lambda: build_program(config, text, directory))
     with Checkpoints(
         directory,
         keep_newest=config.checkpoint.keep_newest,
@@ -163,7 +167,7 @@ def _train(run: Run, hooks: Sequence[Hook], say: Message) -> RunResult:
     with interrupt_by_the_end(say):
         state, position = agreed(lambda: _initial_state(run, say))
         agreed(lambda: _record_start(run, position.step) if leader else None)
-        compiled = _compile(run.config, run.program, say)
+        compiled = agreed(lambda: _compile(run.config, run.program, say))
     evaluations = run.program.task.evaluations
     for name, each in evaluations.items():
         say(
@@ -173,7 +177,7 @@ def _train(run: Run, hooks: Sequence[Hook], say: Message) -> RunResult:
         )
     about = evaluations["validation"].about
     before = time.monotonic()
-    with RunLog(run.config, run.directory, *position) as log:
+    with agreed(lambda: RunLog(run.config, run.directory, *position)) as log:
         loop = Loop(run, compiled, log, hooks)
         state, status = loop.run(state, position)
     if status != "finished":
@@ -192,23 +196,27 @@ def _train(run: Run, hooks: Sequence[Hook], say: Message) -> RunResult:
         "unigram_bits_per_byte": about["unigram_bits_per_byte"],
         "sample": _sample(run, state),
     }
-    if leader:
-        with interrupt_by_the_end(say, "the report is written"):
-            summary |= _smoothness(run, say)
-            _report(run, summary, say)
+
+    def report() -> None:
+        summary.update(_smoothness(run, say))
+        _report(run, summary, say)
+
+    with interrupt_by_the_end(say, "the report is written"):
+        agreed(lambda: report() if leader else None)
     return RunResult(status, run.directory, summary)
 
 
 def _record_start(run: Run, start: int) -> None:
     """Writes what a resumed run replaces, now that nothing will refuse it any more."""
-    if run.config.resume:
-        write_config(run.directory, run.config)
     run.corpus.tokenizer.save(run.directory)  # the model is of no use without it
     options = run.program.compiler_options
     session = describe_session(run.program.mesh, start, run.corpus.summary(), options)
     peak = peak_of(jax.devices()[0].device_kind, run.config.peak_tflops)
     session |= {"peak": None if peak is None else peak._asdict()}
-    add_session(run.directory, session | {"config": as_stored(run.config)})
+    before = as_stored(read_config(run.directory))
+    add_session(run.directory, session | {"config": as_stored(run.config)}, before)
+    if run.config.resume:
+        write_config(run.directory, run.config)
 
 
 def _schedule_outcome(run: Run, state: TrainState, say: Message) -> dict[str, Any]:
@@ -225,7 +233,8 @@ def _prepare(config: PretrainConfig, say: Message) -> Text:
     rows, leads = config.batch_size // config.accumulation, jax.process_index() == 0
 
     def opened() -> Text:
-        return open_text(config, config.eval, rows, say, config.eval.sets)
+        with interrupt_by_the_end():
+            return open_text(config, config.eval, rows, say, config.eval.sets)
 
     text = agreed(lambda: opened() if leads else None)
     return agreed(lambda: opened() if text is None else text)
@@ -263,8 +272,8 @@ def _samples(run: Run, restored: Restored) -> int:
     """Windows that a checkpoint has seen."""
     if "samples" in restored.data:
         return restored.data["samples"]
-    # Written before samples were counted: the run had one batch size until now.
-    return restored.step * read_config(run.directory).batch_size
+    # Written before they were counted.
+    return samples_before(run.directory, restored.step, read_config(run.directory).batch_size)
 
 
 def _compile(config: PretrainConfig, program: Program, say: Message) -> jax.stages.Compiled:

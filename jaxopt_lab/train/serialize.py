@@ -36,10 +36,20 @@ def _profile_by_number(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _shampoo_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Two settings of Shampoo have got the names that the other methods have."""
+    optimizer = values.get("optimizer")
+    if isinstance(optimizer, Mapping) and optimizer.get("name") == "shampoo":
+        names = {"epsilon": "eps", "max_preconditioner_dim": "max_precond_dim"}
+        values["optimizer"] = {names.get(key, key): item for key, item in optimizer.items()}
+    return values
+
+
 _MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (
     lambda values: values,  # 0, before there were versions: the same fields
     _decay_everywhere,
     _profile_by_number,
+    _shampoo_names,
 )
 """Number i turns version i into version i + 1; one that renames or drops a field is added here."""
 VERSION = len(_MIGRATIONS)

@@ -17,9 +17,9 @@ from jaxopt_lab.models import DecoderConfig, Params
 from jaxopt_lab.optim.params_ema import ParamsEmaState
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.errors import CheckpointError, ConfigError
-from jaxopt_lab.train.io.checkpoints import read_leaves, select_step
 from jaxopt_lab.train.io.leaves import describe_leaves, first_difference
 from jaxopt_lab.train.io.run_directory import TOKENIZER_FILE, read_config
+from jaxopt_lab.train.io.stored import read_leaves, select_step
 from jaxopt_lab.train.loop import Run
 from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.program import build_program
@@ -43,7 +43,7 @@ def load_params(
     Args:
       run_directory: What `pretrain` wrote.
       step: Label of a kept checkpoint, "best" for the lowest held-out loss among them, None for
-        the newest.
+        the newest. The last two pass over doubtful ones, with a warning (`stored.select_step`).
       average: Take the average of the weights, of a run with `ema`.
 
     Returns:

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,3 +88,17 @@ def test_moving_average_is_the_mean_of_the_finite_neighbours(values, window):
             assert average == pytest.approx(sum(near) / len(near), abs=1e-8)
         else:
             assert math.isnan(average)
+
+
+def test_a_killed_process_leaves_the_figure_that_was_there(runs, tmp_path, monkeypatch):
+    path = loss_figure(runs[0], tmp_path / "figures/loss.png")
+    before = path.read_bytes()
+
+    def killed(figure, file, **options):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", killed)
+    with pytest.raises(KeyboardInterrupt):
+        loss_figure(runs[0], path)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]

@@ -43,6 +43,7 @@ def ended(processes, seconds=120):
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
 
 
 def wait_for(condition, seconds=120):

@@ -1,18 +1,24 @@
+import errno
+import hashlib
 import json
 import os
 import resource
 import shutil
+import tempfile
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from jaxopt_lab.train.errors import CheckpointError
-from jaxopt_lab.train.io import retention
-from jaxopt_lab.train.io.checkpoints import Checkpoints, committed_steps, read_leaves
+from jaxopt_lab.train.io import digests, retention
+from jaxopt_lab.train.io.checkpoints import Checkpoints, committed_steps
 from jaxopt_lab.train.io.leaves import first_difference
+from jaxopt_lab.train.io.stored import read_leaves, select_step
 from jaxopt_lab.train.mesh import MeshConfig, make_mesh, to_global
 from jaxopt_lab.train.step import make_step
 from tests.train import stand_in
@@ -159,6 +165,64 @@ def test_a_missing_file_is_noticed(tmp_path):
     assert "is missing" in notes[0]
 
 
+@pytest.mark.parametrize("which", ["data/data.json", "_DIGESTS-0-of-1.json"])
+def test_a_file_that_is_a_directory_now_is_damage(tmp_path, which):
+    directory = save_all(tmp_path, [1, 2])
+    (directory / "2" / which).unlink()
+    (directory / "2" / which).mkdir()
+    restored, notes = restore_and_notes(tmp_path, small_tree())
+    assert restored.step == 1 and len(notes) == 1 and which.split("/")[0] in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("number", "damage"), [(errno.EIO, True), (errno.EACCES, False), (errno.ENOMEM, False)]
+)
+def test_a_bad_sector_is_damage_and_missing_rights_are_not(tmp_path, monkeypatch, number, damage):
+    directory = save_all(tmp_path, [1, 2])
+    usual = hashlib.file_digest
+
+    def read(file, algorithm):
+        if "/checkpoints/2/state" in file.name:
+            raise OSError(number, os.strerror(number))
+        return usual(file, algorithm)
+
+    monkeypatch.setattr(hashlib, "file_digest", read)
+    if damage:
+        restored, notes = restore_and_notes(tmp_path, small_tree())
+        assert restored.step == 1 and "Input/output error" in notes[0]
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            restore_and_notes(tmp_path, small_tree())
+        assert committed_steps(directory) == [1, 2]
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no second file system")
+def test_damage_is_set_aside_where_the_checkpoints_lie_on_another_device(tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        (tmp_path / "checkpoints").symlink_to(elsewhere)
+        directory = save_all(tmp_path, [1, 2])
+        files_of(directory / "2")[0].unlink()
+        assert restore_and_notes(tmp_path, small_tree())[0].step == 1
+        assert [path.name for path in (directory / "damaged").iterdir()] == ["2-0"]
+
+
+def test_everything_is_on_the_disk_before_a_checkpoint_counts(tmp_path, monkeypatch):
+    synced, usual = [], os.fsync
+
+    def fsync(descriptor):
+        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), directory))
+        usual(descriptor)
+
+    directory = tmp_path / "checkpoints" / "1"
+    monkeypatch.setattr(os, "fsync", fsync)
+    save_all(tmp_path, [1])
+    *before, sealed, names, parent = synced
+    assert (sealed, names, parent) == ("_DIGESTS-0-of-1.partial", ".", "..")
+    files = {str(file.relative_to(directory)) for file in files_of(directory)}
+    assert files - {"_DIGESTS-0-of-1.json"} <= set(before)
+    assert {str(path.parent.relative_to(directory)) for path in files_of(directory)} <= set(before)
+
+
 def flip_a_bit(path, position):
     content = bytearray(path.read_bytes())
     content[position // 8] ^= 1 << position % 8
@@ -247,6 +311,117 @@ def test_a_doubtful_one_that_turns_out_well_counts_again(tmp_path):
     assert committed_steps(directory) == [2]
 
 
+def test_the_newest_is_used_where_no_doubt_was_recorded(tmp_path):
+    directory = save_all(tmp_path, [1])
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, small_tree(2), {})
+    assert retention.verdicts(directory) == {1: True, 2: None}
+    restored, notes = restore_and_notes(tmp_path, small_tree())
+    assert restored.step == 2 and not notes
+
+
+def test_a_doubt_concerns_all_that_nothing_has_verified(tmp_path):
+    options = {"keep_newest": 1, "keep_best": 0}
+    directory = save_all(tmp_path, [1], **options)
+    with Checkpoints(tmp_path, **options) as checkpoints:
+        for step in (2, 3):
+            checkpoints.save(step, small_tree(step), {})
+        checkpoints.wait()
+        checkpoints.verify(3, finite=False)
+        checkpoints.save(4, small_tree(4), {}, held_out_loss=1.0, doubtful=True)
+    # The newest doubtful one stays beside the verified one, and does not rank.
+    assert retention.verdicts(directory) == {1: True, 4: False}
+    assert select_step(tmp_path, 1) == 1
+    with pytest.warns(match="checkpoint 1 is taken, the last before .* and not 4"):
+        assert select_step(tmp_path, None) == 1
+    with pytest.warns(match="checkpoint 4: the loss was not finite with it"):
+        assert select_step(tmp_path, 4) == 4
+    restored, notes = restore_and_notes(tmp_path, small_tree())
+    assert restored.step == 1 and "4 is deleted (the loss was not finite" in notes[0]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_doubtful_checkpoint_is_marked_before_it_counts(tmp_path, monkeypatch, late):
+    verified, usual = threading.Event(), ocp.save_checkpointables_async
+
+    class Slow:
+        def __init__(self, *arguments, **options):
+            self.response = usual(*arguments, **options)
+
+        def result(self):
+            assert verified.wait(30)
+            self.response.result()
+
+    def killed(path, *rest):
+        assert retention.verdict(path) is False
+        raise OSError("killed")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(digests, "seal", killed)
+        monkeypatch.setattr(ocp, "save_checkpointables_async", Slow)
+        checkpoints.save(1, small_tree(1), {}, doubtful=not late)
+        if late:
+            checkpoints.verify(1, finite=False)
+        verified.set()
+        with pytest.raises(CheckpointError, match="killed"):
+            checkpoints.wait()
+
+
+def test_the_best_one_is_none_with_which_the_loss_was_not_finite(tmp_path):
+    directory = save_all(tmp_path, [1, 2, 3], losses={1: 3.0, 2: 2.0, 3: 1.0}, keep_best=3)
+    retention.mark(directory / "3", False)
+    assert select_step(tmp_path, "best") == 2
+    for step in (1, 2):
+        shutil.rmtree(directory / str(step))
+    with pytest.warns(match="checkpoint 3: the loss was not finite"):
+        assert select_step(tmp_path, "best") == 3
+
+
+def test_one_without_digests_is_meant_only_by_its_number(tmp_path):
+    directory = save_all(tmp_path, [1, 2], losses={1: 2.0, 2: 1.0})
+    for file in directory.glob("2/_DIGESTS*"):
+        file.rename(file.with_name("_DIGESTS-0-of-2.json"))  # the second process was killed
+    assert select_step(tmp_path, None) == select_step(tmp_path, "best") == 1
+    assert select_step(tmp_path, 2) == 2
+    with pytest.warns(match="2 has no digests"):
+        read_leaves(tmp_path, 2, {"w": np.empty((8, 4), np.float32)})
+
+
+def test_what_cannot_be_deleted_is_no_failed_save(tmp_path, monkeypatch):
+    def fail(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(retention, "delete", fail)
+    notes = []
+    with Checkpoints(tmp_path, keep_newest=1, keep_best=0, message=notes.append) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, small_tree(step), {})
+            checkpoints.verify(step, finite=True)
+    assert committed_steps(tmp_path / "checkpoints") == [1, 2, 3]
+    assert "checkpoint 1 could not be deleted" in notes[0] and "Permission denied" in notes[0]
+
+
+def test_a_doubt_that_cannot_be_noted_is_said(tmp_path, monkeypatch):
+    def fail(path, finite):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(retention, "mark", fail)
+    notes = []
+    with Checkpoints(tmp_path, message=notes.append) as checkpoints:
+        checkpoints.save(1, small_tree(1), {})
+        checkpoints.wait()
+        checkpoints.verify(1, finite=False)
+    assert "checkpoint 1 could not be marked doubtful" in notes[0] and "No space" in notes[0]
+
+
+def test_a_mistake_of_ours_in_the_background_is_raised(tmp_path, monkeypatch):
+    monkeypatch.setattr(retention, "mark", lambda path, finite: 1 / 0)
+    with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, small_tree(1), {})
+        checkpoints.wait()
+        checkpoints.verify(1, finite=False)
+
+
 def test_a_doubtful_one_is_better_than_none(tmp_path):
     save_all(tmp_path, [1], losses={1: float("nan")})
     restored, notes = restore_and_notes(tmp_path, small_tree())
@@ -307,7 +482,7 @@ def test_damage_found_only_while_reading_also_falls_back(tmp_path):
     restored, notes = restore_and_notes(tmp_path, small_tree())
     assert restored.step == 1
     assert "checkpoint 2 is damaged" in notes[0]
-    assert (tmp_path / "damaged-checkpoints").is_dir()
+    assert (tmp_path / "checkpoints/damaged").is_dir()
 
 
 def test_nothing_left_to_restore(tmp_path):

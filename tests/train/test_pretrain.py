@@ -25,7 +25,7 @@ from jaxopt_lab.train.pretrain import pretrain
 from jaxopt_lab.train.schedules import ConstantConfig
 from jaxopt_lab.train.serialize import from_json, to_json
 from jaxopt_lab.train.trained import load_params
-from tests.train.tiny_run import losses_of, restored, tiny_config, write_text
+from tests.train.tiny_run import Killed, losses_of, restored, tiny_config, write_text
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +347,7 @@ def test_no_usable_checkpoint(finished, tmp_path):
         (tmp_path / f"run/checkpoints/{step}/_CHECKPOINT_METADATA").unlink()
     with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
         pretrain(config)
-    shutil.rmtree(tmp_path / "run/damaged-checkpoints")
+    shutil.rmtree(tmp_path / "run/checkpoints/damaged")
     notes = []
     pretrain(config, message=notes.append)
     assert any("no checkpoint was saved yet" in note for note in notes)
@@ -402,6 +402,34 @@ def test_divergence_leaves_the_last_good_checkpoints(finished, tmp_path):
     assert any("resuming after step 6 of 7" in note for note in notes)
     assert any("checkpoint 16 is deleted (the loss was not finite" in note for note in notes)
     assert all(np.isfinite(loss) for loss in losses_of(tmp_path / "run").values())
+
+
+def test_doubt_survives_a_kill(finished, tmp_path):
+    """One bad step is enough, and it concerns every checkpoint that no step has verified."""
+    config = copy_of(finished, tmp_path, steps=16)
+    good = config.optimizer
+
+    def die(step, state, metrics, batch):
+        if step == 9:
+            raise Killed
+
+    with pytest.raises(Killed):
+        pretrain(
+            replace(
+                config, optimizer=replace(good, learning_rate=1e30),
+                checkpoint=CheckpointConfig(every_steps=1, keep_newest=2),
+            ),
+            callbacks=[die],
+        )  # fmt: skip
+    rows = read_metrics(tmp_path / "run")
+    assert [row["skipped"] for row in rows if "loss" in row][6:] == [0, 1]
+    assert max(committed_steps(tmp_path / "run/checkpoints")) > 6
+    with pytest.warns(match="checkpoint 6 is taken, the last before a loss that was not finite"):
+        _, params, _ = load_params(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, params, load_params(finished[1].directory)[1])
+    notes = []
+    pretrain(replace(config, steps=7), message=notes.append)
+    assert any("resuming after step 6 of 7" in note for note in notes)
 
 
 def test_options_together_on_a_mesh(text, tmp_path):

@@ -34,7 +34,8 @@ PRETRAIN = "-m", "jaxopt_lab.cli", "pretrain"
 
 def start_two(settings, run, *flags, of_second=(), program=PRETRAIN):
     command = [
-        sys.executable, *program, "--config", settings, "--run-directory", str(run),
+        sys.executable, *program, *(("--config", settings) if settings else ()),
+        "--run-directory", str(run),
         "--distributed.num-processes", "2",
         "--distributed.coordinator-address", f"127.0.0.1:{free_port()}", *flags,
     ]  # fmt: skip

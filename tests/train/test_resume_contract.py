@@ -16,12 +16,14 @@ from jaxopt_lab.report.tracker import read_metrics
 from jaxopt_lab.train.arguments import parse_config
 from jaxopt_lab.train.config import EvalConfig, PretrainConfig
 from jaxopt_lab.train.errors import CheckpointError, ConfigError
+from jaxopt_lab.train.io import digests
 from jaxopt_lab.train.io.checkpoints import Restored, committed_steps
 from jaxopt_lab.train.io.run_directory import read_config
 from jaxopt_lab.train.optimizers import AdamWConfig
+from jaxopt_lab.train.optimizers_kronecker import ShampooConfig
 from jaxopt_lab.train.pretrain import pretrain
 from jaxopt_lab.train.serialize import VERSION, from_json, to_json
-from tests.train.tiny_run import restored, tiny_config, write_text
+from tests.train.tiny_run import Killed, restored, tiny_config, write_text
 
 MODULE = "jaxopt_lab.train.pretrain"
 
@@ -78,6 +80,55 @@ def test_a_checkpoint_that_counted_no_samples_had_one_batch_size(finished):
     samples = sys.modules[MODULE]._samples
     assert samples(run, Restored(8, None, {"step": 8})) == 32
     assert samples(run, Restored(8, None, {"step": 8, "samples": 40})) == 40
+
+
+def test_a_checkpoint_that_counted_no_samples_and_starts_of_several_batch_sizes(finished, tmp_path):
+    """As an earlier version left them: a start before configurations were kept, others after."""
+    config = copy_of(finished, tmp_path)
+    path = tmp_path / "run/manifest.json"
+    session = json.loads(path.read_text())["sessions"][0]
+    sessions = [
+        session | {"start_step": start, "config": {"batch_size": size}}
+        for start, size in [(0, 4), (4, 2), (6, 16), (6, 1)]
+    ]
+    path.write_text(json.dumps({"sessions": sessions}))
+    run = SimpleNamespace(directory=tmp_path / "run")
+    samples = sys.modules[MODULE]._samples
+    counted = {step: samples(run, Restored(step, None, {"step": step})) for step in (0, 3, 5, 6, 8)}
+    assert counted == {0: 0, 3: 12, 5: 18, 6: 20, 8: 22}
+    # The first start that keeps configurations adds the one that was meant before.
+    del session["config"]
+    path.write_text(json.dumps({"sessions": [session]}))
+    data = tmp_path / "run/checkpoints/8/data/data.json"
+    content = json.loads(data.read_text())
+    del content["samples"]
+    data.write_text(json.dumps(content))
+    digests.seal(tmp_path / "run/checkpoints/8", 8, None)
+
+    def die(*arguments):
+        raise Killed
+
+    for size in (8, 2):
+        with pytest.raises(Killed):
+            pretrain(replace(config, steps=9, batch_size=size), callbacks=[die])
+        assert samples(run, Restored(8, None, {"step": 8})) == 32
+
+
+def test_a_tokenizer_is_compared_by_what_it_does(finished, tmp_path):
+    """Not by where its files are."""
+    config = copy_of(finished, tmp_path)
+    twin, other = tmp_path / "twin", tmp_path / "other"
+    for directory in (twin, other):
+        directory.mkdir()
+        shutil.copy(tmp_path / "run/tokenizer.json", directory)
+    changed = json.loads((other / "tokenizer.json").read_text())
+    changed["model"]["merges"].pop()
+    (other / "tokenizer.json").write_text(json.dumps(changed))
+    same = TokenizerConfig("saved", 300, str(twin))
+    assert pretrain(replace(config, tokenizer=same)).status == "finished"
+    for directory, refusal in ((other, "tokenizer: got .*--fork-from"), (tmp_path, "No such file")):
+        with pytest.raises((ConfigError, OSError), match=refusal):
+            pretrain(replace(config, tokenizer=replace(same, directory=str(directory))))
 
 
 @pytest.mark.parametrize(
@@ -157,6 +208,22 @@ def test_a_configuration_of_before_goes_on_decaying_every_parameter():
     del values["optimizer"]["decay"]
     for version in (0, 1):
         assert from_json(json.dumps(values | {"version": version})).optimizer.decay == "all"
+
+
+def test_old_names_of_shampoo_are_read():
+    values = json.loads(to_json(PretrainConfig(optimizer=ShampooConfig(eps=1e-9))))
+    settings = values["optimizer"]
+    settings["epsilon"] = settings.pop("eps")
+    settings["max_preconditioner_dim"] = settings.pop("max_precond_dim") // 2
+    for version in (0, 1, 2):
+        found = from_json(json.dumps(values | {"version": version})).optimizer
+        assert found == replace(ShampooConfig(eps=1e-9), max_precond_dim=512)
+    with pytest.raises(ConfigError, match="optimizer.epsilon"):
+        from_json(json.dumps(values | {"version": VERSION}))
+    values = json.loads(to_json(PretrainConfig(optimizer=AdamWConfig())))
+    values["optimizer"]["epsilon"] = 1e-9  # it never had such a setting
+    with pytest.raises(ConfigError, match="optimizer.epsilon"):
+        from_json(json.dumps(values | {"version": 1}))
 
 
 def test_a_configuration_has_a_version():

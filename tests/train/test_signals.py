@@ -1,5 +1,6 @@
 """Signals where they used to be lost: closed pipes, the end of a run, inherited handlers, verbs."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -12,8 +13,13 @@ from jaxopt_lab import cli
 from jaxopt_lab.models import huggingface
 from jaxopt_lab.report.progress import Progress, to_stderr
 from jaxopt_lab.train.config import EvalConfig
-from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.interrupts import INTERRUPTED, StopRequests, interrupt_by_the_end
+from jaxopt_lab.train.errors import ConfigError, Terminated
+from jaxopt_lab.train.interrupts import (
+    INTERRUPTED,
+    TERMINATED,
+    StopRequests,
+    interrupt_by_the_end,
+)
 from jaxopt_lab.train.io.checkpoints import committed_steps
 from jaxopt_lab.train.io.run_directory import open_run
 from jaxopt_lab.train.loop import Loop
@@ -101,35 +107,57 @@ def test_a_handler_does_not_write_itself():
 
 
 @pytest.fixture
-def sigterm():
-    """Puts the handler back that a test replaces."""
-    before = signal.getsignal(signal.SIGTERM)
+def handlers():
+    """Puts the handlers back that a test replaces."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
+def test_a_terminal_that_closes_is_like_sigterm(handlers, monkeypatch):
+    def close(*arguments):
+        signal.raise_signal(signal.SIGHUP)
+
+    with StopRequests(print) as stop:
+        close()
+        assert stop.requested == TERMINATED
+    with pytest.raises(Terminated, match="SIGHUP"), interrupt_by_the_end():
+        close()
+    monkeypatch.setattr("jaxopt_lab.verbs.main", close)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    for verb, code in (("pretrain", 0), ("plot", 143)):
+        with pytest.raises(SystemExit) as end:
+            cli.main([verb])
+        assert end.value.code == code
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("handled", ["loop", "phase", "command line"])
-def test_a_signal_that_is_ignored_stays_so(sigterm, handled, monkeypatch):
+def test_a_signal_that_is_ignored_stays_so(handlers, handled, number, monkeypatch):
     def alive(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return 0
 
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(number, signal.SIG_IGN)
     if handled == "loop":
         with StopRequests(print) as stop:
             alive()
             assert not stop.requested
     elif handled == "phase":
-        with interrupt_by_the_end():
+        with contextlib.suppress(KeyboardInterrupt), interrupt_by_the_end():
             alive()
+            handled = ""
+        assert not handled
     else:
+        monkeypatch.setattr(os, "_exit", sys.exit)
         monkeypatch.setattr("jaxopt_lab.verbs.main", alive)
         assert cli.main(["plot"]) == 0
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    assert signal.getsignal(number) is signal.SIG_IGN
 
 
 @pytest.mark.parametrize("handled", [lambda: StopRequests(print), interrupt_by_the_end])
-def test_a_handler_from_outside_python_can_be_replaced(sigterm, handled, monkeypatch):
+def test_a_handler_from_outside_python_can_be_replaced(handlers, handled, monkeypatch):
     monkeypatch.setattr(signal, "getsignal", lambda number: None)
     with handled():
         pass

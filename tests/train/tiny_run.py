@@ -19,6 +19,10 @@ from jaxopt_lab.train.program import build_program
 MODEL = DecoderConfig(vocab_size=257, width=16, depth=1, heads=2, context=16)
 
 
+class Killed(BaseException):
+    """Ends a run where a hook raises it; after other failures of hooks a run saves."""
+
+
 def write_text(directory):
     """Twenty short documents of real text."""
     directory.mkdir(parents=True, exist_ok=True)

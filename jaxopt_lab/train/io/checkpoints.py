@@ -5,37 +5,33 @@ a description of every leaf. Orbax writes it under another name and renames it w
 complete; then each process writes the digests of its files (`digests`), and with these the
 checkpoint is committed. A killed process leaves either a whole checkpoint or none, and whatever
 happens to the files later is found before they are used.
+
+Of several processes one may fail where the others do not: at a full disk, or a file that only it
+cannot read. All of them agree on the outcome of every save and of every attempt to restore
+(`restoring`).
 """
 
+import concurrent.futures
 import os
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
+from jaxopt_lab.train.agreement import agreed, from_first, gather, leave_last
 from jaxopt_lab.train.errors import CheckpointError
-from jaxopt_lab.train.io import digests, retention
-from jaxopt_lab.train.io.leaves import describe_leaves, first_difference
+from jaxopt_lab.train.io import digests, retention, stored
+from jaxopt_lab.train.io.leaves import describe_leaves
+from jaxopt_lab.train.io.restoring import DAMAGED, Restored, restore
 from jaxopt_lab.train.io.retention import committed_steps, labels
+from jaxopt_lab.train.io.stored import DIRECTORY, reason
 
-DIRECTORY = "checkpoints"
-DAMAGED = "damaged-checkpoints"
-_LONGEST_REASON = 300
-
-
-class Restored(NamedTuple):
-    """What a checkpoint gave back."""
-
-    step: int
-    state: PyTree
-    data: dict[str, Any]
+_PENDING, _POLL_SECONDS = "pending", 0.05
 
 
 class Checkpoints:
@@ -60,33 +56,33 @@ class Checkpoints:
     ):
         """Opens the directory and clears away what a killed process left unfinished."""
         self.directory = Path(run_directory).absolute() / DIRECTORY
-        self._damaged = Path(run_directory).absolute() / DAMAGED
         self._keep = (keep_newest, keep_best)
         self._message = message
         self._leads = jax.process_index() == 0
+        agreed(self._clear_away)
         # One thread: marks and deletions come after the commit that they belong to.
         self._worker = ThreadPoolExecutor(1, "checkpoints")
         self._saving: tuple[int, Future[None]] | None = None
-        if self._leads:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            retention.remove_leftovers(self.directory)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("the checkpoint directory is clean")
+        self._marking: list[Future[None]] = []
+        self._failed = False  # a save, where other processes may go on waiting for it
+        # Labels that no finite loss has verified yet -> whether they are doubtful.
+        self._unverified: dict[int, bool] = {}
         # Labels not to be saved again. All processes must agree on them at every moment, so the
         # directory, where another process may just be writing its digests, is asked only here.
-        self._saved = set(self.steps())
+        self._saved = set(from_first(self.steps))
 
     def steps(self) -> list[int]:
         """Labels of the committed checkpoints, ascending."""
         return committed_steps(self.directory)
 
     def exist(self) -> bool:
-        """Whether there is any checkpoint, committed or not."""
-        return bool(labels(self.directory))
+        """Whether there is any checkpoint, committed or not; the same on all processes."""
+        return from_first(lambda: bool(labels(self.directory)))
 
     def are_all_damaged(self) -> bool:
-        """Whether there were checkpoints, and none is left."""
-        return not self.exist() and self._damaged.is_dir() and any(self._damaged.iterdir())
+        """Whether there were checkpoints, and none is left; the same on all processes."""
+        found = self.directory / DAMAGED
+        return not self.exist() and from_first(lambda: found.is_dir() and any(found.iterdir()))
 
     def save(
         self,
@@ -95,6 +91,7 @@ class Checkpoints:
         data: Mapping[str, Any],
         *,
         held_out_loss: float | None = None,
+        doubtful: bool = False,
     ) -> None:
         """Starts saving; returns as soon as the arrays have left the devices.
 
@@ -104,280 +101,163 @@ class Checkpoints:
           data: Position of the data; JSON.
           held_out_loss: Ranks the checkpoint among the best; with a value that is not finite it
             is doubtful.
+          doubtful: Whether the last loss or gradient was not finite. Such a checkpoint does not
+            rank, and until a finite loss follows, it is used only if there is no other.
 
         Raises:
-          CheckpointError: If this or the previous save failed.
+          CheckpointError: If this or the previous save failed, on any process.
         """
         self.wait()
         if step in self._saved:
             return
         self._saved.add(step)
         items = {"state": state, "data": dict(data), "leaves": describe_leaves(state)}
+        if doubtful or (held_out_loss is not None and not np.isfinite(held_out_loss)):
+            doubtful, held_out_loss = True, None
+        started: Future[Any] = Future()
         try:
-            with _context():
-                response = ocp.save_checkpointables_async(
-                    str(self.directory / str(step)), items, overwrite=True
-                )
+            with stored.context():
+                path = str(self.directory / str(step))
+                started.set_result(ocp.save_checkpointables_async(path, items, overwrite=True))
         except Exception as error:
-            self._saved.discard(step)
-            raise self._not_written(step, error) from error
-        self._saving = step, self._worker.submit(self._commit, step, response, held_out_loss)
+            started.set_exception(error)
+        self._must_not_fail(step, started)
+        self._unverified[step] = doubtful
+        commit = self._worker.submit(self._commit, step, started.result(), held_out_loss)
+        self._saving = step, commit
 
     def verify(self, step: int, finite: bool) -> None:
-        """Tells whether loss and gradient of the parameters saved as `step` are finite."""
-        if self._leads:
-            self._worker.submit(self._mark, step, finite)
+        """Tells whether loss and gradient of the parameters after `step` steps are finite.
+
+        That verifies all checkpoints up to this one, or makes those doubtful that nothing had
+        verified before. Verified ones stay verified.
+        """
+        found = [label for label in self._unverified if label <= step]
+        if finite:
+            for label in found:
+                del self._unverified[label]
+        else:
+            found = [label for label in found if not self._unverified[label]]
+            self._unverified |= dict.fromkeys(found, True)
+        if found and self._leads:
+            self._marking.append(self._worker.submit(self._mark, found, finite))
 
     def wait(self) -> None:
         """Blocks until the last save is committed.
 
         Raises:
-          CheckpointError: If it failed; earlier checkpoints are untouched.
+          CheckpointError: If it failed on any process; earlier checkpoints are untouched.
         """
-        if self._saving is None:
-            return
-        (step, saving), self._saving = self._saving, None
-        try:
-            saving.result()
-        except Exception as error:
-            self._saved.discard(step)
-            raise self._not_written(step, error) from error
+        marking, self._marking = self._marking, []
+        if self._saving is not None:
+            (step, saving), self._saving = self._saving, None
+            self._must_not_fail(step, saving)
+        for future in marking:
+            future.result()
 
     def restore(self, abstract_state: PyTree) -> Restored:
-        """Restores the newest checkpoint that is whole.
-
-        One that cannot be read is moved to `damaged-checkpoints/`, with a message, and the one
-        before it is taken. A doubtful one is taken only if no other is committed, one without
-        digests only if nothing else exists; both are said, and newer ones of these kinds are
-        deleted, because the run goes on from before them.
-
-        Args:
-          abstract_state: Tree of ShapeDtypeStruct with shardings. The mesh may differ from the
-            one that saved.
-
-        Raises:
-          CheckpointError: If no checkpoint can be read, or the newest belongs to another model
-            or optimizer; the first differing leaf is named.
-        """
+        """Restores the newest checkpoint that is whole: see `restoring.restore`."""
         self.wait()
-        while (step := self._choose()) is not None:
-            path = self.directory / str(step)
-            try:
-                stored = _load(path, {"leaves": None, "data": None})
-                if stored["data"].get("step", step) != step:
-                    raise ValueError(f"it is called {step} and holds step {stored['data']['step']}")
-                difference = first_difference(describe_leaves(abstract_state), stored["leaves"])
-                state = None if difference else _load(path, {"state": abstract_state})["state"]
-            except Exception as error:
-                # Files that fit their digests are not damaged: memory or a device is missing, say.
-                intact = digests.is_sealed(path) and not isinstance(error, ValueError | KeyError)
-                if intact or jax.process_count() > 1:
-                    raise CheckpointError(f"{path} cannot be restored: {_reason(error)}") from error
-                self._set_aside(step, _reason(error))
-                continue
-            if difference:
-                raise CheckpointError(
-                    f"{path} holds the state of another model or optimizer, or of another version "
-                    f"of this package: {difference}; --fork-from RUN starts a new run from its "
-                    "weights"
-                )
-            self._go_on_from(step)
-            self._saved = {label for label in self._saved if label <= step} | {step}
-            return Restored(step, state, stored["data"])
-        if self.are_all_damaged():
-            raise CheckpointError(f"{self.directory}: every checkpoint is damaged")
-        raise CheckpointError(f"{self.directory}: no checkpoint that can be read")
+        found = restore(self.directory, abstract_state, self._message)
+        self._saved = {label for label in self._saved if label <= found.step} | {found.step}
+        verdict = retention.verdict(self.directory / str(found.step))
+        self._unverified = {} if verdict else {found.step: verdict is False}
+        return found
 
     def close(self) -> None:
         """Waits for the last save and releases the directory."""
         try:
             self.wait()
         finally:
-            self._worker.shutdown()
+            self._release()
 
     def __enter__(self) -> "Checkpoints":
         """Returns the checkpoints themselves."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Closes; while an exception is on its way, that one matters more than a failed save."""
-        try:
+        """Closes; while an exception is on its way, that one matters more than a failed save.
+
+        It may have come to this process alone: then nothing is agreed any more.
+        """
+        if kind is None:
             self.close()
-        except Exception:
-            if kind is None:
-                raise
+        else:
+            self._release()
+
+    def _release(self) -> None:
+        # A save that has failed elsewhere would be waited for in vain.
+        self._worker.shutdown(wait=not self._failed, cancel_futures=self._failed)
+
+    def _must_not_fail(self, step: int, work: Future[Any]) -> None:
+        """Waits for part of a save; if it failed on one process, all raise."""
+        if failures := _failures(work):
+            leave_last()
+            self._failed = jax.process_count() > 1
+            self._saved.discard(step)
+            self._unverified.pop(step, None)
+            steps = self.steps()
+            intact = f"checkpoint {steps[-1]} is intact" if steps else "there is no earlier one"
+            raise CheckpointError(
+                f"checkpoint {step} could not be written to {self.directory}: {failures[0]}; "
+                f"{intact}"
+            )
+
+    def _clear_away(self) -> None:
+        """What a killed process left unfinished."""
+        if self._leads:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            retention.remove_leftovers(self.directory)
 
     def _commit(self, step: int, response: Any, held_out_loss: float | None) -> None:
         """In the background: waits for the files, writes their digests, deletes what is old."""
         # Asking each response for its result also ends the thread that orbax starts for it.
         response.result()
-        finite = held_out_loss is not None and bool(np.isfinite(held_out_loss))
-        path, loss = self.directory / str(step), held_out_loss if finite else None
-        digests.seal(path, step, loss, jax.process_index(), jax.process_count())
-        if self._leads and held_out_loss is not None and not finite:
-            retention.mark(path, False)
-        if self._leads:
-            retention.rotate(self.directory, *self._keep)
-
-    def _mark(self, step: int, finite: bool) -> None:
-        retention.mark(self.directory / str(step), finite)
-        retention.rotate(self.directory, *self._keep)
-
-    def _choose(self) -> int | None:
-        """The newest checkpoint that is whole; all processes get the same answer."""
-        chosen = self._choose_here() if self._leads else None
-        if jax.process_count() > 1:
-            label = np.asarray(-1 if chosen is None else chosen, np.int32)
-            label = int(multihost_utils.broadcast_one_to_all(label))
-            return None if label < 0 else label
-        return chosen
-
-    def _choose_here(self) -> int | None:
-        while candidates := self._candidates():
-            step = candidates[0]
-            if reason := digests.damage(self.directory / str(step), step):
-                self._set_aside(step, reason)
-                continue
-            return step
-        return None
-
-    def _candidates(self) -> list[int]:
-        """Labels in the order in which a run would go on from them."""
-        sealed = self.steps()
-        doubtful = [s for s in sealed if retention.is_doubtful(self.directory / str(s))]
-        sound = [step for step in sealed if step not in doubtful]
-        unsealed = [step for step in labels(self.directory) if step not in sealed]
-        return [*reversed(sound), *reversed(doubtful), *reversed(unsealed)]
-
-    def _go_on_from(self, step: int) -> None:
-        """Says what the choice of a checkpoint means, and deletes those that it passes over."""
-        if not self._leads:
-            return
         path = self.directory / str(step)
-        if not digests.is_sealed(path):
-            self._message(
-                f"checkpoint {step} has no digests, so its content cannot be checked; it is used "
-                "because there is no other"
-            )
-            digests.seal(path, step, None)
-        elif retention.is_doubtful(path):
-            self._message(
-                f"checkpoint {step} is used because there is no other, although the loss was not "
-                "finite with it"
-            )
-        for other in labels(self.directory):
-            if other > step:
-                reason = (
-                    "the loss was not finite with it"
-                    if digests.is_sealed(self.directory / str(other))
-                    else "it was not committed"
-                )
-                self._message(f"checkpoint {other} is deleted ({reason}), going on with {step}")
-                retention.delete(self.directory / str(other))
+        # Doubts of by now come before the digests: a process that is killed in between leaves no
+        # checkpoint that looks better than it is.
+        if self._leads and self._unverified.get(step):
+            retention.mark(path, False)
+        digests.seal(path, step, held_out_loss, jax.process_index(), jax.process_count())
+        if self._leads:
+            self._rotate()
 
-    def _set_aside(self, step: int, reason: str) -> None:
-        self._damaged.mkdir(parents=True, exist_ok=True)
-        taken = len(list(self._damaged.glob(f"{step}-*")))
-        target = self._damaged / f"{step}-{taken}"
-        (self.directory / str(step)).rename(target)
-        others = self._candidates()
-        self._message(
-            f"checkpoint {step} is damaged ({reason}); it was moved to {target}, going on with "
-            + (f"checkpoint {others[0]}" if others else "none, as there is no other")
-        )
+    def _mark(self, steps: Sequence[int], finite: bool) -> None:
+        """In the background, after the commits that it concerns."""
+        for step in steps:
+            try:
+                retention.mark(self.directory / str(step), finite)
+            except OSError as error:
+                verdict = "verified" if finite else "doubtful"
+                self._message(f"checkpoint {step} could not be marked {verdict}: {reason(error)}")
+        self._rotate()
 
-    def _not_written(self, step: int, error: Exception) -> CheckpointError:
-        steps = self.steps()
-        intact = f"checkpoint {steps[-1]} is intact" if steps else "there is no earlier one"
-        return CheckpointError(
-            f"checkpoint {step} could not be written to {self.directory}: "
-            f"{_reason(error)}; {intact}"
-        )
+    def _rotate(self) -> None:
+        """Deletes what others have displaced; what cannot be deleted is no failure of a save."""
+        try:
+            for step in retention.displaced(self.directory, *self._keep):
+                try:
+                    retention.delete(self.directory / str(step))
+                except OSError as error:
+                    self._message(f"checkpoint {step} could not be deleted: {reason(error)}")
+        except OSError as error:
+            self._message(f"old checkpoints could not be deleted: {reason(error)}")
 
 
-def select_step(run_directory: str | os.PathLike[str], step: int | Literal["best"] | None) -> int:
-    """Label of the checkpoint that is meant: its number, the best, or None for the newest.
+def _failures(work: Future[Any]) -> list[str]:
+    """Why `work` failed, on the processes where it did; waits until it has ended on all.
 
-    Raises:
-      CheckpointError: If there is none, or not this one.
+    Where it failed on one, it may never end on the others, which wait for that one.
     """
-    directory = Path(run_directory).absolute() / DIRECTORY
-    steps = committed_steps(directory) or labels(directory)
-    if not steps:
-        raise CheckpointError(f"{run_directory} has no checkpoint")
-    if step is None:
-        return steps[-1]
-    if step != "best":
-        if step not in steps:
-            raise CheckpointError(f"{run_directory} has no checkpoint {step}, only {steps}")
-        return step
-    found = {label: digests.held_out_loss(directory / str(label)) for label in steps}
-    losses = {label: loss for label, loss in found.items() if loss is not None}
-    if not losses:
-        raise CheckpointError(
-            f"{run_directory}: none of the checkpoints {steps} was evaluated, so none is the best"
-        )
-    return min(losses, key=lambda label: losses[label])
-
-
-def read_leaves(
-    run_directory: str | os.PathLike[str], step: int, target: dict[str, PyTree]
-) -> dict[str, Any]:
-    """Reads leaves of one checkpoint and changes nothing on disk.
-
-    Only what is read has to fit: a state with other leaves beside it, such as that of an earlier
-    version, can be read all the same.
-
-    Args:
-      run_directory: The run.
-      step: Label of the checkpoint.
-      target: Fields of the state, arrays where leaves are to be read. Where there are orbax's
-        placeholders for others, every field has to be there.
-
-    Raises:
-      CheckpointError: If the checkpoint is damaged, or holds something else.
-    """
-    path = Path(run_directory).absolute() / DIRECTORY / str(step)
-    others = [label for label in labels(path.parent) if label != step]
-    if not digests.is_sealed(path):
-        warnings.warn(f"{path} has no digests, so its content cannot be checked", stacklevel=2)
-    if reason := digests.damage(path, step):
-        raise CheckpointError(f"{path} is damaged: {reason}; other checkpoints: {others or 'none'}")
-    try:
-        wanted = describe_leaves(target)
-        names = {name for name, _, _ in wanted}
-        stored = [leaf for leaf in _load(path, {"leaves": None})["leaves"] if leaf[0] in names]
-        difference = first_difference(wanted, stored)
-        # Orbax leaves out either what the target does not have, or its placeholders.
-        partial = all(leaf is not ... for leaf in jax.tree.leaves(target))
-        state = {} if difference else _load(path, {"state": target}, partial=partial)["state"]
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {_reason(error)}; other checkpoints: {others or 'none'}"
-        ) from error
-    if difference:
-        raise CheckpointError(f"{path} does not fit the configuration of its run: {difference}")
-    return state
-
-
-def _context() -> ocp.Context:
-    # By default orbax would spread the few numbers of a JSON item over array files.
-    registry = ocp.handlers.local_registry()
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name="data")
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name="leaves")
-    context = ocp.Context()
-    context.checkpointables.registry = registry
-    return context
-
-
-def _load(path: Path, items: dict[str, Any], *, partial: bool = False) -> dict[str, Any]:
-    context = _context()
-    context.pytree.loading.partial_load = partial
-    with context:
-        return ocp.load_checkpointables(str(path), items)
-
-
-def _reason(error: BaseException) -> str:
-    root = error.__cause__ or error
-    text = " ".join(str(root).split()) or type(root).__name__
-    return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + "..."
+    alone = jax.process_count() == 1
+    while True:
+        ended = concurrent.futures.wait([work], None if alone else _POLL_SECONDS).done
+        error = work.exception() if ended else None
+        texts = gather(reason(error) if error else "" if ended else _PENDING)
+        failed = [
+            text if alone else f"process {process}: {text}"
+            for process, text in enumerate(texts)
+            if text not in ("", _PENDING)
+        ]
+        if failed or _PENDING not in texts:
+            return failed

@@ -5,25 +5,36 @@ files to `_DIGESTS-<process>-of-<count>.json`. A checkpoint whose digests are al
 The digest file has a digest of its own, so that no bit of it changes unnoticed either.
 """
 
+import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from jaxopt_lab.report.files import sync_to_disk
+
 FINITE, NOT_FINITE = "_FINITE", "_NOT_FINITE"
 """Empty files in a checkpoint: whether the loss of its parameters was finite."""
 _NAME = re.compile(r"_DIGESTS-(\d+)-of-(\d+)\.json")
 _WRITER = re.compile(r"(?:.*\.)?process_(\d+)")
 _THREADS = 4  # hashing releases the interpreter lock
+# What is gone, is something else now, or lies on a bad sector; lacking rights, say, are no damage.
+_UNREADABLE = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.EBADMSG, errno.EUCLEAN,
+}  # fmt: skip
 
 
 def seal(
     path: Path, step: int, held_out_loss: float | None, process: int = 0, count: int = 1
 ) -> None:
     """Writes the digests of the files that one process has written.
+
+    All of them are on the disk, and not only in its cache, before the digests say that they are:
+    others may be deleted because this one exists.
 
     Args:
       path: The checkpoint.
@@ -33,15 +44,20 @@ def seal(
       count: Number of processes.
     """
     names = [name for name in _files(path) if _writer(name, count) == process]
+    for directory in {path, *((path / name).parent for name in names)}:
+        sync_to_disk(directory)
     body = {
         "checkpoint": step,
         "held_out_loss": held_out_loss,
-        "files": dict(zip(names, _digests(path, names), strict=True)),
+        "files": dict(zip(names, _digests(path, names, sync=True), strict=True)),
     }
     target = path / f"_DIGESTS-{process}-of-{count}.json"
     partial = target.with_suffix(".partial")
     partial.write_text(json.dumps({**body, "digest": _digest_of(body)}))
+    sync_to_disk(partial)
     partial.replace(target)
+    sync_to_disk(path)
+    sync_to_disk(path.parent)
 
 
 def is_sealed(path: Path) -> bool:
@@ -65,8 +81,8 @@ def damage(path: Path, step: int) -> str | None:
         for name, expected, found in zip(
             wanted, wanted.values(), _digests(path, wanted), strict=True
         ):
-            if found is None:
-                return f"{name} is missing"
+            if isinstance(found, str):
+                return f"{name} {found}"
             if found[0] != expected[0]:
                 return f"{name} should have {expected[0]} bytes and has {found[0]}"
             if found != expected:
@@ -103,25 +119,35 @@ def _writer(name: str, count: int) -> int:
     return 0
 
 
-def _digests(path: Path, names: Iterable[str]) -> Iterator[list[Any] | None]:
+def _digests(path: Path, names: Iterable[str], *, sync: bool = False) -> Iterator[list[Any] | str]:
     with ThreadPoolExecutor(_THREADS) as pool:
-        yield from pool.map(lambda name: _digest_file(path / name), names)
+        yield from pool.map(lambda name: _digest_file(path / name, sync), names)
 
 
-def _digest_file(path: Path) -> list[Any] | None:
+def _digest_file(path: Path, sync: bool) -> list[Any] | str:
+    """Size and digest; a text where the file cannot be read because of damage."""
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if sync:
+                os.fsync(file.fileno())
             return [file.tell(), digest]
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if sync or error.errno not in _UNREADABLE:
+            raise
+        missing = error.errno == errno.ENOENT
+        return "is missing" if missing else f"cannot be read: {error.strerror}"
 
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
         body = json.loads(file.read_text())
         return body if body.pop("digest") == _digest_of(body) else None
-    except (ValueError, AttributeError, KeyError, TypeError):
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        return None
+    except OSError as error:
+        if error.errno not in _UNREADABLE:
+            raise
         return None
 
 

@@ -1,6 +1,7 @@
-"""Which checkpoints stay: a good one is displaced by good ones only."""
+"""Which checkpoints stay, and which is used: a good one is displaced by good ones only."""
 
 import contextlib
+import errno
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,9 +32,37 @@ def mark(path: Path, finite: bool) -> None:
         (path / (NOT_FINITE if finite else FINITE)).unlink(missing_ok=True)
 
 
-def is_doubtful(path: Path) -> bool:
-    """Whether the loss of these parameters is known not to be finite."""
-    return (path / NOT_FINITE).exists()
+def verdict(path: Path) -> bool | None:
+    """Whether a checkpoint is verified (True), doubtful (False), or nothing is known yet."""
+    if (path / FINITE).exists():
+        return True
+    return False if (path / NOT_FINITE).exists() else None
+
+
+def verdicts(directory: Path) -> dict[int, bool | None]:
+    """The verdict on every committed checkpoint, by its label."""
+    return {step: verdict(directory / str(step)) for step in committed_steps(directory)}
+
+
+def by_preference(verified: Mapping[int, bool | None]) -> list[int]:
+    """Labels in the order in which a run would go on from them.
+
+    The newest comes first, unless a doubt was recorded after the last verified one: then this and
+    what came before it are preferred, because whatever led to the doubt may be in all later ones.
+
+    >>> by_preference({1: True, 2: True, 3: None})
+    [3, 2, 1]
+    >>> by_preference({1: True, 2: None, 3: False})
+    [1, 2, 3]
+    """
+    last = _last_verified(verified)
+    later = [step for step in verified if step > last]
+    if all(verified[step] is None for step in later):
+        later = []
+    doubtful = [step for step in verified if verified[step] is False]
+    rest = verified.keys() - set(later) - set(doubtful)
+    unknown = set(later) - set(doubtful)
+    return [step for group in (rest, unknown, doubtful) for step in sorted(group, reverse=True)]
 
 
 def superfluous(
@@ -56,7 +85,7 @@ def superfluous(
     >>> sorted(superfluous({1: True, 2: False, 3: False}, {}, 1, 0))
     [2]
     """
-    last = max((step for step, good in verified.items() if good), default=-1)
+    last = _last_verified(verified)
     # What led to a finite loss later was finite itself.
     good = sorted(s for s, known in verified.items() if known or (known is None and s < last))
     ranked = sorted((s for s in good if s in losses), key=lambda step: losses[step])
@@ -66,34 +95,32 @@ def superfluous(
     return verified.keys() - kept - set(doubtful[-1:])
 
 
-def rotate(directory: Path, newest: int, best: int) -> None:
-    """Deletes what is superfluous, and checkpoints that were never committed and are older."""
-    sealed = committed_steps(directory)
-    verified: dict[int, bool | None] = {step: None for step in sealed}
-    for step in sealed:
-        path = directory / str(step)
-        if (path / FINITE).exists():
-            verified[step] = True
-        elif is_doubtful(path):
-            verified[step] = False
-    losses = {step: held_out_loss(directory / str(step)) for step in sealed}
+def displaced(directory: Path, newest: int, best: int) -> list[int]:
+    """Labels below a directory that can go: superfluous ones, and older ones never committed."""
+    verified = verdicts(directory)
+    losses = {step: held_out_loss(directory / str(step)) for step in verified}
     ranked = {step: loss for step, loss in losses.items() if loss is not None}
-    for step in superfluous(verified, ranked, newest, best):
-        delete(directory / str(step))
-    good = [step for step in sealed if verified[step]]
+    found = superfluous(verified, ranked, newest, best)
+    good = [step for step, known in verified.items() if known]
     if len(good) >= newest:
-        for step in set(labels(directory)) - set(sealed):
-            if step < good[-newest]:
-                delete(directory / str(step))
+        uncommitted = set(labels(directory)) - verified.keys()
+        found |= {step for step in uncommitted if step < good[-newest]}
+    return sorted(found)
 
 
 def delete(path: Path) -> None:
-    """Deletes a checkpoint in a way that never leaves half of one under its label."""
+    """Deletes a checkpoint in a way that never leaves half of one under its label.
+
+    Raises:
+      OSError: If some of it could not be deleted.
+    """
     doomed = path.with_name(path.name + _DELETED)
     shutil.rmtree(doomed, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+    if doomed.exists():
+        raise OSError(errno.ENOTEMPTY, "not all of it could be deleted", str(doomed))
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -101,3 +128,7 @@ def remove_leftovers(directory: Path) -> None:
     for path in directory.iterdir():
         if path.name.endswith(_DELETED) or _UNFINISHED in path.name:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _last_verified(verified: Mapping[int, bool | None]) -> int:
+    return max((step for step, good in verified.items() if good), default=-1)

@@ -1,43 +1,36 @@
 """The run directory: who may write to it, and the JSON files that describe the run."""
 
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
+import shlex
 import shutil
-import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
-import jaxopt_lab
-from jaxopt_lab.report.files import read_json, read_text, write_json
+from jaxopt_lab.data.tokenizer import Tokenizer, TokenizerConfig, make_tokenizer
+from jaxopt_lab.report.files import read_text, write_json
 from jaxopt_lab.report.tracker import METRICS_FILE, TENSORBOARD_DIRECTORY, read_metrics
-from jaxopt_lab.train.agreement import agreed
+from jaxopt_lab.train.agreement import agreed, from_first
 from jaxopt_lab.train.compare_config import CompareConfig
 from jaxopt_lab.train.config import PretrainConfig
 from jaxopt_lab.train.errors import CheckpointError, ConfigError
-from jaxopt_lab.train.io.checkpoints import DAMAGED
-from jaxopt_lab.train.io.checkpoints import DIRECTORY as CHECKPOINTS
 from jaxopt_lab.train.io.lock import LOCK_FILE, only_writer
+from jaxopt_lab.train.io.manifest import MANIFEST_FILE, read_manifest
 from jaxopt_lab.train.io.retention import labels
+from jaxopt_lab.train.io.stored import DIRECTORY as CHECKPOINTS
 from jaxopt_lab.train.mesh import DistributedConfig
 from jaxopt_lab.train.program import KERNEL_CHOICES
 from jaxopt_lab.train.serialize import from_json, name_of, to_json
 
 CONFIG_FILE = "config.json"
-MANIFEST_FILE = "manifest.json"
 SUMMARY_FILE = "summary.json"
 TOKENIZER_FILE = "tokenizer.json"
-_PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 
 @contextlib.contextmanager
@@ -83,7 +76,7 @@ def open_run(config: PretrainConfig) -> Iterator[Path]:
 
 
 def _remove_empty(directory: Path) -> None:
-    """What is left of a run that was discarded, or never began."""
+    """Of a run that was discarded, or never began."""
     with contextlib.suppress(OSError):
         directory.rmdir()
 
@@ -110,11 +103,24 @@ def _refuse_other_text(directory: Path, config: PretrainConfig) -> None:
     if not labels(directory / CHECKPOINTS):
         return
     before = read_config(directory)
-    for name in ("seed", "validation_fraction", "tokenizer"):
+    for name in ("seed", "validation_fraction"):
         if getattr(config, name) != getattr(before, name):
             raise other_text(name, getattr(config, name), getattr(before, name))
+    if not _is_tokenizer_of(directory, config.tokenizer, before.tokenizer):
+        raise other_text("tokenizer", config.tokenizer, before.tokenizer)
     if config.model.context != before.model.context:
         raise other_text("model.context", config.model.context, before.model.context)
+
+
+def _is_tokenizer_of(directory: Path, config: TokenizerConfig, before: TokenizerConfig) -> bool:
+    """Whether a configuration describes the tokenizer of a run, wherever its files lie."""
+    if config.kind == "bpe" or not (directory / TOKENIZER_FILE).is_file():
+        # One that is yet to be trained on the text is compared when it has been.
+        return replace(config, directory=before.directory) == before
+    try:
+        return make_tokenizer(config, ()).hash == Tokenizer.load(directory).hash
+    except ValueError as error:
+        raise ConfigError.inside("tokenizer", error) from error
 
 
 def other_text(name: str, value: Any, before: Any) -> ConfigError:
@@ -135,7 +141,7 @@ def _check_files(directory: Path) -> None:
       OSError: If one cannot be read.
     """
     try:
-        _read_manifest(directory)
+        read_manifest(directory)
         if (directory / METRICS_FILE).is_file():
             read_metrics(directory)
     except ValueError as error:
@@ -173,16 +179,14 @@ def discard_unstarted(directory: Path) -> None:
     """
     log = directory / METRICS_FILE
     logged = log.is_file() and log.stat().st_size
-    saved = [directory / name for name in (CHECKPOINTS, DAMAGED)]
-    if logged or any(path.is_dir() and any(path.iterdir()) for path in saved):
+    saved = directory / CHECKPOINTS
+    if logged or (saved.is_dir() and any(saved.iterdir())):
         return
     for name in (CONFIG_FILE, MANIFEST_FILE, TOKENIZER_FILE, METRICS_FILE):
         (directory / name).unlink(missing_ok=True)
     for name in (KERNEL_CHOICES, TENSORBOARD_DIRECTORY):
         shutil.rmtree(directory / name, ignore_errors=True)
-    for path in saved:
-        with contextlib.suppress(OSError):
-            path.rmdir()
+    _remove_empty(saved)
 
 
 def read_config(directory: str | os.PathLike[str]) -> PretrainConfig:
@@ -206,46 +210,6 @@ def read_config(directory: str | os.PathLike[str]) -> PretrainConfig:
         tokenizer = replace(config.tokenizer, directory=str(directory))
         config = replace(config, tokenizer=tokenizer)
     return config
-
-
-def add_session(directory: Path, session: Mapping[str, Any]) -> None:
-    """Appends one start of the run to the manifest."""
-    manifest = _read_manifest(directory)
-    manifest["sessions"].append(dict(session))
-    write_json(directory / MANIFEST_FILE, manifest)
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / MANIFEST_FILE
-    manifest = read_json(path) if path.is_file() else {"sessions": []}
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("sessions"), list):
-        raise ValueError(f"{path}: expected an object with a list of sessions")
-    return manifest
-
-
-def describe_session(
-    mesh: Mesh, start_step: int, corpus: Mapping[str, Any], compiler_options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What a result depends on besides the configuration, as JSON."""
-    devices = mesh.devices.flatten()
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "start_step": start_step,
-        "versions": _versions(),
-        "git_commit": _git_commit(),
-        "devices": {
-            "platform": devices[0].platform,
-            "kind": devices[0].device_kind,
-            "count": len(devices),
-            "processes": jax.process_count(),
-        },
-        "mesh": dict(mesh.shape),
-        "corpus": dict(corpus),
-        "determinism": {
-            "compiler_options": {name: str(value) for name, value in compiler_options.items()},
-            "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        },
-    }
 
 
 def _existing_run(config: PretrainConfig) -> Path:
@@ -282,38 +246,10 @@ def _is_empty(directory: Path) -> bool:
 
 
 def _start_time() -> str:
-    # All processes must name the same directory.
-    seconds = int(time.time())
-    if jax.process_count() > 1:
-        seconds = int(multihost_utils.broadcast_one_to_all(np.asarray(seconds, np.int32)))
-    return time.strftime("%Y%m%d-%H%M%S", time.localtime(seconds))
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "jaxopt-lab": _version("jaxopt-lab")}
-    return versions | {name: _version(name) for name in _PACKAGES}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _git_commit() -> str | None:
-    """The commit of the library's own sources, if they are a checkout."""
-    source = Path(jaxopt_lab.__file__).parent
-    command = ["git", "-C", str(source), "rev-parse", "HEAD"]
-    if not (source.parent / ".git").exists():
-        return None
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()
+    # All processes must name the same directory, whatever their clocks and time zones are.
+    return from_first(lambda: time.strftime("%Y%m%d-%H%M%S"))
 
 
 def resume_command(directory: str | os.PathLike[str]) -> str:
     """The command line that continues a run."""
-    return f"jaxopt-lab pretrain --resume --run-directory {directory}"
+    return f"jaxopt-lab pretrain --resume --run-directory {shlex.quote(str(directory))}"
