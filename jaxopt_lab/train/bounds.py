@@ -1,104 +1,56 @@
-"""Which numbers a setting may hold: one table, and what looks a configuration up in it."""
+"""Which numbers a setting may hold: a bound stands in the type of its field."""
 
 import math
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 from jaxopt_lab.train.errors import ConfigError
 
-# Counters on the device are 32 bits wide, rates float32.
+# Counters on the device are 32 bits wide, rates float32. An interval that ends may end higher:
+# seeds have 32 bits without a sign.
 _LARGEST_COUNT = 2**31 - 1
 _LARGEST_FLOAT = 3.4e38
 
 
-class _Bound(NamedTuple):
-    """An interval, and what to say to a number outside of it."""
+class Bound(NamedTuple):
+    """An interval of numbers.
+
+    >>> str(Bound(0, 1, open_high=True))
+    'expected at least 0 and below 1'
+    """
 
     low: float
-    high: float
-    wanted: str
+    high: float = math.inf
     open_low: bool = False
     open_high: bool = False
 
     def holds(self, value: float) -> bool:
         """Whether the number is inside."""
         above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        """What to say to a number outside."""
+        low = f"{'above' if self.open_low else 'at least'} {self.low}"
+        if self.high == math.inf:
+            return "expected a positive number" if low == "above 0" else f"expected {low}"
+        return f"expected {low} and {'below' if self.open_high else 'at most'} {self.high}"
 
 
-def _at_least(low: float) -> _Bound:
-    return _Bound(low, math.inf, f"expected at least {low}")
-
-
-def _between(low: float, high: float) -> _Bound:
-    return _Bound(low, high, f"expected at least {low} and at most {high}")
-
-
-_POSITIVE = _Bound(0, math.inf, "expected a positive number", open_low=True)
-_NOT_NEGATIVE = _Bound(0, math.inf, "expected a positive number or 0")
-_AVERAGE = _Bound(0, 1, "expected an average in [0, 1)", open_high=True)
-_SHARE = _Bound(0, 1, "expected a share in [0, 1]")
-_INNER_SHARE = _Bound(0, 1, "expected a share between 0 and 1", open_low=True, open_high=True)
-
-BOUNDS: dict[str, _Bound] = {
-    "steps": _at_least(1),
-    "batch_size": _at_least(1),
-    "accumulation": _at_least(1),
-    "head_chunks": _at_least(1),
-    "clip": _Bound(0, math.inf, "expected a positive norm, or None", open_low=True),
-    "z_loss": _at_least(0),
-    "validation_fraction": _INNER_SHARE,
-    "ema": _Bound(0, 1, "expected a decay between 0 and 1, or None", True, True),
-    "seed": _between(0, 2**32 - 1),
-    "max_skipped": _at_least(0),
-    "peak_tflops": _POSITIVE,
-    # One token has nothing before it to be predicted from, one word nothing to be told from.
-    "model.context": _at_least(2),
-    "model.vocab_size": _at_least(2),
-    "eval.every": _at_least(1),
-    "eval.batches": _at_least(1),
-    "eval.sample_tokens": _between(0, 2**20),
-    "checkpoint.every_steps": _at_least(1),
-    "checkpoint.every_minutes": _Bound(0, math.inf, "expected more than 0", open_low=True),
-    "checkpoint.keep_newest": _at_least(1),
-    "checkpoint.keep_best": _at_least(0),
-    "diagnostics.every": _at_least(1),
-    "diagnostics.window": _at_least(1),
-    "diagnostics.target_loss": _at_least(0),
-    "distributed.num_processes": _at_least(1),
-    "distributed.process_id": _at_least(0),
-    "distributed.heartbeat_timeout_seconds": _at_least(1),
-    "distributed.start_timeout_seconds": _at_least(1),
-    "schedule.warmup_fraction": _SHARE,
-    "schedule.warmup_steps": _at_least(0),
-    "schedule.target_loss": _at_least(0),
-    "optimizer.learning_rate": _POSITIVE,
-    "optimizer.weight_decay": _NOT_NEGATIVE,
-    "optimizer.period": _Bound(1, math.inf, "expected at least 1, or inf for never spectral"),
-    "optimizer.sign_lr_ratio": _NOT_NEGATIVE,
-    "optimizer.adam_lr_ratio": _NOT_NEGATIVE,
-    "optimizer.b1": _AVERAGE,
-    "optimizer.b2": _AVERAGE,
-    "optimizer.beta": _AVERAGE,
-    "optimizer.momentum": _AVERAGE,
-    "optimizer.eps": _at_least(0),
-    # They are unrolled in the program; five suffice in bfloat16, twelve in float32.
-    "optimizer.ns_steps": _between(1, 100),
-    "optimizer.precondition_frequency": _at_least(1),
-    "optimizer.max_precond_dim": _at_least(0),
-    "cells": _between(1, 1000),
-    "spacing": _Bound(1, 1000, "expected a ratio above 1, and at most 1000", open_low=True),
-    "timing_steps": _at_least(1),
-    "sweep_seed": _between(0, 2**32 - 1),
-    "seeds": _between(0, 2**32 - 1),
-}
-"""By the name of the setting, as on the command line. Any other number must be finite, and an
-integer fit into 32 bits."""
+Count = Annotated[int, Bound(1)]
+CountOrZero = Annotated[int, Bound(0)]
+Seed = Annotated[int, Bound(0, 2**32 - 1)]
+Positive = Annotated[float, Bound(0, open_low=True)]
+PositiveOrZero = Annotated[float, Bound(0)]
+Share = Annotated[float, Bound(0, 1)]
+InnerShare = Annotated[float, Bound(0, 1, open_low=True, open_high=True)]
+Average = Annotated[float, Bound(0, 1, open_high=True)]
 
 
 def check_bounds(config: Any, prefix: str = "") -> None:
     """Checks every number in a configuration, sections included.
+
+    A number without a bound must be finite, and an integer fit into 32 bits.
 
     >>> from jaxopt_lab.train.config import EvalConfig
     >>> check_bounds(EvalConfig(every=0), "eval.")
@@ -112,6 +64,7 @@ def check_bounds(config: Any, prefix: str = "") -> None:
     Raises:
       ConfigError: Names the first setting that is out of bounds.
     """
+    hints = get_type_hints(type(config), include_extras=True)
     for field in fields(config):
         name, value = f"{prefix}{field.name}", getattr(config, field.name)
         if is_dataclass(value):
@@ -119,16 +72,25 @@ def check_bounds(config: Any, prefix: str = "") -> None:
             continue
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, int | float) and not isinstance(item, bool):
-                _check(name, item)
+                _check(name, item, hints[field.name])
 
 
-def _check(name: str, value: float) -> None:
+def _check(name: str, value: float, hint: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(name, value, "expected a finite number")
-    bound = BOUNDS.get(name)
-    if bound is not None and not bound.holds(value):
-        raise ConfigError(name, value, bound.wanted)
-    # An interval that ends may end higher: seeds have 32 bits without a sign.
+    bound = _bound(hint) or Bound(-math.inf)
+    if not bound.holds(value):
+        words = [a for option in get_args(hint) for a in get_args(option) if isinstance(a, str)]
+        words += ["None"] if type(None) in get_args(hint) else []
+        raise ConfigError(name, value, ", or ".join([str(bound), *words]))
     largest = _LARGEST_FLOAT if isinstance(value, float) else _LARGEST_COUNT
-    if abs(value) > largest and (bound is None or bound.high == math.inf):
+    if bound.high == math.inf and abs(value) > largest:
         raise ConfigError(name, value, f"expected at most {largest}")
+
+
+def _bound(hint: Any) -> Bound | None:
+    """The bound of a type, of a member of a union or of the items of a tuple."""
+    if isinstance(hint, Bound):
+        return hint
+    inside = getattr(hint, "__metadata__", ()) or get_args(hint)
+    return next(filter(None, map(_bound, inside)), None)

@@ -19,15 +19,16 @@ from jaxopt_lab.tasks import language_model_loss
 from jaxopt_lab.train.compare_config import CompareConfig, Entrant, validate_comparison
 from jaxopt_lab.train.compare_report import CompareResult, Outcome, write_report
 from jaxopt_lab.train.compilation import compiled_once
+from jaxopt_lab.train.decode import encode
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.manifest import add_session, describe_session
 from jaxopt_lab.train.io.run_directory import open_comparison
 from jaxopt_lab.train.machine import check_machine
 from jaxopt_lab.train.mesh import MeshConfig, make_mesh
-from jaxopt_lab.train.optimizers import ModelInfo
+from jaxopt_lab.train.optimizer_config import ModelInfo
 from jaxopt_lab.train.rule import build_rule
-from jaxopt_lab.train.serialize import encode, to_json
+from jaxopt_lab.train.serialize import to_json
 from jaxopt_lab.train.text import open_text
 
 Message = Callable[[str], None]

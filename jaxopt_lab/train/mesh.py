@@ -12,6 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
+from jaxopt_lab.train.bounds import Count, CountOrZero, check_bounds
 from jaxopt_lab.train.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
@@ -44,16 +45,16 @@ class DistributedConfig:
     coordinator_address: str | None = None
     """`host:port` of process 0; starts multi-process training."""
 
-    num_processes: int | None = None
+    num_processes: Count | None = None
     """Number of processes."""
 
-    process_id: int | None = None
+    process_id: CountOrZero | None = None
     """Number of this process, from 0."""
 
-    heartbeat_timeout_seconds: int = 20
+    heartbeat_timeout_seconds: Count = 20
     """After this long without a sign of life from one process, JAX ends the others."""
 
-    start_timeout_seconds: int = 300
+    start_timeout_seconds: Count = 300
     """How long the first processes wait for the last one."""
 
 
@@ -69,11 +70,7 @@ def initialize_processes(config: DistributedConfig) -> bool:
     Raises:
       ConfigError: If only some of the three settings are given, or they contradict each other.
     """
-    for name in ("heartbeat_timeout_seconds", "start_timeout_seconds"):
-        if getattr(config, name) < 1:
-            raise ConfigError(
-                f"distributed.{name}", getattr(config, name), "expected at least 1 second"
-            )
+    check_bounds(config, "distributed.")
     given = (config.coordinator_address, config.num_processes, config.process_id)
     if all(value is None for value in given):
         if not _launched_as_one_of_many(os.environ):

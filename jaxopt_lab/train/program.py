@@ -21,7 +21,7 @@ from jaxopt_lab.train.diagnostics import diagnostic_hook, make_recorders
 from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.hooks import Hook
 from jaxopt_lab.train.mesh import batch_sharding, flag_sharding, make_mesh
-from jaxopt_lab.train.optimizers import ModelInfo
+from jaxopt_lab.train.optimizer_config import ModelInfo
 from jaxopt_lab.train.rule import build_rule
 from jaxopt_lab.train.step import SIGNALS, PlacedStep, make_step, param_shardings
 

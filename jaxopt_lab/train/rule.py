@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from jaxopt_lab.train.optimizers import ModelInfo, OptimizerConfig
+from jaxopt_lab.train.optimizer_config import ModelInfo, OptimizerConfig
 from jaxopt_lab.train.schedules import ScheduleConfig
 
 

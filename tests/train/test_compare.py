@@ -240,7 +240,7 @@ BAD = {
     "--rates sgd=1,2": "rates: got 'sgd=1,2', expected OPTIMIZER=rate,rate,... of one of adamw",
     "--rates adamw=2,1": "rates: got 'adamw=2,1', expected increasing positive numbers",
     "--rates adamw=1,x": "rates: got 'adamw=1,x'",
-    "--spacing 1": "spacing: got 1.0, expected a ratio above 1",
+    "--spacing 1": "spacing: got 1.0, expected above 1 and at most 1000",
     "--spacing nan": "spacing: got nan",
     "--seeds 1": "seeds: got [1], expected at least two different ones",
     "--seeds 0 1": "besides the sweep's 0",

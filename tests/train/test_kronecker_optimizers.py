@@ -184,7 +184,7 @@ def test_flops_of_a_step():
         (DyKAFConfig(b2=-0.5), "optimizer.b2: got -0.5"),
         (DyKAFConfig(eps=-1e-8), "optimizer.eps: got -1e-08"),
         (DyKAFConfig(max_precond_dim=-1), "optimizer.max_precond_dim: got -1"),
-        (ShampooConfig(b2=0.0), "optimizer.b2: got 0.0, expected an average in \\(0, 1\\)"),
+        (ShampooConfig(b2=0.0), "optimizer.b2: got 0.0, expected above 0 and below 1"),
         (ShampooConfig(eps=-1.0), "optimizer.eps: got -1.0"),
         (ShampooConfig(max_precond_dim=0), "optimizer.max_precond_dim: got 0"),
         (ShampooConfig(precondition_frequency=-1), "optimizer.precondition_frequency: got -1"),

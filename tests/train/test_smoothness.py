@@ -108,7 +108,7 @@ def test_every_optimizer_can_be_recorded():
         config.validate(optimizer())
         recorders = make_recorders(config, optimizer(), ModelInfo({}), None)
         assert [step for step in range(1, 22) if recorders.due(step)] == [1, 10, 11, 20, 21]
-    with pytest.raises(ConfigError, match="diagnostics.target_loss: got inf, expected a number"):
+    with pytest.raises(ConfigError, match="diagnostics.target_loss: got inf, expected a finite"):
         replace(config, target_loss=float("inf")).validate(AdamWConfig())
 
 
