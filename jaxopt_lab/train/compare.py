@@ -24,7 +24,7 @@ from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.manifest import add_session, describe_session
 from jaxopt_lab.train.io.run_directory import open_comparison
-from jaxopt_lab.train.machine import check_machine
+from jaxopt_lab.train.machine import check_machine, check_memory
 from jaxopt_lab.train.mesh import MeshConfig, make_mesh
 from jaxopt_lab.train.optimizer_config import ModelInfo
 from jaxopt_lab.train.rule import build_rule
@@ -64,6 +64,7 @@ def compare(config: CompareConfig, *, message: Message | None = None) -> Compare
     say = message or to_stderr
     entrants = validate_comparison(config)
     check_machine(config)
+    check_memory(config)
     directory = open_comparison(config)
     say(f"run directory: {directory}")
     with interrupt_by_the_end():

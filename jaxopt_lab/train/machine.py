@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab.models import DecoderConfig
+from jaxopt_lab.models import PRESETS, DecoderConfig, parameter_count
 from jaxopt_lab.models.config import check_dtypes
 from jaxopt_lab.train.config import RunConfig
 from jaxopt_lab.train.errors import ConfigError
@@ -14,19 +14,18 @@ from jaxopt_lab.train.errors import ConfigError
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def check_machine(
-    config: RunConfig, sizes: tuple[int, int, int] = (1, 1, 1), accumulation: int = 1
-) -> None:
-    """Refuses what cannot run here, by arithmetic alone: nothing is allocated or compiled.
+# Settings that a group of arrays grows with.
+_SIZES = {
+    "weights": ("vocab_size", "width", "depth", "hidden_width", "context"),
+    "activations": ("batch_size", "context", "vocab_size", "width"),
+}
 
-    Args:
-      config: The run.
-      sizes: Of the axes data, fsdp and tensor of the mesh.
-      accumulation: Microbatches of a step.
+
+def check_machine(config: RunConfig) -> None:
+    """Refuses kernels and precisions that are not there.
 
     Raises:
-      ConfigError: For an attention kernel or a precision that is not there, or arrays larger than
-        the memory.
+      ConfigError: Names the setting and what there is.
     """
     try:
         check_dtypes(config.model)
@@ -35,26 +34,44 @@ def check_machine(
     platform = jax.default_backend()
     if config.model.attention == "cudnn" and platform != "gpu":
         raise ConfigError("model.attention", "cudnn", f"expected auto or xla on a {platform}")
+
+
+def check_memory(
+    config: RunConfig, sizes: tuple[int, int, int] = (1, 1, 1), accumulation: int = 1
+) -> None:
+    """Refuses arrays larger than the memory, by arithmetic alone: nothing is allocated or compiled.
+
+    Args:
+      config: The run.
+      sizes: Of the axes data, fsdp and tensor of the mesh.
+      accumulation: Microbatches of a step.
+
+    Raises:
+      ConfigError: Names the setting that is the largest multiple of the preset's own.
+    """
     data, fsdp, tensor = sizes
     rows = config.batch_size // (accumulation * data * fsdp)
     needed, available = smallest_bytes(config, rows, fsdp * tensor), memory_bytes()
-    if available is not None and sum(needed.values()) > available:
-        name, size = max(needed.items(), key=lambda item: item[1])
-        raise ConfigError(
-            name,
-            _setting(config, name),
-            f"expected less: a device needs at least {_text(sum(needed.values()))}, "
-            f"{_text(size)} of them for this; it has {_text(available)}",
-        )
+    if available is None or sum(needed.values()) <= available:
+        return
+    usual = {**_sizes(PRESETS[config.preset]), "batch_size": RunConfig.batch_size}
+    given = {**_sizes(config.model), "batch_size": config.batch_size}
+    group = max(needed, key=lambda name: needed[name])
+    name = max(_SIZES[group], key=lambda name: given[name] / usual[name])
+    raise ConfigError(
+        name if name == "batch_size" else f"model.{name.removesuffix('_width')}",
+        given[name],
+        f"expected less: a device needs at least {_text(sum(needed.values()))}, "
+        f"{_text(needed[group])} of them for {group}; it has {_text(available)}",
+    )
 
 
 def smallest_bytes(config: RunConfig, rows: int, parts: int) -> dict[str, int]:
-    r"""What a training step holds at least, on one device, by the setting that is to blame.
+    """What a training step holds at least, on one device.
 
-    A parameter and its gradient are held for each of the $V d$ entries of the embedding, those of
-    a position table and those of the layers' matrices; of the activations, the tokens, the residual
-    stream of one layer, and the logits of a chunk of the head. The optimizer's state and all that
-    the backward pass keeps come on top.
+    Every parameter and its gradient; of the activations, the tokens, the residual stream of one
+    layer, and the logits of a chunk of the head. The optimizer's state and all that the backward
+    pass keeps come on top.
 
     Args:
       config: The run.
@@ -64,22 +81,11 @@ def smallest_bytes(config: RunConfig, rows: int, parts: int) -> dict[str, int]:
     model = config.model
     stored, computed = (jnp.dtype(d).itemsize for d in (model.param_dtype, model.compute_dtype))
     tokens = rows * model.context
-    stream = tokens * (4 + model.width * computed)
     logits = tokens * model.vocab_size * computed // config.head_chunks // parts
-    lengths = {"model.context": model.context, "batch_size": rows}
-    of_stream = max(lengths, key=lambda name: lengths[name])
-    lengths["model.vocab_size"] = model.vocab_size
-    of_logits = max(lengths, key=lambda name: lengths[name])
-    weights = {
-        "model.vocab_size": model.vocab_size * model.width,
-        _largest_side(model): model.depth * model.width * _layer_columns(model),
+    return {
+        "weights": 2 * stored * parameter_count(model) // parts,
+        "activations": tokens * (4 + model.width * computed) + logits,
     }
-    if model.positions == "learned":
-        weights["model.context"] = model.context * model.width
-    needed = {name: 2 * stored * count // parts for name, count in weights.items()}
-    for name, size in ((of_stream, stream), (of_logits, logits)):
-        needed[name] = needed.get(name, 0) + size
-    return needed
 
 
 def memory_bytes() -> int | None:
@@ -94,23 +100,8 @@ def memory_bytes() -> int | None:
         return total
 
 
-def _layer_columns(model: DecoderConfig) -> int:
-    """Columns of all matrices of a layer when each has `width` rows."""
-    of_attention = 2 * (model.width + model.num_kv_heads * model.head_width)
-    return of_attention + (3 if model.mlp == "swiglu" else 2) * model.hidden_width
-
-
-def _largest_side(model: DecoderConfig) -> str:
-    """The setting that makes the layers large."""
-    sides = {"width": model.width, "depth": model.depth}
-    if model.hidden is not None:
-        sides["hidden"] = model.hidden
-    return "model." + max(sides, key=lambda name: sides[name])
-
-
-def _setting(config: RunConfig, name: str) -> int:
-    section, dot, field = name.partition(".")
-    return getattr(getattr(config, section), field) if dot else getattr(config, name)
+def _sizes(model: DecoderConfig) -> dict[str, int]:
+    return {name: getattr(model, name) for name in _SIZES["weights"]}
 
 
 def _text(size: int) -> str:

@@ -152,6 +152,12 @@ def step_flops(config: PretrainConfig) -> tuple[float, float]:
     return of_model, config.optimizer.mean_flops(shapes, axes)
 
 
+def optimizer_share(config: PretrainConfig) -> float:
+    """Share of a step's FLOPs that the optimizer takes."""
+    of_model, of_optimizer = step_flops(config)
+    return of_optimizer / (of_model + of_optimizer)
+
+
 def averaged_params(config: PretrainConfig, state: TrainState) -> PyTree | None:
     """The average of the weights, if the run keeps one."""
     return None if config.ema is None else optim.params_ema(state.opt_state)

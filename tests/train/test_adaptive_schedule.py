@@ -19,8 +19,8 @@ from jaxopt_lab.step import accumulated
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.mesh import MeshConfig, make_mesh, to_global
 from jaxopt_lab.train.optimizers import OPTIMIZERS, AdamWConfig, LionMuonConfig, ModelInfo
-from jaxopt_lab.train.pretrain import pretrain
 from jaxopt_lab.train.rule import build_rule
+from jaxopt_lab.train.run import pretrain
 from jaxopt_lab.train.schedules import AdaptiveWarmupConfig
 from jaxopt_lab.train.step import make_step
 from tests.train import stand_in

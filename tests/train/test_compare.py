@@ -18,7 +18,7 @@ from jaxopt_lab.train.compare_report import Outcome, write_report
 from jaxopt_lab.train.config import EvalConfig, HeldOutConfig
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.optimizers import OPTIMIZERS, AdamWConfig, LionMuonConfig
-from jaxopt_lab.train.pretrain import pretrain
+from jaxopt_lab.train.run import pretrain
 from jaxopt_lab.train.schedules import WsdConfig
 from jaxopt_lab.train.serialize import from_json, to_json
 from tests.train.tiny_run import MODEL, tiny_config, write_text

@@ -23,7 +23,7 @@ from jaxopt_lab.train.config import (
     with_preset,
 )
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.machine import check_machine, smallest_bytes
+from jaxopt_lab.train.machine import check_memory, smallest_bytes
 from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.optimizers import (
     OPTIMIZERS,
@@ -147,11 +147,11 @@ def test_a_run_that_the_memory_holds_is_not_refused(monkeypatch):
     # Weights and their gradients, and the logits of 8 x 512 tokens, all in float32.
     assert sum(needed.values()) > 4 * (2 * 120e6 + 8 * 512 * 50304)
     monkeypatch.setattr("jaxopt_lab.train.machine.memory_bytes", lambda: sum(needed.values()))
-    check_machine(config)
+    check_memory(config)
     with pytest.raises(ConfigError, match="model.vocab_size: got 50304, expected less"):
-        check_machine(replace(config, batch_size=9))
-    check_machine(replace(config, batch_size=9), sizes=(1, 1, 2))
-    check_machine(replace(config, batch_size=16), accumulation=2)
+        check_memory(replace(config, batch_size=9))
+    check_memory(replace(config, batch_size=9), sizes=(1, 1, 2))
+    check_memory(replace(config, batch_size=16), accumulation=2)
 
 
 def test_every_preset_says_for_every_optimizer_whether_it_is_tuned():

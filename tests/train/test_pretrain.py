@@ -21,7 +21,7 @@ from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
 from jaxopt_lab.train.io.checkpoints import committed_steps
 from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.optimizers import AdamWConfig, LionMuonConfig, OptaxMuonConfig
-from jaxopt_lab.train.pretrain import pretrain
+from jaxopt_lab.train.run import pretrain
 from jaxopt_lab.train.schedules import ConstantConfig
 from jaxopt_lab.train.serialize import from_json, to_json
 from jaxopt_lab.train.trained import load_params
@@ -235,7 +235,7 @@ def test_exit_codes_of_the_command_line(text, tmp_path, number, code, capsys):
     assert committed_steps(tmp_path / "run/checkpoints")
 
 
-@pytest.mark.parametrize("moment", ["_prepare", "_compile"])
+@pytest.mark.parametrize("moment", ["prepare_text", "compiled_step"])
 def test_ctrl_c_before_the_first_step_leaves_nothing_behind(
     text, tmp_path, monkeypatch, capsys, moment
 ):
@@ -247,8 +247,7 @@ def test_ctrl_c_before_the_first_step_leaves_nothing_behind(
             pass  # as when a callback from native code loses it
         return None, None
 
-    # By name: the package's attribute of that name is the function.
-    monkeypatch.setattr(sys.modules["jaxopt_lab.train.pretrain"], moment, interrupted)
+    monkeypatch.setattr(sys.modules["jaxopt_lab.train.run"], moment, interrupted)
     path, run = tmp_path / "config.json", tmp_path / "run"
     path.write_text(to_json(tiny_config(text, None, optimizer=AdamWConfig())))
     assert cli.main(["pretrain", "--config", str(path), "--run-directory", str(run)]) == 130

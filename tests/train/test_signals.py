@@ -24,7 +24,7 @@ from jaxopt_lab.train.io.checkpoints import committed_steps
 from jaxopt_lab.train.io.run_directory import open_run
 from jaxopt_lab.train.loop import Loop
 from jaxopt_lab.train.optimizers import AdamWConfig
-from jaxopt_lab.train.pretrain import pretrain
+from jaxopt_lab.train.run import pretrain
 from jaxopt_lab.train.serialize import to_json
 from tests.train.tiny_run import tiny_config, write_text
 

@@ -17,8 +17,8 @@ from jaxopt_lab.train.diagnostics import DiagnosticsConfig, make_recorders, take
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.mesh import MeshConfig, flags, make_mesh, to_global
 from jaxopt_lab.train.optimizers import OPTIMIZERS, AdamWConfig, LionMuonConfig, ModelInfo
-from jaxopt_lab.train.pretrain import pretrain
 from jaxopt_lab.train.program import build_program
+from jaxopt_lab.train.run import pretrain
 from jaxopt_lab.train.serialize import to_json
 from jaxopt_lab.train.step import make_step
 from tests.train import stand_in
