@@ -109,7 +109,7 @@ def _default(values: dict[str, Any], known: set[str], kind: type[Any]) -> Any:
     names = ("config", "run_directory", "fork_from")
     given = {n: only_word(n, values[n]) for n in names if isinstance(values.get(n), Words)}
     directory, fork = given.get("run_directory"), given.get("fork_from")
-    if "resume" in values and "resume" in known:
+    if values.get("resume") == Words() and "resume" in known:
         if directory is None:
             raise ConfigError("run_directory", None, "expected the directory of the run to resume")
         if fork is not None:

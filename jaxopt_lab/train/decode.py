@@ -53,8 +53,8 @@ def decode(
     """
     hints, known, decoded = get_type_hints(kind), [f.name for f in fields(kind)], {}  # pyright: ignore
     for key, value in values.items():
-        if key not in known and value == Words() and key.removeprefix("no_") in known:
-            key, value = key.removeprefix("no_"), False
+        if value == Words() and hints.get(key.removeprefix("no_")) is bool:
+            key, value = key.removeprefix("no_"), not key.startswith("no_")
         name = f"{path}.{key}" if path else key
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
@@ -134,9 +134,7 @@ def _plain(options: tuple[Any, ...], value: Any, name: str) -> Any:
 def _spelled(options: tuple[Any, ...], words: Words, name: str) -> Any:
     """The JSON value that is meant by the words after a flag; themselves if there is none."""
     if bool in options:
-        if words:
-            raise _error(name, words, "expected no value here")
-        return True
+        raise _error(name, words, "expected no value here")
     word = only_word(name, words)
     if type(None) in options and word == "None":
         return None
@@ -153,9 +151,10 @@ def _error(name: str, value: Any, wanted: str) -> ConfigError:
     while isinstance(value, Mapping) and value:
         key, value = next(iter(value.items()))
         name = f"{name}.{key}"
-    if isinstance(value, Words):
-        name, value = _flag(name), " ".join(value)
-    return ConfigError(name, value, wanted)
+    if not isinstance(value, Words):
+        return ConfigError(name, value, wanted)
+    wanted = wanted.replace("null", "None").replace("an object", "flags of its settings")
+    return ConfigError(_flag(name), " ".join(value), wanted)
 
 
 def _flag(name: str) -> str:

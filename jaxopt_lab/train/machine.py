@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab.models import PRESETS, DecoderConfig, parameter_count
+from jaxopt_lab.models import PRESETS, parameter_count
 from jaxopt_lab.models.config import check_dtypes
 from jaxopt_lab.train.config import RunConfig
 from jaxopt_lab.train.errors import ConfigError
@@ -14,11 +14,7 @@ from jaxopt_lab.train.errors import ConfigError
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-# Settings that a group of arrays grows with.
-_SIZES = {
-    "weights": ("vocab_size", "width", "depth", "hidden_width", "context"),
-    "activations": ("batch_size", "context", "vocab_size", "width"),
-}
+_SIZES = ("vocab_size", "width", "depth", "hidden_width", "context")
 
 
 def check_machine(config: RunConfig) -> None:
@@ -54,16 +50,19 @@ def check_memory(
     needed, available = smallest_bytes(config, rows, fsdp * tensor), memory_bytes()
     if available is None or sum(needed.values()) <= available:
         return
-    usual = {**_sizes(PRESETS[config.preset]), "batch_size": RunConfig.batch_size}
-    given = {**_sizes(config.model), "batch_size": config.batch_size}
-    group = max(needed, key=lambda name: needed[name])
-    name = max(_SIZES[group], key=lambda name: given[name] / usual[name])
-    raise ConfigError(
-        name if name == "batch_size" else f"model.{name.removesuffix('_width')}",
-        given[name],
-        f"expected less: a device needs at least {_text(sum(needed.values()))}, "
-        f"{_text(needed[group])} of them for {group}; it has {_text(available)}",
-    )
+    preset, model = PRESETS[config.preset], config.model
+    growth = {n: getattr(model, n) / getattr(preset, n) for n in _SIZES}
+    growth["batch_size"] = config.batch_size / RunConfig.batch_size
+    name = max(growth, key=lambda name: growth[name])
+    if growth[name] <= 1:
+        name, value = "model", config.preset
+    elif name == "batch_size":
+        value = config.batch_size
+    else:
+        name, value = f"model.{name.removesuffix('_width')}", getattr(model, name)
+    parts = " and ".join(f"{_text(size)} for {what}" for what, size in needed.items())
+    wanted = f"expected less: a device needs at least {parts}, and has {_text(available)}"
+    raise ConfigError(name, value, wanted)
 
 
 def smallest_bytes(config: RunConfig, rows: int, parts: int) -> dict[str, int]:
@@ -98,10 +97,6 @@ def memory_bytes() -> int | None:
         return min(total, int(_CGROUP_LIMIT.read_text()))
     except (OSError, ValueError):  # no container, or one without a limit
         return total
-
-
-def _sizes(model: DecoderConfig) -> dict[str, int]:
-    return {name: getattr(model, name) for name in _SIZES["weights"]}
 
 
 def _text(size: int) -> str:

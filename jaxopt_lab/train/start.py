@@ -11,7 +11,7 @@ from jaxopt_lab.step import TrainState
 from jaxopt_lab.tasks import Text
 from jaxopt_lab.train.agreement import agreed, same_everywhere
 from jaxopt_lab.train.config import PretrainConfig, validate
-from jaxopt_lab.train.errors import CheckpointError, ConfigError
+from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
 from jaxopt_lab.train.io.checkpoints import Restored
 from jaxopt_lab.train.io.manifest import add_session, describe_session, samples_before
 from jaxopt_lab.train.io.run_directory import as_stored, other_text, read_config, write_config
@@ -119,7 +119,10 @@ def record_start(run: Run, start: int, say: Message) -> None:
 def compiled_step(config: PretrainConfig, program: Program, say: Message) -> jax.stages.Compiled:
     """Compiles the training step and says what it is."""
     before = time.monotonic()
-    compiled = compile_step(config, program)
+    try:
+        compiled = compile_step(config, program)
+    except MemoryError as error:  # of a dry run
+        raise TrainingError(f"not even compiled: {error}") from error
     sizes = " x ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
     say(
         f"{config.preset}: {models.parameter_count(config.model) / 1e6:.2f}M parameters on mesh "

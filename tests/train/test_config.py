@@ -27,6 +27,7 @@ from jaxopt_lab.train.machine import check_memory, smallest_bytes
 from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.optimizers import (
     OPTIMIZERS,
+    AdamWConfig,
     LionMuonConfig,
     ModelInfo,
     MuonConfig,
@@ -148,7 +149,7 @@ def test_a_run_that_the_memory_holds_is_not_refused(monkeypatch):
     assert sum(needed.values()) > 4 * (2 * 120e6 + 8 * 512 * 50304)
     monkeypatch.setattr("jaxopt_lab.train.machine.memory_bytes", lambda: sum(needed.values()))
     check_memory(config)
-    with pytest.raises(ConfigError, match="model.vocab_size: got 50304, expected less"):
+    with pytest.raises(ConfigError, match="batch_size: got 9, expected less"):
         check_memory(replace(config, batch_size=9))
     check_memory(replace(config, batch_size=9), sizes=(1, 1, 2))
     check_memory(replace(config, batch_size=16), accumulation=2)
@@ -215,6 +216,19 @@ def test_json_may_be_partial_and_takes_the_rest_from_the_preset():
     assert config.model == replace(PRESETS["gpt2-124m"], depth=2)
     assert config.optimizer == LionMuonConfig(learning_rate=1e-3, period=5)
     assert config.tokenizer.vocab_size == 50304
+
+
+def test_an_optimizer_that_json_names_has_the_rate_of_the_preset_until_it_is_given():
+    config = from_json('{"preset": "gpt2-124m", "optimizer": {"name": "adamw", "b1": 0.8}}')
+    assert config.optimizer == AdamWConfig(5e-4, b1=0.8)
+    config = from_json('{"preset": "gpt2-124m", "optimizer": {"learning_rate": 0.5}}')
+    assert config.optimizer == LionMuonConfig(learning_rate=0.5)
+
+
+def test_json_holds_a_list_where_none_is_the_default():
+    diagnostics = replace(DEFAULT.diagnostics, layers=("layers/mlp/down/kernel",))
+    config = replace(DEFAULT, diagnostics=diagnostics)
+    assert from_json(to_json(config)) == config and from_json(to_json(DEFAULT)) == DEFAULT
 
 
 def test_json_without_period_inf_trouble():

@@ -481,8 +481,11 @@ def test_dry_run_prints_costs_and_writes_nothing(text, tmp_path, capsys, monkeyp
     path = tmp_path / "config.json"
     config = tiny_config(text, None, mesh=MeshConfig(1, 2), optimizer=AdamWConfig())
     path.write_text(to_json(config))
+    # It allocates nothing: that there is too little memory to train is said, no more.
+    monkeypatch.setattr("jaxopt_lab.train.machine.memory_bytes", lambda: 10)
     assert cli.main(["pretrain", "--config", str(path), "--dry-run"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "this machine could not train it: model: got 'tiny'" in err
     for word in ("arguments", "temporaries", "output", "FLOPs of the model", "all-reduce"):
         assert word in out
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
