@@ -71,27 +71,14 @@ def pretrain(
     tell = message or to_stderr
     say = tell if jax.process_index() == 0 else _silent
     check(config, say)
-    kept = compiled_once(config.compilation_cache, say)
     if config.dry_run:
-        with kept:
-            compiled = compiled_step(config, build_program(config), say)
-            return RunResult("dry-run", cost=cost_of(config, compiled))
-    with (
-        interrupt_by_the_end(),
-        open_run(config) as directory,
-        kept,
-        _together(config, directory, tell),
-    ):
-        say(f"run directory: {directory}")
+        return _dry_run(config, say)
+    with interrupt_by_the_end(), _opened(config, say, tell) as directory:
         with interrupt_by_the_end():
             text = prepare_text(config, say)
         with interrupt_by_the_end(say):
             program = build_program(config, text, directory)
-        keep = {
-            "keep_newest": config.checkpoint.keep_newest,
-            "keep_best": config.checkpoint.keep_best,
-        }
-        with Checkpoints(directory, **keep, message=say) as checkpoints:
+        with _checkpoints(config, directory, say) as checkpoints:
             run = Run(config, directory, text.corpus, program, checkpoints)
             with interrupt_by_the_end(say):
                 state, position = agreed(lambda: first_state(run, say))
@@ -109,26 +96,39 @@ def pretrain(
                 return RunResult(status, directory, write_report(run, summary, say))
 
 
+def _dry_run(config: PretrainConfig, say: Message) -> RunResult:
+    with compiled_once(config.compilation_cache, say):
+        compiled = compiled_step(config, build_program(config), say)
+    return RunResult("dry-run", cost=cost_of(config, compiled))
+
+
+def _checkpoints(config: PretrainConfig, directory: Path, say: Message) -> Checkpoints:
+    newest, best = config.checkpoint.keep_newest, config.checkpoint.keep_best
+    return Checkpoints(directory, keep_newest=newest, keep_best=best, message=say)
+
+
 @contextlib.contextmanager
-def _together(config: PretrainConfig, directory: Path, tell: Message) -> Iterator[None]:
-    """Says how to start all processes again, should one of them die."""
-    if jax.process_count() == 1:
-        yield
-        return
-    again = f"start all of them again with: {resume_command(directory)}"
-    # JAX then aborts the others from C++, where no message of ours can be printed any more.
-    tell(
-        f"process {jax.process_index()} of {jax.process_count()}: should another process die, JAX "
-        f"aborts this one within about {config.distributed.heartbeat_timeout_seconds} s; then "
-        f"{again}"
-    )
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise TrainingError(
-            f"a computation of all processes failed: {reason}; if one of them died, {again}"
-        ) from error
+def _opened(config: PretrainConfig, say: Message, tell: Message) -> Iterator[Path]:
+    """The run directory; where a process dies, it says how all of them start again."""
+    with open_run(config) as directory, compiled_once(config.compilation_cache, say):
+        say(f"run directory: {directory}")
+        if jax.process_count() == 1:
+            yield directory
+            return
+        again = f"start all of them again with: {resume_command(directory)}"
+        # JAX then aborts the others from C++, where no message of ours can be printed any more.
+        seconds = config.distributed.heartbeat_timeout_seconds
+        tell(
+            f"process {jax.process_index()} of {jax.process_count()}: should another process die, "
+            f"JAX aborts this one within about {seconds} s; then {again}"
+        )
+        try:
+            yield directory
+        except jax.errors.JaxRuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise TrainingError(
+                f"a computation of all processes failed: {reason}; if one of them died, {again}"
+            ) from error
 
 
 def _silent(text: str) -> None:

@@ -10,7 +10,7 @@ from jaxopt_lab.data import TextFiles
 from jaxopt_lab.report.tracker import read_metrics
 from jaxopt_lab.train.config import EvalConfig, PretrainConfig, validate
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.pretrain import pretrain
+from jaxopt_lab.train.run import pretrain
 from jaxopt_lab.train.text import open_text
 from jaxopt_lab.train.trained import load_params
 from tests.train.tiny_run import tiny_config, write_text
