@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 from jaxopt_lab.sweep.tuning import check_rates, check_seeds
 from jaxopt_lab.train.bounds import Bound, Count, Seed
 from jaxopt_lab.train.choices import choose
-from jaxopt_lab.train.config import HeldOutConfig, RunConfig, validate_run
+from jaxopt_lab.train.config import RunConfig, validate_run
 from jaxopt_lab.train.decode import decode
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.optimizer_config import OptimizerConfig
 from jaxopt_lab.train.optimizers import OPTIMIZERS
+from jaxopt_lab.train.sections import HeldOutConfig
 from jaxopt_lab.train.tuned import default_optimizer
 
 

@@ -16,7 +16,6 @@ from jaxopt_lab.data import (
 )
 from jaxopt_lab.models import PRESETS, DecoderConfig
 from jaxopt_lab.train.bounds import (
-    Bound,
     Count,
     CountOrZero,
     InnerShare,
@@ -26,59 +25,20 @@ from jaxopt_lab.train.bounds import (
     check_bounds,
 )
 from jaxopt_lab.train.choices import choose, name_of
-from jaxopt_lab.train.diagnostics import DiagnosticsConfig
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.mesh import DistributedConfig, MeshConfig, axis_sizes
 from jaxopt_lab.train.optimizer_config import OptimizerConfig
 from jaxopt_lab.train.optimizers import LionMuonConfig
 from jaxopt_lab.train.profile import profiled_steps
 from jaxopt_lab.train.schedules import CosineConfig, ScheduleConfig
+from jaxopt_lab.train.sections import (
+    CheckpointConfig,
+    DiagnosticsConfig,
+    DistributedConfig,
+    EvalConfig,
+    MeshConfig,
+    axis_sizes,
+)
 from jaxopt_lab.train.tuned import default_optimizer
-
-
-@dataclass(frozen=True)
-class HeldOutConfig:
-    """Held-out evaluation."""
-
-    every: Count = 100
-    """Steps between evaluations; the last step is always evaluated."""
-
-    batches: Count = 16
-    """Held-out text in batches of 8 windows of `model.context` tokens, whatever the batch of the
-    training is; the windows are spread over all documents and the same every time."""
-
-
-@dataclass(frozen=True)
-class EvalConfig(HeldOutConfig):
-    """Held-out evaluation."""
-
-    sets: tuple[str, ...] = ()
-    """More sets to evaluate, `NAME=SOURCE` each, as `notes=text-files:notes/*.md`: documents of the
-    source that training does not see, as `NAME/loss` and `NAME/bits_per_byte`. `NAME=train` is the
-    training text."""
-
-    best: str = VALIDATION
-    """The set whose loss says which checkpoints are the best."""
-
-    sample_tokens: Annotated[int, Bound(0, 2**20)] = 96
-    """Length of the continuation sampled at the end; 0 leaves it out."""
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Checkpoints. The last step is always saved."""
-
-    every_steps: Count | None = 100
-    """Steps between checkpoints; None saves by time alone."""
-
-    every_minutes: Positive | None = None
-    """Minutes between checkpoints; None saves by steps alone."""
-
-    keep_newest: Count = 2
-    """How many of the newest stay."""
-
-    keep_best: CountOrZero = 1
-    """How many of those with the lowest held-out loss stay."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,50 +11,16 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
-from jaxopt_lab.train.bounds import Count, CountOrZero, check_bounds
+from jaxopt_lab.train.bounds import check_bounds
 from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.sections import AXES, DistributedConfig, MeshConfig, axis_sizes, sizes_as_text
 
-AXES = ("data", "fsdp", "tensor")
 # A batch is split over both: fsdp is data parallelism whose parameters are also split.
 BATCH_AXES = ("data", "fsdp")
 
 # Number of tasks, as the launchers export it to every one of them.
 _TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 _TPU_HOSTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis; one of them may be -1 and takes what is left."""
-
-    data: int = -1
-    """Replicas of the parameters, each with its own part of the batch."""
-
-    fsdp: int = 1
-    """Parts of every parameter and of its optimizer state, each with its part of the batch."""
-
-    tensor: int = 1
-    """Parts of the matrix products inside a layer."""
-
-
-@dataclass(frozen=True)
-class DistributedConfig:
-    """Several processes. Under SLURM, Open MPI or on a TPU pod nothing needs to be set."""
-
-    coordinator_address: str | None = None
-    """`host:port` of process 0; starts multi-process training."""
-
-    num_processes: Count | None = None
-    """Number of processes."""
-
-    process_id: CountOrZero | None = None
-    """Number of this process, from 0."""
-
-    heartbeat_timeout_seconds: Count = 20
-    """After this long without a sign of life from one process, JAX ends the others."""
-
-    start_timeout_seconds: Count = 300
-    """How long the first processes wait for the last one."""
 
 
 def initialize_processes(config: DistributedConfig) -> bool:
@@ -151,7 +116,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     used = int(np.prod(sizes))
     if used < len(devices) and jax.process_count() > 1:
         raise ConfigError(
-            "mesh", _as_text(sizes), f"expected all {len(devices)} devices of the processes in use"
+            "mesh",
+            sizes_as_text(sizes),
+            f"expected all {len(devices)} devices of the processes in use",
         )
     types = (AxisType.Auto,) * len(AXES)
     return Mesh(lay_out(sizes, devices[:used]), AXES, axis_types=types)
@@ -167,31 +134,6 @@ def lay_out(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
         return mesh_utils.create_device_mesh(sizes, devices)
     except NotImplementedError:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-
-
-def axis_sizes(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
-    """Sizes of the three axes, with -1 filled in.
-
-    >>> axis_sizes(MeshConfig(data=-1, fsdp=4), 8)
-    (2, 4, 1)
-    """
-    sizes = [config.data, config.fsdp, config.tensor]
-    for name, size in zip(AXES, sizes, strict=True):
-        if size < 1 and size != -1:
-            raise ConfigError(f"mesh.{name}", size, "expected at least 1, or -1 for what is left")
-    if sizes.count(-1) > 1:
-        raise ConfigError("mesh", _as_text(sizes), "expected at most one axis of size -1")
-    fixed = int(np.prod([size for size in sizes if size != -1]))
-    if fixed > device_count or (-1 in sizes and device_count % fixed):
-        relation = "divide" if -1 in sizes else "be at most"
-        raise ConfigError(
-            "mesh",
-            _as_text(sizes),
-            f"expected a product that fits: {fixed} must {relation} "
-            f"the number of devices, {device_count}",
-        )
-    data, fsdp, tensor = (device_count // fixed if size == -1 else size for size in sizes)
-    return data, fsdp, tensor
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -268,7 +210,3 @@ def _launched_as_one_of_many(environment: Mapping[str, str]) -> bool:
     tasks = [int(environment.get(name, "1")) for name in _TASK_COUNTS]
     hosts = [environment.get(name, "").count(",") + 1 for name in _TPU_HOSTS]
     return max(tasks + hosts) > 1
-
-
-def _as_text(sizes: Sequence[int]) -> str:
-    return " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
