@@ -25,9 +25,10 @@ from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.manifest import add_session, describe_session
 from jaxopt_lab.train.io.run_directory import open_comparison
 from jaxopt_lab.train.machine import check_machine, check_memory
-from jaxopt_lab.train.mesh import MeshConfig, make_mesh
+from jaxopt_lab.train.mesh import make_mesh
 from jaxopt_lab.train.optimizer_config import ModelInfo
 from jaxopt_lab.train.rule import build_rule
+from jaxopt_lab.train.sections import MeshConfig
 from jaxopt_lab.train.serialize import to_json
 from jaxopt_lab.train.text import open_text
 

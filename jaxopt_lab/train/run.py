@@ -20,8 +20,8 @@ from jaxopt_lab.train.io.checkpoints import Checkpoints
 from jaxopt_lab.train.io.run_directory import open_run, resume_command
 from jaxopt_lab.train.io.run_log import RunLog
 from jaxopt_lab.train.loop import Loop, Run, Status
-from jaxopt_lab.train.mesh import initialize_processes
 from jaxopt_lab.train.outcome import summary_of, write_report
+from jaxopt_lab.train.processes import initialize_processes
 from jaxopt_lab.train.program import Cost, build_program, cost_of
 from jaxopt_lab.train.start import check, compiled_step, first_state, prepare_text, record_start
 

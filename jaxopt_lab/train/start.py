@@ -17,9 +17,9 @@ from jaxopt_lab.train.io.manifest import add_session, describe_session, samples_
 from jaxopt_lab.train.io.run_directory import as_stored, other_text, read_config, write_config
 from jaxopt_lab.train.loop import Position, Run
 from jaxopt_lab.train.machine import check_machine, check_memory
-from jaxopt_lab.train.mesh import axis_sizes
 from jaxopt_lab.train.meter import peak_of
 from jaxopt_lab.train.program import Program, compile_step, optimizer_share
+from jaxopt_lab.train.sections import axis_sizes
 from jaxopt_lab.train.text import open_text
 from jaxopt_lab.train.trained import forked_params
 

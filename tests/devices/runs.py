@@ -8,12 +8,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from jaxopt_lab.train.config import CheckpointConfig, EvalConfig
 from jaxopt_lab.train.io.checkpoints import committed_steps
-from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.optimizers import AdamWConfig
 from jaxopt_lab.train.run import pretrain
 from jaxopt_lab.train.schedules import ConstantConfig
+from jaxopt_lab.train.sections import CheckpointConfig, EvalConfig, MeshConfig
 from jaxopt_lab.train.serialize import to_json
 from tests.train.tiny_run import losses_of, tiny_config, write_text
 

@@ -14,8 +14,6 @@ from jaxopt_lab.models import PRESETS, DecoderConfig, abstract_params, roles
 from jaxopt_lab.train.bounds import check_bounds
 from jaxopt_lab.train.choices import name_of
 from jaxopt_lab.train.config import (
-    CheckpointConfig,
-    EvalConfig,
     PretrainConfig,
     check_vocabulary,
     from_preset,
@@ -24,7 +22,6 @@ from jaxopt_lab.train.config import (
 )
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.machine import check_memory, smallest_bytes
-from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.optimizers import (
     OPTIMIZERS,
     AdamWConfig,
@@ -35,6 +32,7 @@ from jaxopt_lab.train.optimizers import (
 )
 from jaxopt_lab.train.program import decoder_of
 from jaxopt_lab.train.schedules import SCHEDULES, CosineConfig, WsdConfig
+from jaxopt_lab.train.sections import CheckpointConfig, EvalConfig, MeshConfig
 from jaxopt_lab.train.serialize import from_json, to_json
 from jaxopt_lab.train.tuned import TUNED, default_optimizer
 

@@ -7,16 +7,14 @@ import pytest
 
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.mesh import (
-    DistributedConfig,
-    MeshConfig,
-    axis_sizes,
     flags,
-    initialize_processes,
     lay_out,
     make_mesh,
     rows_of_process,
     to_global,
 )
+from jaxopt_lab.train.processes import initialize_processes
+from jaxopt_lab.train.sections import DistributedConfig, MeshConfig, axis_sizes
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import pytest
 from jaxopt_lab import cli
 from jaxopt_lab.models import huggingface
 from jaxopt_lab.report.progress import Progress, to_stderr
-from jaxopt_lab.train.config import EvalConfig
 from jaxopt_lab.train.errors import ConfigError, Terminated
 from jaxopt_lab.train.interrupts import (
     INTERRUPTED,
@@ -25,6 +24,7 @@ from jaxopt_lab.train.io.run_directory import open_run
 from jaxopt_lab.train.loop import Loop
 from jaxopt_lab.train.optimizers import AdamWConfig
 from jaxopt_lab.train.run import pretrain
+from jaxopt_lab.train.sections import EvalConfig
 from jaxopt_lab.train.serialize import to_json
 from tests.train.tiny_run import tiny_config, write_text
 

@@ -25,8 +25,8 @@ from jaxopt_lab.train.io.lock import LOCK_FILE, only_writer
 from jaxopt_lab.train.io.manifest import MANIFEST_FILE, read_manifest
 from jaxopt_lab.train.io.retention import labels
 from jaxopt_lab.train.io.stored import DIRECTORY as CHECKPOINTS
-from jaxopt_lab.train.mesh import DistributedConfig
 from jaxopt_lab.train.program import KERNEL_CHOICES
+from jaxopt_lab.train.sections import DistributedConfig
 from jaxopt_lab.train.serialize import from_json, to_json
 
 CONFIG_FILE = "config.json"

@@ -10,9 +10,9 @@ import jax
 from jaxopt_lab.report.progress import Progress
 from jaxopt_lab.report.tracker import METRICS_FILE, Tracker, read_metrics
 from jaxopt_lab.train.config import PretrainConfig
-from jaxopt_lab.train.mesh import axis_sizes
 from jaxopt_lab.train.meter import peak_of
 from jaxopt_lab.train.program import step_flops
+from jaxopt_lab.train.sections import axis_sizes
 
 # What `RunLog` adds to every row by itself.
 _ADDED = ("step", "time", "tokens", "optimizer_flops")
