@@ -27,29 +27,21 @@ class CompareConfig(RunConfig):
     optimizers: tuple[str, ...] = ("adamw", "muon", "lion-muon")
     """What is compared, by name, with settings after a colon (`lion-muon:period=5,b2=0.9`). The
     others are measured against the first."""
-
     cells: Annotated[int, Bound(1, 1000)] = 5
     """Learning rates tried for each optimizer."""
-
     spacing: Annotated[float, Bound(1, 1000, open_low=True)] = 2.0
     """Ratio of neighbouring rates in a grid around the optimizer's own rate."""
-
     rates: tuple[str, ...] = ()
     """Grids given by hand, as many rates as cells: `adamw=1e-3,2e-3,4e-3`."""
-
     sweep_seed: Seed = 0
     """Seed on which the rates are tried."""
-
     seeds: tuple[Seed, ...] = (1, 2, 3)
     """Seeds on which the best rate of each optimizer is judged."""
-
     vectorize: Literal["auto", "always", "never"] = "auto"
     """Runs of one optimizer side by side in one program: as many as fit into memory, all, or one
     after the other."""
-
     timing_steps: Count = 20
     """Steps of a timed round; a multiple of every period that an optimizer has."""
-
     eval: HeldOutConfig = HeldOutConfig()
     """Held-out evaluation."""
 

@@ -48,41 +48,29 @@ class RunConfig:
     # `--model NAME` sets it, together with the model.
     preset: Annotated[str, tyro.conf.Suppress] = "tiny"
     """Name of the preset that the model starts from."""
-
     model: DecoderConfig = PRESETS["tiny"]
     """Shape and numerics of the decoder."""
-
     schedule: ScheduleConfig = CosineConfig()
     """The learning rate over time."""
-
     corpus: Source = PythonSource()
     """The text."""
-
     tokenizer: TokenizerConfig = TokenizerConfig()
     """How text becomes tokens."""
-
     steps: Count = 300
     """Optimizer steps."""
-
     batch_size: Count = 8
     """Windows of `model.context` tokens per step, over all devices and microbatches."""
-
     clip: Positive | None = 0.5
     """Largest global norm of the gradient; None does not clip."""
-
     z_loss: PositiveOrZero = 0.0
     """Weight of the squared log-partition in the training loss."""
-
     head_chunks: Count = 1
     """Pieces of the sequence for which the logits are held at a time; saves memory, costs time."""
-
     validation_fraction: InnerShare = 0.05
     """Share of the documents that is held out."""
-
     compilation_cache: str = "auto"
     """Where compiled programs are kept: `auto` (beside the prepared corpora, or where JAX has been
     told to), `off`, or a directory."""
-
     run_directory: str | None = None
     """Where everything is written; by default a new directory below `runs/`."""
 
@@ -93,59 +81,42 @@ class PretrainConfig(RunConfig):
 
     optimizer: OptimizerConfig = LionMuonConfig()
     """The update rule."""
-
     mesh: MeshConfig = MeshConfig()
     """The devices."""
-
     distributed: DistributedConfig = DistributedConfig()
     """The processes."""
-
     eval: EvalConfig = EvalConfig()
     """Held-out evaluation."""
-
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
-
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     """What to measure besides losses."""
-
     accumulation: Count = 1
     """Microbatches per step, one after another."""
-
     ema: InnerShare | None = None
     """Decay of an average of the weights, which is then evaluated and sampled as well."""
-
     seed: Seed = 0
     """Seed of the initial weights and of the order of the text."""
-
     max_skipped: CountOrZero = 20
     """Steps with a non-finite loss or gradient that a run may skip before it stops."""
-
     fork_from: str | None = None
     """Start from the weights of the newest checkpoint of this run, with a new optimizer state. On
     the command line its configuration gives the defaults."""
-
     resume: bool = False
     """Continue the run in `run_directory`, with its own configuration and these changes."""
-
     dry_run: bool = False
     """Compile, print memory, FLOPs and collectives, and stop."""
-
     profile: str | None = None
     """`START:STEPS`: write a profiler trace of so many steps, the first being number `START`, to
     `profile/` in the run directory. The first steps of a run still warm up; None traces nothing."""
-
     peak_tflops: Positive | None = None
     """Peak of one device in TFLOP/s, of which MFU is the share that the model uses. None takes the
     data sheet's dense bfloat16 peak of a known accelerator, and leaves MFU out elsewhere."""
-
     deterministic: bool = False
     """On a GPU, use deterministic kernels (slower, without cuDNN's attention) and keep the kernel
     choice with the run."""
-
     tensorboard: bool = True
     """Write TensorBoard events."""
-
     wandb: bool = False
     """Also log to Weights & Biases; needs the package `wandb`."""
 

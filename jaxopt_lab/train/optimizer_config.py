@@ -47,10 +47,8 @@ class OptimizerConfig:
 
     learning_rate: Positive = 1e-3
     """Peak learning rate."""
-
     weight_decay: PositiveOrZero = 0.1
     """Decoupled weight decay, as a multiple of the rate."""
-
     decay: Literal["matrices", "all"] = "matrices"
     """What decays: the matrices of the layers and a head of its own, or every parameter, norms,
     biases and embeddings included, as in the papers."""
@@ -136,7 +134,6 @@ class WholeMatrixConfig(OptimizerConfig):
 
     replicated_work: Literal["repeat", "share"] = "repeat"
     """Whether replicas repeat the work on matrices or share it out and gather the result."""
-
     _element_flops: ClassVar[tuple[int, int]] = (ADAM_FLOPS, ADAM_FLOPS)
 
     def _common_arguments(self, model: ModelInfo) -> dict[str, Any]:

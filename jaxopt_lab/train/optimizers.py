@@ -35,31 +35,22 @@ class LionMuonConfig(WholeMatrixConfig):
 
     learning_rate: Positive = 1e-2
     """Peak rate of the spectral step."""
-
     period: Period = 2
     """A spectral step every so many steps; 1 always, inf never."""
-
     sign_lr_ratio: PositiveOrZero = 0.05
     """Rate of the sign step over the spectral rate."""
-
     adam_lr_ratio: PositiveOrZero = 1.0
     """Rate of AdamW (embeddings, norms, biases) over the spectral rate."""
-
     b1: Average = 0.9
     """Average that forms the direction."""
-
     b2: Average = 0.99
     """Average that is stored."""
-
     ns_steps: Iterations = 5
     """Newton-Schulz iterations."""
-
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the Newton-Schulz products."""
-
     mu_dtype: Literal["float32", "bfloat16"] | None = None
     """Stored precision of the momentum; None: that of the parameters."""
-
     _element_flops: ClassVar[tuple[int, int]] = (SIGN_FLOPS, ADAM_FLOPS)
 
     def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
@@ -116,16 +107,12 @@ class AdamWConfig(OptimizerConfig):
 
     learning_rate: Positive = 3e-3
     """Peak learning rate."""
-
     b1: Average = 0.9
     """Average of the gradient."""
-
     b2: Average = 0.95
     """Average of its square."""
-
     eps: PositiveOrZero = 1e-8
     """Added to the root of the second average."""
-
     _element_flops: ClassVar[tuple[int, int]] = (ADAM_FLOPS, ADAM_FLOPS)
 
     def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
@@ -139,7 +126,6 @@ class LionConfig(OptimizerConfig):
 
     b1: Average = 0.9
     """Average that forms the direction."""
-
     b2: Average = 0.99
     """Average that is stored."""
 
@@ -166,13 +152,10 @@ class OptaxMuonConfig(OptimizerConfig):
 
     learning_rate: Positive = 1e-2
     """Peak learning rate."""
-
     beta: Average = 0.95
     """Decay of the momentum."""
-
     ns_steps: Iterations = 5
     """Newton-Schulz iterations."""
-
     _element_flops: ClassVar[tuple[int, int]] = (SIGN_FLOPS, ADAM_FLOPS)
 
     def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:

@@ -26,10 +26,8 @@ class KroneckerConfig(WholeMatrixConfig):
 
     b1: Average = 0.95
     """Average of the gradient; of SOAP and DyKAF in the eigenbases."""
-
     precondition_frequency: Count = 10
     """Steps from one refresh of the bases (SOAP, DyKAF) or inverse roots (Shampoo) to the next."""
-
     stagger: bool = False
     """Refresh a share of the matrices at every step, so that no step pays for all of them."""
 
@@ -44,13 +42,10 @@ class EigenbasisConfig(KroneckerConfig):
 
     learning_rate: Positive = 3e-3
     """Peak learning rate."""
-
     b2: Average = 0.95
     """Average of the gradient's square, and of the factors."""
-
     eps: PositiveOrZero = 1e-8
     """Added to the uncorrected root of the second average."""
-
     max_precond_dim: CountOrZero = 10_000
     """A longer side of a matrix has no factor; a matrix with two of them is AdamW's."""
 
@@ -98,7 +93,6 @@ class DyKAFConfig(EigenbasisConfig):
 
     integrator: Literal["ksl", "parallel"] = "ksl"
     """How a gradient enters the factors; `parallel` is that of the released code."""
-
     rank1_second_moment: bool = False
     """Keep the second average as a product of a column and a row; less memory."""
 
@@ -120,19 +114,14 @@ class ShampooConfig(KroneckerConfig):
 
     learning_rate: Positive = 1e-3
     """Peak learning rate; with `graft` adam, that of a tuned AdamW."""
-
     b1: Average = 0.9
     """Average of the gradient."""
-
     b2: InnerShare = 0.999
     """Average of the factors and of the graft's squares."""
-
     eps: PositiveOrZero = 1e-12
     """Ridge of the factors."""
-
     graft: Literal["adam", "rmsprop", "adagrad", "sgd"] | None = "adam"
     """Method whose step size every block takes; None: that of Shampoo itself."""
-
     max_precond_dim: Count = 1024
     """Longest edge of a block; longer sides are cut."""
 

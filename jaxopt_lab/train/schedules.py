@@ -65,7 +65,6 @@ class ConstantConfig(ScheduleConfig):
 class _WarmupConfig(ScheduleConfig):
     warmup_fraction: Share = 0.05
     """Share of the steps in which the rate rises linearly from 1 % of the peak."""
-
     warmup_steps: CountOrZero | None = None
     """Number of those steps; overrides the share."""
 
@@ -102,10 +101,8 @@ class WsdConfig(_WarmupConfig):
 
     decay_fraction: float = 0.2
     """Share of the steps in which the rate decays."""
-
     decay_shape: DecayShape = "linear"
     """Form of the decay."""
-
     final_fraction: float = 0.0
     """Share of the peak that is left at the end."""
 
@@ -133,21 +130,16 @@ class AdaptiveWarmupConfig(ScheduleConfig):
     target_loss: PositiveOrZero | Literal["auto"] | None = None
     """Training loss in nats per token that the run is expected to end at; a guess that is too high
     by a nat or two costs little, one that is too low much. `auto` extrapolates it as it goes."""
-
     div_factor: float = 100.0
     """Peak rate over the first rate."""
-
     delta_star_rule: Literal["exact", "official"] | float = "exact"
     """Gap to the target at which the peak is reached: by the paper's objective, integrated
     accurately or as released, or a share of the first gap."""
-
     smoothing: float = 0.0
     """Decay of an exponential average of the loss; 0 takes every loss as it is."""
-
     fallback_after: float | None = 0.5
     """Share of the steps after which the rate decays from where it is, should the peak not have
     been reached; None never does."""
-
     final_div_factor: float = 1e4
     """Peak rate over the last rate."""
 

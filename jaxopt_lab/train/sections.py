@@ -29,7 +29,6 @@ class HeldOutConfig:
 
     every: Count = 100
     """Steps between evaluations; the last step is always evaluated."""
-
     batches: Count = 16
     """Held-out text in batches of 8 windows of `model.context` tokens, whatever the batch of the
     training is; the windows are spread over all documents and the same every time."""
@@ -43,10 +42,8 @@ class EvalConfig(HeldOutConfig):
     """More sets to evaluate, `NAME=SOURCE` each, as `notes=text-files:notes/*.md`: documents of the
     source that training does not see, as `NAME/loss` and `NAME/bits_per_byte`. `NAME=train` is the
     training text."""
-
     best: str = VALIDATION
     """The set whose loss says which checkpoints are the best."""
-
     sample_tokens: Annotated[int, Bound(0, 2**20)] = 96
     """Length of the continuation sampled at the end; 0 leaves it out."""
 
@@ -57,13 +54,10 @@ class CheckpointConfig:
 
     every_steps: Count | None = 100
     """Steps between checkpoints; None saves by time alone."""
-
     every_minutes: Positive | None = None
     """Minutes between checkpoints; None saves by steps alone."""
-
     keep_newest: Count = 2
     """How many of the newest stay."""
-
     keep_best: CountOrZero = 1
     """How many of those with the lowest held-out loss stay."""
 
@@ -76,21 +70,16 @@ class DiagnosticsConfig:
     """`norms`: norm ratios of gradients, weights and updates, for the LionMuon family. `fisher`:
     errors of the Kronecker factors, for SOAP and DyKAF. `smoothness`: change of the gradient over
     the length of the step in three pairs of norms, for every optimizer."""
-
     every: Count = 50
     """Steps between two records of one residue."""
-
     residues: tuple[int, ...] = (0, 1)
     """`norms`, `smoothness`: steps that are congruent to one of these modulo `every` are recorded.
     Two neighbours see both kinds of steps of an optimizer that alternates."""
-
     window: Count = 20
     """`fisher`: gradients before each record that it compares with; they are kept meanwhile."""
-
     layers: tuple[str, ...] | None = None
     """`fisher`: leaves to look at, such as `layers/mlp/down/kernel`; None takes all matrices that
     have a factor."""
-
     target_loss: PositiveOrZero | None = None
     """`smoothness`: loss in nats per token from which the gap is measured; None takes the lowest
     held-out loss of the run."""
@@ -133,10 +122,8 @@ class MeshConfig:
 
     data: int = -1
     """Replicas of the parameters, each with its own part of the batch."""
-
     fsdp: int = 1
     """Parts of every parameter and of its optimizer state, each with its part of the batch."""
-
     tensor: int = 1
     """Parts of the matrix products inside a layer."""
 
@@ -147,16 +134,12 @@ class DistributedConfig:
 
     coordinator_address: str | None = None
     """`host:port` of process 0; starts multi-process training."""
-
     num_processes: Count | None = None
     """Number of processes."""
-
     process_id: CountOrZero | None = None
     """Number of this process, from 0."""
-
     heartbeat_timeout_seconds: Count = 20
     """After this long without a sign of life from one process, JAX ends the others."""
-
     start_timeout_seconds: Count = 300
     """How long the first processes wait for the last one."""
 
