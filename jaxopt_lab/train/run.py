@@ -73,17 +73,19 @@ def pretrain(
     check(config, say)
     if config.dry_run:
         return _dry_run(config, say)
-    with interrupt_by_the_end(), _opened(config, say, tell) as directory:
-        with interrupt_by_the_end():
+    # Where other processes wait, a signal is told first, and stops all of them as a block ends.
+    note = say if jax.process_count() > 1 else None
+    with interrupt_by_the_end(note, "all know"), _opened(config, say, tell) as directory:
+        with interrupt_by_the_end(note, "the text is prepared"):
             text = prepare_text(config, say)
         with interrupt_by_the_end(say):
-            program = build_program(config, text, directory)
+            program = agreed(lambda: build_program(config, text, directory))
         with _checkpoints(config, directory, say) as checkpoints:
             run = Run(config, directory, text.corpus, program, checkpoints)
             with interrupt_by_the_end(say):
                 state, position = agreed(lambda: first_state(run, say))
                 agreed(lambda: record_start(run, position.step, say))
-                compiled = compiled_step(config, program, say)
+                compiled = agreed(lambda: compiled_step(config, program, say))
             before = time.monotonic()
             with RunLog(config, directory, *position) as log:
                 loop = Loop(run, compiled, log, (*hooks, *map(hook_of, callbacks)))
@@ -93,7 +95,8 @@ def pretrain(
                 return RunResult(status, directory)
             summary = summary_of(run, loop, state, time.monotonic() - before, say)
             with interrupt_by_the_end(say, "the report is written"):
-                return RunResult(status, directory, write_report(run, summary, say))
+                summary = agreed(lambda: write_report(run, summary, say))
+            return RunResult(status, directory, summary)
 
 
 def _dry_run(config: PretrainConfig, say: Message) -> RunResult:

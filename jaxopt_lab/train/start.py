@@ -12,6 +12,7 @@ from jaxopt_lab.tasks import Text
 from jaxopt_lab.train.agreement import agreed, same_everywhere
 from jaxopt_lab.train.config import PretrainConfig, validate
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
+from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.checkpoints import Restored
 from jaxopt_lab.train.io.manifest import add_session, describe_session, samples_before
 from jaxopt_lab.train.io.run_directory import as_stored, other_text, read_config, write_config
@@ -52,7 +53,8 @@ def prepare_text(config: PretrainConfig, say: Message) -> Text:
     rows, leads = config.batch_size // config.accumulation, jax.process_index() == 0
 
     def opened() -> Text:
-        return open_text(config, config.eval, rows, say, config.eval.sets)
+        with interrupt_by_the_end():
+            return open_text(config, config.eval, rows, say, config.eval.sets)
 
     text = agreed(lambda: opened() if leads else None)
     return agreed(lambda: opened() if text is None else text)

@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 
 from jaxopt_lab.data import prepare
-from jaxopt_lab.train.config import CheckpointConfig, EvalConfig
 from jaxopt_lab.train.io import digests
-from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.optimizers import AdamWConfig
-from jaxopt_lab.train.pretrain import pretrain
+from jaxopt_lab.train.run import pretrain
+from jaxopt_lab.train.sections import CheckpointConfig, EvalConfig, MeshConfig
 from jaxopt_lab.train.serialize import to_json
 from tests.train.test_agreement import ended
 from tests.train.test_processes import start_two

@@ -94,7 +94,7 @@ def test_a_checkpoint_that_counted_no_samples_and_starts_of_several_batch_sizes(
     ]
     path.write_text(json.dumps({"sessions": sessions}))
     run = SimpleNamespace(directory=tmp_path / "run")
-    samples = sys.modules[MODULE]._samples
+    samples = sys.modules["jaxopt_lab.train.start"]._samples
     counted = {step: samples(run, Restored(step, None, {"step": step})) for step in (0, 3, 5, 6, 8)}
     assert counted == {0: 0, 3: 12, 5: 18, 6: 20, 8: 22}
     # The first start that keeps configurations adds the one that was meant before.
