@@ -87,7 +87,7 @@ def pretrain(
                 agreed(lambda: record_start(run, position.step, say))
                 compiled = agreed(lambda: compiled_step(config, program, say))
             before = time.monotonic()
-            with RunLog(config, directory, *position) as log:
+            with agreed(lambda: RunLog(config, directory, *position)) as log:
                 loop = Loop(run, compiled, log, (*hooks, *map(hook_of, callbacks)))
                 state, status = loop.run(state, position)
             if status != "finished":
