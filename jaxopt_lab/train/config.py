@@ -142,10 +142,10 @@ def with_preset(config: AnyRun, preset: str) -> AnyRun:
       ConfigError: If there is no such preset.
     """
     model = choose("model", PRESETS, preset)
-    if isinstance(config, PretrainConfig):
-        name = name_of(config.optimizer)
-        if config.optimizer == default_optimizer(config.preset, name):
-            config = replace(config, optimizer=default_optimizer(preset, name))
+    # Not every verb that trains has one optimizer.
+    optimizer: OptimizerConfig | None = getattr(config, "optimizer", None)
+    if optimizer is not None and optimizer == default_optimizer(config.preset, name_of(optimizer)):
+        config = replace(config, optimizer=default_optimizer(preset, name_of(optimizer)))  # pyright: ignore
     return replace(
         config,
         preset=preset,

@@ -1,5 +1,5 @@
 import json
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 import jax
 import numpy as np
@@ -11,10 +11,12 @@ from optax.contrib import MuonDimensionNumbers
 
 from jaxopt_lab.data import CORPORA, Mixture, PreparedTfds, PythonSource, TextFiles
 from jaxopt_lab.models import PRESETS, DecoderConfig, abstract_params, roles
-from jaxopt_lab.train.bounds import check_bounds
+from jaxopt_lab.train.arguments import parse_config
+from jaxopt_lab.train.bounds import Count, check_bounds
 from jaxopt_lab.train.choices import name_of
 from jaxopt_lab.train.config import (
     PretrainConfig,
+    RunConfig,
     check_vocabulary,
     from_preset,
     validate,
@@ -22,6 +24,7 @@ from jaxopt_lab.train.config import (
 )
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.machine import check_memory, smallest_bytes
+from jaxopt_lab.train.optimizer_config import OptimizerConfig
 from jaxopt_lab.train.optimizers import (
     OPTIMIZERS,
     AdamWConfig,
@@ -221,6 +224,32 @@ def test_an_optimizer_that_json_names_has_the_rate_of_the_preset_until_it_is_giv
     assert config.optimizer == AdamWConfig(5e-4, b1=0.8)
     config = from_json('{"preset": "gpt2-124m", "optimizer": {"learning_rate": 0.5}}')
     assert config.optimizer == LionMuonConfig(learning_rate=0.5)
+
+
+@dataclass(frozen=True)
+class LabelsConfig(RunConfig):
+    """What another verb might train."""
+
+    optimizer: OptimizerConfig = AdamWConfig(1e-3)
+    labels: Count = 2
+    """Number of classes."""
+
+
+def test_another_verb_brings_its_own_configuration(capsys):
+    flags = "--model gpt2-124m --labels 3 --schedule wsd --model.depth 2".split()
+    config = parse_config(flags, "classify", LabelsConfig)
+    assert config.labels == 3 and config.model == replace(PRESETS["gpt2-124m"], depth=2)
+    assert config.optimizer == AdamWConfig(5e-4) and config.schedule == WsdConfig()
+    soap = parse_config(["--optimizer", "soap"], "classify", LabelsConfig)
+    assert soap.optimizer == OPTIMIZERS["soap"]()
+    assert from_json(to_json(config), LabelsConfig) == config
+    with pytest.raises(ConfigError, match="labels: got 0, expected at least 1"):
+        parse_config(["--labels", "0"], "classify", LabelsConfig)
+    with pytest.raises(ConfigError, match="--accumulation: got '2', but there is no such setting"):
+        parse_config(["--accumulation", "2"], "classify", LabelsConfig)
+    with pytest.raises(SystemExit):
+        parse_config(["--help"], "classify", LabelsConfig)
+    assert "Number of classes" in capsys.readouterr().out
 
 
 def test_json_holds_a_list_where_none_is_the_default():
