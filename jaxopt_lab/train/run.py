@@ -49,7 +49,7 @@ def pretrain(
 
     On SIGTERM or Ctrl-C the run finishes its step, saves and returns; it can be resumed. Before the
     first step and after the last, KeyboardInterrupt is raised instead, by SIGTERM its subclass
-    `interrupts.Terminated`, and a new directory is removed again.
+    `errors.Terminated`, and a new directory is removed again.
 
     Args:
       config: The run.
