@@ -113,7 +113,7 @@ def _compare(arguments: list[str]) -> int:
 def _describe(arguments: list[str]) -> int:
     from jaxopt_lab import describe, models
     from jaxopt_lab.train.arguments import parse_config
-    from jaxopt_lab.train.optimizer_config import ModelInfo
+    from jaxopt_lab.train.config.optimizer_base import ModelInfo
     from jaxopt_lab.train.rule import build_rule
 
     config = parse_config(arguments, "describe")

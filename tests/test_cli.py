@@ -7,10 +7,10 @@ import pytest
 from jaxopt_lab import cli, verbs
 from jaxopt_lab.data import Mixture, PythonSource, TextFiles
 from jaxopt_lab.train.arguments import parse_config
-from jaxopt_lab.train.config import PretrainConfig, from_preset
-from jaxopt_lab.train.optimizers import AdamWConfig, LionMuonConfig
-from jaxopt_lab.train.schedules import WsdConfig
-from jaxopt_lab.train.serialize import to_json
+from jaxopt_lab.train.config.optimizers import AdamWConfig, LionMuonConfig
+from jaxopt_lab.train.config.run import PretrainConfig, from_preset
+from jaxopt_lab.train.config.schedules import WsdConfig
+from jaxopt_lab.train.config.serialize import to_json
 
 
 def parsed(text):

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from jaxopt_lab.report.files import read_text
-from jaxopt_lab.train.bounds import check_bounds
-from jaxopt_lab.train.choices import CHOICES
-from jaxopt_lab.train.config import PretrainConfig
-from jaxopt_lab.train.decode import Words, only_word
+from jaxopt_lab.train.config.bounds import check_bounds
+from jaxopt_lab.train.config.choices import CHOICES
+from jaxopt_lab.train.config.decode import Words, only_word
+from jaxopt_lab.train.config.run import PretrainConfig
+from jaxopt_lab.train.config.serialize import from_json, with_values
 from jaxopt_lab.train.errors import ArgumentError, ConfigError
 from jaxopt_lab.train.io.run_directory import read_config
-from jaxopt_lab.train.serialize import from_json, with_values
 
 Settings = TypeVar("Settings")
 

@@ -19,11 +19,11 @@ from jaxopt_lab.diagnostics import (
     direction_of,
 )
 from jaxopt_lab.step import TrainState
+from jaxopt_lab.train.config.optimizer_base import ModelInfo, OptimizerConfig
+from jaxopt_lab.train.config.optimizers_kronecker import EigenbasisConfig
+from jaxopt_lab.train.config.sections import DiagnosticsConfig
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.hooks import Hook
-from jaxopt_lab.train.optimizer_config import ModelInfo, OptimizerConfig
-from jaxopt_lab.train.optimizers_kronecker import EigenbasisConfig
-from jaxopt_lab.train.sections import DiagnosticsConfig
 from jaxopt_lab.train.step import PlacedStep
 
 

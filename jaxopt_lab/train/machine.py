@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxopt_lab.models import PRESETS, parameter_count
 from jaxopt_lab.models.config import check_dtypes
-from jaxopt_lab.train.config import RunConfig
+from jaxopt_lab.train.config.run import RunConfig
 from jaxopt_lab.train.errors import ConfigError
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")

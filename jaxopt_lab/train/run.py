@@ -10,9 +10,10 @@ from typing import Any, Literal
 import jax
 
 from jaxopt_lab.report.progress import to_stderr
-from jaxopt_lab.train.agreement import agreed
 from jaxopt_lab.train.compilation import compiled_once
-from jaxopt_lab.train.config import PretrainConfig
+from jaxopt_lab.train.config.run import PretrainConfig
+from jaxopt_lab.train.dist.agreement import agreed
+from jaxopt_lab.train.dist.processes import initialize_processes
 from jaxopt_lab.train.errors import TrainingError
 from jaxopt_lab.train.hooks import Callback, Hook, hook_of
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
@@ -21,7 +22,6 @@ from jaxopt_lab.train.io.run_directory import open_run, resume_command
 from jaxopt_lab.train.io.run_log import RunLog
 from jaxopt_lab.train.loop import Loop, Run, Status
 from jaxopt_lab.train.outcome import summary_of, write_report
-from jaxopt_lab.train.processes import initialize_processes
 from jaxopt_lab.train.program import Cost, build_program, cost_of
 from jaxopt_lab.train.start import check, compiled_step, first_state, prepare_text, record_start
 

@@ -9,8 +9,9 @@ import jax
 from jaxopt_lab import models
 from jaxopt_lab.step import TrainState
 from jaxopt_lab.tasks import Text
-from jaxopt_lab.train.agreement import agreed, same_everywhere
-from jaxopt_lab.train.config import PretrainConfig, validate
+from jaxopt_lab.train.config.run import PretrainConfig, validate
+from jaxopt_lab.train.config.sections import axis_sizes
+from jaxopt_lab.train.dist.agreement import agreed, same_everywhere
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.checkpoints import Restored
@@ -20,7 +21,6 @@ from jaxopt_lab.train.loop import Position, Run
 from jaxopt_lab.train.machine import check_machine, check_memory
 from jaxopt_lab.train.meter import peak_of
 from jaxopt_lab.train.program import Program, compile_step, optimizer_share
-from jaxopt_lab.train.sections import axis_sizes
 from jaxopt_lab.train.text import open_text
 from jaxopt_lab.train.trained import forked_params
 

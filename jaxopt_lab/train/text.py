@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 from jaxopt_lab import data
 from jaxopt_lab.tasks import Text
-from jaxopt_lab.train.config import RunConfig, check_vocabulary
+from jaxopt_lab.train.config.run import RunConfig, check_vocabulary
+from jaxopt_lab.train.config.sections import HeldOutConfig
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.sections import HeldOutConfig
 
 # Of a unit of `eval.batches`. Not those of a training batch: runs that differ in that one are to be
 # evaluated on the same text.

@@ -13,14 +13,14 @@ from jaxopt_lab.sweep import RULE, StepCost, Tuned
 from jaxopt_lab.train import compare as public_compare
 from jaxopt_lab.train.arguments import parse_config
 from jaxopt_lab.train.compare import compare
-from jaxopt_lab.train.compare_config import CompareConfig, Entrant, validate_comparison
 from jaxopt_lab.train.compare_report import Outcome, write_report
+from jaxopt_lab.train.config.comparison import CompareConfig, Entrant, validate_comparison
+from jaxopt_lab.train.config.optimizers import OPTIMIZERS, AdamWConfig, LionMuonConfig
+from jaxopt_lab.train.config.schedules import WsdConfig
+from jaxopt_lab.train.config.sections import EvalConfig, HeldOutConfig
+from jaxopt_lab.train.config.serialize import from_json, to_json
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.optimizers import OPTIMIZERS, AdamWConfig, LionMuonConfig
 from jaxopt_lab.train.run import pretrain
-from jaxopt_lab.train.schedules import WsdConfig
-from jaxopt_lab.train.sections import EvalConfig, HeldOutConfig
-from jaxopt_lab.train.serialize import from_json, to_json
 from tests.train.tiny_run import MODEL, tiny_config, write_text
 
 ADAMW, SIGNUM = "adamw", "signum:momentum=0.8"

@@ -12,20 +12,10 @@ from optax.contrib import MuonDimensionNumbers
 from jaxopt_lab.data import CORPORA, Mixture, PreparedTfds, PythonSource, TextFiles
 from jaxopt_lab.models import PRESETS, DecoderConfig, abstract_params, roles
 from jaxopt_lab.train.arguments import parse_config
-from jaxopt_lab.train.bounds import Count, check_bounds
-from jaxopt_lab.train.choices import name_of
-from jaxopt_lab.train.config import (
-    PretrainConfig,
-    RunConfig,
-    check_vocabulary,
-    from_preset,
-    validate,
-    with_preset,
-)
-from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.machine import check_memory, smallest_bytes
-from jaxopt_lab.train.optimizer_config import OptimizerConfig
-from jaxopt_lab.train.optimizers import (
+from jaxopt_lab.train.config.bounds import Count, check_bounds
+from jaxopt_lab.train.config.choices import name_of
+from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
+from jaxopt_lab.train.config.optimizers import (
     OPTIMIZERS,
     AdamWConfig,
     LionMuonConfig,
@@ -33,11 +23,21 @@ from jaxopt_lab.train.optimizers import (
     MuonConfig,
     SignMuonConfig,
 )
+from jaxopt_lab.train.config.run import (
+    PretrainConfig,
+    RunConfig,
+    check_vocabulary,
+    from_preset,
+    validate,
+    with_preset,
+)
+from jaxopt_lab.train.config.schedules import SCHEDULES, CosineConfig, WsdConfig
+from jaxopt_lab.train.config.sections import CheckpointConfig, EvalConfig, MeshConfig
+from jaxopt_lab.train.config.serialize import from_json, to_json
+from jaxopt_lab.train.config.tuned import TUNED, default_optimizer
+from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.machine import check_memory, smallest_bytes
 from jaxopt_lab.train.program import decoder_of
-from jaxopt_lab.train.schedules import SCHEDULES, CosineConfig, WsdConfig
-from jaxopt_lab.train.sections import CheckpointConfig, EvalConfig, MeshConfig
-from jaxopt_lab.train.serialize import from_json, to_json
-from jaxopt_lab.train.tuned import TUNED, default_optimizer
 
 DEFAULT = PretrainConfig()
 CORPUS_EXAMPLES = {

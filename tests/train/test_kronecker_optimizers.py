@@ -11,12 +11,12 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 from jaxopt_lab.report.tracker import read_metrics
+from jaxopt_lab.train.config.optimizers import OPTIMIZERS, DyKAFConfig, ModelInfo, ShampooConfig
+from jaxopt_lab.train.config.sections import DiagnosticsConfig, MeshConfig
 from jaxopt_lab.train.diagnostics import make_recorders
+from jaxopt_lab.train.dist.mesh import make_mesh, to_global
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.mesh import make_mesh, to_global
-from jaxopt_lab.train.optimizers import OPTIMIZERS, DyKAFConfig, ModelInfo, ShampooConfig
 from jaxopt_lab.train.run import pretrain
-from jaxopt_lab.train.sections import DiagnosticsConfig, MeshConfig
 from jaxopt_lab.train.step import make_step
 from tests.train import stand_in
 from tests.train.tiny_run import MODEL, losses_of, restored, tiny_config, write_text

@@ -15,13 +15,18 @@ from jaxopt_lab import cli, models
 from jaxopt_lab.data import TextFiles, Tokenizer
 from jaxopt_lab.optim import params_ema
 from jaxopt_lab.report.tracker import read_metrics
+from jaxopt_lab.train.config.optimizers import AdamWConfig, LionMuonConfig, OptaxMuonConfig
+from jaxopt_lab.train.config.schedules import ConstantConfig
+from jaxopt_lab.train.config.sections import (
+    CheckpointConfig,
+    DiagnosticsConfig,
+    EvalConfig,
+    MeshConfig,
+)
+from jaxopt_lab.train.config.serialize import from_json, to_json
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
 from jaxopt_lab.train.io.checkpoints import committed_steps
-from jaxopt_lab.train.optimizers import AdamWConfig, LionMuonConfig, OptaxMuonConfig
 from jaxopt_lab.train.run import pretrain
-from jaxopt_lab.train.schedules import ConstantConfig
-from jaxopt_lab.train.sections import CheckpointConfig, DiagnosticsConfig, EvalConfig, MeshConfig
-from jaxopt_lab.train.serialize import from_json, to_json
 from jaxopt_lab.train.trained import load_params
 from tests.train.tiny_run import Killed, losses_of, restored, tiny_config, write_text
 

@@ -14,16 +14,16 @@ from jaxopt_lab import cli
 from jaxopt_lab.data import TokenizerConfig, prepare, train_batches
 from jaxopt_lab.report.tracker import read_metrics
 from jaxopt_lab.train.arguments import parse_config
-from jaxopt_lab.train.config import PretrainConfig
+from jaxopt_lab.train.config.optimizers import AdamWConfig
+from jaxopt_lab.train.config.optimizers_kronecker import ShampooConfig
+from jaxopt_lab.train.config.run import PretrainConfig
+from jaxopt_lab.train.config.sections import EvalConfig
+from jaxopt_lab.train.config.serialize import VERSION, from_json, to_json
 from jaxopt_lab.train.errors import CheckpointError, ConfigError
 from jaxopt_lab.train.io import digests
 from jaxopt_lab.train.io.checkpoints import Restored, committed_steps
 from jaxopt_lab.train.io.run_directory import read_config
-from jaxopt_lab.train.optimizers import AdamWConfig
-from jaxopt_lab.train.optimizers_kronecker import ShampooConfig
 from jaxopt_lab.train.run import pretrain
-from jaxopt_lab.train.sections import EvalConfig
-from jaxopt_lab.train.serialize import VERSION, from_json, to_json
 from tests.train.tiny_run import Killed, restored, tiny_config, write_text
 
 MODULE = "jaxopt_lab.train.run"

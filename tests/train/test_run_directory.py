@@ -16,13 +16,13 @@ import pytest
 from jaxopt_lab import cli
 from jaxopt_lab.data import prepare
 from jaxopt_lab.report.tracker import read_metrics
+from jaxopt_lab.train.config.optimizers import AdamWConfig
+from jaxopt_lab.train.config.sections import EvalConfig
+from jaxopt_lab.train.config.serialize import to_json
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
 from jaxopt_lab.train.io.checkpoints import committed_steps
 from jaxopt_lab.train.io.lock import only_writer
-from jaxopt_lab.train.optimizers import AdamWConfig
 from jaxopt_lab.train.run import pretrain
-from jaxopt_lab.train.sections import EvalConfig
-from jaxopt_lab.train.serialize import to_json
 from tests.train.tiny_run import losses_of, tiny_config, write_text
 
 MODULE = "jaxopt_lab.train.run"

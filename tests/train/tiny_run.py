@@ -11,10 +11,10 @@ import numpy as np
 from jaxopt_lab.data import TextFiles, TokenizerConfig
 from jaxopt_lab.models import DecoderConfig
 from jaxopt_lab.report.tracker import read_metrics
-from jaxopt_lab.train.config import PretrainConfig
+from jaxopt_lab.train.config.run import PretrainConfig
+from jaxopt_lab.train.config.sections import CheckpointConfig, EvalConfig, MeshConfig
 from jaxopt_lab.train.io.checkpoints import Checkpoints
 from jaxopt_lab.train.program import build_program
-from jaxopt_lab.train.sections import CheckpointConfig, EvalConfig, MeshConfig
 
 MODEL = DecoderConfig(vocab_size=257, width=16, depth=1, heads=2, context=16)
 

@@ -13,7 +13,7 @@ from jaxopt_lab.core.dual_norms import DualNorms
 from jaxopt_lab.diagnostics import find_state
 from jaxopt_lab.parity.warmup import official_warmup
 from jaxopt_lab.schedules import DecayShape
-from jaxopt_lab.train.bounds import CountOrZero, PositiveOrZero, Share
+from jaxopt_lab.train.config.bounds import CountOrZero, PositiveOrZero, Share
 from jaxopt_lab.train.errors import ConfigError
 
 

@@ -52,7 +52,7 @@ def check_bounds(config: Any, prefix: str = "") -> None:
 
     A number without a bound must be finite, and an integer fit into 32 bits.
 
-    >>> from jaxopt_lab.train.sections import EvalConfig
+    >>> from jaxopt_lab.train.config.sections import EvalConfig
     >>> check_bounds(EvalConfig(every=0), "eval.")
     Traceback (most recent call last):
     jaxopt_lab.train.errors.ConfigError: eval.every: got 0, expected at least 1

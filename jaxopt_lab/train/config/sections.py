@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from jaxopt_lab.data import VALIDATION
-from jaxopt_lab.train.bounds import (
+from jaxopt_lab.train.config.bounds import (
     Bound,
     Count,
     CountOrZero,
@@ -15,10 +15,10 @@ from jaxopt_lab.train.bounds import (
     PositiveOrZero,
     check_bounds,
 )
+from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
+from jaxopt_lab.train.config.optimizers import LionMuonConfig
+from jaxopt_lab.train.config.optimizers_kronecker import EigenbasisConfig
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.optimizer_config import OptimizerConfig
-from jaxopt_lab.train.optimizers import LionMuonConfig
-from jaxopt_lab.train.optimizers_kronecker import EigenbasisConfig
 
 AXES = ("data", "fsdp", "tensor")
 

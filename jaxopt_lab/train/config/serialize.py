@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, overload
 
-from jaxopt_lab.train.config import PretrainConfig, RunConfig, with_preset
-from jaxopt_lab.train.decode import decode, encode, only_word
+from jaxopt_lab.train.config.decode import decode, encode, only_word
+from jaxopt_lab.train.config.run import PretrainConfig, RunConfig, with_preset
 from jaxopt_lab.train.errors import ConfigError
 
 Settings = TypeVar("Settings")

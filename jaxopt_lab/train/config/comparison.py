@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from jaxopt_lab.sweep.tuning import check_rates, check_seeds
-from jaxopt_lab.train.bounds import Bound, Count, Seed
-from jaxopt_lab.train.choices import choose
-from jaxopt_lab.train.config import RunConfig, validate_run
-from jaxopt_lab.train.decode import decode
+from jaxopt_lab.train.config.bounds import Bound, Count, Seed
+from jaxopt_lab.train.config.choices import choose
+from jaxopt_lab.train.config.decode import decode
+from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
+from jaxopt_lab.train.config.optimizers import OPTIMIZERS
+from jaxopt_lab.train.config.run import RunConfig, validate_run
+from jaxopt_lab.train.config.sections import HeldOutConfig
+from jaxopt_lab.train.config.tuned import default_optimizer
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.optimizer_config import OptimizerConfig
-from jaxopt_lab.train.optimizers import OPTIMIZERS
-from jaxopt_lab.train.sections import HeldOutConfig
-from jaxopt_lab.train.tuned import default_optimizer
 
 
 @dataclass(frozen=True)

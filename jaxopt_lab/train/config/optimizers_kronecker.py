@@ -9,7 +9,7 @@ from jaxopt_lab import optim
 from jaxopt_lab.core.flops import newton_root_flops, power_iteration_flops, two_sided_flops
 from jaxopt_lab.optim.kronecker.blocks import Blocks
 from jaxopt_lab.optim.kronecker.transform import preconditioned_sides
-from jaxopt_lab.train.bounds import (
+from jaxopt_lab.train.config.bounds import (
     Average,
     Count,
     CountOrZero,
@@ -17,7 +17,7 @@ from jaxopt_lab.train.bounds import (
     Positive,
     PositiveOrZero,
 )
-from jaxopt_lab.train.optimizer_config import ModelInfo, WholeMatrixConfig
+from jaxopt_lab.train.config.optimizer_base import ModelInfo, WholeMatrixConfig
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 from jaxopt_lab.data import CORPORA
 from jaxopt_lab.models import PRESETS
+from jaxopt_lab.train.config.optimizers import OPTIMIZERS
+from jaxopt_lab.train.config.schedules import SCHEDULES
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.optimizers import OPTIMIZERS
-from jaxopt_lab.train.schedules import SCHEDULES
 
 CHOICES: dict[str, Mapping[str, Any]] = {
     "model": PRESETS,

@@ -8,9 +8,9 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jaxopt_lab.data.sources import PARTS, part_from_text
-from jaxopt_lab.train.choices import CLASSES, choose, name_of
+from jaxopt_lab.train.config.choices import CLASSES, choose, name_of
+from jaxopt_lab.train.config.tuned import TUNED
 from jaxopt_lab.train.errors import ArgumentError, ConfigError
-from jaxopt_lab.train.tuned import TUNED
 
 Settings = TypeVar("Settings")
 

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.sections import AXES, MeshConfig, axis_sizes, sizes_as_text
+from jaxopt_lab.train.config.sections import AXES, MeshConfig, axis_sizes, sizes_as_text
 
 # A batch is split over both: fsdp is data parallelism whose parameters are also split.
 BATCH_AXES = ("data", "fsdp")

@@ -13,16 +13,16 @@ from jaxtyping import Array
 
 from jaxopt_lab import optim
 from jaxopt_lab.core.newton_schulz import newton_schulz_flops
-from jaxopt_lab.train.bounds import Average, Bound, Count, Positive, PositiveOrZero
-from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.optimizer_config import (
+from jaxopt_lab.train.config.bounds import Average, Bound, Count, Positive, PositiveOrZero
+from jaxopt_lab.train.config.optimizer_base import (
     ADAM_FLOPS,
     SIGN_FLOPS,
     ModelInfo,
     OptimizerConfig,
     WholeMatrixConfig,
 )
-from jaxopt_lab.train.optimizers_kronecker import DyKAFConfig, ShampooConfig, SoapConfig
+from jaxopt_lab.train.config.optimizers_kronecker import DyKAFConfig, ShampooConfig, SoapConfig
+from jaxopt_lab.train.errors import ConfigError
 
 Period = Count | Literal["inf"]
 # They are unrolled in the program; five suffice in bfloat16, twelve in float32.

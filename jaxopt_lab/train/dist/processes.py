@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from jaxopt_lab.train.bounds import check_bounds
+from jaxopt_lab.train.config.bounds import check_bounds
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.sections import DistributedConfig
+from jaxopt_lab.train.config.sections import DistributedConfig
 
 # Number of tasks, as the launchers export it to every one of them.
 _TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")

@@ -15,7 +15,7 @@ from jaxopt_lab.data import (
     sets_from_text,
 )
 from jaxopt_lab.models import PRESETS, DecoderConfig
-from jaxopt_lab.train.bounds import (
+from jaxopt_lab.train.config.bounds import (
     Count,
     CountOrZero,
     InnerShare,
@@ -24,13 +24,11 @@ from jaxopt_lab.train.bounds import (
     Seed,
     check_bounds,
 )
-from jaxopt_lab.train.choices import choose, name_of
-from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.optimizer_config import OptimizerConfig
-from jaxopt_lab.train.optimizers import LionMuonConfig
-from jaxopt_lab.train.profile import profiled_steps
-from jaxopt_lab.train.schedules import CosineConfig, ScheduleConfig
-from jaxopt_lab.train.sections import (
+from jaxopt_lab.train.config.choices import choose, name_of
+from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
+from jaxopt_lab.train.config.optimizers import LionMuonConfig
+from jaxopt_lab.train.config.schedules import CosineConfig, ScheduleConfig
+from jaxopt_lab.train.config.sections import (
     CheckpointConfig,
     DiagnosticsConfig,
     DistributedConfig,
@@ -38,7 +36,9 @@ from jaxopt_lab.train.sections import (
     MeshConfig,
     axis_sizes,
 )
-from jaxopt_lab.train.tuned import default_optimizer
+from jaxopt_lab.train.config.tuned import default_optimizer
+from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.profile import profiled_steps
 
 
 @dataclass(frozen=True)

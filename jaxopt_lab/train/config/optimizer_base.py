@@ -13,7 +13,7 @@ from jaxopt_lab import optim
 from jaxopt_lab.core.dual_norms import DualNorms
 from jaxopt_lab.core.flops import matrix_shapes
 from jaxopt_lab.models import DecoderConfig, matrix_axes, roles
-from jaxopt_lab.train.bounds import Positive, PositiveOrZero, check_bounds
+from jaxopt_lab.train.config.bounds import Positive, PositiveOrZero, check_bounds
 
 # Operations per element: a momentum and its sign, AdamW.
 SIGN_FLOPS, ADAM_FLOPS = 6, 12
