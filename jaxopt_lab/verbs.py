@@ -113,7 +113,7 @@ def _compare(arguments: list[str]) -> int:
 def _describe(arguments: list[str]) -> int:
     from jaxopt_lab import describe, models
     from jaxopt_lab.train.arguments import parse_config
-    from jaxopt_lab.train.optimizers import ModelInfo
+    from jaxopt_lab.train.config.optimizer_base import ModelInfo
     from jaxopt_lab.train.rule import build_rule
 
     config = parse_config(arguments, "describe")
@@ -245,20 +245,20 @@ def _dynamics(arguments: list[str]) -> int:
         return 0
     if arguments[:1] not in (["sgd"], ["loop"]):
         return _fail("dynamics: expected sgd or loop after it", 2)
-    from jaxopt_lab.train.arguments import parse_settings
+    from jaxopt_lab.train.arguments import parse_config
 
     system, rest = arguments[0], arguments[1:]
     try:
         if system == "sgd":
             from jaxopt_lab.dynamics.landscape import study as sgd
 
-            config = parse_settings(rest, "dynamics sgd", sgd.SgdConfig)
+            config = parse_config(rest, "dynamics sgd", sgd.SgdConfig)
             result = _stoppable(lambda: sgd.run_study(config, _to_stderr))
             report = f"{result.table}\n\n{result.verdict}\n\n{result.directory}"
         else:
             from jaxopt_lab.dynamics.loop import study as loop
 
-            config = parse_settings(rest, "dynamics loop", loop.LoopStudyConfig)
+            config = parse_config(rest, "dynamics loop", loop.LoopStudyConfig)
             report = str(_stoppable(lambda: loop.run_study(config, _to_stderr)))
     except (OSError, ValueError) as error:
         return _fail(str(error), 2)

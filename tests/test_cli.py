@@ -7,10 +7,10 @@ import pytest
 from jaxopt_lab import cli, verbs
 from jaxopt_lab.data import Mixture, PythonSource, TextFiles
 from jaxopt_lab.train.arguments import parse_config
-from jaxopt_lab.train.config import PretrainConfig, from_preset
-from jaxopt_lab.train.optimizers import AdamWConfig, LionMuonConfig
-from jaxopt_lab.train.schedules import WsdConfig
-from jaxopt_lab.train.serialize import to_json
+from jaxopt_lab.train.config.optimizers import AdamWConfig, LionMuonConfig
+from jaxopt_lab.train.config.run import PretrainConfig, from_preset
+from jaxopt_lab.train.config.schedules import WsdConfig
+from jaxopt_lab.train.config.serialize import to_json
 
 
 def parsed(text):
@@ -60,6 +60,14 @@ def test_short_forms():
     assert config.diagnostics.record == ("norms",)
 
 
+def test_switches_and_settings_without_a_value():
+    config = parsed("--model.no-tied --no-tensorboard")
+    assert not config.model.tied and not config.tensorboard
+    config = parsed("--dry-run --clip None --corpus.roots a b --steps 3 --steps 4")
+    assert config.dry_run and config.clip is None and config.steps == 4
+    assert config.corpus == PythonSource(("a", "b"))
+
+
 def test_never_spectral():
     assert parsed("--optimizer.period inf").optimizer == LionMuonConfig(period="inf")
 
@@ -105,6 +113,16 @@ BAD = {
     "--mesh.data 64": "mesh: got 'data 64",
     "--batch-size 7 --mesh.data 2": "batch_size: got 7, expected a multiple",
     "--no-such-flag": "--no-such-flag",
+    "--eval.evry 3": "--eval.evry: got '3', but there is no such setting; did you mean every?",
+    "steps 3": "arguments: got 'steps', expected a flag",
+    "--steps 3 4": "--steps: expected one value, got 3 4",
+    "--steps=": "--steps: got '', expected int",
+    "--mesh 3": "--mesh: got '3', expected flags of its settings",
+    "--clip none": "--clip: got 'none', expected float or None",
+    "--no-steps": "--no-steps",
+    "--dry-run yes": "--dry-run: got 'yes', expected no value here",
+    "--resume runs/a": "--resume: got 'runs/a', expected no value here",
+    "--config.x 3": "--config.x",
     "--optimizer": "--optimizer: expected a value",
     "--resume": "run_directory",
     "--config /no/such/file.json": "config: got '/no/such/file.json'",

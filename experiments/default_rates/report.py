@@ -12,7 +12,7 @@ import numpy as np
 from run import FRESH_SEEDS, RESULTS, SCALES
 
 from jaxopt_lab.report import format_table
-from jaxopt_lab.train.optimizers import OPTIMIZERS
+from jaxopt_lab.train.config.optimizers import OPTIMIZERS
 
 HERE = pathlib.Path(__file__).parent
 HEADER = [

@@ -18,10 +18,10 @@ from jaxopt_lab import data, models
 from jaxopt_lab.sweep.program import Program, Run
 from jaxopt_lab.sweep.task import Task
 from jaxopt_lab.tasks import language_model_loss
-from jaxopt_lab.train.config import PretrainConfig, from_preset
-from jaxopt_lab.train.optimizers import OPTIMIZERS, ModelInfo
+from jaxopt_lab.train.config.optimizers import OPTIMIZERS, ModelInfo
+from jaxopt_lab.train.config.run import PretrainConfig, from_preset
+from jaxopt_lab.train.config.tuned import default_optimizer
 from jaxopt_lab.train.rule import build_rule
-from jaxopt_lab.train.tuned import default_optimizer
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 SWEEP_SEED, FRESH_SEEDS = 0, (1, 2)

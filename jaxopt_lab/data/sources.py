@@ -247,12 +247,14 @@ class Mixture:
 
     parts: tuple[PythonSource | TextFiles | PreparedTfds, ...] = ()
     weights: tuple[float, ...] = ()
-    """One positive number per part; normalised to sum to one."""
+    """One positive number per part; normalised to sum to one. None at all means equal ones."""
 
     def __post_init__(self) -> None:
         """Checks the weights before anything is read."""
         if not self.parts:
             raise ValueError("Mixture.parts is empty; give at least one source")
+        if not self.weights:
+            object.__setattr__(self, "weights", (1.0,) * len(self.parts))
         if len(self.weights) != len(self.parts):
             raise ValueError(
                 f"Mixture.weights has {len(self.weights)} entries for {len(self.parts)} parts; "

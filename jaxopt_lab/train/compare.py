@@ -16,18 +16,20 @@ from jaxopt_lab.report.progress import to_stderr
 from jaxopt_lab.sweep import RULE, StepCost, Task, Tuned, lanes_that_fit, measure_step, tune
 from jaxopt_lab.sweep.task import BuildOptimizer
 from jaxopt_lab.tasks import language_model_loss
-from jaxopt_lab.train.compare_config import CompareConfig, Entrant, validate_comparison
 from jaxopt_lab.train.compare_report import CompareResult, Outcome, write_report
 from jaxopt_lab.train.compilation import compiled_once
+from jaxopt_lab.train.config.comparison import CompareConfig, Entrant, validate_comparison
+from jaxopt_lab.train.config.decode import encode
+from jaxopt_lab.train.config.optimizer_base import ModelInfo
+from jaxopt_lab.train.config.sections import MeshConfig
+from jaxopt_lab.train.config.serialize import to_json
+from jaxopt_lab.train.dist.mesh import make_mesh
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.manifest import add_session, describe_session
 from jaxopt_lab.train.io.run_directory import open_comparison
-from jaxopt_lab.train.machine import check_machine
-from jaxopt_lab.train.mesh import MeshConfig, make_mesh
-from jaxopt_lab.train.optimizers import ModelInfo
+from jaxopt_lab.train.machine import check_machine, check_memory
 from jaxopt_lab.train.rule import build_rule
-from jaxopt_lab.train.serialize import encode, to_json
 from jaxopt_lab.train.text import open_text
 
 Message = Callable[[str], None]
@@ -63,6 +65,7 @@ def compare(config: CompareConfig, *, message: Message | None = None) -> Compare
     say = message or to_stderr
     entrants = validate_comparison(config)
     check_machine(config)
+    check_memory(config)
     directory = open_comparison(config)
     say(f"run directory: {directory}")
     with interrupt_by_the_end():

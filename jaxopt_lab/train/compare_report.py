@@ -14,7 +14,7 @@ from jaxopt_lab.report.figures import Curve, curves_figure
 from jaxopt_lab.report.files import write_json
 from jaxopt_lab.report.tables import format_table
 from jaxopt_lab.sweep import RULE, Difference, StepCost, Tuned, difference, seed_noise
-from jaxopt_lab.train.compare_config import CompareConfig
+from jaxopt_lab.train.config.comparison import CompareConfig
 
 TABLE_FILE = "table.md"
 FIGURE_FILE = "loss.png"

@@ -1,9 +1,7 @@
 """Diagnostics of a run: which to record, when, and on what."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import jax
 import optax
@@ -21,73 +19,12 @@ from jaxopt_lab.diagnostics import (
     direction_of,
 )
 from jaxopt_lab.step import TrainState
+from jaxopt_lab.train.config.optimizer_base import ModelInfo, OptimizerConfig
+from jaxopt_lab.train.config.optimizers_kronecker import EigenbasisConfig
+from jaxopt_lab.train.config.sections import DiagnosticsConfig
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.hooks import Hook
-from jaxopt_lab.train.optimizers import LionMuonConfig, ModelInfo, OptimizerConfig
-from jaxopt_lab.train.optimizers_kronecker import EigenbasisConfig
 from jaxopt_lab.train.step import PlacedStep
-
-
-@dataclass(frozen=True)
-class DiagnosticsConfig:
-    """What to measure along the run, besides losses. Off, it costs nothing."""
-
-    record: tuple[Literal["norms", "fisher", "smoothness"], ...] = ()
-    """`norms`: norm ratios of gradients, weights and updates, for the LionMuon family. `fisher`:
-    errors of the Kronecker factors, for SOAP and DyKAF. `smoothness`: change of the gradient over
-    the length of the step in three pairs of norms, for every optimizer."""
-
-    every: int = 50
-    """Steps between two records of one residue."""
-
-    residues: tuple[int, ...] = (0, 1)
-    """`norms`, `smoothness`: steps that are congruent to one of these modulo `every` are recorded.
-    Two neighbours see both kinds of steps of an optimizer that alternates."""
-
-    window: int = 20
-    """`fisher`: gradients before each record that it compares with; they are kept meanwhile."""
-
-    layers: tuple[str, ...] | None = None
-    """`fisher`: leaves to look at, such as `layers/mlp/down/kernel`; None takes all matrices that
-    have a factor."""
-
-    target_loss: float | None = None
-    """`smoothness`: loss in nats per token from which the gap is measured; None takes the lowest
-    held-out loss of the run."""
-
-    def validate(self, optimizer: OptimizerConfig) -> None:
-        """Checks the values.
-
-        Raises:
-          ConfigError: For an interval below 1, no or a negative residue, a window that does not
-            fit, a target that is not finite, or an optimizer that the diagnostics cannot look into.
-        """
-        if self.every < 1:
-            raise ConfigError("diagnostics.every", self.every, "expected at least 1")
-        if not self.residues or min(self.residues) < 0:
-            raise ConfigError(
-                "diagnostics.residues", self.residues, "expected numbers of at least 0"
-            )
-        if self.target_loss is not None and not math.isfinite(self.target_loss):
-            raise ConfigError("diagnostics.target_loss", self.target_loss, "expected a number")
-        if "norms" in self.record and not isinstance(optimizer, LionMuonConfig):
-            raise ConfigError(
-                "diagnostics.record", self.record,
-                f"expected an optimizer of the LionMuon family, not {type(optimizer).__name__}",
-            )  # fmt: skip
-        if "fisher" in self.record:
-            self._validate_fisher(optimizer)
-
-    def _validate_fisher(self, optimizer: OptimizerConfig) -> None:
-        if not isinstance(optimizer, EigenbasisConfig):
-            raise ConfigError(
-                "diagnostics.record", self.record,
-                f"expected SOAP or DyKAF, not {type(optimizer).__name__}",
-            )  # fmt: skip
-        if not 0 < self.window < self.every:
-            raise ConfigError(
-                "diagnostics.window", self.window, f"expected 1 to {self.every - 1} gradients"
-            )
 
 
 def make_recorders(

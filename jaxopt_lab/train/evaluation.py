@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 
 from jaxopt_lab.step import Batch, Loss, measured
 from jaxopt_lab.tasks import Evaluation
-from jaxopt_lab.train.mesh import BATCH_AXES, to_global
+from jaxopt_lab.train.dist.mesh import BATCH_AXES, to_global
 
 
 class HeldOut:

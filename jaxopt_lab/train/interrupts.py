@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-from jaxopt_lab.train.agreement import agreed
+from jaxopt_lab.train.dist.agreement import agreed
 from jaxopt_lab.train.errors import Terminated
 
 TERMINATED, INTERRUPTED = 1, 2

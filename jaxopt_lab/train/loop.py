@@ -13,14 +13,14 @@ from jaxtyping import Array, Bool, PyTree
 
 from jaxopt_lab import data
 from jaxopt_lab.step import TrainState, merged
-from jaxopt_lab.train.agreement import gather
-from jaxopt_lab.train.config import PretrainConfig
+from jaxopt_lab.train.config.run import PretrainConfig
+from jaxopt_lab.train.dist.agreement import gather
+from jaxopt_lab.train.dist.mesh import flags, rows_of_process, to_global
 from jaxopt_lab.train.errors import TrainingError
 from jaxopt_lab.train.hooks import Hook, Hooks, View
 from jaxopt_lab.train.interrupts import INTERRUPTED, TERMINATED, StopRequests
 from jaxopt_lab.train.io.checkpoints import Checkpoints
 from jaxopt_lab.train.io.run_log import RESERVED, RunLog, logged_at
-from jaxopt_lab.train.mesh import flags, rows_of_process, to_global
 from jaxopt_lab.train.meter import Meter
 from jaxopt_lab.train.profile import PROFILE_DIRECTORY, Trace, profiled_steps
 from jaxopt_lab.train.program import Program, averaged_params

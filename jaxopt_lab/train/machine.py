@@ -6,27 +6,22 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab.models import DecoderConfig
+from jaxopt_lab.models import PRESETS, parameter_count
 from jaxopt_lab.models.config import check_dtypes
-from jaxopt_lab.train.config import RunConfig
+from jaxopt_lab.train.config.run import RunConfig
 from jaxopt_lab.train.errors import ConfigError
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def check_machine(
-    config: RunConfig, sizes: tuple[int, int, int] = (1, 1, 1), accumulation: int = 1
-) -> None:
-    """Refuses what cannot run here, by arithmetic alone: nothing is allocated or compiled.
+_SIZES = ("vocab_size", "width", "depth", "hidden_width", "context")
 
-    Args:
-      config: The run.
-      sizes: Of the axes data, fsdp and tensor of the mesh.
-      accumulation: Microbatches of a step.
+
+def check_machine(config: RunConfig) -> None:
+    """Refuses kernels and precisions that are not there.
 
     Raises:
-      ConfigError: For an attention kernel or a precision that is not there, or arrays larger than
-        the memory.
+      ConfigError: Names the setting and what there is.
     """
     try:
         check_dtypes(config.model)
@@ -35,26 +30,47 @@ def check_machine(
     platform = jax.default_backend()
     if config.model.attention == "cudnn" and platform != "gpu":
         raise ConfigError("model.attention", "cudnn", f"expected auto or xla on a {platform}")
+
+
+def check_memory(
+    config: RunConfig, sizes: tuple[int, int, int] = (1, 1, 1), accumulation: int = 1
+) -> None:
+    """Refuses arrays larger than the memory, by arithmetic alone: nothing is allocated or compiled.
+
+    Args:
+      config: The run.
+      sizes: Of the axes data, fsdp and tensor of the mesh.
+      accumulation: Microbatches of a step.
+
+    Raises:
+      ConfigError: Names the setting that is the largest multiple of the preset's own.
+    """
     data, fsdp, tensor = sizes
     rows = config.batch_size // (accumulation * data * fsdp)
     needed, available = smallest_bytes(config, rows, fsdp * tensor), memory_bytes()
-    if available is not None and sum(needed.values()) > available:
-        name, size = max(needed.items(), key=lambda item: item[1])
-        raise ConfigError(
-            name,
-            _setting(config, name),
-            f"expected less: a device needs at least {_text(sum(needed.values()))}, "
-            f"{_text(size)} of them for this; it has {_text(available)}",
-        )
+    if available is None or sum(needed.values()) <= available:
+        return
+    preset, model = PRESETS[config.preset], config.model
+    growth = {n: getattr(model, n) / getattr(preset, n) for n in _SIZES}
+    growth["batch_size"] = config.batch_size / RunConfig.batch_size
+    name = max(growth, key=lambda name: growth[name])
+    if growth[name] <= 1:
+        name, value = "model", config.preset
+    elif name == "batch_size":
+        value = config.batch_size
+    else:
+        name, value = f"model.{name.removesuffix('_width')}", getattr(model, name)
+    parts = " and ".join(f"{_text(size)} for {what}" for what, size in needed.items())
+    wanted = f"expected less: a device needs at least {parts}, and has {_text(available)}"
+    raise ConfigError(name, value, wanted)
 
 
 def smallest_bytes(config: RunConfig, rows: int, parts: int) -> dict[str, int]:
-    r"""What a training step holds at least, on one device, by the setting that is to blame.
+    """What a training step holds at least, on one device.
 
-    A parameter and its gradient are held for each of the $V d$ entries of the embedding, those of
-    a position table and those of the layers' matrices; of the activations, the tokens, the residual
-    stream of one layer, and the logits of a chunk of the head. The optimizer's state and all that
-    the backward pass keeps come on top.
+    Every parameter and its gradient; of the activations, the tokens, the residual stream of one
+    layer, and the logits of a chunk of the head. The optimizer's state and all that the backward
+    pass keeps come on top.
 
     Args:
       config: The run.
@@ -64,22 +80,11 @@ def smallest_bytes(config: RunConfig, rows: int, parts: int) -> dict[str, int]:
     model = config.model
     stored, computed = (jnp.dtype(d).itemsize for d in (model.param_dtype, model.compute_dtype))
     tokens = rows * model.context
-    stream = tokens * (4 + model.width * computed)
     logits = tokens * model.vocab_size * computed // config.head_chunks // parts
-    lengths = {"model.context": model.context, "batch_size": rows}
-    of_stream = max(lengths, key=lambda name: lengths[name])
-    lengths["model.vocab_size"] = model.vocab_size
-    of_logits = max(lengths, key=lambda name: lengths[name])
-    weights = {
-        "model.vocab_size": model.vocab_size * model.width,
-        _largest_side(model): model.depth * model.width * _layer_columns(model),
+    return {
+        "weights": 2 * stored * parameter_count(model) // parts,
+        "activations": tokens * (4 + model.width * computed) + logits,
     }
-    if model.positions == "learned":
-        weights["model.context"] = model.context * model.width
-    needed = {name: 2 * stored * count // parts for name, count in weights.items()}
-    for name, size in ((of_stream, stream), (of_logits, logits)):
-        needed[name] = needed.get(name, 0) + size
-    return needed
 
 
 def memory_bytes() -> int | None:
@@ -92,25 +97,6 @@ def memory_bytes() -> int | None:
         return min(total, int(_CGROUP_LIMIT.read_text()))
     except (OSError, ValueError):  # no container, or one without a limit
         return total
-
-
-def _layer_columns(model: DecoderConfig) -> int:
-    """Columns of all matrices of a layer when each has `width` rows."""
-    of_attention = 2 * (model.width + model.num_kv_heads * model.head_width)
-    return of_attention + (3 if model.mlp == "swiglu" else 2) * model.hidden_width
-
-
-def _largest_side(model: DecoderConfig) -> str:
-    """The setting that makes the layers large."""
-    sides = {"width": model.width, "depth": model.depth}
-    if model.hidden is not None:
-        sides["hidden"] = model.hidden
-    return "model." + max(sides, key=lambda name: sides[name])
-
-
-def _setting(config: RunConfig, name: str) -> int:
-    section, dot, field = name.partition(".")
-    return getattr(getattr(config, section), field) if dot else getattr(config, name)
 
 
 def _text(size: int) -> str:

@@ -16,12 +16,12 @@ from jaxopt_lab.report.hlo import CollectiveTotal, collectives
 from jaxopt_lab.report.tables import format_table
 from jaxopt_lab.step import TrainState, accumulated
 from jaxopt_lab.tasks import Task, Text, language_model
-from jaxopt_lab.train.config import PretrainConfig
+from jaxopt_lab.train.config.optimizer_base import ModelInfo
+from jaxopt_lab.train.config.run import PretrainConfig
 from jaxopt_lab.train.diagnostics import diagnostic_hook, make_recorders
+from jaxopt_lab.train.dist.mesh import batch_sharding, flag_sharding, make_mesh
 from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.hooks import Hook
-from jaxopt_lab.train.mesh import batch_sharding, flag_sharding, make_mesh
-from jaxopt_lab.train.optimizers import ModelInfo
 from jaxopt_lab.train.rule import build_rule
 from jaxopt_lab.train.step import SIGNALS, PlacedStep, make_step, param_shardings
 
@@ -150,6 +150,12 @@ def step_flops(config: PretrainConfig) -> tuple[float, float]:
     of_model = models.flops_per_token(model) * config.batch_size * model.context
     shapes, axes = models.abstract_params(model), models.matrix_axes(model)
     return of_model, config.optimizer.mean_flops(shapes, axes)
+
+
+def optimizer_share(config: PretrainConfig) -> float:
+    """Share of a step's FLOPs that the optimizer takes."""
+    of_model, of_optimizer = step_flops(config)
+    return of_optimizer / (of_model + of_optimizer)
 
 
 def averaged_params(config: PretrainConfig, state: TrainState) -> PyTree | None:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from jaxopt_lab.train.optimizers import ModelInfo, OptimizerConfig
-from jaxopt_lab.train.schedules import ScheduleConfig
+from jaxopt_lab.train.config.optimizer_base import ModelInfo, OptimizerConfig
+from jaxopt_lab.train.config.schedules import ScheduleConfig
 
 
 class Rule(NamedTuple):

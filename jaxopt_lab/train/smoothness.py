@@ -16,8 +16,9 @@ from jaxopt_lab.diagnostics import (
 from jaxopt_lab.diagnostics.smoothness_fit import FEWEST_POINTS
 from jaxopt_lab.report.smoothness import SmoothnessSeries, smoothness_figure
 from jaxopt_lab.report.tracker import read_metrics
+from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
+from jaxopt_lab.train.config.optimizers import LionMuonConfig
 from jaxopt_lab.train.io.run_directory import read_config
-from jaxopt_lab.train.optimizers import LionMuonConfig, OptimizerConfig
 
 _TITLES: Mapping[DualNorms, str] = {
     "spectral": "nuclear / spectral norm",

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 from jaxopt_lab import data
 from jaxopt_lab.tasks import Text
-from jaxopt_lab.train.config import HeldOutConfig, RunConfig, check_vocabulary
+from jaxopt_lab.train.config.run import RunConfig, check_vocabulary
+from jaxopt_lab.train.config.sections import HeldOutConfig
 from jaxopt_lab.train.errors import ConfigError
 
 # Of a unit of `eval.batches`. Not those of a training batch: runs that differ in that one are to be

@@ -15,13 +15,13 @@ from jaxopt_lab import models, optim
 from jaxopt_lab.data import Tokenizer
 from jaxopt_lab.models import DecoderConfig, Params
 from jaxopt_lab.optim.params_ema import ParamsEmaState
-from jaxopt_lab.train.config import PretrainConfig
+from jaxopt_lab.train.config.run import PretrainConfig
+from jaxopt_lab.train.config.sections import MeshConfig
 from jaxopt_lab.train.errors import CheckpointError, ConfigError
 from jaxopt_lab.train.io.leaves import describe_leaves, first_difference
 from jaxopt_lab.train.io.run_directory import TOKENIZER_FILE, read_config
 from jaxopt_lab.train.io.stored import read_leaves, select_step
 from jaxopt_lab.train.loop import Run
-from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.program import build_program
 from jaxopt_lab.train.step import TrainState
 

@@ -8,13 +8,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from jaxopt_lab.train.config import CheckpointConfig, EvalConfig
+from jaxopt_lab.train.config.optimizers import AdamWConfig
+from jaxopt_lab.train.config.schedules import ConstantConfig
+from jaxopt_lab.train.config.sections import CheckpointConfig, EvalConfig, MeshConfig
+from jaxopt_lab.train.config.serialize import to_json
 from jaxopt_lab.train.io.checkpoints import committed_steps
-from jaxopt_lab.train.mesh import MeshConfig
-from jaxopt_lab.train.optimizers import AdamWConfig
-from jaxopt_lab.train.pretrain import pretrain
-from jaxopt_lab.train.schedules import ConstantConfig
-from jaxopt_lab.train.serialize import to_json
+from jaxopt_lab.train.run import pretrain
 from tests.train.tiny_run import losses_of, tiny_config, write_text
 
 # Divided by any usual number of devices.

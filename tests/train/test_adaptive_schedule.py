@@ -16,12 +16,13 @@ from jaxopt_lab.parity.warmup import quadrature_peak_gap
 from jaxopt_lab.report.tracker import read_metrics
 from jaxopt_lab.schedules import AdaptiveWarmupState, exact_peak_gap, warmup_kappa
 from jaxopt_lab.step import accumulated
+from jaxopt_lab.train.config.optimizers import OPTIMIZERS, AdamWConfig, LionMuonConfig, ModelInfo
+from jaxopt_lab.train.config.schedules import AdaptiveWarmupConfig
+from jaxopt_lab.train.config.sections import MeshConfig
+from jaxopt_lab.train.dist.mesh import make_mesh, to_global
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.mesh import MeshConfig, make_mesh, to_global
-from jaxopt_lab.train.optimizers import OPTIMIZERS, AdamWConfig, LionMuonConfig, ModelInfo
-from jaxopt_lab.train.pretrain import pretrain
 from jaxopt_lab.train.rule import build_rule
-from jaxopt_lab.train.schedules import AdaptiveWarmupConfig
+from jaxopt_lab.train.run import pretrain
 from jaxopt_lab.train.step import make_step
 from tests.train import stand_in
 from tests.train.tiny_run import restored, tiny_config, write_text

@@ -13,14 +13,14 @@ from jaxopt_lab.sweep import RULE, StepCost, Tuned
 from jaxopt_lab.train import compare as public_compare
 from jaxopt_lab.train.arguments import parse_config
 from jaxopt_lab.train.compare import compare
-from jaxopt_lab.train.compare_config import CompareConfig, Entrant, validate_comparison
 from jaxopt_lab.train.compare_report import Outcome, write_report
-from jaxopt_lab.train.config import EvalConfig, HeldOutConfig
+from jaxopt_lab.train.config.comparison import CompareConfig, Entrant, validate_comparison
+from jaxopt_lab.train.config.optimizers import OPTIMIZERS, AdamWConfig, LionMuonConfig
+from jaxopt_lab.train.config.schedules import WsdConfig
+from jaxopt_lab.train.config.sections import EvalConfig, HeldOutConfig
+from jaxopt_lab.train.config.serialize import from_json, to_json
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.optimizers import OPTIMIZERS, AdamWConfig, LionMuonConfig
-from jaxopt_lab.train.pretrain import pretrain
-from jaxopt_lab.train.schedules import WsdConfig
-from jaxopt_lab.train.serialize import from_json, to_json
+from jaxopt_lab.train.run import pretrain
 from tests.train.tiny_run import MODEL, tiny_config, write_text
 
 ADAMW, SIGNUM = "adamw", "signum:momentum=0.8"
@@ -240,7 +240,7 @@ BAD = {
     "--rates sgd=1,2": "rates: got 'sgd=1,2', expected OPTIMIZER=rate,rate,... of one of adamw",
     "--rates adamw=2,1": "rates: got 'adamw=2,1', expected increasing positive numbers",
     "--rates adamw=1,x": "rates: got 'adamw=1,x'",
-    "--spacing 1": "spacing: got 1.0, expected a ratio above 1",
+    "--spacing 1": "spacing: got 1.0, expected above 1 and at most 1000",
     "--spacing nan": "spacing: got nan",
     "--seeds 1": "seeds: got [1], expected at least two different ones",
     "--seeds 0 1": "besides the sweep's 0",

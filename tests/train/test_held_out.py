@@ -8,9 +8,10 @@ import pytest
 from jaxopt_lab import data, models
 from jaxopt_lab.data import TextFiles
 from jaxopt_lab.report.tracker import read_metrics
-from jaxopt_lab.train.config import EvalConfig, PretrainConfig, validate
+from jaxopt_lab.train.config.run import PretrainConfig, validate
+from jaxopt_lab.train.config.sections import EvalConfig
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.pretrain import pretrain
+from jaxopt_lab.train.run import pretrain
 from jaxopt_lab.train.text import open_text
 from jaxopt_lab.train.trained import load_params
 from tests.train.tiny_run import tiny_config, write_text

@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from jaxopt_lab.train.config import CheckpointConfig, EvalConfig
+from jaxopt_lab.train.config.optimizers import AdamWConfig, LionMuonConfig
+from jaxopt_lab.train.config.optimizers_kronecker import DyKAFConfig, ShampooConfig, SoapConfig
+from jaxopt_lab.train.config.sections import CheckpointConfig, EvalConfig
+from jaxopt_lab.train.config.serialize import to_json
 from jaxopt_lab.train.io.checkpoints import committed_steps
-from jaxopt_lab.train.optimizers import AdamWConfig, LionMuonConfig
-from jaxopt_lab.train.optimizers_kronecker import DyKAFConfig, ShampooConfig, SoapConfig
-from jaxopt_lab.train.serialize import to_json
 from tests.train.tiny_run import losses_of, tiny_config, write_text
 
 STEPS = 600

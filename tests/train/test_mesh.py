@@ -5,18 +5,16 @@ import jax
 import numpy as np
 import pytest
 
-from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.mesh import (
-    DistributedConfig,
-    MeshConfig,
-    axis_sizes,
+from jaxopt_lab.train.config.sections import DistributedConfig, MeshConfig, axis_sizes
+from jaxopt_lab.train.dist.mesh import (
     flags,
-    initialize_processes,
     lay_out,
     make_mesh,
     rows_of_process,
     to_global,
 )
+from jaxopt_lab.train.dist.processes import initialize_processes
+from jaxopt_lab.train.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from jaxopt_lab import models
 from jaxopt_lab.report.tracker import read_metrics
 from jaxopt_lab.train.meter import PEAK_TFLOPS, Meter, peak_of
-from jaxopt_lab.train.pretrain import pretrain
+from jaxopt_lab.train.run import pretrain
 from tests.train.tiny_run import tiny_config, write_text
 
 

@@ -7,12 +7,11 @@ from dataclasses import replace
 import pytest
 
 from jaxopt_lab.data import prepare
-from jaxopt_lab.train.config import CheckpointConfig, EvalConfig
+from jaxopt_lab.train.config.optimizers import AdamWConfig
+from jaxopt_lab.train.config.sections import CheckpointConfig, EvalConfig, MeshConfig
+from jaxopt_lab.train.config.serialize import to_json
 from jaxopt_lab.train.io import digests
-from jaxopt_lab.train.mesh import MeshConfig
-from jaxopt_lab.train.optimizers import AdamWConfig
-from jaxopt_lab.train.pretrain import pretrain
-from jaxopt_lab.train.serialize import to_json
+from jaxopt_lab.train.run import pretrain
 from tests.train.test_agreement import ended
 from tests.train.test_processes import start_two
 from tests.train.tiny_run import losses_of, tiny_config, write_text

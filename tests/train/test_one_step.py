@@ -16,8 +16,9 @@ from jaxopt_lab import models
 from jaxopt_lab.report.hlo import collectives
 from jaxopt_lab.step import Step, accumulated, backprop, merged, split
 from jaxopt_lab.tasks import Evaluation, language_model, language_model_loss
+from jaxopt_lab.train.config.sections import MeshConfig
+from jaxopt_lab.train.dist.mesh import make_mesh, to_global
 from jaxopt_lab.train.evaluation import HeldOut
-from jaxopt_lab.train.mesh import MeshConfig, make_mesh, to_global
 from jaxopt_lab.train.step import make_step
 from tests.train import stand_in
 

@@ -15,15 +15,18 @@ from jaxopt_lab import cli, models
 from jaxopt_lab.data import TextFiles, Tokenizer
 from jaxopt_lab.optim import params_ema
 from jaxopt_lab.report.tracker import read_metrics
-from jaxopt_lab.train.config import CheckpointConfig, EvalConfig
-from jaxopt_lab.train.diagnostics import DiagnosticsConfig
+from jaxopt_lab.train.config.optimizers import AdamWConfig, LionMuonConfig, OptaxMuonConfig
+from jaxopt_lab.train.config.schedules import ConstantConfig
+from jaxopt_lab.train.config.sections import (
+    CheckpointConfig,
+    DiagnosticsConfig,
+    EvalConfig,
+    MeshConfig,
+)
+from jaxopt_lab.train.config.serialize import from_json, to_json
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
 from jaxopt_lab.train.io.checkpoints import committed_steps
-from jaxopt_lab.train.mesh import MeshConfig
-from jaxopt_lab.train.optimizers import AdamWConfig, LionMuonConfig, OptaxMuonConfig
-from jaxopt_lab.train.pretrain import pretrain
-from jaxopt_lab.train.schedules import ConstantConfig
-from jaxopt_lab.train.serialize import from_json, to_json
+from jaxopt_lab.train.run import pretrain
 from jaxopt_lab.train.trained import load_params
 from tests.train.tiny_run import Killed, losses_of, restored, tiny_config, write_text
 
@@ -235,7 +238,7 @@ def test_exit_codes_of_the_command_line(text, tmp_path, number, code, capsys):
     assert committed_steps(tmp_path / "run/checkpoints")
 
 
-@pytest.mark.parametrize("moment", ["_prepare", "_compile"])
+@pytest.mark.parametrize("moment", ["prepare_text", "compiled_step"])
 def test_ctrl_c_before_the_first_step_leaves_nothing_behind(
     text, tmp_path, monkeypatch, capsys, moment
 ):
@@ -247,8 +250,7 @@ def test_ctrl_c_before_the_first_step_leaves_nothing_behind(
             pass  # as when a callback from native code loses it
         return None, None
 
-    # By name: the package's attribute of that name is the function.
-    monkeypatch.setattr(sys.modules["jaxopt_lab.train.pretrain"], moment, interrupted)
+    monkeypatch.setattr(sys.modules["jaxopt_lab.train.run"], moment, interrupted)
     path, run = tmp_path / "config.json", tmp_path / "run"
     path.write_text(to_json(tiny_config(text, None, optimizer=AdamWConfig())))
     assert cli.main(["pretrain", "--config", str(path), "--run-directory", str(run)]) == 130
@@ -482,8 +484,11 @@ def test_dry_run_prints_costs_and_writes_nothing(text, tmp_path, capsys, monkeyp
     path = tmp_path / "config.json"
     config = tiny_config(text, None, mesh=MeshConfig(1, 2), optimizer=AdamWConfig())
     path.write_text(to_json(config))
+    # It allocates nothing: that there is too little memory to train is said, no more.
+    monkeypatch.setattr("jaxopt_lab.train.machine.memory_bytes", lambda: 10)
     assert cli.main(["pretrain", "--config", str(path), "--dry-run"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "this machine could not train it: model: got 'tiny'" in err
     for word in ("arguments", "temporaries", "output", "FLOPs of the model", "all-reduce"):
         assert word in out
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]

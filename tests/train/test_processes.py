@@ -14,12 +14,11 @@ import pytest
 
 from jaxopt_lab import cli
 from jaxopt_lab.data import prepare
-from jaxopt_lab.train.config import CheckpointConfig, EvalConfig
+from jaxopt_lab.train.config.optimizers import AdamWConfig
+from jaxopt_lab.train.config.sections import CheckpointConfig, EvalConfig, MeshConfig
+from jaxopt_lab.train.config.serialize import to_json
 from jaxopt_lab.train.io.checkpoints import committed_steps
-from jaxopt_lab.train.mesh import MeshConfig
-from jaxopt_lab.train.optimizers import AdamWConfig
-from jaxopt_lab.train.pretrain import pretrain
-from jaxopt_lab.train.serialize import to_json
+from jaxopt_lab.train.run import pretrain
 from tests.train.tiny_run import losses_of, tiny_config, write_text
 
 

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from jaxopt_lab import cli
-from jaxopt_lab.train.config import CheckpointConfig, PretrainConfig, validate
+from jaxopt_lab.train.config.run import PretrainConfig, validate
+from jaxopt_lab.train.config.sections import CheckpointConfig
+from jaxopt_lab.train.config.serialize import from_json
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.pretrain import pretrain
 from jaxopt_lab.train.profile import Trace, profiled_steps
-from jaxopt_lab.train.serialize import from_json
+from jaxopt_lab.train.run import pretrain
 from tests.train.tiny_run import tiny_config, write_text
 
 STATE = {"w": jnp.zeros(3)}

@@ -14,18 +14,19 @@ from jaxopt_lab import cli
 from jaxopt_lab.data import TokenizerConfig, prepare, train_batches
 from jaxopt_lab.report.tracker import read_metrics
 from jaxopt_lab.train.arguments import parse_config
-from jaxopt_lab.train.config import EvalConfig, PretrainConfig
+from jaxopt_lab.train.config.optimizers import AdamWConfig
+from jaxopt_lab.train.config.optimizers_kronecker import ShampooConfig
+from jaxopt_lab.train.config.run import PretrainConfig
+from jaxopt_lab.train.config.sections import EvalConfig
+from jaxopt_lab.train.config.serialize import VERSION, from_json, to_json
 from jaxopt_lab.train.errors import CheckpointError, ConfigError
 from jaxopt_lab.train.io import digests
 from jaxopt_lab.train.io.checkpoints import Restored, committed_steps
 from jaxopt_lab.train.io.run_directory import read_config
-from jaxopt_lab.train.optimizers import AdamWConfig
-from jaxopt_lab.train.optimizers_kronecker import ShampooConfig
-from jaxopt_lab.train.pretrain import pretrain
-from jaxopt_lab.train.serialize import VERSION, from_json, to_json
+from jaxopt_lab.train.run import pretrain
 from tests.train.tiny_run import Killed, restored, tiny_config, write_text
 
-MODULE = "jaxopt_lab.train.pretrain"
+MODULE = "jaxopt_lab.train.run"
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_another_batch_size_goes_on_where_the_text_was_left(finished, tmp_path, 
 
 def test_a_checkpoint_that_counted_no_samples_had_one_batch_size(finished):
     run = SimpleNamespace(directory=finished.run_directory)
-    samples = sys.modules[MODULE]._samples
+    samples = sys.modules["jaxopt_lab.train.start"]._samples
     assert samples(run, Restored(8, None, {"step": 8})) == 32
     assert samples(run, Restored(8, None, {"step": 8, "samples": 40})) == 40
 
@@ -93,7 +94,7 @@ def test_a_checkpoint_that_counted_no_samples_and_starts_of_several_batch_sizes(
     ]
     path.write_text(json.dumps({"sessions": sessions}))
     run = SimpleNamespace(directory=tmp_path / "run")
-    samples = sys.modules[MODULE]._samples
+    samples = sys.modules["jaxopt_lab.train.start"]._samples
     counted = {step: samples(run, Restored(step, None, {"step": step})) for step in (0, 3, 5, 6, 8)}
     assert counted == {0: 0, 3: 12, 5: 18, 6: 20, 8: 22}
     # The first start that keeps configurations adds the one that was meant before.
@@ -146,7 +147,7 @@ def test_another_text_is_refused_by_name_before_it_is_read(
     def read(*arguments):
         raise AssertionError("the text was read")
 
-    monkeypatch.setattr(sys.modules[MODULE], "_prepare", read)
+    monkeypatch.setattr(sys.modules[MODULE], "prepare_text", read)
     run = copy_of(finished, tmp_path).run_directory
     before = (tmp_path / "run/config.json").read_bytes()
     assert cli.main(["pretrain", "--resume", "--run-directory", run, *flag.split()]) == 2

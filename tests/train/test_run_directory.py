@@ -16,16 +16,16 @@ import pytest
 from jaxopt_lab import cli
 from jaxopt_lab.data import prepare
 from jaxopt_lab.report.tracker import read_metrics
-from jaxopt_lab.train.config import EvalConfig
+from jaxopt_lab.train.config.optimizers import AdamWConfig
+from jaxopt_lab.train.config.sections import EvalConfig
+from jaxopt_lab.train.config.serialize import to_json
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
 from jaxopt_lab.train.io.checkpoints import committed_steps
 from jaxopt_lab.train.io.lock import only_writer
-from jaxopt_lab.train.optimizers import AdamWConfig
-from jaxopt_lab.train.pretrain import pretrain
-from jaxopt_lab.train.serialize import to_json
+from jaxopt_lab.train.run import pretrain
 from tests.train.tiny_run import losses_of, tiny_config, write_text
 
-MODULE = "jaxopt_lab.train.pretrain"
+MODULE = "jaxopt_lab.train.run"
 SIGNALS = pytest.mark.parametrize(
     ("number", "code", "line"),
     [
@@ -69,7 +69,7 @@ def nothing_is_compiled(monkeypatch):
     def compiled(*arguments):
         raise AssertionError("compiled")
 
-    monkeypatch.setattr(sys.modules[MODULE], "_compile", compiled)
+    monkeypatch.setattr(sys.modules[MODULE], "compiled_step", compiled)
 
 
 # Sends a signal to itself when a certain module is about to be imported.
@@ -108,7 +108,7 @@ def test_the_entry_module_imports_nothing_heavy():
 
 
 @SIGNALS
-@pytest.mark.parametrize("moment", ["_prepare", "_compile"])
+@pytest.mark.parametrize("moment", ["prepare_text", "compiled_step"])
 def test_a_signal_before_the_first_step_and_the_same_command_again(
     settings, tmp_path, monkeypatch, capsys, number, code, line, moment
 ):
@@ -122,12 +122,11 @@ def test_a_signal_before_the_first_step_and_the_same_command_again(
 
     again = command(settings[1], tmp_path / "run")
     with monkeypatch.context() as patch:
-        # By name: the package's attribute of that name is the function.
         patch.setattr(sys.modules[MODULE], moment, signalled)
         assert cli.main(again) == code
     assert capsys.readouterr().err.splitlines()[-1] == line
     assert not (tmp_path / "run").exists()
-    if (moment, number) == ("_compile", signal.SIGTERM):
+    if (moment, number) == ("compiled_step", signal.SIGTERM):
         assert cli.main(again) == 0
 
 
@@ -138,13 +137,13 @@ def test_a_signal_during_the_report_finishes_it(
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "summary.json").unlink()
-    report = sys.modules[MODULE]._report
+    report = sys.modules[MODULE].write_report
 
     def signalled(*arguments):
         os.kill(os.getpid(), number)
         report(*arguments)
 
-    monkeypatch.setattr(sys.modules[MODULE], "_report", signalled)
+    monkeypatch.setattr(sys.modules[MODULE], "write_report", signalled)
     assert cli.main(resume(run)) == code
     error = capsys.readouterr().err.splitlines()
     assert error[-1] == line and any("as soon as the report is written" in e for e in error)

@@ -12,7 +12,9 @@ import pytest
 from jaxopt_lab import cli
 from jaxopt_lab.models import huggingface
 from jaxopt_lab.report.progress import Progress, to_stderr
-from jaxopt_lab.train.config import EvalConfig
+from jaxopt_lab.train.config.optimizers import AdamWConfig
+from jaxopt_lab.train.config.sections import EvalConfig
+from jaxopt_lab.train.config.serialize import to_json
 from jaxopt_lab.train.errors import ConfigError, Terminated
 from jaxopt_lab.train.interrupts import (
     INTERRUPTED,
@@ -23,9 +25,7 @@ from jaxopt_lab.train.interrupts import (
 from jaxopt_lab.train.io.checkpoints import committed_steps
 from jaxopt_lab.train.io.run_directory import open_run
 from jaxopt_lab.train.loop import Loop
-from jaxopt_lab.train.optimizers import AdamWConfig
-from jaxopt_lab.train.pretrain import pretrain
-from jaxopt_lab.train.serialize import to_json
+from jaxopt_lab.train.run import pretrain
 from tests.train.tiny_run import tiny_config, write_text
 
 

@@ -12,14 +12,14 @@ from jaxopt_lab.diagnostics import Every, Recorders, Smoothness
 from jaxopt_lab.report.tracker import Tracker, read_metrics
 from jaxopt_lab.step import accumulated
 from jaxopt_lab.train import fit_run
-from jaxopt_lab.train.config import EvalConfig
-from jaxopt_lab.train.diagnostics import DiagnosticsConfig, make_recorders, take_record
+from jaxopt_lab.train.config.optimizers import OPTIMIZERS, AdamWConfig, LionMuonConfig, ModelInfo
+from jaxopt_lab.train.config.sections import DiagnosticsConfig, EvalConfig, MeshConfig
+from jaxopt_lab.train.config.serialize import to_json
+from jaxopt_lab.train.diagnostics import make_recorders, take_record
+from jaxopt_lab.train.dist.mesh import flags, make_mesh, to_global
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.mesh import MeshConfig, flags, make_mesh, to_global
-from jaxopt_lab.train.optimizers import OPTIMIZERS, AdamWConfig, LionMuonConfig, ModelInfo
-from jaxopt_lab.train.pretrain import pretrain
 from jaxopt_lab.train.program import build_program
-from jaxopt_lab.train.serialize import to_json
+from jaxopt_lab.train.run import pretrain
 from jaxopt_lab.train.step import make_step
 from tests.train import stand_in
 from tests.train.tiny_run import losses_of, restored, tiny_config, write_text
@@ -108,7 +108,7 @@ def test_every_optimizer_can_be_recorded():
         config.validate(optimizer())
         recorders = make_recorders(config, optimizer(), ModelInfo({}), None)
         assert [step for step in range(1, 22) if recorders.due(step)] == [1, 10, 11, 20, 21]
-    with pytest.raises(ConfigError, match="diagnostics.target_loss: got inf, expected a number"):
+    with pytest.raises(ConfigError, match="diagnostics.target_loss: got inf, expected a finite"):
         replace(config, target_loss=float("inf")).validate(AdamWConfig())
 
 

@@ -8,8 +8,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxopt_lab.report.hlo import collectives
 from jaxopt_lab.step import accumulated
+from jaxopt_lab.train.config.sections import MeshConfig
+from jaxopt_lab.train.dist.mesh import flag_sharding, make_mesh, to_global
 from jaxopt_lab.train.evaluation import make_eval
-from jaxopt_lab.train.mesh import MeshConfig, flag_sharding, make_mesh, to_global
 from jaxopt_lab.train.step import make_step
 from tests.train import stand_in
 

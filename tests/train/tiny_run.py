@@ -11,9 +11,9 @@ import numpy as np
 from jaxopt_lab.data import TextFiles, TokenizerConfig
 from jaxopt_lab.models import DecoderConfig
 from jaxopt_lab.report.tracker import read_metrics
-from jaxopt_lab.train.config import CheckpointConfig, EvalConfig, PretrainConfig
+from jaxopt_lab.train.config.run import PretrainConfig
+from jaxopt_lab.train.config.sections import CheckpointConfig, EvalConfig, MeshConfig
 from jaxopt_lab.train.io.checkpoints import Checkpoints
-from jaxopt_lab.train.mesh import MeshConfig
 from jaxopt_lab.train.program import build_program
 
 MODEL = DecoderConfig(vocab_size=257, width=16, depth=1, heads=2, context=16)

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from jaxopt_lab.train.agreement import agreed, from_first, gather, leave_last
+from jaxopt_lab.train.dist.agreement import agreed, from_first, gather, leave_last
 from jaxopt_lab.train.errors import CheckpointError
 from jaxopt_lab.train.io import digests, retention, stored
 from jaxopt_lab.train.io.leaves import describe_leaves

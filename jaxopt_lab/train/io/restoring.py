@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PyTree
 
-from jaxopt_lab.train.agreement import agreed, from_first, gather
+from jaxopt_lab.train.dist.agreement import agreed, from_first, gather
 from jaxopt_lab.train.errors import CheckpointError
 from jaxopt_lab.train.io import digests, retention, stored
 from jaxopt_lab.train.io.leaves import describe_leaves, first_difference

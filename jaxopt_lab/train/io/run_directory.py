@@ -16,17 +16,18 @@ import jax
 from jaxopt_lab.data.tokenizer import Tokenizer, TokenizerConfig, make_tokenizer
 from jaxopt_lab.report.files import read_text, write_json
 from jaxopt_lab.report.tracker import METRICS_FILE, TENSORBOARD_DIRECTORY, read_metrics
-from jaxopt_lab.train.agreement import agreed, from_first
-from jaxopt_lab.train.compare_config import CompareConfig
-from jaxopt_lab.train.config import PretrainConfig
+from jaxopt_lab.train.config.choices import name_of
+from jaxopt_lab.train.config.comparison import CompareConfig
+from jaxopt_lab.train.config.run import PretrainConfig
+from jaxopt_lab.train.config.sections import DistributedConfig
+from jaxopt_lab.train.config.serialize import from_json, to_json
+from jaxopt_lab.train.dist.agreement import agreed, from_first
 from jaxopt_lab.train.errors import CheckpointError, ConfigError
 from jaxopt_lab.train.io.lock import LOCK_FILE, only_writer
 from jaxopt_lab.train.io.manifest import MANIFEST_FILE, read_manifest
 from jaxopt_lab.train.io.retention import labels
 from jaxopt_lab.train.io.stored import DIRECTORY as CHECKPOINTS
-from jaxopt_lab.train.mesh import DistributedConfig
 from jaxopt_lab.train.program import KERNEL_CHOICES
-from jaxopt_lab.train.serialize import from_json, name_of, to_json
 
 CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"

@@ -9,8 +9,8 @@ import jax
 
 from jaxopt_lab.report.progress import Progress
 from jaxopt_lab.report.tracker import METRICS_FILE, Tracker, read_metrics
-from jaxopt_lab.train.config import PretrainConfig
-from jaxopt_lab.train.mesh import axis_sizes
+from jaxopt_lab.train.config.run import PretrainConfig
+from jaxopt_lab.train.config.sections import axis_sizes
 from jaxopt_lab.train.meter import peak_of
 from jaxopt_lab.train.program import step_flops
 
@@ -135,7 +135,7 @@ def _wandb(config: PretrainConfig, directory: Path) -> Callable[[int, Mapping[st
 
     import wandb  # pyright: ignore[reportMissingImports]
 
-    from jaxopt_lab.train.serialize import to_json
+    from jaxopt_lab.train.config.serialize import to_json
 
     run = wandb.init(dir=str(directory), name=directory.name, config=json.loads(to_json(config)))
     return lambda step, metrics: run.log(dict(metrics), step=step)

@@ -13,6 +13,7 @@ from jaxopt_lab.core.dual_norms import DualNorms
 from jaxopt_lab.diagnostics import find_state
 from jaxopt_lab.parity.warmup import official_warmup
 from jaxopt_lab.schedules import DecayShape
+from jaxopt_lab.train.config.bounds import CountOrZero, PositiveOrZero, Share
 from jaxopt_lab.train.errors import ConfigError
 
 
@@ -62,22 +63,16 @@ class ConstantConfig(ScheduleConfig):
 
 @dataclass(frozen=True)
 class _WarmupConfig(ScheduleConfig):
-    warmup_fraction: float = 0.05
+    warmup_fraction: Share = 0.05
     """Share of the steps in which the rate rises linearly from 1 % of the peak."""
-
-    warmup_steps: int | None = None
+    warmup_steps: CountOrZero | None = None
     """Number of those steps; overrides the share."""
 
     def validate(self, steps: int) -> None:
         """Checks the length of the warm-up."""
-        if not 0 <= self.warmup_fraction <= 1:
-            raise ConfigError(
-                "schedule.warmup_fraction", self.warmup_fraction, "expected a share in [0, 1]"
-            )
-        if self.warmup_steps is not None and not 0 <= self.warmup_steps <= steps:
-            raise ConfigError(
-                "schedule.warmup_steps", self.warmup_steps, f"expected 0 to steps = {steps}"
-            )
+        given = self.warmup_steps
+        if given is not None and given > steps:
+            raise ConfigError("schedule.warmup_steps", given, f"expected 0 to steps = {steps}")
 
     def warmup(self, steps: int) -> int:
         """Number of warm-up steps of a run of `steps`."""
@@ -106,10 +101,8 @@ class WsdConfig(_WarmupConfig):
 
     decay_fraction: float = 0.2
     """Share of the steps in which the rate decays."""
-
     decay_shape: DecayShape = "linear"
     """Form of the decay."""
-
     final_fraction: float = 0.0
     """Share of the peak that is left at the end."""
 
@@ -134,24 +127,19 @@ class WsdConfig(_WarmupConfig):
 class AdaptiveWarmupConfig(ScheduleConfig):
     """The rate follows the training loss up to its peak, then decays."""
 
-    target_loss: float | Literal["auto"] | None = None
+    target_loss: PositiveOrZero | Literal["auto"] | None = None
     """Training loss in nats per token that the run is expected to end at; a guess that is too high
     by a nat or two costs little, one that is too low much. `auto` extrapolates it as it goes."""
-
     div_factor: float = 100.0
     """Peak rate over the first rate."""
-
     delta_star_rule: Literal["exact", "official"] | float = "exact"
     """Gap to the target at which the peak is reached: by the paper's objective, integrated
     accurately or as released, or a share of the first gap."""
-
     smoothing: float = 0.0
     """Decay of an exponential average of the loss; 0 takes every loss as it is."""
-
     fallback_after: float | None = 0.5
     """Share of the steps after which the rate decays from where it is, should the peak not have
     been reached; None never does."""
-
     final_div_factor: float = 1e4
     """Peak rate over the last rate."""
 

@@ -3,13 +3,18 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from jaxopt_lab.sweep.tuning import check_rates, check_seeds
-from jaxopt_lab.train.config import HeldOutConfig, RunConfig, validate_run
+from jaxopt_lab.train.config.bounds import Bound, Count, Seed
+from jaxopt_lab.train.config.choices import choose
+from jaxopt_lab.train.config.decode import decode
+from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
+from jaxopt_lab.train.config.optimizers import OPTIMIZERS
+from jaxopt_lab.train.config.run import RunConfig, validate_run
+from jaxopt_lab.train.config.sections import HeldOutConfig
+from jaxopt_lab.train.config.tuned import default_optimizer
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.optimizers import OptimizerConfig
-from jaxopt_lab.train.serialize import optimizer_from
 
 
 @dataclass(frozen=True)
@@ -22,29 +27,21 @@ class CompareConfig(RunConfig):
     optimizers: tuple[str, ...] = ("adamw", "muon", "lion-muon")
     """What is compared, by name, with settings after a colon (`lion-muon:period=5,b2=0.9`). The
     others are measured against the first."""
-
-    cells: int = 5
+    cells: Annotated[int, Bound(1, 1000)] = 5
     """Learning rates tried for each optimizer."""
-
-    spacing: float = 2.0
+    spacing: Annotated[float, Bound(1, 1000, open_low=True)] = 2.0
     """Ratio of neighbouring rates in a grid around the optimizer's own rate."""
-
     rates: tuple[str, ...] = ()
     """Grids given by hand, as many rates as cells: `adamw=1e-3,2e-3,4e-3`."""
-
-    sweep_seed: int = 0
+    sweep_seed: Seed = 0
     """Seed on which the rates are tried."""
-
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[Seed, ...] = (1, 2, 3)
     """Seeds on which the best rate of each optimizer is judged."""
-
     vectorize: Literal["auto", "always", "never"] = "auto"
     """Runs of one optimizer side by side in one program: as many as fit into memory, all, or one
     after the other."""
-
-    timing_steps: int = 20
+    timing_steps: Count = 20
     """Steps of a timed round; a multiple of every period that an optimizer has."""
-
     eval: HeldOutConfig = HeldOutConfig()
     """Held-out evaluation."""
 
@@ -98,7 +95,9 @@ def validate_comparison(config: CompareConfig) -> list[Entrant]:
 
 def _entrant(text: str, config: CompareConfig, given: Mapping[str, tuple[float, ...]]) -> Entrant:
     name, _, settings = text.partition(":")
-    optimizer = optimizer_from(name, _settings(text, settings), "optimizers", config.preset)
+    kind = choose("optimizers", OPTIMIZERS, name)
+    default, place = default_optimizer(config.preset, name), f"optimizers.{name}"
+    optimizer = decode(kind, default, _settings(text, settings), place)
     optimizer.validate()
     rates = given.get(text)
     if rates is None:
@@ -139,15 +138,10 @@ def _given_rates(config: CompareConfig) -> dict[str, tuple[float, ...]]:
             rates = tuple(float(number) for number in numbers.split(","))
             check_rates(rates)
         except ValueError as error:
-            raise ConfigError(
-                "rates", text, f"expected increasing positive numbers: {error}"
-            ) from (error)
+            wanted = f"expected increasing positive numbers: {error}"
+            raise ConfigError("rates", text, wanted) from error
         if len(rates) != config.cells:
-            raise ConfigError(
-                "rates",
-                text,
-                f"with {len(rates)} rates, expected cells = {config.cells}: every optimizer gets "
-                "the same number",
-            )
+            found = f"with {len(rates)} rates, expected cells = {config.cells}"
+            raise ConfigError("rates", text, f"{found}: every optimizer gets the same number")
         given[label] = rates
     return given

@@ -1,14 +1,12 @@
 """What a run is: one frozen dataclass, checked before anything is compiled."""
 
 import importlib.util
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import tyro
 
 from jaxopt_lab.data import (
-    CORPORA,
     VALIDATION,
     PythonSource,
     Source,
@@ -17,59 +15,30 @@ from jaxopt_lab.data import (
     sets_from_text,
 )
 from jaxopt_lab.models import PRESETS, DecoderConfig
-from jaxopt_lab.train.bounds import check_bounds
-from jaxopt_lab.train.diagnostics import DiagnosticsConfig
+from jaxopt_lab.train.config.bounds import (
+    Count,
+    CountOrZero,
+    InnerShare,
+    Positive,
+    PositiveOrZero,
+    Seed,
+    check_bounds,
+)
+from jaxopt_lab.train.config.choices import choose, name_of
+from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
+from jaxopt_lab.train.config.optimizers import LionMuonConfig
+from jaxopt_lab.train.config.schedules import CosineConfig, ScheduleConfig
+from jaxopt_lab.train.config.sections import (
+    CheckpointConfig,
+    DiagnosticsConfig,
+    DistributedConfig,
+    EvalConfig,
+    MeshConfig,
+    axis_sizes,
+)
+from jaxopt_lab.train.config.tuned import default_optimizer
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.mesh import DistributedConfig, MeshConfig, axis_sizes
-from jaxopt_lab.train.optimizers import OPTIMIZERS, LionMuonConfig, OptimizerConfig
 from jaxopt_lab.train.profile import profiled_steps
-from jaxopt_lab.train.schedules import SCHEDULES, CosineConfig, ScheduleConfig
-from jaxopt_lab.train.tuned import default_optimizer
-
-
-@dataclass(frozen=True)
-class HeldOutConfig:
-    """Held-out evaluation."""
-
-    every: int = 100
-    """Steps between evaluations; the last step is always evaluated."""
-
-    batches: int = 16
-    """Held-out text in batches of 8 windows of `model.context` tokens, whatever the batch of the
-    training is; the windows are spread over all documents and the same every time."""
-
-
-@dataclass(frozen=True)
-class EvalConfig(HeldOutConfig):
-    """Held-out evaluation."""
-
-    sets: tuple[str, ...] = ()
-    """More sets to evaluate, `NAME=SOURCE` each, as `notes=text-files:notes/*.md`: documents of the
-    source that training does not see, as `NAME/loss` and `NAME/bits_per_byte`. `NAME=train` is the
-    training text."""
-
-    best: str = VALIDATION
-    """The set whose loss says which checkpoints are the best."""
-
-    sample_tokens: int = 96
-    """Length of the continuation sampled at the end; 0 leaves it out."""
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Checkpoints. The last step is always saved."""
-
-    every_steps: int | None = 100
-    """Steps between checkpoints; None saves by time alone."""
-
-    every_minutes: float | None = None
-    """Minutes between checkpoints; None saves by steps alone."""
-
-    keep_newest: int = 2
-    """How many of the newest stay."""
-
-    keep_best: int = 1
-    """How many of those with the lowest held-out loss stay."""
 
 
 @dataclass(frozen=True)
@@ -79,41 +48,29 @@ class RunConfig:
     # `--model NAME` sets it, together with the model.
     preset: Annotated[str, tyro.conf.Suppress] = "tiny"
     """Name of the preset that the model starts from."""
-
     model: DecoderConfig = PRESETS["tiny"]
     """Shape and numerics of the decoder."""
-
     schedule: ScheduleConfig = CosineConfig()
     """The learning rate over time."""
-
     corpus: Source = PythonSource()
     """The text."""
-
     tokenizer: TokenizerConfig = TokenizerConfig()
     """How text becomes tokens."""
-
-    steps: int = 300
+    steps: Count = 300
     """Optimizer steps."""
-
-    batch_size: int = 8
+    batch_size: Count = 8
     """Windows of `model.context` tokens per step, over all devices and microbatches."""
-
-    clip: float | None = 0.5
+    clip: Positive | None = 0.5
     """Largest global norm of the gradient; None does not clip."""
-
-    z_loss: float = 0.0
+    z_loss: PositiveOrZero = 0.0
     """Weight of the squared log-partition in the training loss."""
-
-    head_chunks: int = 1
+    head_chunks: Count = 1
     """Pieces of the sequence for which the logits are held at a time; saves memory, costs time."""
-
-    validation_fraction: float = 0.05
+    validation_fraction: InnerShare = 0.05
     """Share of the documents that is held out."""
-
     compilation_cache: str = "auto"
     """Where compiled programs are kept: `auto` (beside the prepared corpora, or where JAX has been
     told to), `off`, or a directory."""
-
     run_directory: str | None = None
     """Where everything is written; by default a new directory below `runs/`."""
 
@@ -124,70 +81,45 @@ class PretrainConfig(RunConfig):
 
     optimizer: OptimizerConfig = LionMuonConfig()
     """The update rule."""
-
     mesh: MeshConfig = MeshConfig()
     """The devices."""
-
     distributed: DistributedConfig = DistributedConfig()
     """The processes."""
-
     eval: EvalConfig = EvalConfig()
     """Held-out evaluation."""
-
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
-
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     """What to measure besides losses."""
-
-    accumulation: int = 1
+    accumulation: Count = 1
     """Microbatches per step, one after another."""
-
-    ema: float | None = None
+    ema: InnerShare | None = None
     """Decay of an average of the weights, which is then evaluated and sampled as well."""
-
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights and of the order of the text."""
-
-    max_skipped: int = 20
+    max_skipped: CountOrZero = 20
     """Steps with a non-finite loss or gradient that a run may skip before it stops."""
-
     fork_from: str | None = None
     """Start from the weights of the newest checkpoint of this run, with a new optimizer state. On
     the command line its configuration gives the defaults."""
-
     resume: bool = False
     """Continue the run in `run_directory`, with its own configuration and these changes."""
-
     dry_run: bool = False
     """Compile, print memory, FLOPs and collectives, and stop."""
-
     profile: str | None = None
     """`START:STEPS`: write a profiler trace of so many steps, the first being number `START`, to
     `profile/` in the run directory. The first steps of a run still warm up; None traces nothing."""
-
-    peak_tflops: float | None = None
+    peak_tflops: Positive | None = None
     """Peak of one device in TFLOP/s, of which MFU is the share that the model uses. None takes the
     data sheet's dense bfloat16 peak of a known accelerator, and leaves MFU out elsewhere."""
-
     deterministic: bool = False
     """On a GPU, use deterministic kernels (slower, without cuDNN's attention) and keep the kernel
     choice with the run."""
-
     tensorboard: bool = True
     """Write TensorBoard events."""
-
     wandb: bool = False
     """Also log to Weights & Biases; needs the package `wandb`."""
 
-
-CHOICES: dict[str, Mapping[str, Any]] = {
-    "model": PRESETS,
-    "optimizer": OPTIMIZERS,
-    "schedule": SCHEDULES,
-    "corpus": CORPORA,
-}
-"""What a flag such as `--optimizer NAME` chooses from, and `name` in a section of config.json."""
 
 AnyRun = TypeVar("AnyRun", bound=RunConfig)
 
@@ -210,27 +142,16 @@ def with_preset(config: AnyRun, preset: str) -> AnyRun:
       ConfigError: If there is no such preset.
     """
     model = choose("model", PRESETS, preset)
-    if isinstance(config, PretrainConfig):
-        name = next(n for n, kind in OPTIMIZERS.items() if kind is type(config.optimizer))
-        if config.optimizer == default_optimizer(config.preset, name):
-            config = replace(config, optimizer=default_optimizer(preset, name))
+    # Not every verb that trains has one optimizer.
+    optimizer: OptimizerConfig | None = getattr(config, "optimizer", None)
+    if optimizer is not None and optimizer == default_optimizer(config.preset, name_of(optimizer)):
+        config = replace(config, optimizer=default_optimizer(preset, name_of(optimizer)))  # pyright: ignore
     return replace(
         config,
         preset=preset,
         model=model,
         tokenizer=TokenizerConfig(vocab_size=model.vocab_size),
     )
-
-
-def choose(field_name: str, choices: Mapping[str, Any], name: Any) -> Any:
-    """Looks a name up.
-
-    Raises:
-      ConfigError: If there is no such choice; lists them.
-    """
-    if not isinstance(name, str) or name not in choices:
-        raise ConfigError(field_name, name, f"expected one of {', '.join(choices)}")
-    return choices[name]
 
 
 def validate(config: PretrainConfig, device_count: int) -> None:
@@ -279,12 +200,13 @@ def validate_run(config: RunConfig) -> None:
     choose("model", PRESETS, config.preset)
     check_bounds(config)
     config.schedule.validate(config.steps)
-    if config.model.context % config.head_chunks:
-        raise ConfigError(
-            "head_chunks",
-            config.head_chunks,
-            f"expected a divisor of model.context = {config.model.context}",
-        )
+    # One token has nothing before it to be predicted from, one word nothing to be told from.
+    for name in ("context", "vocab_size"):
+        if getattr(config.model, name) < 2:
+            raise ConfigError(f"model.{name}", getattr(config.model, name), "expected at least 2")
+    context, chunks = config.model.context, config.head_chunks
+    if context % chunks:
+        raise ConfigError("head_chunks", chunks, f"expected a divisor of model.context = {context}")
 
 
 def check_vocabulary(model: DecoderConfig, tokenizer: Tokenizer) -> str | None:

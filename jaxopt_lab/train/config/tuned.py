@@ -11,7 +11,7 @@ embeddings and norms has a rate of its own, here a ratio.
 from dataclasses import replace
 from typing import Any
 
-from jaxopt_lab.train.optimizers import OPTIMIZERS, OptimizerConfig
+from jaxopt_lab.train.config.optimizers import OPTIMIZERS, OptimizerConfig
 
 Settings = dict[str, Any]
 

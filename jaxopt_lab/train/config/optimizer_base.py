@@ -1,20 +1,21 @@
 """What every optimizer of the trainer has: rates, checks, a `build` method, a count of its work."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import optax
 from jaxtyping import Array, PyTree
 
+from jaxopt_lab import optim
 from jaxopt_lab.core.dual_norms import DualNorms
 from jaxopt_lab.core.flops import matrix_shapes
 from jaxopt_lab.models import DecoderConfig, matrix_axes, roles
-from jaxopt_lab.train.bounds import check_bounds
+from jaxopt_lab.train.config.bounds import Positive, PositiveOrZero, check_bounds
 
-# Operations per element.
+# Operations per element: a momentum and its sign, AdamW.
 SIGN_FLOPS, ADAM_FLOPS = 6, 12
 
 
@@ -44,15 +45,16 @@ class ModelInfo(NamedTuple):
 class OptimizerConfig:
     """An optimizer by name, with the settings that all of them have."""
 
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Peak learning rate."""
-
-    weight_decay: float = 0.1
+    weight_decay: PositiveOrZero = 0.1
     """Decoupled weight decay, as a multiple of the rate."""
-
     decay: Literal["matrices", "all"] = "matrices"
     """What decays: the matrices of the layers and a head of its own, or every parameter, norms,
     biases and embeddings included, as in the papers."""
+
+    # Operations per element, of matrices and of everything else.
+    _element_flops: ClassVar[tuple[int, int]] = (SIGN_FLOPS, SIGN_FLOPS)
 
     def validate(self) -> None:
         """Checks the values.
@@ -71,21 +73,6 @@ class OptimizerConfig:
         """
         raise NotImplementedError
 
-    def decay_mask(self, model: ModelInfo) -> Callable[[PyTree], PyTree] | None:
-        """(parameters) -> bools where weights decay; None where all of them do."""
-        if self.decay == "all" or model.decays is None:
-            return None
-        named = jax.tree_util.tree_leaves_with_path(model.decays)
-        decays = {jax.tree_util.keystr(path): value for path, value in named}
-
-        # By name: Optax's Muon asks with only a part of the parameters.
-        def mask(params: PyTree) -> PyTree:
-            return jax.tree_util.tree_map_with_path(
-                lambda path, _: decays[jax.tree_util.keystr(path)], params
-            )
-
-        return mask
-
     def rates(self, rate: Array) -> dict[str, Array]:
         """Learning rates to report while the scheduled one is `rate`."""
         return {"rate": rate}
@@ -96,7 +83,8 @@ class OptimizerConfig:
         Adaptive warm-up asks for it. Whoever divides by second moments moves every coordinate by
         about the rate, as a sign does.
         """
-        return {"sign": 1.0}
+        spectral = self._spectral_share()
+        return {"spectral": spectral, "sign": 1 - spectral}
 
     def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
         """FLOPs of one optimizer step, averaged over the kinds of steps it takes.
@@ -108,39 +96,49 @@ class OptimizerConfig:
           params: Tree of arrays or shapes.
           matrix_axes: Tree of MuonDimensionNumbers, None for leaves that are not matrices.
         """
-        return sign_flops(params)
+        products = elements = 0.0
+        for count, m, n in matrix_shapes(params, matrix_axes):
+            products += count * self._product_flops(m, n)
+            elements += count * m * n
+        rest = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) - elements
+        of_matrices, elsewhere = self._element_flops
+        return products + of_matrices * elements + elsewhere * rest
+
+    def _product_flops(self, m: int, n: int) -> float:
+        """Mean FLOPs of the products of one m x n matrix in a step."""
+        return 0.0
+
+    def _spectral_share(self) -> float:
+        """Share of the steps whose direction is the orthogonal factor of a matrix."""
+        return 0.0
+
+    def _decay(self, model: ModelInfo) -> dict[str, Any]:
+        """How much decays and where, as arguments; no mask where all parameters do."""
+        if self.decay == "all" or model.decays is None:
+            return {"weight_decay": self.weight_decay, "mask": None}
+        named = jax.tree_util.tree_leaves_with_path(model.decays)
+        decays = {jax.tree_util.keystr(path): value for path, value in named}
+
+        # By name: Optax's Muon asks with only a part of the parameters.
+        def mask(params: PyTree) -> PyTree:
+            return jax.tree_util.tree_map_with_path(
+                lambda path, _: decays[jax.tree_util.keystr(path)], params
+            )
+
+        return {"weight_decay": self.weight_decay, "mask": mask}
 
 
-def sign_flops(params: PyTree) -> float:
-    """A momentum and its sign on every element."""
-    return float(SIGN_FLOPS * _elements(params))
+@dataclass(frozen=True)
+class WholeMatrixConfig(OptimizerConfig):
+    """An optimizer that works on whole matrices, and AdamW for everything else."""
 
+    replicated_work: Literal["repeat", "share"] = "repeat"
+    """Whether replicas repeat the work on matrices or share it out and gather the result."""
+    _element_flops: ClassVar[tuple[int, int]] = (ADAM_FLOPS, ADAM_FLOPS)
 
-def adam_flops(params: PyTree) -> float:
-    """AdamW on every element."""
-    return float(ADAM_FLOPS * _elements(params))
-
-
-def matrix_method_flops(
-    params: PyTree,
-    matrix_axes: PyTree,
-    of_matrix: Callable[[int, int], float],
-    per_element: float,
-) -> float:
-    """An optimizer with matrix products on matrices, and AdamW elsewhere.
-
-    Args:
-      params: Tree of arrays or shapes.
-      matrix_axes: Tree of MuonDimensionNumbers, None for leaves that are not matrices.
-      of_matrix: (rows, columns) -> mean FLOPs of the products of one matrix in a step.
-      per_element: Other operations per element of a matrix.
-    """
-    products = elements = 0.0
-    for count, m, n in matrix_shapes(params, matrix_axes):
-        products += count * of_matrix(m, n)
-        elements += count * m * n
-    return products + per_element * elements + ADAM_FLOPS * (_elements(params) - elements)
-
-
-def _elements(params: PyTree) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    def _common_arguments(self, model: ModelInfo) -> dict[str, Any]:
+        return self._decay(model) | {
+            "matrix_axes": model.matrix_axes,
+            "routing": optim.Routing(on_uncovered="error"),
+            "mesh": optim.MeshWork(model.param_shardings, self.replicated_work),
+        }

@@ -1,0 +1,124 @@
+"""What comes after the last step: the summary, a sample, figures."""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxopt_lab import models
+from jaxopt_lab.report.figures import loss_figure
+from jaxopt_lab.report.files import write_json
+from jaxopt_lab.report.schedule_figure import schedule_figure
+from jaxopt_lab.step import TrainState, merged
+from jaxopt_lab.train.errors import TrainingError
+from jaxopt_lab.train.io.run_directory import SUMMARY_FILE
+from jaxopt_lab.train.loop import Loop, Run
+from jaxopt_lab.train.program import averaged_params, optimizer_share
+from jaxopt_lab.train.smoothness import fit_run
+
+Message = Callable[[str], None]
+
+_PROMPT_TOKENS = 32
+_TEMPERATURE = 0.8
+FIGURE = Path("figures") / "loss.png"
+SCHEDULE_FIGURE = Path("figures") / "schedule.png"
+SMOOTHNESS_FIGURE = Path("figures") / "smoothness.png"
+
+
+def summary_of(
+    run: Run, loop: Loop, state: TrainState, seconds: float, say: Message
+) -> dict[str, Any]:
+    """What a finished run has come to, as JSON values."""
+    about = run.program.task.evaluations["validation"].about
+    return {
+        "steps": int(state.step),
+        "skipped": int(state.skipped),
+        "parameters": models.parameter_count(run.config.model),
+        "seconds": round(seconds, 1),
+        "optimizer_share_of_flops": optimizer_share(run.config),
+        "training_loss": loop.last_metrics.get("loss"),
+        **_schedule_outcome(run, state, say),
+        **loop.last_evaluation,
+        "unigram_nats": about["unigram_nats"],
+        "unigram_bits_per_byte": about["unigram_bits_per_byte"],
+        "sample": _sample(run, state),
+    }
+
+
+def write_report(run: Run, summary: Mapping[str, Any], say: Message) -> dict[str, Any]:
+    """Writes and says how the run went; returns the summary, with what only a fit can tell."""
+    if jax.process_index() != 0:
+        return dict(summary)
+    summary = {**summary, **_smoothness(run, say)}
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in summary.items()
+    }
+    write_json(run.directory / SUMMARY_FILE, finite)
+    levels = {"unigram": summary["unigram_nats"]}
+    (run.directory / FIGURE).parent.mkdir(exist_ok=True)
+    try:
+        loss_figure(run.directory, run.directory / FIGURE, levels=levels)
+        if run.program.outcome is not None:
+            schedule_figure(run.directory, run.directory / SCHEDULE_FIGURE)
+    except ValueError as error:
+        raise TrainingError(
+            f"{error}; the run is finished and saved, only figures are missing"
+        ) from error
+    if summary["sample"]:
+        sample = summary["sample"]
+        say(f"sample\n{sample['prompt']}\N{BLACK RIGHT-POINTING TRIANGLE}{sample['continuation']}")
+    say(
+        f"held-out loss {summary['validation_loss']:.4f} nats/token, "
+        f"{summary['bits_per_byte']:.4f} bits/byte "
+        f"(unigram: {summary['unigram_bits_per_byte']:.4f}) after {summary['steps']} steps"
+    )
+    drawn = [FIGURE] if run.program.outcome is None else [FIGURE, SCHEDULE_FIGURE]
+    say("\n".join(f"figure: {run.directory / figure}" for figure in drawn))
+    return summary
+
+
+def _schedule_outcome(run: Run, state: TrainState, say: Message) -> dict[str, Any]:
+    """How a schedule went that followed the run; nothing for the others."""
+    if run.program.outcome is None:
+        return {}
+    numbers, sentence = run.program.outcome(state.opt_state)
+    say(sentence)
+    return {"schedule": numbers}
+
+
+def _sample(run: Run, state: TrainState) -> dict[str, str] | None:
+    """A continuation of the beginning of the held-out text."""
+    config, steps = run.config, run.config.eval.sample_tokens
+    if not steps or jax.process_count() > 1:  # drawing token by token is not worth a network
+        return None
+    average = averaged_params(config, state)
+    prompt = jnp.asarray(run.corpus.validation.tokens[:_PROMPT_TOKENS], jnp.int32)
+    drawn = models.generate(
+        config.model,
+        merged(state.params if average is None else average, state.frozen),
+        prompt,
+        steps=steps,
+        temperature=_TEMPERATURE,
+        key=jax.random.key(config.seed),
+    )
+    decode, start = run.corpus.tokenizer.decode, len(prompt)
+    tokens = np.asarray(drawn)
+    return {"prompt": decode(tokens[:start]), "continuation": decode(tokens[start:])}
+
+
+def _smoothness(run: Run, say: Message) -> dict[str, Any]:
+    diagnostics, figure = run.config.diagnostics, run.directory / SMOOTHNESS_FIGURE
+    if "smoothness" not in diagnostics.record:
+        return {}
+    try:
+        fitted = fit_run(run.directory, target_loss=diagnostics.target_loss, figure=figure)
+    except ValueError as error:  # a short run, or a target above its losses; no reason to fail
+        say(f"smoothness was not fitted: {error}")
+        return {"smoothness": None}
+    say(f"smoothness against the gap to {fitted['target_loss']:.4f} nats/token: {figure}")
+    return {"smoothness": fitted}

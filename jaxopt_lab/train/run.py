@@ -1,0 +1,138 @@
+"""`pretrain`: one run from a configuration to a trained model, a curve and a sample."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from jaxopt_lab.report.progress import to_stderr
+from jaxopt_lab.train.compilation import compiled_once
+from jaxopt_lab.train.config.run import PretrainConfig
+from jaxopt_lab.train.dist.agreement import agreed
+from jaxopt_lab.train.dist.processes import initialize_processes
+from jaxopt_lab.train.errors import TrainingError
+from jaxopt_lab.train.hooks import Callback, Hook, hook_of
+from jaxopt_lab.train.interrupts import interrupt_by_the_end
+from jaxopt_lab.train.io.checkpoints import Checkpoints
+from jaxopt_lab.train.io.run_directory import open_run, resume_command
+from jaxopt_lab.train.io.run_log import RunLog
+from jaxopt_lab.train.loop import Loop, Run, Status
+from jaxopt_lab.train.outcome import summary_of, write_report
+from jaxopt_lab.train.program import Cost, build_program, cost_of
+from jaxopt_lab.train.start import check, compiled_step, first_state, prepare_text, record_start
+
+Message = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run ended with."""
+
+    status: Status | Literal["dry-run"]
+    directory: Path | None = None
+    summary: Mapping[str, Any] | None = None
+    cost: Cost | None = None
+
+
+def pretrain(
+    config: PretrainConfig,
+    *,
+    hooks: Sequence[Hook] = (),
+    callbacks: Sequence[Callback] = (),
+    message: Message | None = None,
+) -> RunResult:
+    """Pretrains a decoder as configured and writes a run directory.
+
+    On SIGTERM or Ctrl-C the run finishes its step, saves and returns; it can be resumed. Before the
+    first step and after the last, KeyboardInterrupt is raised instead, by SIGTERM its subclass
+    `errors.Terminated`, and a new directory is removed again.
+
+    Args:
+      config: The run.
+      hooks: Measurements, logged with the steps.
+      callbacks: The same for every step, as functions (step, state, metrics, batch).
+      message: Receives lines of plain text outside the loop; standard error by default.
+
+    Returns:
+      How it ended, where everything is, and the summary. With `dry_run`, the cost of the
+      compiled step instead, and nothing is written.
+
+    Raises:
+      ConfigError: For settings that cannot work, before anything is compiled.
+      CheckpointError: If a checkpoint cannot be written or restored.
+      TrainingError: If too many steps were not finite, a step failed across processes, or a hook
+        raised; after the latter the run is saved.
+    """
+    initialize_processes(config.distributed)
+    tell = message or to_stderr
+    say = tell if jax.process_index() == 0 else _silent
+    check(config, say)
+    if config.dry_run:
+        return _dry_run(config, say)
+    # Where other processes wait, a signal is told first, and stops all of them as a block ends.
+    note = say if jax.process_count() > 1 else None
+    with interrupt_by_the_end(note, "all know"), _opened(config, say, tell) as directory:
+        with interrupt_by_the_end(note, "the text is prepared"):
+            text = prepare_text(config, say)
+        with interrupt_by_the_end(say):
+            program = agreed(lambda: build_program(config, text, directory))
+        with _checkpoints(config, directory, say) as checkpoints:
+            run = Run(config, directory, text.corpus, program, checkpoints)
+            with interrupt_by_the_end(say):
+                state, position = agreed(lambda: first_state(run, say))
+                agreed(lambda: record_start(run, position.step, say))
+                compiled = agreed(lambda: compiled_step(config, program, say))
+            before = time.monotonic()
+            with agreed(lambda: RunLog(config, directory, *position)) as log:
+                loop = Loop(run, compiled, log, (*hooks, *map(hook_of, callbacks)))
+                state, status = loop.run(state, position)
+            if status != "finished":
+                say(f"stopped and saved; continue with: {resume_command(directory)}")
+                return RunResult(status, directory)
+            summary = summary_of(run, loop, state, time.monotonic() - before, say)
+            with interrupt_by_the_end(say, "the report is written"):
+                summary = agreed(lambda: write_report(run, summary, say))
+            return RunResult(status, directory, summary)
+
+
+def _dry_run(config: PretrainConfig, say: Message) -> RunResult:
+    with compiled_once(config.compilation_cache, say):
+        compiled = compiled_step(config, build_program(config), say)
+    return RunResult("dry-run", cost=cost_of(config, compiled))
+
+
+def _checkpoints(config: PretrainConfig, directory: Path, say: Message) -> Checkpoints:
+    newest, best = config.checkpoint.keep_newest, config.checkpoint.keep_best
+    return Checkpoints(directory, keep_newest=newest, keep_best=best, message=say)
+
+
+@contextlib.contextmanager
+def _opened(config: PretrainConfig, say: Message, tell: Message) -> Iterator[Path]:
+    """The run directory; where a process dies, it says how all of them start again."""
+    with open_run(config) as directory, compiled_once(config.compilation_cache, say):
+        say(f"run directory: {directory}")
+        if jax.process_count() == 1:
+            yield directory
+            return
+        again = f"start all of them again with: {resume_command(directory)}"
+        # JAX then aborts the others from C++, where no message of ours can be printed any more.
+        seconds = config.distributed.heartbeat_timeout_seconds
+        tell(
+            f"process {jax.process_index()} of {jax.process_count()}: should another process die, "
+            f"JAX aborts this one within about {seconds} s; then {again}"
+        )
+        try:
+            yield directory
+        except jax.errors.JaxRuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise TrainingError(
+                f"a computation of all processes failed: {reason}; if one of them died, {again}"
+            ) from error
+
+
+def _silent(text: str) -> None:
+    del text
