@@ -148,10 +148,8 @@ def ldsd(
         weights = finite_or_zero((found[chosen] - behind) / (2 * eps)) / count
         g, support = step.combined(weights, chosen, lambda probe: drawn(probe, "update"))
         changes = _policy_gradient(step, found, mean, policy_std, drawn)
-        new = [
-            _moved(m, policy_rate * change, s)
-            for m, change, s in zip(mean, changes, support, strict=True)
-        ]
+        # The noise is 0 where nothing was drawn: there the mean stays.
+        new = [(m - policy_rate * c).astype(m.dtype) for m, c in zip(mean, changes, strict=True)]
         extra_args["support"] = support
         point = step.tree(step.params)
         out, base_state = inner.update(step.tree(g), state.base, point, **extra_args)
@@ -190,11 +188,6 @@ def _policy_gradient(
         return [weight * x for x in noise]
 
     return summed(term, weights, jnp.arange(losses.size))
-
-
-def _moved(mean: Array, change: Array, support: Array | None) -> Array:
-    moved = (mean - change).astype(mean.dtype)
-    return moved if support is None else jnp.where(support, moved, mean)
 
 
 def _start(params: optax.Params, key: Array, probes: Probes, random: bool) -> optax.Updates:
