@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,14 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from jaxopt_lab.core.checks import POSITIVE, Wanted, check_choice, check_number
+from jaxopt_lab.core.numerics import exponent_of, times_power_of_2
 from jaxopt_lab.core.precision import PrecisionName, matmul
 
+_INVERSE_OF_INTEGER = Wanted(
+    'the inverse of an integer (1/2, 1/4, 1/6, ...), unless method is "eigh"',
+    lambda x: math.isclose(1 / x, round(1 / x)),
+)
 # Ridge of the Newton iteration in units of round-off times the largest eigenvalue: an eigenvalue
 # below it is round-off, of the matrix or of the products, and may be negative, where the iteration
 # grows. Products of two bfloat16 pieces are eight times coarser.
@@ -61,7 +68,7 @@ def inverse_root(
     "A Schur-Newton method for the matrix pth root and its inverse", SIAM J. Matrix Anal. Appl. 28
     (2006), for the iteration.
     """
-    check_root(method, exponent)
+    check_root("exponent", exponent, method)
     eps = jnp.broadcast_to(jnp.asarray(eps, x.dtype), x.shape[:-2])
     if 0 in x.shape:
         return x
@@ -69,19 +76,12 @@ def inverse_root(
     return (root + root.mT) / 2
 
 
-def check_root(method: str, exponent: ArrayLike) -> None:
+def check_root(name: str, exponent: Any, method: str) -> None:
     """Raise `ValueError` for a method that does not exist or that cannot take this exponent."""
-    if method not in ROOT_METHODS:
-        raise ValueError(f"method is {method!r}; choose one of {', '.join(ROOT_METHODS)}")
-    if isinstance(exponent, int | float) and not 0 < exponent < math.inf:
-        raise ValueError(f"exponent is {exponent}; it must be a positive number")
-    if method == "newton" and not (
-        isinstance(exponent, int | float) and math.isclose(1 / exponent, round(1 / exponent))
-    ):
-        raise ValueError(
-            f"exponent is {exponent}; method 'newton' needs the inverse of an integer as a Python "
-            "number (1/2, 1/4, 1/6, ...); method 'eigh' takes any"
-        )
+    check_choice("method", method, ROOT_METHODS)
+    check_number(name, exponent, POSITIVE)
+    if method == "newton":
+        check_number(name, exponent, _INVERSE_OF_INTEGER)
 
 
 def _by_eigh(x: Array, exponent: ArrayLike, eps: Array, relative: bool, precision) -> Array:
@@ -102,9 +102,12 @@ def _by_eigh(x: Array, exponent: ArrayLike, eps: Array, relative: bool, precisio
 def _by_newton(x: Array, exponent, eps: Array, relative: bool, precision: PrecisionName) -> Array:
     q = round(1 / exponent)
     identity = jnp.eye(x.shape[-1], dtype=x.dtype)
-    scaled, scale = _unit_norm(x, 0 * eps if relative else eps)
+    # By powers of two, because the reciprocal of a large norm would vanish.
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1))
+    size = exponent_of(largest if relative else jnp.maximum(largest, eps))
+    scaled = times_power_of_2(x, -size[..., None, None])
     lower, upper = _largest_eigenvalue(scaled, precision)
-    ridge = eps * lower if relative else eps / scale
+    ridge = eps * lower if relative else times_power_of_2(eps, -size)
     coarse = precision in ("default", "bf16_x3") and x.dtype == jnp.float32
     floor = _COARSE_FLOOR if coarse else _NEWTON_FLOOR
     ridge = jnp.maximum(ridge, floor * jnp.finfo(x.dtype).eps * lower)
@@ -115,19 +118,8 @@ def _by_newton(x: Array, exponent, eps: Array, relative: bool, precision: Precis
         ..., None, None
     ]
     root = _coupled_newton(m, ridge / bound, q, precision)
-    root = root * ((bound * scale) ** (-1 / q))[..., None, None]
+    root = root * (bound ** (-1 / q) * jnp.exp2(size.astype(x.dtype) / -q))[..., None, None]
     return jnp.where(zero[..., None, None], 0, root)
-
-
-def _unit_norm(x: Array, least: Array) -> tuple[Array, Array]:
-    """X / scale and scale, the Frobenius norm or `least`, whichever is larger; 1 for zero."""
-    # In two steps: the squares of an entry of 1e-30 vanish in float32.
-    peak = jnp.max(jnp.abs(x), axis=(-2, -1))
-    peak = jnp.where(peak > 0, peak, 1)
-    norm = jnp.linalg.norm(x / peak[..., None, None], axis=(-2, -1)) * peak
-    scale = jnp.maximum(norm, least)
-    scale = jnp.where(scale > 0, scale, 1)
-    return x / scale[..., None, None], scale
 
 
 def _largest_eigenvalue(x: Array, precision: PrecisionName) -> tuple[Array, Array]:

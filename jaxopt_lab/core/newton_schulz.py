@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxopt_lab.core.numerics import frobenius_unit, wide_dtype
+from jaxopt_lab.core.numerics import frobenius_unit, narrowed, wide_dtype, widened
 
 
 class Coefficients(NamedTuple):
@@ -101,8 +101,8 @@ def newton_schulz(
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     wide = wide_dtype(jnp.zeros((), dtype))
-    y = frobenius_unit(x.astype(dtype).astype(wide), (-2, -1), factor=table.norm_factor, eps=eps)
-    y = y.astype(dtype)
+    x = widened(narrowed(x, dtype))
+    y = frobenius_unit(x, (-2, -1), factor=table.norm_factor, eps=eps).astype(dtype)
     for a, b, c in polynomials:
         gram = _matmul(y, y.mT)
         square = _matmul(gram, gram)

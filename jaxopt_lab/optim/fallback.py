@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
+from jaxopt_lab.core.checks import NOT_NEGATIVE, check_decays, check_dtype, check_number
 from jaxopt_lab.core.numerics import Scalar, one_minus_power, safe_divide, wide_dtype, widened
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.nonfinite import finite_entries, guarded
 from jaxopt_lab.optim.options import AdamW, Routing
-from jaxopt_lab.optim.rates import check_decays, decayed_weights, scaled_rate
+from jaxopt_lab.optim.rates import decayed_weights, scaled_rate
 from jaxopt_lab.optim.routing import (
     FALLBACK_LABEL,
     MatrixAxesSpec,
@@ -20,6 +22,7 @@ from jaxopt_lab.optim.routing import (
 )
 
 
+@explains_keywords(eps_root="eps=..., which stands outside of the root")
 def scale_by_adamw_fallback(
     *,
     b1: Scalar = 0.8,
@@ -68,6 +71,8 @@ def adam_direction(
     `skip_first_step`: leave out the first gradient altogether, as SOAP does.
     """
     check_decays(b1=b1, b2=b2)
+    check_number("eps", eps, NOT_NEGATIVE)
+    check_dtype("mu_dtype", mu_dtype)
     skipped = 1 if skip_first_step else 0
 
     def init(params: optax.Params) -> optax.ScaleByAdamState:

@@ -1,10 +1,11 @@
 """DyKAF as its released code runs it, and with single quirks of that."""
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import optax
 
+from jaxopt_lab.core.checks import check_choice
 from jaxopt_lab.core.kronecker import StartScale
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.keywords import explains_keywords
@@ -163,12 +164,8 @@ def with_quirks(
     Raises:
       ValueError: A choice is unknown.
     """
-    for name, value, choices in (
-        ("kron_init_scale", kron_init_scale, ("sigma", "sqrt_sigma")),
-        ("one_sided", one_sided, ("ema", "code")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+    check_choice("kron_init_scale", kron_init_scale, get_args(StartScale))
+    check_choice("one_sided", one_sided, ("ema", "code"))
     rule = method.rule
     assert isinstance(rule, KroneckerFactors)
     if one_sided == "code":

@@ -11,6 +11,7 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxopt_lab.core.checks import check_choice, check_rates
 from jaxopt_lab.core.newton_schulz import COEFFICIENTS
 from jaxopt_lab.core.numerics import Scalar, frobenius_unit
 from jaxopt_lab.optim.keywords import explains_keywords
@@ -30,7 +31,7 @@ from jaxopt_lab.optim.lion_muon.transform import (
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import AdamW, MeshWork, NewtonSchulz, Routing
-from jaxopt_lab.optim.rates import check_rates, decayed_weights, scaled_rate
+from jaxopt_lab.optim.rates import decayed_weights, scaled_rate
 from jaxopt_lab.optim.routing import MatrixAxesSpec
 from jaxopt_lab.optim.sign import Norm, normalized_direction
 
@@ -47,9 +48,6 @@ CHEAP_MODES = ("sign", "norm", "cheap_ns", "cached")
 @explains_keywords(
     cheap_learning_rate="sign_learning_rate=...",
     cheap_ns_steps="released_muon(cheap_ns_steps=...)",
-    b1="momentum=...",
-    beta="momentum=...",
-    decay="momentum=...",
 )
 def legacy_sign_muon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
@@ -96,6 +94,7 @@ def legacy_sign_muon(
 
     Source: Bolatov et al., arXiv 2605.19811, released class `SignMuon`.
     """
+    check_rates(learning_rate=learning_rate)
     if sign_learning_rate is None:
         quarter = 0.25 if cheap_mode in ("sign", "norm") else 1.0
         sign_learning_rate = scaled_rate(learning_rate, quarter)
@@ -181,12 +180,8 @@ def released_muon(
 def _cheap_branch(
     mode: str, sign_scaling: str, few_steps: Branch, newton_schulz: NewtonSchulz
 ) -> Branch:
-    for name, value, known in (
-        ("cheap_mode", mode, CHEAP_MODES),
-        ("sign_scaling", sign_scaling, SIGN_SCALES),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+    check_choice("cheap_mode", mode, CHEAP_MODES)
+    check_choice("sign_scaling", sign_scaling, SIGN_SCALES)
     if mode == "sign":
         return signs(newton_schulz)._replace(scale=SIGN_SCALES[sign_scaling])
     if mode == "cheap_ns":

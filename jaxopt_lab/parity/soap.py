@@ -8,6 +8,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from jaxopt_lab.core.checks import check_rates
 from jaxopt_lab.core.modes import merged_shape
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.kronecker.soap import soap_method
@@ -16,7 +17,7 @@ from jaxopt_lab.optim.kronecker.tensors import tensor_direction
 from jaxopt_lab.optim.kronecker.transform import MODES_LABEL, eigenbasis_direction
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import Eigenbasis, MeshWork, Routing
-from jaxopt_lab.optim.rates import check_rates, decayed_weights
+from jaxopt_lab.optim.rates import decayed_weights
 from jaxopt_lab.optim.routing import MatrixAxesSpec, checks_leaves, route
 
 

@@ -29,11 +29,12 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
+from jaxopt_lab.core.checks import check_choice
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.schedules.adaptive_warmup import warmup_by
 from jaxopt_lab.schedules.gap_rate import Curvature
 from jaxopt_lab.schedules.peak_gap import CANDIDATES, MARGIN, searched_if
-from jaxopt_lab.schedules.warmup_checks import check_number, decay_factory
+from jaxopt_lab.schedules.warmup_checks import decay_factory
 from jaxopt_lab.schedules.warmup_phases import SIGMA, DecayFactory, WarmupPhases
 
 Objective = Literal[
@@ -47,7 +48,6 @@ Objective = Literal[
 ]
 TargetShape = Literal["linear", "cos"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
-TARGET_SHAPES: tuple[TargetShape, ...] = get_args(TargetShape)
 
 _Function: TypeAlias = Callable[[float], float]
 
@@ -95,8 +95,7 @@ def official_warmup(
       ValueError: As for `adaptive_warmup`; an objective or a target is unknown; or
         `use_current_loss`, where the first loss sets the first rate, meets `official_first_step`.
     """
-    check_objective(objective, target)
-    check_number("sigma", sigma, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
+    _check_objective(objective, target)
     if use_current_loss and official_first_step:
         raise ValueError(
             "official_first_step and use_current_loss are both True; with use_current_loss the "
@@ -123,16 +122,9 @@ def official_warmup(
     return warmup_by(phases, **options)
 
 
-def check_objective(objective: str, target: str) -> None:
-    """Check two names.
-
-    Raises:
-      ValueError: One is unknown.
-    """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective is {objective!r}; choose one of {', '.join(OBJECTIVES)}")
-    if target not in TARGET_SHAPES:
-        raise ValueError(f"target is {target!r}; choose one of {', '.join(TARGET_SHAPES)}")
+def _check_objective(objective: str, target: str) -> None:
+    check_choice("objective", objective, OBJECTIVES)
+    check_choice("target", target, get_args(TargetShape))
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "target"))
@@ -200,7 +192,7 @@ def quadrature_peak_gap(
     Raises:
       ValueError: The objective or the target is unknown.
     """
-    check_objective(objective, target)
+    _check_objective(objective, target)
     candidates = np.linspace(MARGIN, initial_gap - MARGIN, CANDIDATES).tolist()
     scores = [
         _score(d, initial_gap, kappa_sigma, div_factor, peak_lr, objective, target)

@@ -135,9 +135,9 @@ def test_newton_treats_what_round_off_hides_as_one_size(precision, floor):
 @pytest.mark.parametrize(
     ("method", "exponent", "message"),
     [
-        ("qr", 0.25, "method is 'qr'; choose one of eigh, newton"),
-        ("eigh", -0.5, "exponent is -0.5; it must be a positive number"),
-        ("newton", 0.4, "exponent is 0.4; method 'newton' needs the inverse of an integer"),
+        ("qr", 0.25, "method: got 'qr', wanted one of eigh, newton"),
+        ("eigh", -0.5, "exponent: got -0.5, wanted a finite number > 0"),
+        ("newton", 0.4, "exponent: got 0.4, wanted the inverse of an integer"),
     ],
 )
 def test_bad_input(method, exponent, message):

@@ -46,7 +46,7 @@ def call(factory, **options):
 
 @pytest.mark.parametrize(("factory", "name", "value"), OUT_OF_RANGE)
 def test_numbers_out_of_range(factory, name, value):
-    with pytest.raises(ValueError, match=f"^{name} is {value!r}; it must be"):
+    with pytest.raises(ValueError, match=f"^{name}: got {value!r}, wanted"):
         call(factory, **{name: value})
 
 
@@ -54,17 +54,17 @@ def test_numbers_out_of_range(factory, name, value):
 def test_rates_that_are_no_rates(value):
     named = [*((factory, "learning_rate") for factory in READY), *RATES]
     for factory, name in named:
-        with pytest.raises(ValueError, match=f"^{name} is {value}; it must be a finite number"):
+        with pytest.raises(ValueError, match=f"^{name}: got {value}, wanted a finite number"):
             call(factory, **{name: value})
 
 
 def test_unknown_choices_are_told_the_known_ones():
-    with pytest.raises(ValueError, match="^spectral_scale is 'other'; choose one of .*, "):
+    with pytest.raises(ValueError, match="^spectral_scale: got 'other', wanted one of .*, "):
         jol.scale_by_lion_muon(spectral_scale="other")
     for name in ("cheap_mode", "sign_scaling"):
-        with pytest.raises(ValueError, match=f"^{name} is 'other'; choose one of .*, "):
+        with pytest.raises(ValueError, match=f"^{name}: got 'other', wanted one of .*, "):
             jol.legacy_sign_muon(**{name: "other"})
-    with pytest.raises(ValueError, match="norm is 'other'; choose"):
+    with pytest.raises(ValueError, match="norm: got 'other', wanted one of"):
         jol.scale_by_normalized_heavy_ball(norm="other")
 
 

@@ -363,11 +363,11 @@ def test_boxed_parameters_of_linen():
 
 
 BAD = [
-    ("b1", 1.0, r"b1 is 1.0; it must be in \[0, 1\)"),
-    ("b2", 1.5, r"b2 is 1.5; it must be in \[0, 1\]"),
-    ("eps", -1e-3, "eps is -0.001; it must be a finite number of at least 0"),
+    ("b1", 1.0, r"b1: got 1.0, wanted a number in \[0, 1\)"),
+    ("b2", 1.5, r"b2: got 1.5, wanted a number in \[0, 1\]"),
+    ("eps", -1e-3, "eps: got -0.001, wanted a finite number >= 0"),
     *(
-        ("precondition_frequency", f, f"precondition_frequency is {f}; it must be an integer")
+        ("precondition_frequency", f, f"precondition_frequency: got {f}, wanted an integer")
         for f in (0, -1, 2.5, float("inf"))
     ),
 ]
@@ -429,7 +429,7 @@ def test_bad_input_of_the_ready_optimizer():
         jol.shampoo(-1.0)
     with pytest.raises(ValueError, match="weight_decay is -0.1"):
         jol.shampoo(1e-3, weight_decay=-0.1)
-    with pytest.raises(ValueError, match="InverseRoot.stagger .* it must be a Python integer"):
+    with pytest.raises(ValueError, match="wanted a Python integer, because InverseRoot.stagger"):
         jol.scale_by_shampoo(
             precondition_frequency=jnp.asarray(3), inverse_root=InverseRoot(stagger=True)
         )

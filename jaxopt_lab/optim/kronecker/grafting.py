@@ -62,7 +62,8 @@ def graft_direction(
     if not keeps_squares(graft):
         return average, nu
     if graft.kind == "adagrad":
-        new = nu + jnp.square(g)
+        # A sum that would overflow stays at the largest number.
+        new = jnp.minimum(nu + jnp.square(g), jnp.finfo(nu.dtype).max)
     else:
         new = b2 * nu + (1 - b2) * jnp.square(g)
     second = new / one_minus_power(b2, steps) if graft.kind == "adam" else new
