@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import optax
 
+from jaxopt_lab.core.checks import check_choice
 from jaxopt_lab.core.kronecker import INTEGRATORS
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.keywords import explains_keywords
@@ -174,9 +175,7 @@ def dykaf_method(
     mesh: MeshWork,
 ) -> EigenbasisAdam:
     """The step of DyKAF; arguments are those of `scale_by_dykaf`."""
-    if integrator not in INTEGRATORS:
-        known = ", ".join(INTEGRATORS)
-        raise ValueError(f"integrator is {integrator!r}; choose one of {known}")
+    check_choice("integrator", integrator, INTEGRATORS)
     method = soap_method(b1, b2, factor_decay, eps, precondition_frequency, eigenbasis, mesh)
     single = method.rule
     assert isinstance(single, GramFactors)

@@ -1,6 +1,5 @@
 """The Optax transformations around `EigenbasisAdam`: state, layouts, routing of a model."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +9,15 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from jaxopt_lab.core.numerics import Scalar, wide_dtype, widened
+from jaxopt_lab.core.checks import (
+    COUNT,
+    DECAY_OR_SUM,
+    NOT_NEGATIVE,
+    check_decays,
+    check_number,
+    check_rates,
+)
+from jaxopt_lab.core.numerics import wide_dtype, widened
 from jaxopt_lab.core.stacks import LeafLayout
 from jaxopt_lab.core.whole_matrices import known_sharding
 from jaxopt_lab.optim.fallback import with_fallback
@@ -20,7 +27,7 @@ from jaxopt_lab.optim.kronecker.tensors import tensor_direction
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import AdamW, Eigenbasis, MeshWork, Routing
-from jaxopt_lab.optim.rates import check_rates, decayed_weights
+from jaxopt_lab.optim.rates import decayed_weights
 from jaxopt_lab.optim.routing import FALLBACK_LABEL, MatrixAxesSpec, Route, route
 
 # The group of tensors that get one factor an axis.
@@ -242,23 +249,11 @@ def _labels(
 
 
 def check_numbers(method: EigenbasisAdam) -> None:
-    """Raise `ValueError` for a number out of range; names the argument.
-
-    Numbers that are arrays come from `optax.inject_hyperparams` and are not looked at.
-    """
-
-    def require(name: str, value: Scalar, holds: Callable[[Any], bool], wanted: str) -> None:
-        if isinstance(value, int | float) and not holds(value):
-            raise ValueError(f"{name} is {value}; it must be {wanted}")
-
-    require("b1", method.b1, lambda x: 0 <= x < 1, "in [0, 1)")
-    require("b2", method.b2, lambda x: 0 <= x < 1, "in [0, 1)")
-    require("factor_decay", method.rule.decay, lambda x: 0 <= x <= 1, "in [0, 1], or None for b2")
-    require("eps", method.eps, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
-    require(
-        "precondition_frequency", method.frequency,
-        lambda x: 1 <= x < math.inf and float(x).is_integer(), "an integer of at least 1",
-    )  # fmt: skip
+    """Raise `ValueError` for a number out of range; names the argument."""
+    check_decays(b1=method.b1, b2=method.b2)
+    check_number("factor_decay", method.rule.decay, DECAY_OR_SUM)
+    check_number("eps", method.eps, NOT_NEGATIVE)
+    check_number("precondition_frequency", method.frequency, COUNT)
     if method.stagger and not isinstance(method.frequency, int):
         raise ValueError(
             "stagger divides stacks into precondition_frequency shares, so that must be a plain "

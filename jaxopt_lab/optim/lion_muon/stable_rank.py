@@ -8,8 +8,10 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from jaxopt_lab.core.checks import POSITIVE, check_dtype, check_number, check_rates
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.core.spectral import stable_rank
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.lion_muon.transform import (
     Average,
     Branch,
@@ -25,7 +27,7 @@ from jaxopt_lab.optim.lion_muon.transform import (
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves, zeros_of_matrices
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import MeshWork, NewtonSchulz, Routing
-from jaxopt_lab.optim.rates import check_rates, decayed_weights
+from jaxopt_lab.optim.rates import decayed_weights
 from jaxopt_lab.optim.routing import MatrixAxesSpec
 
 
@@ -37,6 +39,7 @@ class StableRankState(NamedTuple):
     key_data: Array  # uint32: of the key from which start vectors are drawn
 
 
+@explains_keywords(period="threshold=..., which decides", stable_rank_threshold="threshold=...")
 def scale_by_stable_rank(
     threshold: Scalar,
     *,
@@ -104,8 +107,8 @@ def deciding_direction(
     measures_momentum: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """As `alternating_direction`; `measures_momentum`: decides by that instead of the direction."""
-    if isinstance(threshold, int | float) and not threshold > 0:
-        raise ValueError(f"stable_rank_threshold is {threshold}; it must be positive")
+    check_number("stable_rank_threshold", threshold, POSITIVE)
+    check_dtype("mu_dtype", mu_dtype)
     key = jax.random.key(0) if key is None else key
     implementation = jax.random.key_impl(key)
 

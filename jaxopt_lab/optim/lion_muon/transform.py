@@ -12,12 +12,19 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
 from jaxopt_lab.core import newton_schulz as iteration
-from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.core.checks import (
+    COUNT,
+    Wanted,
+    check_choice,
+    check_decays,
+    check_dtype,
+    check_number,
+)
+from jaxopt_lab.core.numerics import Scalar, narrowed
 from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves, zeros_of_matrices
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import MeshWork, NewtonSchulz
-from jaxopt_lab.optim.rates import check_decays
 from jaxopt_lab.optim.routing import MatrixAxesSpec
 
 # The typical root mean square of an AdamW update. Singular values of 1 alone give an m x n matrix
@@ -51,6 +58,10 @@ class Branch(NamedTuple):
     whole: bool = True  # works on whole matrices, or entry by entry
 
 
+_PERIOD = Wanted(
+    "an integer >= 1, or math.inf for no spectral step at all",
+    lambda x: x == math.inf or COUNT.holds(x),
+)
 _RATES = (
     "no such argument: rates follow the direction, optax.scale_by_learning_rate(branch_rate(...))"
 )
@@ -136,9 +147,7 @@ def averaged(b1: Scalar, b2: Scalar) -> Average:
 
 def orthogonalized(newton_schulz: NewtonSchulz, spectral_scale: str) -> Branch:
     """The spectral branch."""
-    if spectral_scale not in SPECTRAL_SCALES:
-        known = ", ".join(SPECTRAL_SCALES)
-        raise ValueError(f"spectral_scale is {spectral_scale!r}; choose one of {known}")
+    check_choice("spectral_scale", spectral_scale, SPECTRAL_SCALES)
     polar = functools.partial(
         iteration.newton_schulz,
         steps=newton_schulz.steps,
@@ -164,7 +173,8 @@ def alternating_direction(
     mesh: MeshWork,
 ) -> optax.GradientTransformationExtraArgs:
     """One branch at every `period`-th step, the other at all others; NaN where it is refused."""
-    _check_period(period)
+    check_number("period", period, _PERIOD)
+    check_dtype("mu_dtype", mu_dtype)
 
     def init(params: optax.Params) -> LionMuonState:
         return initial_state(params, mu_dtype, matrix_axes)
@@ -183,7 +193,7 @@ def alternating_direction(
                 d, new = advance(average, gradients, momenta, axes_of)
                 if branch.whole:
                     # Cast first: what crosses the mesh is then the small dtype, both ways.
-                    small = [x.astype(branch.dtype or x.dtype) for x in d]
+                    small = [narrowed(x, branch.dtype or x.dtype) for x in d]
                     options = {"replicated_work": mesh.replicated_work, "transposable": True}
                     (u,) = leaves.map_whole(lambda x: (branch.apply(x),), (small,), **options)
                     refused = leaves.refused(u)
@@ -279,17 +289,6 @@ def is_spectral_step(count: Array, period: Scalar) -> Array | bool:
         return count % min(int(period), 2**31 - 1) == 0
     # count % inf is count: step 0 must not look due.
     return (count % period == 0) & jnp.isfinite(period)
-
-
-def _check_period(period: Scalar) -> None:
-    # Only Python numbers can be looked at: `optax.inject_hyperparams` passes tracers.
-    if isinstance(period, int | float) and not (
-        period == math.inf or (period >= 1 and period == int(period))
-    ):
-        raise ValueError(
-            f"period is {period!r}; it must be an integer of at least 1, or math.inf for no "
-            "spectral step at all"
-        )
 
 
 def branch_rate(
