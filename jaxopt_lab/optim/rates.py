@@ -1,5 +1,6 @@
 """Learning rates and weight decay: numbers or schedules."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,19 +28,28 @@ def decayed_weights(
     """`optax.add_decayed_weights`, with a mask from the arguments or from the routing.
 
     Raises:
-      ValueError: The decay is negative or no number, there are two masks, or `mask` is one bool;
-        at `init`, the mask has no bool for a leaf.
+      ValueError: The decay is negative or no number, or as for `matched_mask`.
     """
     check_rates(weight_decay=weight_decay)
+    return optax.add_decayed_weights(weight_decay, matched_mask(mask, routing))
+
+
+def matched_mask(mask: Any, routing: Routing) -> Callable[[optax.Params], Any] | None:
+    """The mask of the arguments or of the routing, as a function of the parameters.
+
+    It may be a prefix, or a tree with entries beneath what an outer mask hides.
+
+    Raises:
+      ValueError: There are two masks, or `mask` is one bool; at `init`, it has no bool for a leaf.
+    """
     check_mask("mask", mask)
     if mask is not None and routing.decay_mask is not None:
         raise ValueError("give either mask or Routing.decay_mask, not both")
     mask = routing.decay_mask if mask is None else mask
     if mask is None:
-        return optax.add_decayed_weights(weight_decay)
+        return None
 
     def matched(params: optax.Params) -> Any:
-        # A prefix, or a tree with entries beneath what an outer mask hides.
         entries = broadcast_prefix("mask", mask, params)
         leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
         for (path, _), entry in zip(leaves, entries, strict=True):
@@ -47,4 +57,4 @@ def decayed_weights(
                 raise ValueError(f"mask of leaf {keystr(path)}: got {entry!r}, wanted a bool")
         return treedef.unflatten(entries)
 
-    return optax.add_decayed_weights(weight_decay, matched)
+    return matched

@@ -17,7 +17,7 @@ from jaxopt_lab.optim.kronecker.tensors import tensor_direction
 from jaxopt_lab.optim.kronecker.transform import MODES_LABEL, eigenbasis_direction
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import Eigenbasis, MeshWork, Routing
-from jaxopt_lab.optim.rates import decayed_weights
+from jaxopt_lab.optim.rates import decayed_weights, matched_mask
 from jaxopt_lab.optim.routing import MatrixAxesSpec, checks_leaves, route
 
 
@@ -142,8 +142,9 @@ def decayed_after_step(
         return 1 - rate * decay
 
     shrunk: Any = optax.scale_by_schedule(kept)
-    if mask is not None:
-        shrunk = optax.masked(shrunk, mask)
+    matched = matched_mask(mask, Routing())
+    if matched is not None:
+        shrunk = optax.masked(shrunk, matched)
     return optax.chain(shrunk, decayed_weights(weight_decay, mask, Routing()))
 
 

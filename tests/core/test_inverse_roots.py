@@ -132,6 +132,17 @@ def test_newton_treats_what_round_off_hides_as_one_size(precision, floor):
     np.testing.assert_allclose(got, floored, rtol=0.02, atol=0.02 * np.abs(floored).max())
 
 
+@pytest.mark.parametrize("method", ["newton", "eigh"])
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("scale", [2.0**-120, 2.0**124])
+def test_factors_at_either_end_of_float32(method, relative, scale):
+    # The reciprocal of the larger one is denormal, and flushed to zero.
+    x = jnp.array([[1.0, 0.5], [0.5, 1.0]])
+    root = inverse_root(scale * x, 0.25, method=method, relative=relative)
+    exact = inverse_root(x, 0.25, method="eigh")
+    np.testing.assert_allclose(root * scale**0.25, exact, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("method", "exponent", "message"),
     [

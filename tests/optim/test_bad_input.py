@@ -96,11 +96,46 @@ def test_coefficients_under_the_wrong_name_are_told_the_right_one():
         (jol.legacy_sign_muon, "cheap_learning_rate", "sign_learning_rate="),
         (jol.signum, "init_buffer", "parity"),
         (jol.normalized_sgd, "b1", "momentum="),
+        (jol.muon, "beta1", "momentum="),
+        (jol.scale_by_adamw_fallback, "beta2", "b2="),
+        (jol.scale_by_adamw_fallback, "eps_root", "eps="),
+        (jol.scale_by_stable_rank, "ns_steps", "NewtonSchulz"),
+        (jol.scale_by_stable_rank, "period", "threshold="),
+        (jol.scale_by_stable_rank, "decay_mask", "mask="),
     ],
 )
 def test_other_names_of_an_option_are_told_where_it_is(factory, keyword, place):
     with pytest.raises(TypeError, match=f"no argument '{keyword}'; (write|there is no) .*{place}"):
         factory(**{keyword: None})
+
+
+@pytest.mark.parametrize("factory", (*READY, jol.soap, jol.dykaf, jol.shampoo, jol.dykaf_official))
+def test_masks_that_are_none_are_refused(factory):
+    for mask in (True, np.bool_(False), jnp.zeros((), bool), 1.0, "bias"):
+        with pytest.raises(ValueError, match=r"^mask: got .*routing=Routing\(decay_mask=\.\.\.\)"):
+            factory(1e-3, weight_decay=0.1, mask=mask)
+    params = {"w": jnp.ones((4, 6)), "b": jnp.ones(6)}
+    for mask, message in [
+        ({"w": True}, r"it has no entry for leaf \['b'\]"),
+        ({"w": True, "b": None}, r"it has no entry for leaf \['b'\]"),
+        ({"w": True, "b": False, "c": True}, r"there is no leaf for its entry \['c'\]"),
+        ({"w": {"kernel": True}, "b": False}, r"it has no entry for leaf \['w'\]"),
+        ({"w": True, "b": "no"}, r"mask of leaf \['b'\]: got 'no', wanted a bool"),
+        (lambda p: {"w": 1.0, "b": False}, r"mask of leaf \['w'\]: got 1.0, wanted a bool"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            factory(1e-3, weight_decay=0.1, mask=mask).init(params)
+    factory(1e-3, weight_decay=0.1, mask={"w": np.True_, "b": jnp.zeros((), bool)}).init(params)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int32", "half-ish"])
+def test_dtypes_of_momenta_are_checked(dtype):
+    with_dtype = [f for f in (*READY, jol.scale_by_lion_muon, stable_rank)
+                  if f not in (jol.signum, jol.normalized_sgd)]  # fmt: skip
+    for factory in (*with_dtype, jol.scale_by_adamw_fallback):
+        options = {"learning_rate": 1e-3} if factory in READY else {}
+        with pytest.raises(ValueError, match=f"^mu_dtype: got '{dtype}', wanted None or one of"):
+            factory(mu_dtype=dtype, **options)
 
 
 WHOLE_MODEL = (*READY, jol.soap, jol.dykaf, jol.shampoo)
@@ -124,6 +159,10 @@ def test_leaves_that_no_rule_fits_are_named(factory):
         ({"v": jax.nn.relu}, rf"\['v'\]: got .*, wanted arrays of floating.*{filters}"),
         ({"v": "adam"}, rf"\['v'\]: got str.*{filters}"),
         ({"v": 3}, rf"\['v'\]: got int.*{filters}"),
+        (
+            {"v": jnp.ones((4, 6), "float8_e5m2")},
+            r"\['v'\]: got dtype float8_e5m2, wanted .* 16 bi",
+        ),
         ({"v": jax.random.key(0)}, rf"\['v'\]: got dtype key.*{filters}"),
     ]
     for leaves, message in bad:
