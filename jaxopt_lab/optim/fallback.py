@@ -132,16 +132,16 @@ def with_fallback(
     Args:
       label: Name of the matrix group in the state and in `describe`.
       matrix_tx: The complete rule of the matrices, rate and decay included.
-      learning_rate: The rate of the method.
-      fallback: What AdamW does differently from the method; the next five arguments are what the
-        method says.
+      learning_rate: The rate of the method. Where `fallback` says None, AdamW takes this and what
+        follows.
+      fallback: What AdamW does differently from the method.
       b1: First-moment decay.
       b2: Second-moment decay.
       eps: Epsilon on the uncorrected root.
       weight_decay: Decoupled decay.
       mask: Which leaves decay.
-      matrix_axes: As in `route`.
-      routing: As in `route`, and the mask that stands in an object.
+      matrix_axes: As in `route`, and so is `routing`.
+      routing: Where the mask may stand as well.
       mu_dtype: Dtype of the first moment.
       skip_first_step: Take no step at the first gradient.
       labels: Which leaves go where, by name of the group; None: as `route` says.

@@ -206,7 +206,7 @@ def warn_unspecified(routes: Sequence[Route], shapes: Sequence[tuple[int, ...]])
 def checks_leaves(
     tx: optax.GradientTransformationExtraArgs, matrix_axes: MatrixAxesSpec, routing: Routing
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx` on `float_leaves`; its `init` warns of leaves left to AdamW for want of a layout.
+    """`tx`, whose `init` checks leaves and warns of those left to AdamW for want of a layout.
 
     Args:
       tx: A complete optimizer.
@@ -222,11 +222,7 @@ def checks_leaves(
             warn_unspecified(route(params, None, routing), shapes)
         return tx.init(params)
 
-    def update(updates, state, params=None, **extra_args):
-        params = None if params is None else float_leaves(params)
-        return tx.update(float_leaves(updates), state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, tx.update)
 
 
 def route_with_embeddings(params: optax.Params, matrix_axes: MatrixAxesSpec = None) -> list[Route]:

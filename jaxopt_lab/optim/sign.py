@@ -12,7 +12,6 @@ from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.nonfinite import finite_entries, guarded
 from jaxopt_lab.optim.options import Routing
 from jaxopt_lab.optim.rates import decayed_weights
-from jaxopt_lab.optim.routing import float_leaves
 
 Norm = Literal["sign", "frobenius"]
 
@@ -66,7 +65,6 @@ def normalized_direction(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        updates = float_leaves(updates)
         new: Any
         d, new = trace.update(jax.tree.map(widened, updates), state, params)
         leaves = map(jax.tree.leaves, (updates, d, new.trace, state.trace))
@@ -76,10 +74,7 @@ def normalized_direction(
         )
         return u, new._replace(trace=kept)
 
-    def init(params: optax.Params) -> Any:
-        return trace.init(float_leaves(params))
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(trace.init, update)
 
 
 @explains_keywords(**_KEYWORDS)

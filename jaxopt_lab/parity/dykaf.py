@@ -99,15 +99,12 @@ def dykaf(
     eps: Scalar = 1e-8,
     precondition_frequency: int = 10,
     integrator: Integrator = "ksl",
-    weight_decay: optax.ScalarOrSchedule = 0.01,
-    mask: Any = None,
-    matrix_axes: MatrixAxesSpec = None,
     eigenbasis: Eigenbasis = Eigenbasis(),
     mesh: MeshWork = MeshWork(),
     kron_init_scale: StartScale = "sigma",
     one_sided: Literal["ema", "code"] = "ema",
     rank1_eps_in_denominator: bool = True,
-    **quirks: Any,
+    **others: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """DyKAF in which every leaf has its factors, and decay comes after the step.
 
@@ -119,30 +116,18 @@ def dykaf(
       eps: Epsilon on the uncorrected root.
       precondition_frequency: Updates from one refresh to the next.
       integrator: "ksl" or "parallel".
-      weight_decay: Decay of all leaves.
-      mask: Which leaves decay.
-      matrix_axes: None: every leaf of two axes is a matrix, embeddings included.
       eigenbasis: How factors start, and how bases and moments are kept.
       mesh: Layouts of the parameters.
       kron_init_scale: "sigma" (exact) or "sqrt_sigma" (in other units).
       one_sided: As for `with_quirks`.
       rank1_eps_in_denominator: As for `with_quirks`.
-      **quirks: As for `jaxopt_lab.parity.soap.released`.
+      **others: As for `jaxopt_lab.parity.soap.released`.
     """
     method = dykaf_method(
         b1, b2, factor_decay, eps, precondition_frequency, integrator, eigenbasis, mesh
     )
-    return released(
-        "dykaf",
-        with_quirks(method, kron_init_scale, one_sided, rank1_eps_in_denominator),
-        learning_rate,
-        weight_decay=weight_decay,
-        mask=mask,
-        matrix_axes=matrix_axes,
-        eigenbasis=eigenbasis,
-        mesh=mesh,
-        **quirks,
-    )
+    method = with_quirks(method, kron_init_scale, one_sided, rank1_eps_in_denominator)
+    return released("dykaf", method, learning_rate, eigenbasis=eigenbasis, mesh=mesh, **others)
 
 
 def with_quirks(

@@ -32,10 +32,7 @@ from jaxtyping import Array
 from jaxopt_lab.core.checks import check_choice
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.schedules.adaptive_warmup import warmup_by
-from jaxopt_lab.schedules.gap_rate import Curvature
 from jaxopt_lab.schedules.peak_gap import CANDIDATES, MARGIN, searched_if
-from jaxopt_lab.schedules.warmup_checks import decay_factory
-from jaxopt_lab.schedules.warmup_phases import SIGMA, DecayFactory, WarmupPhases
 
 Objective = Literal[
     "linear_and_cos",
@@ -60,14 +57,7 @@ def official_warmup(
     *,
     objective: Objective = "linear_and_cos",
     target: TargetShape = "linear",
-    sigma: Scalar = SIGMA,
     official_first_step: bool = True,
-    use_current_loss: bool = False,
-    curvature: Curvature | None = None,
-    decay: Literal["cosine"] | DecayFactory = "cosine",
-    final_div_factor: Scalar = 1e4,
-    smoothing: Scalar = 0.0,
-    fallback_after: Scalar | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """`jaxopt_lab.adaptive_warmup` with the released search; defaults are those of the release.
@@ -81,45 +71,33 @@ def official_warmup(
       div_factor: The peak rate over the rate at the start.
       objective: What the search minimises, see above.
       target: Form of the target in the objectives with derivatives.
-      sigma: Width parameter of the weight.
       official_first_step: Take the first step at the peak rate.
-      use_current_loss: Let a loss set the rate of its own step instead of the next one's.
-      curvature: Coefficients by hand, in place of the search.
-      decay: "cosine" or a factory.
-      final_div_factor: The peak rate over the last one.
-      smoothing: Decay of an average of the losses.
-      fallback_after: None: the rate follows the loss to the end.
-      **options: `norm`, `matrix_axes`, `kappa` and `relative` of `adaptive_warmup`.
+      **options: As for `adaptive_warmup`, where `fallback_after` is None: the rate follows the loss
+        to the end. Two more are of the release: `sigma`, width parameter of the weight, and
+        `use_current_loss`, with which a loss sets the rate of its own step.
 
     Raises:
       ValueError: As for `adaptive_warmup`; an objective or a target is unknown; or
         `use_current_loss`, where the first loss sets the first rate, meets `official_first_step`.
     """
     _check_objective(objective, target)
-    if use_current_loss and official_first_step:
+    if options.get("use_current_loss") and official_first_step:
         raise ValueError(
             "official_first_step and use_current_loss are both True; with use_current_loss the "
             "first loss sets the rate of the first step"
         )
-    phases = WarmupPhases(
+    search = functools.partial(
+        _quadrature_where, peak_lr=peak_lr, objective=objective, target=target
+    )
+    return warmup_by(
         peak_lr=peak_lr,
         total_steps=total_steps,
         target_loss=target_loss,
         div_factor=div_factor,
-        delta_star_rule="exact",
-        curvature=curvature,
-        decay=decay_factory(decay),
-        final_div_factor=final_div_factor,
-        smoothing=smoothing,
-        fallback_after=fallback_after,
-        sigma=sigma,
-        search=functools.partial(
-            _quadrature_where, peak_lr=peak_lr, objective=objective, target=target
-        ),
+        search=search,
         first_step_at_peak=official_first_step,
-        use_current_loss=use_current_loss,
+        **options,
     )
-    return warmup_by(phases, **options)
 
 
 def _check_objective(objective: str, target: str) -> None:

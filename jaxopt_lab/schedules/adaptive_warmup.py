@@ -123,30 +123,35 @@ def adaptive_warmup(
     the loss is the mean of the whole step, not one replica's or the last microbatch's; coefficients
     by hand work, also with $\rho \ne 2$; a decay starts at the latest after half the run.
     """
-    phases = WarmupPhases(
+    return warmup_by(
+        norm=norm,
+        matrix_axes=matrix_axes,
+        kappa=kappa,
+        relative=relative,
         peak_lr=peak_lr,
         total_steps=total_steps,
         target_loss=target_loss,
         div_factor=div_factor,
         delta_star_rule=delta_star_rule,
         curvature=curvature,
-        decay=warmup_checks.decay_factory(decay),
+        decay=decay,
         final_div_factor=final_div_factor,
         smoothing=smoothing,
         fallback_after=fallback_after,
     )
-    return warmup_by(phases, norm=norm, matrix_axes=matrix_axes, kappa=kappa, relative=relative)
 
 
 def warmup_by(
-    phases: WarmupPhases,
     *,
     norm: DualNorms | Mapping[DualNorms, float] = "spectral",
     matrix_axes: MatrixAxesSpec = None,
     kappa: Scalar | None = None,
     relative: bool = False,
+    decay: Literal["cosine"] | DecayFactory = "cosine",
+    **rule: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """The transform of a rule; the other arguments are those of `adaptive_warmup`."""
+    """The transform of a rule, whose other parts are fields of `WarmupPhases`."""
+    phases = WarmupPhases(decay=warmup_checks.decay_factory(decay), **rule)
     warmup_checks.check_phases(phases)
     warmup_checks.check_kappa(norm, kappa)
 

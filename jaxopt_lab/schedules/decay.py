@@ -72,25 +72,13 @@ def warmup_stable_decay(
             f"warmup_steps: got {warmup_steps}, wanted at most {decay_start}, where the decay "
             f"starts (decay_fraction {decay_fraction} of {total_steps} steps)"
         )
-    shape = _SHAPES[decay_shape]
 
-    def after_warmup(count: jax.Array) -> jax.Array:
-        left = _clipped(total_steps - count, decay_steps)
-        return final_fraction + (1.0 - final_fraction) * shape(left)
-
-    def plateau(count: jax.Array) -> jax.Array:
-        return jnp.ones_like(_as_float(count))
-
-    return _with_warmup(peak, warmup_steps, after_warmup if decay_steps else plateau)
-
-
-def _with_warmup(
-    peak: float, warmup_steps: int, after_warmup: Callable[[jax.Array], jax.Array]
-) -> optax.Schedule:
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         count = jnp.asarray(count)
         rise = WARMUP_START + (1.0 - WARMUP_START) * _as_float(count) / max(warmup_steps, 1)
-        return peak * jnp.where(count < warmup_steps, rise, after_warmup(count))
+        left = jnp.clip(_as_float(total_steps - count) / max(decay_steps, 1), 0.0, 1.0)
+        fall = final_fraction + (1.0 - final_fraction) * _SHAPES[decay_shape](left)
+        return peak * jnp.where(count < warmup_steps, rise, fall if decay_steps else 1.0)
 
     return schedule
 
@@ -98,20 +86,12 @@ def _with_warmup(
 # The shapes as functions of the share of the decay that is left, r = 1 - x: the difference is taken
 # between integers, so the last steps keep their relative precision in float32. For the cosine,
 # sin²(pi r / 2) avoids the cancellation of (1 + cos(pi x)) / 2 there.
-def _half_cosine(left: jax.Array) -> jax.Array:
-    return jnp.sin(0.5 * jnp.pi * left) ** 2
-
-
 _SHAPES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "linear": lambda left: left,
     "sqrt": lambda left: 1.0 - jnp.sqrt(1.0 - left),
-    "cosine": _half_cosine,
+    "cosine": lambda left: jnp.sin(0.5 * jnp.pi * left) ** 2,
     "square": lambda left: left * (2.0 - left),
 }
-
-
-def _clipped(steps_left: jax.Array, decay_steps: int) -> jax.Array:
-    return jnp.clip(_as_float(steps_left) / decay_steps, 0.0, 1.0)
 
 
 def _as_float(x: jax.typing.ArrayLike) -> jax.Array:

@@ -193,7 +193,7 @@ def test_sigma_multiplies_kappa():
     [
         ({"objective": "linear_and_linaer"}, "objective: got 'linear_and_linaer', wanted one of"),
         ({"target": "cosine"}, "target: got 'cosine', wanted one of linear, cos"),
-        ({"sigma": -1.0}, "sigma is -1.0"),
+        ({"sigma": -1.0}, "sigma: got -1.0"),
         ({"decay": "line"}, "decay: got 'line', wanted 'cosine' or a function"),
         ({"kappa": 0.0}, "kappa: got 0.0"),
         ({"use_current_loss": True}, "official_first_step and use_current_loss are both True"),

@@ -323,5 +323,5 @@ def test_an_estimated_target_bears_bad_losses_and_hopeless_ones():
 
 
 def test_an_estimated_target_and_curvature_by_hand_exclude_each_other():
-    with pytest.raises(ValueError, match="target_loss is 'auto' and curvature"):
+    with pytest.raises(ValueError, match="target_loss: got 'auto' beside curvature"):
         adaptive_warmup(1.0, 50, "auto", curvature=Curvature(1.0, 0.0, 1.0))
