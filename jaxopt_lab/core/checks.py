@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -74,7 +75,7 @@ def check_decays(**decays: Any) -> None:
     """Check the decays of averages by name.
 
     Raises:
-      ValueError: One is outside of [0, 1).
+      ValueError: One is outside of [0, 1), or was rounded to 1.
 
     Warns:
       UserWarning: One has the dtype of half-precision parameters.
@@ -82,11 +83,13 @@ def check_decays(**decays: Any) -> None:
     for name, decay in decays.items():
         check_number(name, decay, DECAY)
         if isinstance(decay, jax.Array) and decay.dtype.itemsize < 4:
-            warnings.warn(
+            text = (
                 f"{name} is rounded to {decay.dtype}, in which 0.999 is 1 or nearly so; tell "
-                "optax.inject_hyperparams hyperparam_dtype=jnp.float32",
-                stacklevel=2,
+                "optax.inject_hyperparams hyperparam_dtype=jnp.float32"
             )
+            if not isinstance(decay, Tracer) and decay >= 1:
+                raise ValueError(text)
+            warnings.warn(text, stacklevel=2)
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str | None]) -> None:
@@ -98,6 +101,17 @@ def check_choice(name: str, value: Any, choices: Iterable[str | None]) -> None:
     choices = tuple(choices)
     if not (isinstance(value, str | None) and value in choices):
         raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(str, choices))}")
+
+
+def check_tree(name: str, value: Any, entries: str, remedy: str) -> None:
+    """Check what is a tree or a function of the parameters.
+
+    Raises:
+      ValueError: It is one word or number: what `optax.inject_hyperparams` makes of a function.
+    """
+    if isinstance(value, str | bool | int | float | np.generic | np.ndarray | jax.Array):
+        wanted = f"a tree of {entries} or a function of the parameters"
+        raise ValueError(f"{name}: got {value!r}, wanted {wanted}; {remedy}")
 
 
 def check_dtype(name: str, dtype: Any) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
@@ -25,6 +24,7 @@ from jaxopt_lab.core.checks import (
     check_dtype,
     check_number,
     check_rates,
+    check_tree,
     plain_number,
 )
 from jaxopt_lab.core.inverse_roots import check_root
@@ -37,14 +37,12 @@ OnUncovered = Literal["adamw", "error", "modes"]
 SecondMoment = Literal["full", "factored", "rank_one"]
 
 
-def check_mask(name: str, mask: Any) -> None:
-    """Raise `ValueError` for one bool or number instead of a tree or a function."""
-    if isinstance(mask, str | bool | int | float | np.generic | np.ndarray | jax.Array):
-        raise ValueError(
-            f"{name}: got {mask!r}, wanted a tree of bools or a function of the parameters; under "
-            "optax.inject_hyperparams, which takes functions for schedules, give the function as "
-            "routing=Routing(decay_mask=...)"
-        )
+# What a mask is, and where a function goes.
+MASK = (
+    "bools",
+    "under optax.inject_hyperparams, which takes functions for schedules, give the function as "
+    "routing=Routing(decay_mask=...)",
+)
 
 
 class _Options:
@@ -100,7 +98,7 @@ class Routing(_Options):
 
     def _check(self) -> None:
         self._check_numbers(COUNT, "vocabulary_size")
-        check_mask("Routing.decay_mask", self.decay_mask)
+        check_tree("Routing.decay_mask", self.decay_mask, *MASK)
 
 
 @dataclass(frozen=True, eq=False)

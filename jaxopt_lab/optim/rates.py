@@ -7,9 +7,9 @@ import jax
 import optax
 from jax.tree_util import keystr
 
-from jaxopt_lab.core.checks import check_rates
+from jaxopt_lab.core.checks import check_rates, check_tree
 from jaxopt_lab.core.numerics import Scalar
-from jaxopt_lab.optim.options import Routing, check_mask
+from jaxopt_lab.optim.options import MASK, Routing
 from jaxopt_lab.optim.routing import broadcast_prefix
 
 
@@ -42,7 +42,7 @@ def matched_mask(mask: Any, routing: Routing) -> Callable[[optax.Params], Any] |
     Raises:
       ValueError: There are two masks, or `mask` is one bool; at `init`, it has no bool for a leaf.
     """
-    check_mask("mask", mask)
+    check_tree("mask", mask, *MASK)
     if mask is not None and routing.decay_mask is not None:
         raise ValueError("give either mask or Routing.decay_mask, not both")
     mask = routing.decay_mask if mask is None else mask

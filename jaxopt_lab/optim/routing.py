@@ -17,6 +17,7 @@ import optax
 from jax.tree_util import KeyPath, keystr, tree_leaves_with_path
 from optax.contrib import MuonDimensionNumbers
 
+from jaxopt_lab.core.checks import check_tree
 from jaxopt_lab.core.matrices import MatrixAxes, MatrixLayout, resolve_layout
 from jaxopt_lab.optim.options import Routing
 from jaxopt_lab.optim.roles import module_names, names_a_table, role_by_name
@@ -178,12 +179,13 @@ def route(
 
 def check_matrix_axes(matrix_axes: MatrixAxesSpec) -> None:
     """Raise `ValueError` for a number: what `optax.inject_hyperparams` makes of a function."""
-    if isinstance(matrix_axes, bool | int | float | np.ndarray | np.generic | jax.Array):
-        raise ValueError(
-            f"matrix_axes: got {matrix_axes}, wanted a tree of MuonDimensionNumbers and None or a "
-            "function of the parameters; optax.inject_hyperparams takes a function for a schedule "
-            'unless told static_args=("matrix_axes",), so say that or give the tree'
-        )
+    check_tree(
+        "matrix_axes",
+        matrix_axes,
+        "MuonDimensionNumbers and None",
+        "optax.inject_hyperparams takes a function for a schedule unless told "
+        'static_args=("matrix_axes",), so say that or give the tree',
+    )
 
 
 def warn_unspecified(routes: Sequence[Route], shapes: Sequence[tuple[int, ...]]) -> None:

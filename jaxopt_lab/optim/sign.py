@@ -150,6 +150,7 @@ def _ready(
     norm: Norm, learning_rate: Any, momentum: Scalar, nesterov: bool, weight_decay: Any, mask: Any
 ) -> optax.GradientTransformationExtraArgs:
     check_rates(learning_rate=learning_rate)
+    check_decays(momentum=momentum)
     return guarded(
         normalized_direction(norm, optax.trace(momentum, nesterov)),
         decayed_weights(weight_decay, mask, Routing()),

@@ -58,6 +58,8 @@ def test_of_arrays_of_jax_only_the_shape_is_known():
 def test_a_decay_of_few_bits_is_no_secret():
     checks.check_decays(b2=jnp.float32(0.999))
     with pytest.warns(UserWarning, match="b2 is rounded to bfloat16.*hyperparam_dtype=jnp.float32"):
+        checks.check_decays(b2=jnp.bfloat16(0.99))
+    with pytest.raises(ValueError, match="b2 is rounded to bfloat16.*hyperparam_dtype=jnp.float32"):
         checks.check_decays(b2=jnp.bfloat16(0.999))
 
 

@@ -21,6 +21,8 @@ OUT_OF_RANGE = [
     (jol.sign_muon, "period", 0),
     (jol.legacy_sign_muon, "period", 0),
     (jol.scale_by_lion_muon, "period", 0),
+    *((factory, "momentum", 1.0) for factory in (jol.signum, jol.normalized_sgd, jol.muon)),
+    *((factory, "b1", -0.1) for factory in (jol.lion_muon, jol.sign_muon, jol.soap, jol.shampoo)),
     *((jol.lion_muon, "stable_rank_threshold", value) for value in (0, -0.1, NAN)),
     *((stable_rank, name, NAN) for name in ("spectral_rate", "sign_rate")),
 ]

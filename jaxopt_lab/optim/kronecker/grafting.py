@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxopt_lab.core.numerics import Scalar, frobenius_norm, one_minus_power, safe_divide
+from jaxopt_lab.core.numerics import Scalar, frobenius_norm, one_minus_power, safe_divide, widened
 from jaxopt_lab.optim.options import Graft
 
 
@@ -18,7 +18,7 @@ def graft_decay(graft: Graft, b2: Scalar) -> Scalar:
         return graft.b2
     if isinstance(b2, int | float):
         return 0.999 if b2 == 1 else b2
-    return jnp.where(b2 == 1, 0.999, b2)
+    return jnp.where(b2 == 1, 0.999, widened(b2))  # which is 1 in bfloat16
 
 
 def average_gradient(
