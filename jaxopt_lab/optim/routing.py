@@ -17,7 +17,7 @@ import optax
 from jax.tree_util import KeyPath, keystr, tree_leaves_with_path
 from optax.contrib import MuonDimensionNumbers
 
-from jaxopt_lab.core.checks import check_tree
+from jaxopt_lab.core.checks import DTYPES, check_tree
 from jaxopt_lab.core.matrices import MatrixAxes, MatrixLayout, resolve_layout
 from jaxopt_lab.optim.options import Routing
 from jaxopt_lab.optim.roles import module_names, names_a_table, role_by_name
@@ -48,13 +48,16 @@ def float_leaves(params: optax.Params) -> optax.Params:
         if isinstance(x, float | np.ndarray | np.generic):
             x = jnp.asarray(x, jnp.result_type(x) if hasattr(x, "dtype") else float)
         dtype = getattr(x, "dtype", None)
-        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1:
+        floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+        if floating and dtype.itemsize > 1:
             return x
-        if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+        if floating:
+            wanted = f"one of {', '.join(DTYPES)}"
+        elif dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
             wanted = "real numbers: keep real and imaginary part as two leaves"
         else:
             wanted = (
-                "arrays of floating-point numbers of 16 bits or more: leave other leaves out, with "
+                "arrays of floating-point numbers: leave other leaves out, with "
                 "eqx.filter(model, eqx.is_inexact_array) or nnx.state(model, nnx.Param), say"
             )
         got = type(x).__name__ if dtype is None else f"dtype {dtype}"

@@ -9,7 +9,7 @@ import optax
 from jaxopt_lab.core.dual_norms import DualNorms
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.keywords import explains_keywords
-from jaxopt_lab.optim.routing import MatrixAxesSpec
+from jaxopt_lab.optim.routing import MatrixAxesSpec, float_leaves
 from jaxopt_lab.schedules import warmup_checks
 from jaxopt_lab.schedules.gap_rate import Curvature, warmup_kappa
 from jaxopt_lab.schedules.warmup_phases import (
@@ -163,13 +163,13 @@ def warmup_by(
         return warmup_checks.positive_kappa(warmup_kappa(tree, norm, matrix_axes))
 
     def init(params: optax.Params) -> AdaptiveWarmupState:
-        kappa_of(params)
+        kappa_of(float_leaves(params))
         return phases.start()
 
     def update(updates, state, params=None, *, value=None, **extra_args):
-        del extra_args
-        loss = warmup_checks.scalar_loss(value)
-        new = phases.step(state, loss, kappa_of(updates if params is None else params))
+        del params, extra_args
+        loss, updates = warmup_checks.scalar_loss(value), float_leaves(updates)
+        new = phases.step(state, loss, kappa_of(updates))
         rate = new.rate if phases.use_current_loss else state.rate
         scale = rate / phases.peak_lr if relative else -rate
         # The product is rounded once, to the dtype of the update.
