@@ -73,14 +73,6 @@ def largest_dual(rows: int, columns: int, pair: DualNorms) -> int:
     return pair_of(pair).largest_dual(rows, columns)
 
 
-def _largest_entry(x: Array) -> Array:
-    return jnp.max(jnp.abs(x), axis=(-2, -1), initial=0)
-
-
-def _sum_of_entries(x: Array) -> Array:
-    return jnp.sum(jnp.abs(x), axis=(-2, -1))
-
-
 def _frobenius(x: Array) -> Array:
     return frobenius_norm(x, (-2, -1))[..., 0, 0]
 
@@ -93,7 +85,11 @@ class _Pair(NamedTuple):
 
 _PAIRS: dict[str, _Pair] = {
     "spectral": _Pair(spectral_norm, nuclear_norm, min),
-    "sign": _Pair(_largest_entry, _sum_of_entries, lambda rows, columns: rows * columns),
+    "sign": _Pair(
+        lambda x: jnp.max(jnp.abs(x), axis=(-2, -1), initial=0),
+        lambda x: jnp.sum(jnp.abs(x), axis=(-2, -1)),
+        lambda rows, columns: rows * columns,
+    ),
     "frobenius": _Pair(_frobenius, _frobenius, lambda rows, columns: 1),
 }
 

@@ -123,14 +123,13 @@ def _by_newton(x: Array, exponent, eps: Array, relative: bool, precision: Precis
 
 
 def _largest_eigenvalue(x: Array, precision: PrecisionName) -> tuple[Array, Array]:
-    """A lower and an upper bound of the largest eigenvalue, from traces of powers.
+    """A lower and an upper bound of the largest eigenvalue of X with entries up to 2, from traces.
 
     The upper one is at most n^(1/16) too large; the lower one is exact when the large eigenvalues
     are alike or far apart, and a few per cent too small in between.
     """
-    peak = jnp.max(jnp.abs(x), axis=(-2, -1))
-    unit = jnp.where(peak > 0, peak * x.shape[-1], 1)  # the powers of what is left do not overflow
-    x2 = _square(x / unit[..., None, None], precision)
+    unit = 2 * x.shape[-1]  # the powers of what is left do not overflow
+    x2 = _square(x / unit, precision)
     x4 = _square(x2, precision)
     # Powers up to 8 of norms between 1/n and 1 stay within float32 up to n of about 10^4.
     norm4 = jnp.linalg.norm(x4, axis=(-2, -1))

@@ -129,23 +129,9 @@ def with_fallback(
 ) -> optax.GradientTransformationExtraArgs:
     """Matrices to `matrix_tx`, all other leaves to AdamW.
 
-    Args:
-      label: Name of the matrix group in the state and in `describe`.
-      matrix_tx: The complete rule of the matrices, rate and decay included.
-      learning_rate: The rate of the method. Where `fallback` says None, AdamW takes this and what
-        follows.
-      fallback: What AdamW does differently from the method.
-      b1: First-moment decay.
-      b2: Second-moment decay.
-      eps: Epsilon on the uncorrected root.
-      weight_decay: Decoupled decay.
-      mask: Which leaves decay.
-      matrix_axes: As in `route`, and so is `routing`.
-      routing: Where the mask may stand as well.
-      mu_dtype: Dtype of the first moment.
-      skip_first_step: Take no step at the first gradient.
-      labels: Which leaves go where, by name of the group; None: as `route` says.
-      **others: Further groups, by name.
+    `matrix_tx` is the complete rule of the group `label`, rate and decay included; `others` are
+    further groups, and `labels` says which leaves go where (None: as `route` does). Where
+    `fallback` says None, AdamW has the numbers given here, which are those of the method.
     """
 
     def given(value: Any, of_method: Any) -> Any:

@@ -211,13 +211,7 @@ def warn_unspecified(routes: Sequence[Route], shapes: Sequence[tuple[int, ...]])
 def checks_leaves(
     tx: optax.GradientTransformationExtraArgs, matrix_axes: MatrixAxesSpec, routing: Routing
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx`, whose `init` checks leaves and warns of those left to AdamW for want of a layout.
-
-    Args:
-      tx: A complete optimizer.
-      matrix_axes: As in `route`; a number is refused at once.
-      routing: As in `route`.
-    """
+    """`tx`, whose `init` checks leaves and warns of those left to AdamW for want of a layout."""
     check_matrix_axes(matrix_axes)
 
     def init(params: optax.Params) -> optax.OptState:
@@ -285,13 +279,7 @@ def require_matrices(params: optax.Params, matrix_axes: MatrixAxesSpec) -> list[
 def partition_labels(
     label: str, matrix_axes: MatrixAxesSpec, routing: Routing
 ) -> Callable[[optax.Params], Any]:
-    """A label function for `optax.partition`: `label` for matrices, "adamw" for the rest.
-
-    Args:
-      label: The label of the matrices.
-      matrix_axes: As in `route`.
-      routing: As in `route`.
-    """
+    """A label function for `optax.partition`: `label` for matrices, "adamw" for the rest."""
 
     def labels(params: optax.Params) -> Any:
         names = [

@@ -215,11 +215,10 @@ class _Target(NamedTuple):
         )
 
     def slope(self, x: float) -> float:
-        length = self.high - self.low
-        if self.shape == "linear":
-            return (self.b - self.a) / length
-        z = (x - self.low) / length
-        return (self.b - self.a) * math.pi * math.sin(math.pi * z) / 2 / length
+        length, form = self.high - self.low, 1.0
+        if self.shape == "cos":
+            form = math.pi * math.sin(math.pi * (x - self.low) / length) / 2
+        return (self.b - self.a) * form / length
 
     def bend(self, x: float) -> float:
         if self.shape == "linear":

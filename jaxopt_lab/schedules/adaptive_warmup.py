@@ -160,7 +160,13 @@ def warmup_by(
             return kappa
         if not phases.searches:
             return 0.0
-        return warmup_checks.positive_kappa(warmup_kappa(tree, norm, matrix_axes))
+        found = warmup_kappa(tree, norm, matrix_axes)
+        if found <= 0:
+            raise ValueError(
+                "adaptive_warmup found no matrix among the parameters, so its norm has no kappa; "
+                "say in matrix_axes which axes form matrices, or give kappa"
+            )
+        return found
 
     def init(params: optax.Params) -> AdaptiveWarmupState:
         kappa_of(float_leaves(params))

@@ -31,11 +31,7 @@ _TARGET = Wanted("a finite number, or 'auto'", math.isfinite)
 
 
 def check_phases(p: WarmupPhases) -> None:
-    """Check all numbers and names of a rule.
-
-    Raises:
-      ValueError: One is out of range or unknown.
-    """
+    """Raise `ValueError` for a number or a name of a rule that is out of range or unknown."""
     check_number("peak_lr", p.peak_lr, POSITIVE)
     check_number("total_steps", p.total_steps, COUNT)
     if p.target_loss != "auto":
@@ -65,30 +61,12 @@ def check_phases(p: WarmupPhases) -> None:
 
 
 def check_kappa(norm: Any, kappa: Scalar | None) -> None:
-    """Check the norm, and a kappa that is given.
-
-    Raises:
-      ValueError: A norm is unknown, or a number is out of range.
-    """
+    """Raise `ValueError` for an unknown norm, or a weight or kappa out of range."""
     for pair, weight in norm.items() if isinstance(norm, Mapping) else [(norm, 1.0)]:
         check_choice("norm", pair, DUAL_NORMS)
         check_number(f"norm[{pair!r}]", weight, NOT_NEGATIVE)
     if kappa is not None:
         check_number("kappa", kappa, POSITIVE)
-
-
-def positive_kappa(kappa: float) -> float:
-    """The argument, if there was any matrix to measure.
-
-    Raises:
-      ValueError: There was none.
-    """
-    if kappa > 0:
-        return kappa
-    raise ValueError(
-        "adaptive_warmup found no matrix among the parameters, so its norm has no kappa; say in "
-        "matrix_axes which axes form matrices, or give kappa"
-    )
 
 
 def decay_factory(decay: DecayFactory | str) -> DecayFactory:
@@ -119,11 +97,7 @@ def decay_factory(decay: DecayFactory | str) -> DecayFactory:
 
 
 def scalar_loss(value: Any) -> Array:
-    """The loss of a step as an array.
-
-    Raises:
-      ValueError: It is missing or not a scalar.
-    """
+    """The loss of a step as an array; raises `ValueError` if it is missing or not a scalar."""
     if value is None:
         raise ValueError(
             "adaptive_warmup needs the loss of this step as the argument value; call "
