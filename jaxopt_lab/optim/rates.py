@@ -31,7 +31,10 @@ def decayed_weights(
       ValueError: The decay is negative or no number, or as for `matched_mask`.
     """
     check_rates(weight_decay=weight_decay)
-    return optax.add_decayed_weights(weight_decay, matched_mask(mask, routing))
+    matched = matched_mask(mask, routing)
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return optax.identity()  # which needs no parameters
+    return optax.add_decayed_weights(weight_decay, matched)
 
 
 def matched_mask(mask: Any, routing: Routing) -> Callable[[optax.Params], Any] | None:

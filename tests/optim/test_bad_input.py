@@ -21,6 +21,8 @@ OUT_OF_RANGE = [
     (jol.sign_muon, "period", 0),
     (jol.legacy_sign_muon, "period", 0),
     (jol.scale_by_lion_muon, "period", 0),
+    (functools.partial(jol.branch_rate, spectral_rate=1.0, sign_rate=1.0), "period", 0),
+    (functools.partial(jol.branch_rate, 2, 1.0), "sign_rate", NAN),
     *((factory, "momentum", 1.0) for factory in (jol.signum, jol.normalized_sgd, jol.muon)),
     *((factory, "b1", -0.1) for factory in (jol.lion_muon, jol.sign_muon, jol.soap, jol.shampoo)),
     *((jol.lion_muon, "stable_rank_threshold", value) for value in (0, -0.1, NAN)),
@@ -42,7 +44,7 @@ READY = (
 
 
 def call(factory, **options):
-    needs_rate = factory not in (jol.scale_by_lion_muon, stable_rank)
+    needs_rate = factory in (*READY, jol.soap, jol.shampoo)
     return factory(**({"learning_rate": 1e-3} if needs_rate else {}) | options)
 
 
@@ -172,6 +174,16 @@ def test_leaves_that_no_rule_fits_are_named(factory):
             tx.init(good | leaves)
     with pytest.raises(TypeError, match=r"leaf \.activation: got"):
         tx.init(eqx.nn.MLP(4, 3, 6, 2, key=jax.random.key(0)))
+
+
+@pytest.mark.parametrize("factory", [f for f in WHOLE_MODEL if f is not jol.legacy_sign_muon])
+def test_parameters_are_needed_where_weights_decay_alone(factory):
+    g = {"w": jnp.ones((4, 6)), "b": jnp.ones(6)}
+    tx = factory(1e-3, weight_decay=0.0)
+    jax.eval_shape(tx.update, g, tx.init(g))
+    tx = factory(1e-3, weight_decay=0.1)
+    with pytest.raises(ValueError, match="not passing `params`"):
+        jax.eval_shape(tx.update, g, tx.init(g))
 
 
 @pytest.mark.parametrize("factory", WHOLE_MODEL)

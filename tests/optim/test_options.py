@@ -6,6 +6,7 @@ import typing
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax.contrib import MuonDimensionNumbers
 
 import jaxopt_lab as jol
 
@@ -83,6 +84,14 @@ def test_numbers_of_numpy_are_those_of_python():
         assert not any(isinstance(value, np.generic) for value in values)
     assert jol.InverseRoot(exponent={1: np.float32(0.5)}).of_order(1) == 0.5
     assert jol.InverseRoot(exponent=0.4, method="eigh").of_order(2) == 0.4
+
+
+def test_an_integer_of_numpy_decides_shapes():
+    eigenbasis, root = jol.Eigenbasis(stagger=True), jol.InverseRoot(stagger=True)
+    jol.soap(1e-3, precondition_frequency=np.int64(2), eigenbasis=eigenbasis)
+    jol.shampoo(1e-3, precondition_frequency=np.int64(2), inverse_root=root)
+    axes = MuonDimensionNumbers(np.int64(0), np.int64(1))
+    jol.lion_muon(1e-3, matrix_axes=axes).init({"w": jnp.ones((4, 6))})
 
 
 def test_an_option_object_of_another_class_is_refused_by_name():
