@@ -7,7 +7,7 @@ ints each), such as `optax.contrib.MuonDimensionNumbers`.
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
@@ -48,12 +48,12 @@ def resolve_layout(shape: Sequence[int], layout: MatrixLayout) -> MatrixAxes:
     """
     ndim = len(shape)
 
-    def normalise(axes: Sequence[int] | int) -> tuple[int, ...]:
-        axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    def normalise(axes: Any) -> tuple[int, ...]:  # integers of NumPy as well
+        axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)
         for axis in axes:
             if not -ndim <= axis < ndim:
                 raise ValueError(f"axis {axis} of {layout} is outside a leaf of shape {shape}")
-        return tuple(axis % ndim for axis in axes)
+        return tuple(int(axis) % ndim for axis in axes)
 
     reduction, output = normalise(layout.reduction_axis), normalise(layout.output_axis)
     used = reduction + output

@@ -19,6 +19,7 @@ from jaxopt_lab.core.checks import (
     check_decays,
     check_dtype,
     check_number,
+    check_rates,
 )
 from jaxopt_lab.core.numerics import Scalar, narrowed
 from jaxopt_lab.optim.keywords import explains_keywords
@@ -305,7 +306,12 @@ def branch_rate(
       period: As for `scale_by_lion_muon`.
       spectral_rate: Of the spectral steps, a number or a schedule.
       sign_rate: Of the other steps.
+
+    Raises:
+      ValueError: The period is no integer of at least 1, or a rate is NaN or negative.
     """
+    check_number("period", period, _PERIOD)
+    check_rates(spectral_rate=spectral_rate, sign_rate=sign_rate)
 
     def rate(count: ArrayLike) -> Array:
         rates = [r(count) if callable(r) else r for r in (spectral_rate, sign_rate)]
