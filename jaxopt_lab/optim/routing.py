@@ -49,7 +49,7 @@ def float_leaves(params: optax.Params) -> optax.Params:
             x = jnp.asarray(x, jnp.result_type(x) if hasattr(x, "dtype") else float)
         dtype = getattr(x, "dtype", None)
         floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
-        if floating and dtype.itemsize > 1:
+        if floating and x.dtype.itemsize > 1:
             return x
         if floating:
             wanted = f"one of {', '.join(DTYPES)}"
