@@ -221,7 +221,11 @@ def checks_leaves(
             warn_unspecified(route(params, None, routing), shapes)
         return tx.init(params)
 
-    return optax.GradientTransformationExtraArgs(init, tx.update)
+    def update(updates, state, params=None, **extra_args):
+        params = None if params is None else float_leaves(params)
+        return tx.update(float_leaves(updates), state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def route_with_embeddings(params: optax.Params, matrix_axes: MatrixAxesSpec = None) -> list[Route]:

@@ -382,12 +382,12 @@ def test_bad_input(name, value, message):
 @pytest.mark.parametrize(
     ("option", "field", "value", "wanted"),
     [
-        (InverseRoot, "exponent", 0.4, 'inverses of integers, unless method="eigh"'),
+        (InverseRoot, "exponent", 0.4, "the inverse of an integer"),
         (InverseRoot, "exponent", {7: 0.5}, "orders from 1 to 4"),
-        (InverseRoot, "exponent", -0.5, "Python numbers > 0"),
-        (InverseRoot, "exponent", {2: "half"}, "Python numbers > 0"),
+        (InverseRoot, "exponent", -0.5, "a finite number > 0"),
+        (InverseRoot, "exponent", {2: "half"}, "a finite number > 0"),
         (InverseRoot, "method", "qr", "one of newton, eigh"),
-        (InverseRoot, "max_precond_dim", 8.5, "an integer >= 1"),
+        (InverseRoot, "max_precond_dim", 8.5, "an integer"),
         (InverseRoot, "precision", "fp8", "one of "),
         (Graft, "kind", "other", "one of adam, rmsprop, adagrad, sgd, None"),
         (Graft, "b2", 1.0, r"a number in \[0, 1\)"),
@@ -425,9 +425,9 @@ def test_old_keywords_say_where_they_went(keyword, answer):
 
 
 def test_bad_input_of_the_ready_optimizer():
-    with pytest.raises(ValueError, match="learning_rate is -1"):
+    with pytest.raises(ValueError, match="learning_rate: got -1"):
         jol.shampoo(-1.0)
-    with pytest.raises(ValueError, match="weight_decay is -0.1"):
+    with pytest.raises(ValueError, match="weight_decay: got -0.1"):
         jol.shampoo(1e-3, weight_decay=-0.1)
     with pytest.raises(ValueError, match="wanted a Python integer, because InverseRoot.stagger"):
         jol.scale_by_shampoo(
