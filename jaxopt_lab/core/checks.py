@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+NO_TREE = str, bool, int, float, np.generic, np.ndarray, jax.Array
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -109,7 +110,7 @@ def check_tree(name: str, value: Any, entries: str, remedy: str) -> None:
     Raises:
       ValueError: It is one word or number: what `optax.inject_hyperparams` makes of a function.
     """
-    if isinstance(value, str | bool | int | float | np.generic | np.ndarray | jax.Array):
+    if isinstance(value, NO_TREE):
         wanted = f"a tree of {entries} or a function of the parameters"
         raise ValueError(f"{name}: got {value!r}, wanted {wanted}; {remedy}")
 

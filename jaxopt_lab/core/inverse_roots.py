@@ -10,14 +10,8 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from jaxopt_lab.core.checks import POSITIVE, Wanted, check_choice, check_number
-from jaxopt_lab.core.numerics import exponent_of, times_power_of_2
 from jaxopt_lab.core.precision import PrecisionName, matmul
 
-_INVERSE_OF_INTEGER = Wanted(
-    'the inverse of an integer (1/2, 1/4, 1/6, ...), unless method is "eigh"',
-    lambda x: math.isclose(1 / x, round(1 / x)),
-)
 # Ridge of the Newton iteration in units of round-off times the largest eigenvalue: an eigenvalue
 # below it is round-off, of the matrix or of the products, and may be negative, where the iteration
 # grows. Products of two bfloat16 pieces are eight times coarser.
@@ -78,10 +72,18 @@ def inverse_root(
 
 def check_root(name: str, exponent: Any, method: str) -> None:
     """Raise `ValueError` for a method that does not exist or that cannot take this exponent."""
-    check_choice("method", method, ROOT_METHODS)
-    check_number(name, exponent, POSITIVE)
-    if method == "newton":
-        check_number(name, exponent, _INVERSE_OF_INTEGER)
+    if method not in ROOT_METHODS:
+        raise ValueError(f"method: got {method!r}, wanted one of {', '.join(ROOT_METHODS)}")
+    # Of an array, which may be a tracer, nothing is known.
+    number = math.nan if isinstance(exponent, bool | str) else exponent
+    known = isinstance(number, int | float)
+    if not isinstance(number, jax.Array) and not (known and 0 < number < math.inf):
+        raise ValueError(f"{name}: got {exponent!r}, wanted a finite number > 0")
+    if method == "newton" and not (known and math.isclose(1 / number, round(1 / number))):
+        raise ValueError(
+            f"{name}: got {exponent!r}, wanted the inverse of an integer as a Python number (1/2, "
+            '1/4, 1/6, ...), unless method is "eigh"'
+        )
 
 
 def _by_eigh(x: Array, exponent: ArrayLike, eps: Array, relative: bool, precision) -> Array:
@@ -102,12 +104,16 @@ def _by_eigh(x: Array, exponent: ArrayLike, eps: Array, relative: bool, precisio
 def _by_newton(x: Array, exponent, eps: Array, relative: bool, precision: PrecisionName) -> Array:
     q = round(1 / exponent)
     identity = jnp.eye(x.shape[-1], dtype=x.dtype)
-    # By powers of two, because the reciprocal of a large norm would vanish.
     largest = jnp.max(jnp.abs(x), axis=(-2, -1))
-    size = exponent_of(largest if relative else jnp.maximum(largest, eps))
-    scaled = times_power_of_2(x, -size[..., None, None])
+    largest = largest if relative else jnp.maximum(largest, eps)
+    usable = (largest > 0) & jnp.isfinite(largest)
+    # The power of two that brings the largest entry to [2, 4): it and its inverse are normal
+    # numbers, where the inverse of the norm itself might vanish.
+    power = jnp.frexp(jnp.where(usable, largest, 1))[1] - 2
+    inverse = jnp.ldexp(jnp.ones_like(largest), -power)
+    scaled = x * inverse[..., None, None]
     lower, upper = _largest_eigenvalue(scaled, precision)
-    ridge = eps * lower if relative else times_power_of_2(eps, -size)
+    ridge = eps * lower if relative else eps * inverse
     coarse = precision in ("default", "bf16_x3") and x.dtype == jnp.float32
     floor = _COARSE_FLOOR if coarse else _NEWTON_FLOOR
     ridge = jnp.maximum(ridge, floor * jnp.finfo(x.dtype).eps * lower)
@@ -118,17 +124,17 @@ def _by_newton(x: Array, exponent, eps: Array, relative: bool, precision: Precis
         ..., None, None
     ]
     root = _coupled_newton(m, ridge / bound, q, precision)
-    root = root * (bound ** (-1 / q) * jnp.exp2(size.astype(x.dtype) / -q))[..., None, None]
+    root = root * (bound ** (-1 / q) * jnp.exp2(power.astype(x.dtype) / -q))[..., None, None]
     return jnp.where(zero[..., None, None], 0, root)
 
 
 def _largest_eigenvalue(x: Array, precision: PrecisionName) -> tuple[Array, Array]:
-    """A lower and an upper bound of the largest eigenvalue of X with entries up to 2, from traces.
+    """A lower and an upper bound of the largest eigenvalue of X with entries up to 4, from traces.
 
     The upper one is at most n^(1/16) too large; the lower one is exact when the large eigenvalues
     are alike or far apart, and a few per cent too small in between.
     """
-    unit = 2 * x.shape[-1]  # the powers of what is left do not overflow
+    unit = 4 * x.shape[-1]  # the powers of what is left do not overflow
     x2 = _square(x / unit, precision)
     x4 = _square(x2, precision)
     # Powers up to 8 of norms between 1/n and 1 stay within float32 up to n of about 10^4.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxopt_lab.core.numerics import frobenius_unit, narrowed, wide_dtype, widened
+from jaxopt_lab.core.numerics import frobenius_unit, wide_dtype
 
 
 class Coefficients(NamedTuple):
@@ -101,7 +101,9 @@ def newton_schulz(
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     wide = wide_dtype(jnp.zeros((), dtype))
-    x = widened(narrowed(x, dtype))
+    # What float16 does not hold is rounded after the division alone.
+    x = x if dtype == jnp.float16 else x.astype(dtype)
+    x = x.astype(jnp.promote_types(x.dtype, wide))
     y = frobenius_unit(x, (-2, -1), factor=table.norm_factor, eps=eps).astype(dtype)
     for a, b, c in polynomials:
         gram = _matmul(y, y.mT)

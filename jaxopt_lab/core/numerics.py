@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
 Scalar = int | float | jax.Array
@@ -23,12 +22,6 @@ def widened(x: Array) -> Array:
     return x.astype(wide_dtype(x))
 
 
-def narrowed(x: Array, dtype: DTypeLike) -> Array:
-    """`x` in a dtype whose range holds that of `x`; else as it is: float16 ends at 65504."""
-    fits = jnp.finfo(dtype).maxexp >= jnp.finfo(x.dtype).maxexp
-    return x.astype(dtype) if fits else x
-
-
 def safe_divide(x: Array, y: Array) -> Array:
     """`x / y`, and 0 where `y` is 0."""
     nonzero = y != 0
@@ -40,28 +33,19 @@ def frobenius_norm(x: Array, axes: Sequence[int] | int | None = None) -> Array:
     return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
 
 
-def exponent_of(largest: Array) -> Array:
-    """The power of two that is at most `largest`; 0 for what is zero or not finite."""
-    usable = (largest > 0) & jnp.isfinite(largest)
-    return jnp.where(usable, jnp.frexp(jnp.where(usable, largest, 1))[1] - 1, 0)
-
-
-def times_power_of_2(x: Array, exponent: Array) -> Array:
-    """`x * 2**exponent`, which rounds nothing."""
-    # In two halves: the power itself may overflow where x is subnormal.
-    half, one = exponent // 2, jnp.ones(exponent.shape, x.dtype)
-    return x * jnp.ldexp(one, half) * jnp.ldexp(one, exponent - half)
-
-
 def scale_to_unit(x: Array, axes: Sequence[int] | int) -> Array:
     """`x` times a power of two that brings its largest entry along `axes` to [1, 2).
 
-    Squares of the result neither overflow nor vanish. Zeros and what is not finite stay as they
-    are.
+    Squares of the result neither overflow nor vanish, and multiplying by a power of two rounds
+    nothing. Zeros and what is not finite stay as they are.
     """
     # The power is piecewise constant: no derivative passes through it.
     largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0))
-    return times_power_of_2(x, -exponent_of(largest))
+    usable = (largest > 0) & jnp.isfinite(largest)
+    exponent = jnp.where(usable, jnp.frexp(jnp.where(usable, largest, 1))[1] - 1, 0)
+    # In two halves: 2**-exponent itself may overflow where x is subnormal.
+    half, one = exponent // 2, jnp.ones_like(largest)
+    return x * jnp.ldexp(one, -half) * jnp.ldexp(one, half - exponent)
 
 
 def frobenius_unit(

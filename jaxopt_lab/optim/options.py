@@ -237,7 +237,7 @@ class InverseRoot(_Options):
             raise ValueError(f"InverseRoot.exponent: got {given!r}, wanted orders from 1 to 4")
         for value in given.values():
             if value is not None:
-                check_root("InverseRoot.exponent", value, self.method)
+                check_root("InverseRoot.exponent", plain_number(value), self.method)
 
     def of_order(self, order: int) -> float:
         """The exponent for blocks of an order."""

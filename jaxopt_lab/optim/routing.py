@@ -17,7 +17,7 @@ import optax
 from jax.tree_util import KeyPath, keystr, tree_leaves_with_path
 from optax.contrib import MuonDimensionNumbers
 
-from jaxopt_lab.core.checks import DTYPES, check_tree
+from jaxopt_lab.core.checks import DTYPES, NO_TREE, check_tree
 from jaxopt_lab.core.matrices import MatrixAxes, MatrixLayout, resolve_layout
 from jaxopt_lab.optim.options import Routing
 from jaxopt_lab.optim.roles import module_names, names_a_table, role_by_name
@@ -182,13 +182,14 @@ def route(
 
 def check_matrix_axes(matrix_axes: MatrixAxesSpec) -> None:
     """Raise `ValueError` for a number: what `optax.inject_hyperparams` makes of a function."""
-    check_tree(
-        "matrix_axes",
-        matrix_axes,
-        "MuonDimensionNumbers and None",
-        "optax.inject_hyperparams takes a function for a schedule unless told "
-        'static_args=("matrix_axes",), so say that or give the tree',
-    )
+    if isinstance(matrix_axes, NO_TREE):
+        check_tree(
+            "matrix_axes",
+            matrix_axes,
+            "MuonDimensionNumbers and None",
+            "optax.inject_hyperparams takes a function for a schedule unless told "
+            'static_args=("matrix_axes",), so say that or give the tree',
+        )
 
 
 def warn_unspecified(routes: Sequence[Route], shapes: Sequence[tuple[int, ...]]) -> None:

@@ -58,7 +58,7 @@ def test_a_wrong_word_is_told_the_right_ones(kind, name):
         (jol.Eigenbasis, {"stagger": 1}, "stagger: got 1, wanted True or False"),
         (jol.InverseRoot, {"exponent": 0}, "exponent: got 0, wanted a finite number > 0"),
         (jol.InverseRoot, {"exponent": 0.4}, "exponent: got 0.4, wanted the inverse of an int"),
-        (jol.InverseRoot, {"exponent": {2: "x"}}, "exponent: got 'x', wanted a finite number"),
+        (jol.InverseRoot, {"exponent": {2: "x"}}, "exponent: got 'x', wanted a finite number > 0"),
         (jol.InverseRoot, {"exponent": {5: 0.1}}, "exponent: got .*, wanted orders from 1 to 4"),
         (jol.Graft, {"b2": 1.0}, "b2: got 1.0, wanted a number in"),
         (jol.MeshWork, {"param_shardings": {"w": None, "b": 3}}, "param_shardings: got 3, wanted"),

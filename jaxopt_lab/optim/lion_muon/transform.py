@@ -21,7 +21,7 @@ from jaxopt_lab.core.checks import (
     check_number,
     check_rates,
 )
-from jaxopt_lab.core.numerics import Scalar, narrowed
+from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves, zeros_of_matrices
 from jaxopt_lab.optim.nonfinite import guarded
@@ -156,7 +156,10 @@ def orthogonalized(newton_schulz: NewtonSchulz, spectral_scale: str) -> Branch:
         compute_dtype=newton_schulz.dtype,
         eps=newton_schulz.eps,
     )
-    return Branch(polar, SPECTRAL_SCALES[spectral_scale], newton_schulz.dtype)
+    # A matrix that float16 does not hold reaches the iteration in float32.
+    wide = newton_schulz.dtype is None or jnp.dtype(newton_schulz.dtype) == jnp.float16
+    dtype = None if wide else newton_schulz.dtype
+    return Branch(polar, SPECTRAL_SCALES[spectral_scale], dtype)
 
 
 def signs(newton_schulz: NewtonSchulz) -> Branch:
@@ -194,7 +197,7 @@ def alternating_direction(
                 d, new = advance(average, gradients, momenta, axes_of)
                 if branch.whole:
                     # Cast first: what crosses the mesh is then the small dtype, both ways.
-                    small = [narrowed(x, branch.dtype or x.dtype) for x in d]
+                    small = [x.astype(branch.dtype or x.dtype) for x in d]
                     options = {"replicated_work": mesh.replicated_work, "transposable": True}
                     (u,) = leaves.map_whole(lambda x: (branch.apply(x),), (small,), **options)
                     refused = leaves.refused(u)
