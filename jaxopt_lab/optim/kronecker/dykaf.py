@@ -9,9 +9,10 @@ from jaxopt_lab.core.kronecker import INTEGRATORS
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.kronecker.factors import GramFactors, KroneckerFactors
+from jaxopt_lab.optim.kronecker.model import eigenbasis_optimizer
 from jaxopt_lab.optim.kronecker.soap import MOVED, soap_method
 from jaxopt_lab.optim.kronecker.step import EigenbasisAdam
-from jaxopt_lab.optim.kronecker.transform import eigenbasis_direction, eigenbasis_optimizer
+from jaxopt_lab.optim.kronecker.transform import eigenbasis_direction
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import AdamW, Eigenbasis, MeshWork, Routing
 from jaxopt_lab.optim.routing import MatrixAxesSpec

@@ -1,7 +1,6 @@
 """How the Kronecker factors of a leaf start from its first gradient and follow the later ones."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -9,12 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxopt_lab.core.kronecker import INTEGRATORS, StartScale, nearest_kronecker
-from jaxopt_lab.core.modes import mode_gram
 from jaxopt_lab.core.numerics import Scalar, safe_divide
-from jaxopt_lab.core.ordering import serialize_after
-from jaxopt_lab.core.precision import ProductPrecision, gram
-from jaxopt_lab.core.spectral import complete_basis, eigenbasis, trace_in_range
-from jaxopt_lab.optim.kronecker.leaves import Sides
+from jaxopt_lab.core.precision import ProductPrecision, grams
+from jaxopt_lab.core.spectral import complete_basis, eigenbases, trace_in_range
+
+Sides = tuple[Array | None, ...]  # of a stack; None: that side has no factor
 
 # Frobenius norm of the start "eps" of the released code.
 _EPS_START = 1e-3
@@ -45,20 +43,12 @@ class FactorRule(Protocol):
         """Multiple of the identity that a factor is before the first gradient."""
         ...
 
-    def in_range(self, factors: Sides) -> Array:
-        """Whether nothing overflows that is formed of the factors, a matrix."""
+    def start(self, factors: Sides, grad: Array) -> tuple[Sides, Sides]:
+        """Factors before the first step, and bases after it, from the first gradient."""
         ...
 
-    def start(self, factors: Sides, grad: Array) -> Sides:
-        """Factors before the first step, from the first gradient."""
-        ...
-
-    def step(self, factors: Sides, grad: Array) -> Sides:
-        """Factors after one gradient."""
-        ...
-
-    def bases(self, factors: Sides, grad: Array) -> Sides:
-        """Eigenbases of the factors after the first step, from where they start."""
+    def step(self, factors: Sides, grad: Array) -> tuple[Sides, Array | None]:
+        """Factors after one gradient, and whether nothing formed of them overflows; None: yes."""
         ...
 
 
@@ -83,39 +73,22 @@ class GramFactors:
         """See `FactorRule`."""
         return self.identity / size**0.5
 
-    def in_range(self, factors: Sides) -> Array:
-        """See `FactorRule`."""
-        fits = jnp.array(True)
-        for factor in factors:
-            if factor is not None:
-                fits = fits & trace_in_range(factor)
-        return fits
-
-    def start(self, factors: Sides, grad: Array) -> Sides:
-        """See `FactorRule`."""
-        return factors
-
-    def step(self, factors: Sides, grad: Array) -> Sides:
-        """See `FactorRule`."""
-        weight = gradient_weight(self.decay)
-        return tuple(
-            None if x is None else self.decay * x + weight * self._gram(grad, k)
-            for k, x in enumerate(factors)
-        )
-
-    def bases(self, factors: Sides, grad: Array) -> Sides:
+    def start(self, factors: Sides, grad: Array) -> tuple[Sides, Sides]:
         """See `FactorRule`."""
         # The start is a multiple of the identity: one gradient decides about all eigenvectors.
-        bases: list[Array | None] = []
-        for k, factor in enumerate(factors):
-            seen = None if factor is None else serialize_after(self._gram(grad, k), *bases)
-            bases.append(None if seen is None else eigenbasis(seen))
-        return tuple(bases)
+        seen = grams(grad, [x is not None for x in factors], self.precision)
+        return factors, eigenbases(seen)
 
-    def _gram(self, grad: Array, side: int) -> Array:
-        if grad.ndim == 3:  # a stack of matrices
-            return gram(grad, self.precision, transpose=side == 1)
-        return jax.vmap(partial(mode_gram, axis=side))(grad)
+    def step(self, factors: Sides, grad: Array) -> tuple[Sides, Array | None]:
+        """See `FactorRule`."""
+        weight = gradient_weight(self.decay)
+        seen = grams(grad, [x is not None for x in factors], self.precision)
+        new = tuple(None if x is None else self.decay * x + weight * y
+                    for x, y in zip(factors, seen, strict=True))  # fmt: skip
+        if not self.may_overflow:
+            return new, None
+        fits = [trace_in_range(x) for x in new if x is not None]
+        return new, jnp.all(jnp.stack(fits), axis=0) if fits else None
 
 
 @jax.tree_util.register_dataclass
@@ -146,26 +119,22 @@ class KroneckerFactors:
             return self.single.initial(size, all_sides)
         return _EPS_START / size**0.5 if self.init == "eps" else 0.0
 
-    def in_range(self, factors: Sides) -> Array:
+    def start(self, factors: Sides, grad: Array) -> tuple[Sides, Sides]:
         """See `FactorRule`."""
-        rows, columns = factors
-        if rows is None or columns is None:
-            return self.single.in_range(factors)
-        return trace_in_range(rows, columns)
+        if self.init == "eps" or any(x is None for x in factors):
+            return self.single.start(factors, grad)
+        # The step after this start keeps its rank of one: a column is the eigenvector, and of the
+        # bases of the rest the one nearest to the identity is taken.
+        rows, columns = nearest_kronecker(grad, self.kron_init_scale)
+        bases = complete_basis(_leading_column(rows)), complete_basis(_leading_column(columns))
+        return (rows, columns), bases
 
-    def start(self, factors: Sides, grad: Array) -> Sides:
-        """See `FactorRule`."""
-        rows, columns = factors
-        if self.init == "eps" or rows is None or columns is None:
-            return factors
-        return nearest_kronecker(grad, self.kron_init_scale)
-
-    def step(self, factors: Sides, grad: Array) -> Sides:
+    def step(self, factors: Sides, grad: Array) -> tuple[Sides, Array | None]:
         """See `FactorRule`."""
         rows, columns = factors
         if rows is None or columns is None:
             return self.single.step(factors, grad)
-        return INTEGRATORS[self.integrator](
+        new = INTEGRATORS[self.integrator](
             rows,
             columns,
             grad,
@@ -174,15 +143,7 @@ class KroneckerFactors:
             precision=self.precision,
             balanced=True,
         )
-
-    def bases(self, factors: Sides, grad: Array) -> Sides:
-        """See `FactorRule`."""
-        rows, columns = factors
-        if self.init == "eps" or rows is None or columns is None:
-            return self.single.bases(factors, grad)
-        # The step after this start keeps its rank of one: a column is the eigenvector, and of the
-        # bases of the rest the one nearest to the identity is taken.
-        return complete_basis(_leading_column(rows)), complete_basis(_leading_column(columns))
+        return new, trace_in_range(*new) if self.may_overflow else None
 
 
 def gradient_weight(decay: Scalar) -> Scalar:
