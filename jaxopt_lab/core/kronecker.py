@@ -32,33 +32,18 @@ Lubich, "An unconventional robust integrator for dynamical low-rank approximatio
 """
 
 import math
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.core.precision import ProductPrecision, congruence
 from jaxopt_lab.core.spectral import leading_singular_triple
 
-Scalar = float | Array
 Integrator = Literal["ksl", "parallel"]
 StartScale = Literal["sigma", "sqrt_sigma"]
-
-
-class FactorStep(Protocol):
-    """One step of an integrator."""
-
-    def __call__(  # noqa: D102
-        self,
-        left: Float[Array, "*batch m m"],
-        right: Float[Array, "*batch n n"],
-        grad: Float[Array, "*batch m n"],
-        *,
-        decay: Scalar,
-        weight: Scalar,
-        precision: ProductPrecision = "highest",
-        balanced: bool = False,
-    ) -> tuple[Float[Array, "*batch m m"], Float[Array, "*batch n n"]]: ...
 
 
 def rearrange(fisher: Float[Array, "mn mn"], rows: int, columns: int) -> Float[Array, "mm nn"]:
@@ -76,24 +61,6 @@ def rearrange(fisher: Float[Array, "mn mn"], rows: int, columns: int) -> Float[A
     """
     blocks = fisher.reshape(rows, columns, rows, columns)
     return blocks.swapaxes(1, 2).reshape(rows * rows, columns * columns)
-
-
-def row_product(
-    grad: Float[Array, "*batch m n"],
-    x: Float[Array, "*batch n n"],
-    precision: ProductPrecision = "highest",
-) -> Float[Array, "*batch m m"]:
-    r"""$G X G^\top$: the rearranged $\operatorname{vec} G \operatorname{vec} G^\top$ times $X$."""
-    return congruence(grad, x, precision)
-
-
-def column_product(
-    grad: Float[Array, "*batch m n"],
-    y: Float[Array, "*batch m m"],
-    precision: ProductPrecision = "highest",
-) -> Float[Array, "*batch n n"]:
-    r"""$G^\top Y G$: the transposed rearrangement times $Y$."""
-    return congruence(grad, y, precision, transpose=True)
 
 
 def ksl_step(
@@ -137,7 +104,7 @@ def ksl_step(
     # Of x, so that norm and overlap are found in one reading of these matrices.
     overlap = _divide(_divide(_inner(x, left), u_size), step.left_size)
     u = _divide(x, u_size)
-    seen = column_product(step.grad_unit, u, precision)
+    seen = congruence(step.grad_unit, u, precision, transpose=True)
     n = _divide(step.old * overlap * right, step.right_size) + step.new * seen
     size = frobenius_norm(n)
     root = step.root_scale * jnp.sqrt(size)
@@ -168,14 +135,17 @@ def parallel_step(
     u = _unit(step.rows(precision))
     v = _unit(step.columns(precision))
     kept = _divide(_inner(left, u), step.left_size) * _divide(_inner(right, v), step.right_size)
-    gained = _inner(u, row_product(step.grad_unit, v, precision))
+    gained = _inner(u, congruence(step.grad_unit, v, precision))
     # Not negative but for rounding; a floor rather than 0, which no factor would ever leave.
     fit = jnp.maximum(step.old * kept + step.new * gained, jnp.finfo(left.dtype).eps)
     root = step.root_scale * jnp.sqrt(fit)
     return root * u, root * v
 
 
-INTEGRATORS: dict[str, FactorStep] = {"ksl": ksl_step, "parallel": parallel_step}
+INTEGRATORS: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "ksl": ksl_step,
+    "parallel": parallel_step,
+}
 
 
 def nearest_kronecker(
@@ -281,14 +251,14 @@ class _Increment:
 
     def rows(self, precision: ProductPrecision) -> Array:
         """A vec(R) up to a positive factor."""
-        seen = row_product(self.grad_unit, self.right, precision)
+        seen = congruence(self.grad_unit, self.right, precision)
         return _divide(self.old * self.left, self.left_size) + _divide(
             self.new * seen, self.right_size
         )
 
     def columns(self, precision: ProductPrecision) -> Array:
         """A^T vec(L) up to a positive factor."""
-        seen = column_product(self.grad_unit, self.left, precision)
+        seen = congruence(self.grad_unit, self.left, precision, transpose=True)
         return _divide(self.old * self.right, self.right_size) + _divide(
             self.new * seen, self.left_size
         )

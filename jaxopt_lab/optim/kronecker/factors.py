@@ -1,7 +1,8 @@
 """How the Kronecker factors of a leaf start from its first gradient and follow the later ones."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxopt_lab.core.kronecker import INTEGRATORS, StartScale, nearest_kronecker
 from jaxopt_lab.core.numerics import Scalar, safe_divide
 from jaxopt_lab.core.precision import ProductPrecision, grams
 from jaxopt_lab.core.spectral import complete_basis, eigenbases, trace_in_range
+from jaxopt_lab.optim.rates import check_decays, check_rates
 
 Sides = tuple[Array | None, ...]  # of a stack; None: that side has no factor
 
@@ -19,37 +21,6 @@ _EPS_START = 1e-3
 
 # Marks a field that is no number; the others may be traced.
 STATIC: dict[str, Any] = {"static": True}
-
-
-class FactorRule(Protocol):
-    """What `EigenbasisAdam` asks of a method."""
-
-    @property
-    def decay(self) -> Scalar:
-        """Of the factors."""
-        ...
-
-    @property
-    def waits_for_gradient(self) -> bool:
-        """Whether a matrix with factors on all sides has not started while its gradient is zero."""
-        ...
-
-    @property
-    def may_overflow(self) -> bool:
-        """Whether factors may leave the range of floats although no gradient does."""
-        ...
-
-    def initial(self, size: int, all_sides: bool) -> float:
-        """Multiple of the identity that a factor is before the first gradient."""
-        ...
-
-    def start(self, factors: Sides, grad: Array) -> tuple[Sides, Sides]:
-        """Factors before the first step, and bases after it, from the first gradient."""
-        ...
-
-    def step(self, factors: Sides, grad: Array) -> tuple[Sides, Array | None]:
-        """Factors after one gradient, and whether nothing formed of them overflows; None: yes."""
-        ...
 
 
 @jax.tree_util.register_dataclass
@@ -62,25 +33,25 @@ class GramFactors:
     # Frobenius norm of the start.
     identity: float = field(default=0.0, metadata=STATIC)
 
-    waits_for_gradient = False
+    waits_for_gradient = False  # before a matrix starts
 
     @property
     def may_overflow(self) -> bool:
-        """See `FactorRule`."""
+        """Whether factors may leave the range of floats although no gradient does."""
         return not _averages(self.decay)
 
     def initial(self, size: int, all_sides: bool) -> float:
-        """See `FactorRule`."""
+        """Multiple of the identity that a factor is before the first gradient."""
         return self.identity / size**0.5
 
     def start(self, factors: Sides, grad: Array) -> tuple[Sides, Sides]:
-        """See `FactorRule`."""
+        """Factors before the first step, and bases after it, from the first gradient."""
         # The start is a multiple of the identity: one gradient decides about all eigenvectors.
         seen = grams(grad, [x is not None for x in factors], self.precision)
         return factors, eigenbases(seen)
 
     def step(self, factors: Sides, grad: Array) -> tuple[Sides, Array | None]:
-        """See `FactorRule`."""
+        """Factors after a gradient, and whether nothing formed of them overflows; None: yes."""
         weight = gradient_weight(self.decay)
         seen = grams(grad, [x is not None for x in factors], self.precision)
         new = tuple(None if x is None else self.decay * x + weight * y
@@ -105,22 +76,22 @@ class KroneckerFactors:
 
     @property
     def waits_for_gradient(self) -> bool:
-        """See `FactorRule`."""
+        """Whether a matrix with both factors starts at its first gradient that is not zero."""
         return self.init == "kron"
 
     @property
     def may_overflow(self) -> bool:
-        """See `FactorRule`."""
+        """Whether factors may leave the range of floats although no gradient does."""
         return not _averages(self.decay) or self.single.may_overflow
 
     def initial(self, size: int, all_sides: bool) -> float:
-        """See `FactorRule`."""
+        """Multiple of the identity that a factor is before the first gradient."""
         if not all_sides:
             return self.single.initial(size, all_sides)
         return _EPS_START / size**0.5 if self.init == "eps" else 0.0
 
     def start(self, factors: Sides, grad: Array) -> tuple[Sides, Sides]:
-        """See `FactorRule`."""
+        """Factors before the first step, and bases after it, from the first gradient."""
         if self.init == "eps" or any(x is None for x in factors):
             return self.single.start(factors, grad)
         # The step after this start keeps its rank of one: a column is the eigenvector, and of the
@@ -130,7 +101,7 @@ class KroneckerFactors:
         return (rows, columns), bases
 
     def step(self, factors: Sides, grad: Array) -> tuple[Sides, Array | None]:
-        """See `FactorRule`."""
+        """Factors after a gradient, and whether nothing formed of them overflows; None: yes."""
         rows, columns = factors
         if rows is None or columns is None:
             return self.single.step(factors, grad)
@@ -144,6 +115,41 @@ class KroneckerFactors:
             balanced=True,
         )
         return new, trace_in_range(*new) if self.may_overflow else None
+
+
+FactorRule = GramFactors | KroneckerFactors
+
+
+def check_numbers(
+    b1: Scalar, eps: Scalar, frequency: Scalar, *, staggered: str | None, **decays: Scalar
+) -> None:
+    """Raise `ValueError` for a number out of range that a method with factors has; names it.
+
+    Numbers that are arrays come from `optax.inject_hyperparams` and are not looked at.
+
+    Args:
+      b1: Decay of the first moment.
+      eps: A number of at least 0.
+      frequency: Steps from one refresh to the next.
+      staggered: The option that divides stacks into as many shares, if it is on.
+      **decays: Those in [0, 1], by name.
+    """
+    check_decays(b1=b1)
+    check_rates(eps=eps)
+    for name, decay in decays.items():
+        if isinstance(decay, int | float) and not 0 <= decay <= 1:
+            raise ValueError(f"{name} is {decay}; it must be in [0, 1]")
+    if isinstance(frequency, int | float) and not (
+        1 <= frequency < math.inf and float(frequency).is_integer()
+    ):
+        raise ValueError(
+            f"precondition_frequency is {frequency}; it must be an integer of at least 1"
+        )
+    if staggered and not isinstance(frequency, int):
+        raise ValueError(
+            f"{staggered} divides stacks into precondition_frequency shares, got {frequency!r}: it "
+            "must be a Python integer; under optax.inject_hyperparams name it in static_args"
+        )
 
 
 def gradient_weight(decay: Scalar) -> Scalar:

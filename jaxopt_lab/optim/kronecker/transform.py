@@ -1,6 +1,5 @@
 """The direction of SOAP and DyKAF as an Optax transformation: its state and the way to the step."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.optim.kronecker.factors import check_numbers
 from jaxopt_lab.optim.kronecker.step import REFUSED, EigenbasisAdam
 from jaxopt_lab.optim.matrix_leaves import LeafLayout, MatrixLeaves
 from jaxopt_lab.optim.options import Eigenbasis, MeshWork
@@ -71,7 +70,12 @@ def eigenbasis_direction(
     Raises:
       ValueError: A number is out of range; at `init`, a leaf is not a matrix.
     """
-    check_numbers(method)
+    check_numbers(
+        *(method.b1, method.eps, method.frequency),
+        staggered="Eigenbasis.stagger" if method.stagger else None,
+        b2=method.b2,
+        factor_decay=method.rule.decay,
+    )
 
     def leaves_of(tree: Any) -> MatrixLeaves:
         return MatrixLeaves.of(tree, matrix_axes, mesh.param_shardings)
@@ -141,28 +145,3 @@ def _initial(layout: LeafLayout, method: EigenbasisAdam, eigenbasis: Eigenbasis)
             values[f"basis.{k}"] = eye.astype(method.basis_dtype(dtype))
     return {name: optax.MaskedNode() if x is None else layout.initial(slots[name], x)
             for name, x in values.items()}  # fmt: skip
-
-
-def check_numbers(method: EigenbasisAdam) -> None:
-    """Raise `ValueError` for a number out of range; names the argument.
-
-    Numbers that are arrays come from `optax.inject_hyperparams` and are not looked at.
-    """
-
-    def require(name: str, value: Scalar, holds: Callable[[Any], bool], wanted: str) -> None:
-        if isinstance(value, int | float) and not holds(value):
-            raise ValueError(f"{name} is {value}; it must be {wanted}")
-
-    require("b1", method.b1, lambda x: 0 <= x < 1, "in [0, 1)")
-    require("b2", method.b2, lambda x: 0 <= x < 1, "in [0, 1)")
-    require("factor_decay", method.rule.decay, lambda x: 0 <= x <= 1, "in [0, 1], or None for b2")
-    require("eps", method.eps, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
-    require(
-        "precondition_frequency", method.frequency,
-        lambda x: 1 <= x < math.inf and float(x).is_integer(), "an integer of at least 1",
-    )  # fmt: skip
-    if method.stagger and not isinstance(method.frequency, int):
-        raise ValueError(
-            "stagger divides stacks into precondition_frequency shares, so that must be a plain "
-            "integer; under optax.inject_hyperparams name it in static_args"
-        )
