@@ -38,12 +38,15 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.core.numerics import Scalar, frobenius_norm
 from jaxopt_lab.core.precision import ProductPrecision, congruence
 from jaxopt_lab.core.spectral import leading_singular_triple
 
 Integrator = Literal["ksl", "parallel"]
 StartScale = Literal["sigma", "sqrt_sigma"]
+
+
+_SIDES = (-2, -1)
 
 
 def rearrange(fisher: Float[Array, "mn mn"], rows: int, columns: int) -> Float[Array, "mm nn"]:
@@ -100,13 +103,13 @@ def ksl_step(
     """
     step = _Increment(left, right, grad, decay, weight, balanced)
     x = step.rows(precision)
-    u_size = frobenius_norm(x)
+    u_size = frobenius_norm(x, _SIDES)
     # Of x, so that norm and overlap are found in one reading of these matrices.
     overlap = _divide(_divide(_inner(x, left), u_size), step.left_size)
     u = _divide(x, u_size)
     seen = congruence(step.grad_unit, u, precision, transpose=True)
     n = _divide(step.old * overlap * right, step.right_size) + step.new * seen
-    size = frobenius_norm(n)
+    size = frobenius_norm(n, _SIDES)
     root = step.root_scale * jnp.sqrt(size)
     return root * u, root * _divide(n, size)
 
@@ -210,11 +213,6 @@ def symmetric(x: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
     return (x + x.mT) / 2
 
 
-def frobenius_norm(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch 1 1"]:
-    """Frobenius norms that broadcast against the stack."""
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
-
-
 class _Increment:
     """The target of a step in units in which nothing under- or overflows.
 
@@ -235,9 +233,12 @@ class _Increment:
         self.left, self.right = left, right
         if balanced:
             smaller = left if left.shape[-1] <= right.shape[-1] else right
-            self.left_size = self.right_size = frobenius_norm(smaller)
+            self.left_size = self.right_size = frobenius_norm(smaller, _SIDES)
         else:
-            self.left_size, self.right_size = frobenius_norm(left), frobenius_norm(right)
+            self.left_size, self.right_size = (
+                frobenius_norm(left, _SIDES),
+                frobenius_norm(right, _SIDES),
+            )
         largest = jnp.max(jnp.abs(grad), axis=(-2, -1), keepdims=True, initial=0)
         # At least the norm, and a reading of the gradient less.
         size = largest * math.sqrt(grad.shape[-2] * grad.shape[-1])
@@ -279,4 +280,4 @@ def _divide(x: Array, size: Array) -> Array:
 
 
 def _unit(x: Array) -> Array:
-    return _divide(x, frobenius_norm(x))
+    return _divide(x, frobenius_norm(x, _SIDES))

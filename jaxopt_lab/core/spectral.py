@@ -10,7 +10,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from jaxopt_lab.core.numerics import frobenius_unit, safe_divide, scale_to_unit
+from jaxopt_lab.core.numerics import frobenius_norm, frobenius_unit, safe_divide, scale_to_unit
 from jaxopt_lab.core.ordering import serialize_after
 from jaxopt_lab.core.orthogonalization import reciprocal
 from jaxopt_lab.core.precision import matmul
@@ -119,7 +119,7 @@ def nuclear_norm(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:
     computation of a Hermitian matrix", Argonne National Laboratory, ANL/MCS-P5059-0114 (2014).
     """
     unit, scale = _wide_and_unit(x)
-    length = _lengths(unit)
+    length = frobenius_norm(unit, (-2, -1))
     start = unit * reciprocal(length)
 
     def step(y: Array, c: Array) -> tuple[Array, None]:
@@ -167,11 +167,11 @@ def leading_singular_triple(
     projector = _squared(matmul(unit, unit.mT), _SQUARINGS)
     column = jnp.argmax(jnp.diagonal(projector, axis1=-2, axis2=-1), axis=-1)[..., None, None]
     u = jnp.take_along_axis(projector, column, axis=-1)
-    u = u * reciprocal(_lengths(u))
+    u = u * reciprocal(frobenius_norm(u, (-2, -1)))
     v = matmul(unit.mT, u)
-    v = v * reciprocal(_lengths(v))
+    v = v * reciprocal(frobenius_norm(v, (-2, -1)))
     u = matmul(unit, v)
-    size = _lengths(u)
+    size = frobenius_norm(u, (-2, -1))
     return (size * largest)[..., 0, 0], (u * reciprocal(size))[..., 0], v[..., 0]
 
 
@@ -253,7 +253,3 @@ def _squared(power: Array, times: int) -> Array:
 
 def _traces(x: Array) -> Array:
     return jnp.trace(x, axis1=-2, axis2=-1)[..., None, None]
-
-
-def _lengths(x: Array) -> Array:
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))

@@ -1,6 +1,5 @@
 """How the Kronecker factors of a leaf start from its first gradient and follow the later ones."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxopt_lab.core.kronecker import INTEGRATORS, StartScale, nearest_kronecker
-from jaxopt_lab.core.numerics import Scalar, safe_divide
+from jaxopt_lab.core.numerics import Scalar, frobenius_unit
 from jaxopt_lab.core.precision import ProductPrecision, grams
 from jaxopt_lab.core.spectral import complete_basis, eigenbases, trace_in_range
-from jaxopt_lab.optim.rates import check_decays, check_rates
 
 Sides = tuple[Array | None, ...]  # of a stack; None: that side has no factor
 
@@ -120,38 +118,6 @@ class KroneckerFactors:
 FactorRule = GramFactors | KroneckerFactors
 
 
-def check_numbers(
-    b1: Scalar, eps: Scalar, frequency: Scalar, *, staggered: str | None, **decays: Scalar
-) -> None:
-    """Raise `ValueError` for a number out of range that a method with factors has; names it.
-
-    Numbers that are arrays come from `optax.inject_hyperparams` and are not looked at.
-
-    Args:
-      b1: Decay of the first moment.
-      eps: A number of at least 0.
-      frequency: Steps from one refresh to the next.
-      staggered: The option that divides stacks into as many shares, if it is on.
-      **decays: Those in [0, 1], by name.
-    """
-    check_decays(b1=b1)
-    check_rates(eps=eps)
-    for name, decay in decays.items():
-        if isinstance(decay, int | float) and not 0 <= decay <= 1:
-            raise ValueError(f"{name} is {decay}; it must be in [0, 1]")
-    if isinstance(frequency, int | float) and not (
-        1 <= frequency < math.inf and float(frequency).is_integer()
-    ):
-        raise ValueError(
-            f"precondition_frequency is {frequency}; it must be an integer of at least 1"
-        )
-    if staggered and not isinstance(frequency, int):
-        raise ValueError(
-            f"{staggered} divides stacks into precondition_frequency shares, got {frequency!r}: it "
-            "must be a Python integer; under optax.inject_hyperparams name it in static_args"
-        )
-
-
 def gradient_weight(decay: Scalar) -> Scalar:
     """The weight of a new gradient beside a decay: 1 - decay, and 1 beside a plain sum."""
     if isinstance(decay, int | float):
@@ -167,6 +133,4 @@ def _averages(decay: Scalar) -> bool:
 def _leading_column(factor: Array) -> Array:
     diagonal = jnp.diagonal(factor, axis1=-2, axis2=-1)
     index = jnp.argmax(diagonal, axis=-1)[..., None, None]
-    column = jnp.take_along_axis(factor, index, axis=-1)[..., 0]
-    column = safe_divide(column, jnp.max(jnp.abs(column), axis=-1, keepdims=True))
-    return safe_divide(column, jnp.sqrt(jnp.sum(jnp.square(column), axis=-1, keepdims=True)))
+    return frobenius_unit(jnp.take_along_axis(factor, index, axis=-1)[..., 0], -1)

@@ -1,5 +1,6 @@
 """Shampoo: inverse roots of Kronecker factors on every side, with the step size of Adam."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,6 @@ import optax
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.fallback import with_fallback
 from jaxopt_lab.optim.keywords import explains_keywords
-from jaxopt_lab.optim.kronecker.factors import check_numbers
 from jaxopt_lab.optim.kronecker.grafting import graft_decay
 from jaxopt_lab.optim.kronecker.shampoo_step import ShampooRule, ShampooState, shampoo_direction
 from jaxopt_lab.optim.nonfinite import guarded
@@ -215,9 +215,29 @@ def _rule(
     graft: Graft,
     mesh: MeshWork,
 ) -> ShampooRule:
-    stagger = "InverseRoot.stagger" if inverse_root.stagger else None
-    check_numbers(b1, eps, precondition_frequency, staggered=stagger, b2=b2)
-    return ShampooRule(b1, b2, eps, precondition_frequency, inverse_root, graft, mesh)
+    """Checks the numbers; `optax.inject_hyperparams` passes tracers, which are not looked at."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float)
+
+    if is_number(b1) and not 0 <= b1 < 1:
+        raise ValueError(f"b1 is {b1}; it must be in [0, 1)")
+    if is_number(b2) and not 0 <= b2 <= 1:
+        raise ValueError(f"b2 is {b2}; it must be in [0, 1], where 1 accumulates sums")
+    if is_number(eps) and not 0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps}; it must be a finite number of at least 0")
+    frequency = precondition_frequency
+    if is_number(frequency) and not (frequency >= 1 and float(frequency).is_integer()):
+        raise ValueError(
+            f"precondition_frequency is {frequency}; it must be an integer of at least 1"
+        )
+    if inverse_root.stagger and not isinstance(frequency, int):
+        raise ValueError(
+            f"precondition_frequency is {frequency!r}; InverseRoot.stagger divides stacks into as "
+            "many shares, so it must be a Python integer (with optax.inject_hyperparams, one of "
+            "its static_args)"
+        )
+    return ShampooRule(b1, b2, eps, frequency, inverse_root, graft, mesh)
 
 
 def _labels(matrix_axes: MatrixAxesSpec, routing: Routing) -> Callable[[optax.Params], Any]:

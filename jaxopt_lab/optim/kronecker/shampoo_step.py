@@ -91,6 +91,9 @@ def shampoo_direction(
         merge_matrices=rule.released.merge_matrices,
     )
     squares = keeps_squares(rule.graft)
+    b3, correct = rule.released.b3, rule.released.bias_correction
+    average = partial(average_gradient, b1=rule.b1, b3=b3, bias_correction=correct)
+    graft = partial(graft_direction, rule.graft, b2=graft_decay(rule.graft, rule.b2))
 
     def init(params: optax.Params) -> ShampooState:
         layouts, members, treedef = blocked(params)
@@ -149,8 +152,8 @@ def shampoo_direction(
 
         mu = jax.tree.leaves(state.mu)
         nu = jax.tree.leaves(state.nu) if squares else mu
-        averages, new_mu = _averages(rule, mu, g, steps)
-        grafts, new_nu = _grafts(rule, averages, nu, g, steps)
+        averages, new_mu = _pairs(average, mu, g, steps)
+        grafts, new_nu = _pairs(graft, averages, nu, g, steps)
         grafted = rule.graft.kind is not None
         arrays["average"] = leaves.views(averages)
         arrays["graft"] = leaves.views(grafts) if grafted else [None] * len(g)
@@ -231,27 +234,7 @@ def _roots_of_step(
     return cond_without_copy(t > first, partial(refreshed, share=(t % frequency, frequency)), roots)
 
 
-def _averages(
-    rule: ShampooRule, mu: Sequence[Array], g: Sequence[Array], steps: Sequence[Array]
-) -> tuple[list[Array], list[Array]]:
-    b3, correct = rule.released.b3, rule.released.bias_correction
-    pairs = [
-        average_gradient(m, x, n, b1=rule.b1, b3=b3, bias_correction=correct)
-        for m, x, n in _zip(mu, g, steps)
-    ]
-    return [a for a, _ in pairs], [m for _, m in pairs]
-
-
-def _grafts(
-    rule: ShampooRule,
-    averages: Sequence[Array],
-    nu: Sequence[Array],
-    g: Sequence[Array],
-    steps: Sequence[Array],
-) -> tuple[list[Array], list[Array]]:
-    b2 = graft_decay(rule.graft, rule.b2)
-    pairs = [
-        graft_direction(rule.graft, a, v, x, n, b2=b2)
-        for a, v, x, n in _zip(averages, nu, g, steps)
-    ]
-    return [d for d, _ in pairs], [v for _, v in pairs]
+def _pairs(fn: Callable[..., tuple[Array, Array]], *each: Any) -> tuple[list[Array], list[Array]]:
+    """Two lists from a function of one entry of each."""
+    done = [fn(*entries) for entries in _zip(*each)]
+    return [first for first, _ in done], [second for _, second in done]

@@ -181,10 +181,6 @@ def soap_method(
         b2,
         eps,
         precondition_frequency,
-        second_moment=eigenbasis.second_moment,
-        stagger=eigenbasis.stagger,
-        orthogonalizer=eigenbasis.orthogonalizer,
-        factor_precision=eigenbasis.factor_precision,
-        rotation_precision=eigenbasis.rotation_precision,
-        replicated_work=mesh.replicated_work,
+        eigenbasis,
+        mesh.replicated_work,
     )

@@ -20,11 +20,11 @@ from jaxtyping import Array
 from jaxopt_lab.core.kronecker import rank_one_step
 from jaxopt_lab.core.numerics import Scalar, one_minus_power, safe_divide
 from jaxopt_lab.core.ordering import cond_without_copy, refreshed_share, serialize_after
-from jaxopt_lab.core.orthogonalization import Orthogonalizer, refresh_eigenbasis
-from jaxopt_lab.core.precision import ProductPrecision, rotate
+from jaxopt_lab.core.orthogonalization import refresh_eigenbasis
+from jaxopt_lab.core.precision import rotate
 from jaxopt_lab.core.stacks import Arrays, Member, ReplicatedWork, Stacks, map_stacks
 from jaxopt_lab.optim.kronecker.factors import STATIC, FactorRule, Sides
-from jaxopt_lab.optim.options import SecondMoment
+from jaxopt_lab.optim.options import Eigenbasis
 
 # What a step does with one matrix.
 REFUSED, WAITING, STARTED, APPLIED = -1, 0, 1, 2
@@ -57,11 +57,7 @@ class EigenbasisAdam:
     b2: Scalar
     eps: Scalar
     frequency: int
-    second_moment: SecondMoment = field(metadata=STATIC)
-    stagger: bool = field(metadata=STATIC)
-    orthogonalizer: Orthogonalizer = field(metadata=STATIC)
-    factor_precision: ProductPrecision = field(metadata=STATIC)
-    rotation_precision: ProductPrecision = field(metadata=STATIC)
+    eigenbasis: Eigenbasis = field(metadata=STATIC)
     replicated_work: ReplicatedWork = field(metadata=STATIC)
     eps_in_denominator: bool = field(default=True, metadata=STATIC)  # of the rank-one fit
     correct_bias: bool = field(default=True, metadata=STATIC)
@@ -110,7 +106,7 @@ class EigenbasisAdam:
 
         def move_and_refresh(arrays: Arrays) -> Arrays:
             arrays = arrays | move(arrays)
-            if self.stagger:
+            if self.eigenbasis.stagger:
                 return arrays | self._refresh_share(count, members, arrays, (*factors, *bases))
             arrays |= self._refresh_sides(members, arrays, factors)
             orders = tuple(name for name in arrays if name.startswith("order"))
@@ -140,7 +136,7 @@ class EigenbasisAdam:
 
     def basis_dtype(self, dtype: DTypeLike) -> DTypeLike:
         """Of the bases of a matrix whose moments have `dtype`: what the rotations use of them."""
-        rounds = self.rotation_precision == "bfloat16" and dtype == jnp.float32
+        rounds = self.eigenbasis.rotation_precision == "bfloat16" and dtype == jnp.float32
         return jnp.bfloat16 if rounds else dtype
 
     def _statuses(self, arrays: Arrays, factors: Sequence[str]) -> list[Array]:
@@ -217,10 +213,10 @@ class EigenbasisAdam:
 
     def _second_moment(self, nu, row_nu, column_nu, squares) -> tuple[Sides, Array]:
         """The new second moment, and what the first one is divided by."""
-        if self.second_moment == "full":
+        if self.eigenbasis.second_moment == "full":
             nu = self.b2 * nu + (1 - self.b2) * squares
             return (nu, None, None), jnp.sqrt(nu) + self.eps
-        if self.second_moment == "factored":
+        if self.eigenbasis.second_moment == "factored":
             row_nu = self.b2 * row_nu + (1 - self.b2) * jnp.sum(squares, -1)
             column_nu = self.b2 * column_nu + (1 - self.b2) * jnp.sum(squares, -2)
             shares = safe_divide(row_nu, jnp.sum(row_nu, -1, keepdims=True))
@@ -231,12 +227,12 @@ class EigenbasisAdam:
         return (None, row_nu, column_nu), root + (self.eps if self.eps_in_denominator else 0.0)
 
     def _into(self, bases: Sides, x: Array, **options: Any) -> Array:
-        return rotate(x, bases, self.rotation_precision, **options)
+        return rotate(x, bases, self.eigenbasis.rotation_precision, **options)
 
     def _refresh_due(self, count: Array) -> Array:
         """Whether bases are refreshed after this step, all or, where staggered, some."""
         due = count > 0
-        return due if self.stagger else due & (self._turn(count) == 0)
+        return due if self.eigenbasis.stagger else due & (self._turn(count) == 0)
 
     def _turn(self, count: Array) -> Array:
         return (count if self.skip_first_step else count + 1) % self.frequency
@@ -244,8 +240,11 @@ class EigenbasisAdam:
     @property
     def _refresh_side(self) -> Callable[[Array, Array], tuple[Array, Array, Array]]:
         """From a factor and a basis to both and the order of the columns."""
-        options = {"orthogonalizer": self.orthogonalizer, "precision": self.factor_precision}
-        return partial(refresh_eigenbasis, **options)
+        return partial(
+            refresh_eigenbasis,
+            orthogonalizer=self.eigenbasis.orthogonalizer,
+            precision=self.eigenbasis.factor_precision,
+        )
 
     def _refresh_sides(
         self, members: Sequence[Member], arrays: Arrays, factors: Sequence[str]

@@ -80,14 +80,10 @@ def tensor_direction(
     its released code; the same rule is in the released code of DyKAF, arXiv 2511.06477.
     """
     limit = eigenbasis.max_precond_dim
-    method = replace(
-        method,
-        rule=GramFactors(method.rule.decay, "highest"),
-        second_moment="full",
-        stagger=False,
-        factor_precision="highest",
-        rotation_precision="highest",
-    )
+    precisions = dict.fromkeys(("factor_precision", "rotation_precision"), "highest")
+    basis = replace(eigenbasis, second_moment="full", stagger=False, **precisions)
+    rule = GramFactors(method.rule.decay, "highest")
+    method = replace(method, rule=rule, eigenbasis=basis)
 
     def leaves_of(tree: Any) -> MatrixLeaves:
         leaves, treedef = jax.tree.flatten(tree)

@@ -1,5 +1,6 @@
 """The direction of SOAP and DyKAF as an Optax transformation: its state and the way to the step."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxopt_lab.optim.kronecker.factors import check_numbers
+from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.kronecker.step import REFUSED, EigenbasisAdam
 from jaxopt_lab.optim.matrix_leaves import LeafLayout, MatrixLeaves
 from jaxopt_lab.optim.options import Eigenbasis, MeshWork
@@ -70,12 +71,7 @@ def eigenbasis_direction(
     Raises:
       ValueError: A number is out of range; at `init`, a leaf is not a matrix.
     """
-    check_numbers(
-        *(method.b1, method.eps, method.frequency),
-        staggered="Eigenbasis.stagger" if method.stagger else None,
-        b2=method.b2,
-        factor_decay=method.rule.decay,
-    )
+    check_numbers(method)
 
     def leaves_of(tree: Any) -> MatrixLeaves:
         return MatrixLeaves.of(tree, matrix_axes, mesh.param_shardings)
@@ -84,7 +80,7 @@ def eigenbasis_direction(
         leaves = leaves_of(params)
         rows = [_initial(layout, method, eigenbasis) for layout in leaves.layouts]
         trees = {name: leaves.treedef.unflatten([row[name] for row in rows]) for name in _FIELDS}
-        unused = ("nu.0", "nu.1") if method.second_moment == "full" else ("nu",)
+        unused = ("nu.0", "nu.1") if eigenbasis.second_moment == "full" else ("nu",)
         trees |= {name: optax.MaskedNode() for name in unused}
         return EigenbasisAdamState(
             count=jnp.zeros([], jnp.int32),
@@ -134,7 +130,7 @@ def _initial(layout: LeafLayout, method: EigenbasisAdam, eigenbasis: Eigenbasis)
     (m, n), zero = layout.sides, jnp.zeros([], dtype)
     sides = preconditioned_sides(m, n, limit, one_sided)
     # The rank-one fit needs a positive start; sums of squares start from nothing.
-    start = jnp.asarray(method.eps if method.second_moment == "rank_one" else 0.0, dtype)
+    start = jnp.asarray(method.eps if eigenbasis.second_moment == "rank_one" else 0.0, dtype)
     values: dict[str, Any] = {"age": jnp.zeros([], jnp.int32), "mu": zero, "nu": zero}
     for k, (size, kept) in enumerate(zip(layout.sides, sides, strict=True)):
         values[f"nu.{k}"] = start
@@ -145,3 +141,28 @@ def _initial(layout: LeafLayout, method: EigenbasisAdam, eigenbasis: Eigenbasis)
             values[f"basis.{k}"] = eye.astype(method.basis_dtype(dtype))
     return {name: optax.MaskedNode() if x is None else layout.initial(slots[name], x)
             for name, x in values.items()}  # fmt: skip
+
+
+def check_numbers(method: EigenbasisAdam) -> None:
+    """Raise `ValueError` for a number out of range; names the argument.
+
+    Numbers that are arrays come from `optax.inject_hyperparams` and are not looked at.
+    """
+
+    def require(name: str, value: Scalar, holds: Callable[[Any], bool], wanted: str) -> None:
+        if isinstance(value, int | float) and not holds(value):
+            raise ValueError(f"{name} is {value}; it must be {wanted}")
+
+    require("b1", method.b1, lambda x: 0 <= x < 1, "in [0, 1)")
+    require("b2", method.b2, lambda x: 0 <= x < 1, "in [0, 1)")
+    require("factor_decay", method.rule.decay, lambda x: 0 <= x <= 1, "in [0, 1], or None for b2")
+    require("eps", method.eps, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+    require(
+        "precondition_frequency", method.frequency,
+        lambda x: 1 <= x < math.inf and float(x).is_integer(), "an integer of at least 1",
+    )  # fmt: skip
+    if method.eigenbasis.stagger and not isinstance(method.frequency, int):
+        raise ValueError(
+            "stagger divides stacks into precondition_frequency shares, so that must be a plain "
+            "integer; under optax.inject_hyperparams name it in static_args"
+        )
