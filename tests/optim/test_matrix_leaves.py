@@ -76,6 +76,7 @@ def test_slots_follow_the_axes_of_the_leaf():
     assert (slots["factor.0"].inner, slots["factor.0"].spec) == ((8, 8), P(None, "fsdp", "tensor"))
     assert slots["order.1"].inner == (6,), "(3, 2) would not divide by both"
     assert slots["order.0"].inner == (4, 2) and slots["nu.1"].spec == P(None, "fsdp")
+    assert layout.block(7, 8).spec == P(None, None, "tensor"), "7 rows do not divide by two"
     assert on_mesh("layers").matrix.spec == P("layers", None, None)
     assert on_mesh("layers").number().spec == P("layers")
     with pytest.raises(ValueError, match="first batch axis"):
