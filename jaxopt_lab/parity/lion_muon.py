@@ -258,16 +258,16 @@ def _repeating(
 
     def update(updates, state, params=None, **extra_args):
         steps, inner = direction.update(updates, state.direction, params, **extra_args)
-        leaves = MatrixLeaves.of(updates, matrix_axes, None)
+        leaves = MatrixLeaves.of(updates, matrix_axes)
         u, cached = jax.tree.leaves(steps), jax.tree.leaves(state.cached)
         if isinstance(inner, StableRankState):
             flags = jax.tree.leaves(inner.spectral)
-            taken = [leaves.per_matrix(i, *pair) for i, pair in enumerate(zip_strict(flags, u))]
+            taken = [x.per_matrix(f) for x, f in zip_strict(leaves.layouts, flags)]
         else:
             taken = [is_spectral_step(state.direction.count, period)] * len(u)
         out, kept = [], []
-        for i, (t, x, c) in enumerate(zip_strict(taken, u, cached)):
-            filled = jnp.any(c != 0, axis=leaves.inner_axes(i), keepdims=True)
+        for layout, t, x, c in zip_strict(leaves.layouts, taken, u, cached):
+            filled = jnp.any(c != 0, axis=layout.inner_axes, keepdims=True)
             out.append(jnp.where(jnp.logical_not(t) & filled, c, x))
             kept.append(jnp.where(t & ~jnp.isnan(x), x, c))
         unflatten = leaves.treedef.unflatten

@@ -9,12 +9,12 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from jaxopt_lab.core.checks import check_rates
-from jaxopt_lab.core.modes import merged_shape
 from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.optim.kronecker.model import MODES_LABEL
 from jaxopt_lab.optim.kronecker.soap import soap_method
 from jaxopt_lab.optim.kronecker.step import EigenbasisAdam
-from jaxopt_lab.optim.kronecker.tensors import tensor_direction
-from jaxopt_lab.optim.kronecker.transform import MODES_LABEL, eigenbasis_direction
+from jaxopt_lab.optim.kronecker.tensors import merged_shape, tensor_direction
+from jaxopt_lab.optim.kronecker.transform import eigenbasis_direction
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import Eigenbasis, MeshWork, Routing
 from jaxopt_lab.optim.rates import decayed_weights, matched_mask

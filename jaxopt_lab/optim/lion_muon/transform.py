@@ -23,7 +23,7 @@ from jaxopt_lab.core.checks import (
 )
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.keywords import explains_keywords
-from jaxopt_lab.optim.matrix_leaves import MatrixLeaves, zeros_of_matrices
+from jaxopt_lab.optim.matrix_leaves import LeafLayout, MatrixLeaves
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import MeshWork, NewtonSchulz
 from jaxopt_lab.optim.routing import MatrixAxesSpec
@@ -186,7 +186,7 @@ def alternating_direction(
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         leaves = MatrixLeaves.of(updates, matrix_axes, mesh.param_shardings)
-        whole = leaves.whole_axes()
+        whole = [layout.whole_axes for layout in leaves.layouts]
         is_spectral = is_spectral_step(state.count, period)
 
         # The momentum belongs into the branches: computed outside, the direction would have to be
@@ -199,9 +199,8 @@ def alternating_direction(
                     # Cast first: what crosses the mesh is then the small dtype, both ways.
                     small = [x.astype(branch.dtype or x.dtype) for x in d]
                     options = {"replicated_work": mesh.replicated_work, "transposable": True}
-                    (u,) = leaves.map_whole(lambda x: (branch.apply(x),), (small,), **options)
-                    refused = leaves.refused(u)
-                    counts = [c + r for c, r in zip_strict(counts, refused)]
+                    (u,) = leaves.map_whole(branch.apply, (small,), **options)
+                    counts = [c + r for c, r in zip_strict(counts, leaves.refused(u))]
                     # No device sees all of a matrix that is sharded until it comes back.
                     new = [
                         n if axes else jnp.where(jnp.isnan(x), m, n)
@@ -220,7 +219,7 @@ def alternating_direction(
         else:
             u, mu, counts = jax.lax.cond(is_spectral, take(spectral), take(cheap), *operands)
         taken = [is_spectral] * len(u)
-        steps = scaled(operands[0], u, taken, spectral, cheap, leaves)
+        steps = scaled(operands[0], u, taken, spectral, cheap, leaves.layouts)
         unflatten = leaves.treedef.unflatten
         count = jnp.asarray(optax.safe_increment(state.count))
         return unflatten(steps), LionMuonState(count, unflatten(mu), unflatten(counts))
@@ -235,7 +234,7 @@ def initial_state(
     return LionMuonState(
         count=jnp.zeros([], jnp.int32),
         mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-        notfinite_count=zeros_of_matrices(params, matrix_axes, jnp.int32),
+        notfinite_count=MatrixLeaves.of(params, matrix_axes).zeros(jnp.int32),
     )
 
 
@@ -275,12 +274,12 @@ def scaled(
     is_spectral: list,
     spectral: Branch,
     cheap: Branch,
-    leaves: MatrixLeaves,
+    layouts: list[LeafLayout],
 ) -> list[Array]:
     """Steps in float32 or wider, each with the scale of its branch."""
-    out, sides = [], [leaves.matrix_shape(i, g)[1:] for i, g in enumerate(gradients)]
-    for (m, n), g, x, s in zip_strict(sides, gradients, u, is_spectral):
-        factor = jnp.where(s, spectral.scale(m, n), cheap.scale(m, n))
+    out = []
+    for layout, g, x, s in zip_strict(layouts, gradients, u, is_spectral):
+        factor = jnp.where(s, spectral.scale(*layout.sides), cheap.scale(*layout.sides))
         out.append(factor * x.astype(jnp.promote_types(g.dtype, jnp.float32)))
     return out
 
