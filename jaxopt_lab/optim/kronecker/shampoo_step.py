@@ -12,7 +12,7 @@ from jaxtyping import Array
 from jaxopt_lab.core.numerics import Scalar, one_minus_power, wide_dtype, widened
 from jaxopt_lab.core.ordering import cond_without_copy
 from jaxopt_lab.core.spectral import trace_in_range
-from jaxopt_lab.core.stacks import Arrays, Slot, Stacks
+from jaxopt_lab.core.stacks import Slot, Stacks
 from jaxopt_lab.optim.kronecker.blocks import (
     MAX_ORDER,
     blocked_leaves,
@@ -32,6 +32,8 @@ from jaxopt_lab.optim.routing import MatrixAxesSpec
 
 # Names of the arrays of each mode.
 FACTORS, ROOTS = (tuple(f"{what}.{k}" for k in range(MAX_ORDER)) for what in ("factor", "root"))
+
+Trees = dict[str, Any]  # of the factors or roots of each mode, by name
 
 _zip = partial(zip, strict=True)
 
@@ -139,15 +141,15 @@ def shampoo_direction(
         arrays["gradient"] = leaves.views(g)
         stacks = Stacks(members, arrays)
         grams = stacks.map(gram_matrices, arrays, ("gradient",), FACTORS)
-        factors, usable = _accumulated(rule, arrays, grams, usable)
-        arrays |= factors
+        grams = leaves.unstacked(grams, old_factors)
+        factors, usable = _accumulated(rule, treedef, old_factors, grams, usable)
 
         counts = treedef.flatten_up_to(state.notfinite_count)
         refused = [n + ~ok.reshape(n.shape) for n, ok in _zip(counts, usable)]
         # Gradients that each matrix has taken in, at least 1; broadcasts against the leaf.
         steps = [jnp.maximum((t - n).reshape(ok.shape), 1).astype(x.dtype)
                  for n, ok, x in _zip(refused, usable, g)]  # fmt: skip
-        roots = _roots_of_step(rule, t, leaves, arrays, steps, dict(_zip(ROOTS, state.roots)))
+        roots = _roots_of_step(rule, t, leaves, factors, dict(_zip(ROOTS, state.roots)), steps)
         arrays |= leaves.stacked(roots)
 
         mu = jax.tree.leaves(state.mu)
@@ -158,8 +160,7 @@ def shampoo_direction(
         arrays["average"] = leaves.views(averages)
         arrays["graft"] = leaves.views(grafts) if grafted else [None] * len(g)
         arrays |= stacks.map(precondition, arrays, ("average", "graft", *ROOTS), ("direction",))
-        stored = leaves.unstacked(arrays, old_factors | {"direction": updates})
-        direction = jax.tree.leaves(stored["direction"])
+        direction = jax.tree.leaves(leaves.unstacked(arrays, {"direction": updates}))
         if grafted:
             direction = [jnp.where(t < rule.start, *pair) for pair in _zip(grafts, direction)]
         direction = [jnp.where(ok, x, jnp.nan) for ok, x in _zip(usable, direction)]
@@ -172,7 +173,7 @@ def shampoo_direction(
             notfinite_count=treedef.unflatten(refused),
             mu=kept(new_mu, mu),
             nu=kept(new_nu, nu) if squares else state.nu,
-            factors=tuple(stored[name] for name in FACTORS),
+            factors=tuple(factors.values()),
             roots=tuple(roots.values()),
         )
 
@@ -180,37 +181,42 @@ def shampoo_direction(
 
 
 def _accumulated(
-    rule: ShampooRule, arrays: Arrays, grams: Arrays, usable: Sequence[Array]
-) -> tuple[Arrays, Sequence[Array]]:
+    rule: ShampooRule, treedef: Any, old: Trees, grams: Trees, usable: Sequence[Array]
+) -> tuple[Trees, Sequence[Array]]:
     """The factors with this step's Gram matrices, and which matrices did not overflow by it."""
     b2 = rule.b2
     weight = jnp.where(b2 == 1, 1, 1 - b2)
 
-    def of_each(fn: Callable[..., Array], *each: Any) -> Arrays:
-        """The factors by `fn` of one entry of each; None where there is none."""
-        return {name: [None if x is None else fn(x, *others)
-                       for x, *others in _zip(grams[name], *(y[name] for y in each))]
-                for name in FACTORS}  # fmt: skip
+    def mixed(x: Array, y: Array) -> Array:
+        return b2 * x + weight.astype(x.dtype) * y
 
-    mixed = of_each(lambda y, x: b2 * x + weight.astype(x.dtype) * y, arrays)
+    new = jax.tree.map(mixed, old, grams)
+    before, after = ({name: treedef.flatten_up_to(tree) for name, tree in trees.items()}
+                     for trees in (old, new))  # fmt: skip
     # Averages of squares that are finite stay finite; plain sums may not.
     if not isinstance(b2, int | float) or b2 == 1:
-        for name in FACTORS:
-            fits = [None if x is None else jnp.all(trace_in_range(x), -1) for x in mixed[name]]
-            usable = [ok if fit is None else ok & fit.reshape(ok.shape)
-                      for ok, fit in _zip(usable, fits)]  # fmt: skip
-    flags = dict.fromkeys(FACTORS, [ok.reshape((-1, 1, 1, 1)) for ok in usable])
-    return of_each(lambda _, x, y, ok: jnp.where(ok, x, y), mixed, arrays, flags), usable
+        for leaves in after.values():
+            usable = [ok if isinstance(x, optax.MaskedNode)
+                      else ok & jnp.all(trace_in_range(x), -1).reshape(ok.shape)
+                      for ok, x in _zip(usable, leaves)]  # fmt: skip
+
+    def chosen(ok: Array, x: Any, y: Any) -> Any:
+        if isinstance(x, optax.MaskedNode):
+            return x
+        return jnp.where(ok.reshape((*x.shape[:-3], 1, 1, 1)), x, y)
+
+    return {name: treedef.unflatten(map(chosen, usable, after[name], before[name]))
+            for name in old}, usable  # fmt: skip
 
 
 def _roots_of_step(
     rule: ShampooRule,
     t: Array,
     leaves: MatrixLeaves,
-    arrays: Arrays,
+    factors: Trees,
+    roots: Trees,
     steps: Sequence[Array],
-    roots: dict[str, Any],
-) -> dict[str, Any]:
+) -> Trees:
     """The roots of step t, trees by name: computed anew where that is due, else the last ones."""
     b2 = rule.b2 if rule.released.bias_correction else 1
     # How far the factors are filled: 1 for sums.
@@ -218,9 +224,9 @@ def _roots_of_step(
     first, frequency, stagger = rule.start, rule.precondition_frequency, rule.inverse_root.stagger
     replicated_work = rule.mesh.replicated_work
 
-    # In the shapes of the state: a loop that carries others copies at every step.
-    def refreshed(roots: dict[str, Any], share: tuple[Array, int] | None = None) -> dict[str, Any]:
-        old = arrays | leaves.stacked(roots)
+    # In the shapes of the state: a loop that is given others copies them at every step.
+    def refreshed(roots: Trees, share: tuple[Array, int] | None = None) -> Trees:
+        old = leaves.stacked(factors | roots)
         options = rule.inverse_root, rule.eps, replicated_work, share
         return leaves.unstacked(refreshed_roots(leaves.members, old, filled, *options), roots)
 
