@@ -13,10 +13,10 @@ from tests.readability import Travel
 
 # Files below optim/, files below jaxopt_lab/, calls from one file into another.
 LIMITS = {
-    "scale_by_lion_muon": Travel(4, 9, 30),
-    "scale_by_soap": Travel(7, 16, 115),
-    "scale_by_dykaf": Travel(7, 16, 125),
-    "scale_by_shampoo": Travel(7, 14, 154),
+    "scale_by_lion_muon": Travel(4, 8, 13),
+    "scale_by_soap": Travel(6, 13, 60),
+    "scale_by_dykaf": Travel(6, 14, 88),
+    "scale_by_shampoo": Travel(8, 13, 59),
     "optax's Muon": Travel(0, 4, 5),  # that the counting has not changed
 }
 # 785 of them came with low-rank sums, oracles, projections, noise by position and their keys.

@@ -1,5 +1,6 @@
 """Prepares docstrings for Markdown: doctests become code blocks, comments on fields are shown."""
 
+import itertools
 import re
 from typing import Any
 
@@ -8,7 +9,7 @@ import griffe
 # From a prompt to the next blank line: input, continuation and output.
 _DOCTEST = re.compile(r"^([ \t]*)>>> .*(?:\n\1[^\n]*\S[^\n]*)*", re.MULTILINE)
 # The comment behind a field of a class: `mu: optax.Updates  # shapes of the parameters`.
-_COMMENT = re.compile(r"^[^#\"']*#\s*(.*)$")
+_COMMENT = re.compile(r"""^(?:[^#"']|"[^"]*"|'[^']*')*#\s*(.*)$""")
 
 
 class Docstrings(griffe.Extension):
@@ -28,10 +29,13 @@ def _comment(field: griffe.Object) -> str:
     """What is said behind a field or, in lines of its own, above it."""
     if field.lineno is None or not field.source:
         return ""
-    behind = _COMMENT.match(field.lines[0] if len(field.lines) == 1 else field.lines[-1])
+    behind = _COMMENT.match(field.lines[-1])
     if behind:
         return behind[1]
-    return ""
+    before = list(field.lines_collection[field.filepath][: field.lineno - 1])
+    above = [line.strip() for line in reversed(before)]
+    block = itertools.takewhile(lambda line: line.startswith("#"), above)
+    return " ".join(line.lstrip("# ") for line in reversed(list(block)))
 
 
 def _fence(match: re.Match[str]) -> str:

@@ -1,5 +1,6 @@
 """The optimizers that are timed, by name."""
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -8,7 +9,8 @@ from typing import Any
 
 import optax
 
-from jaxopt_lab.core.flops import refresh_flops, rotation_flops, spectral_step_flops
+from jaxopt_lab.core.flops import power_iteration_flops, total_flops, two_sided_flops
+from jaxopt_lab.core.newton_schulz import newton_schulz_flops
 from jaxopt_lab.optim.kronecker.dykaf import dykaf
 from jaxopt_lab.optim.kronecker.shampoo import shampoo
 from jaxopt_lab.optim.kronecker.soap import soap
@@ -155,11 +157,12 @@ def _kronecker(name: str, family: str, frequency: int, stagger: bool) -> Method:
         )
 
     def period_flops(params: Any, axes: Any) -> float:
-        every_step = frequency * products * rotation_flops(params, axes)
+        rotation = total_flops(params, axes, two_sided_flops)
+        every_step = frequency * products * rotation
         if family == "shampoo":  # what its roots take depends on how they are found
-            return float(every_step)
+            return every_step
         # The first moment goes from the old bases to the new ones.
-        return every_step + refresh_flops(params, axes) + 2 * rotation_flops(params, axes)
+        return every_step + total_flops(params, axes, _refresh) + 2 * rotation
 
     return Method(name, build, frequency, period_flops)
 
@@ -188,4 +191,8 @@ def _no_products(params: Any, axes: Any) -> float:
 
 def _newton_schulz(params: Any, axes: Any) -> float:
     """Every method with a spectral step takes one of them in a period."""
-    return float(spectral_step_flops(params, axes, _NS_STEPS))
+    return total_flops(params, axes, functools.partial(newton_schulz_flops, steps=_NS_STEPS))
+
+
+def _refresh(m: int, n: int) -> float:
+    return power_iteration_flops(m) + power_iteration_flops(n)

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxopt_lab import models
 from jaxopt_lab.bench.conditions import device_name, versions
-from jaxopt_lab.bench.methods import method
+from jaxopt_lab.bench.methods import Method, method
 from jaxopt_lab.report.hlo import collectives
 from jaxopt_lab.report.tables import format_table
 from jaxopt_lab.step import Step, TrainState, state_layout
@@ -121,13 +121,9 @@ def run_scaling(
         alone = None
         for axis in ("one device", *axes):
             on_progress(f"{each.name}, {axis}")
-            mesh = _mesh(axis)
-            step = _Step(config, each, mesh, batch_per_device * mesh.size)
-            seconds = step.seconds(-(-steps // each.period) * each.period)
+            seconds, found = _measured(config, each, _mesh(axis), batch_per_device, steps)
             alone = seconds if alone is None else alone
-            rows.append(
-                ScalingRow(each.name, axis, 1e3 * seconds, alone / seconds, step.collectives)
-            )
+            rows.append(ScalingRow(each.name, axis, 1e3 * seconds, alone / seconds, found))
     return ScalingReport(
         model=model,
         device=device_name(),
@@ -137,6 +133,14 @@ def run_scaling(
         compute_dtype=compute_dtype,
         rows=tuple(rows),
     )
+
+
+def _measured(
+    config: models.DecoderConfig, chosen: Method, mesh: Mesh, batch_per_device: int, steps: int
+) -> tuple[float, dict[str, int]]:
+    """Seconds a step and its collectives; on return all arrays of the row are free."""
+    step = _Step(config, chosen, mesh, batch_per_device * mesh.size)
+    return step.seconds(-(-steps // chosen.period) * chosen.period), step.collectives
 
 
 def _mesh(axis: str) -> Mesh:
@@ -151,7 +155,7 @@ def _mesh(axis: str) -> Mesh:
 class _Step:
     """A compiled training step on a mesh with its state."""
 
-    def __init__(self, config: models.DecoderConfig, chosen: Any, mesh: Mesh, rows: int):
+    def __init__(self, config: models.DecoderConfig, chosen: Method, mesh: Mesh, rows: int):
         """Compiles, and makes parameters, state and a batch of random tokens."""
         params_at = jax.tree.map(
             lambda spec: NamedSharding(mesh, spec),

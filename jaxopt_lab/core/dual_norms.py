@@ -19,6 +19,8 @@ from typing import Literal, NamedTuple, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxopt_lab.core.checks import check_choice
+from jaxopt_lab.core.numerics import frobenius_norm
 from jaxopt_lab.core.spectral import nuclear_norm, spectral_norm
 
 DualNorms = Literal["spectral", "sign", "frobenius"]
@@ -39,8 +41,7 @@ def matrix_norm(x: Float[Array, "*batch m n"], pair: DualNorms) -> Float[Array, 
     Raises:
       ValueError: The pair is unknown.
     """
-    check_pair(pair)
-    return _PAIRS[pair].norm(x)
+    return pair_of(pair).norm(x)
 
 
 def dual_norm(x: Float[Array, "*batch m n"], pair: DualNorms) -> Float[Array, "*batch"]:
@@ -57,8 +58,7 @@ def dual_norm(x: Float[Array, "*batch m n"], pair: DualNorms) -> Float[Array, "*
     Raises:
       ValueError: The pair is unknown.
     """
-    check_pair(pair)
-    return _PAIRS[pair].dual(x)
+    return pair_of(pair).dual(x)
 
 
 def largest_dual(rows: int, columns: int, pair: DualNorms) -> int:
@@ -70,30 +70,11 @@ def largest_dual(rows: int, columns: int, pair: DualNorms) -> int:
     Raises:
       ValueError: The pair is unknown.
     """
-    check_pair(pair)
-    return _PAIRS[pair].largest_dual(rows, columns)
-
-
-def check_pair(pair: str) -> None:
-    """Check a name.
-
-    Raises:
-      ValueError: The pair is unknown.
-    """
-    if pair not in DUAL_NORMS:
-        raise ValueError(f"norm is {pair!r}; choose one of {', '.join(DUAL_NORMS)}")
-
-
-def _largest_entry(x: Array) -> Array:
-    return jnp.max(jnp.abs(x), axis=(-2, -1), initial=0)
-
-
-def _sum_of_entries(x: Array) -> Array:
-    return jnp.sum(jnp.abs(x), axis=(-2, -1))
+    return pair_of(pair).largest_dual(rows, columns)
 
 
 def _frobenius(x: Array) -> Array:
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1)))
+    return frobenius_norm(x, (-2, -1))[..., 0, 0]
 
 
 class _Pair(NamedTuple):
@@ -102,8 +83,18 @@ class _Pair(NamedTuple):
     largest_dual: Callable[[int, int], int]  # of rows and columns
 
 
-_PAIRS: dict[DualNorms, _Pair] = {
+_PAIRS: dict[str, _Pair] = {
     "spectral": _Pair(spectral_norm, nuclear_norm, min),
-    "sign": _Pair(_largest_entry, _sum_of_entries, lambda rows, columns: rows * columns),
+    "sign": _Pair(
+        lambda x: jnp.max(jnp.abs(x), axis=(-2, -1), initial=0),
+        lambda x: jnp.sum(jnp.abs(x), axis=(-2, -1)),
+        lambda rows, columns: rows * columns,
+    ),
     "frobenius": _Pair(_frobenius, _frobenius, lambda rows, columns: 1),
 }
+
+
+def pair_of(pair: str) -> _Pair:
+    """A row of the table above; raises `ValueError` for an unknown one."""
+    check_choice("norm", pair, DUAL_NORMS)
+    return _PAIRS[pair]

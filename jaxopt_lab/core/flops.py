@@ -4,13 +4,12 @@ A tree of layouts marks the leaves that are matrices, as in `jaxopt_lab.core.mat
 hold arrays or shapes. A product of (m, k) and (k, n) counts 2 m k n.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 from jaxopt_lab.core.matrices import resolve_layout
-from jaxopt_lab.core.newton_schulz import newton_schulz_flops
 
 
 def matrix_shapes(params: Any, axes: Any) -> Iterator[tuple[int, int, int]]:
@@ -26,38 +25,15 @@ def matrix_shapes(params: Any, axes: Any) -> Iterator[tuple[int, int, int]]:
             yield resolve_layout(leaf.shape, layout).matrix_shape(leaf.shape)
 
 
-def spectral_step_flops(params: Any, axes: Any, ns_steps: int = 5) -> int:
-    """FLOPs of Newton-Schulz on every matrix of a tree, one spectral step.
+def total_flops(params: Any, axes: Any, of: Callable[[int, int], float]) -> float:
+    """FLOPs of one product or decomposition on every matrix of a tree.
 
     Args:
       params: Tree of arrays or shapes.
       axes: Tree of matrix axes, None for leaves that are no matrices.
-      ns_steps: Iterations.
+      of: FLOPs for a matrix of so many rows and columns.
     """
-    return sum(b * newton_schulz_flops(m, n, ns_steps) for b, m, n in matrix_shapes(params, axes))
-
-
-def rotation_flops(params: Any, axes: Any) -> int:
-    """FLOPs of one two-sided product Q_L^T X Q_R on every matrix.
-
-    Args:
-      params: Tree of arrays or shapes.
-      axes: Tree of matrix axes, None for leaves that are no matrices.
-    """
-    return sum(b * two_sided_flops(m, n) for b, m, n in matrix_shapes(params, axes))
-
-
-def refresh_flops(params: Any, axes: Any) -> float:
-    """FLOPs of one power iteration with a QR decomposition on both sides of every matrix.
-
-    Args:
-      params: Tree of arrays or shapes.
-      axes: Tree of matrix axes, None for leaves that are no matrices.
-    """
-    return sum(
-        b * (power_iteration_flops(m) + power_iteration_flops(n))
-        for b, m, n in matrix_shapes(params, axes)
-    )
+    return float(sum(b * of(m, n) for b, m, n in matrix_shapes(params, axes)))
 
 
 def two_sided_flops(m: int, n: int) -> int:

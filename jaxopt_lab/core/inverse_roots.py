@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def inverse_root(
     "A Schur-Newton method for the matrix pth root and its inverse", SIAM J. Matrix Anal. Appl. 28
     (2006), for the iteration.
     """
-    check_root(method, exponent)
+    check_root("exponent", exponent, method)
     eps = jnp.broadcast_to(jnp.asarray(eps, x.dtype), x.shape[:-2])
     if 0 in x.shape:
         return x
@@ -69,18 +70,19 @@ def inverse_root(
     return (root + root.mT) / 2
 
 
-def check_root(method: str, exponent: ArrayLike) -> None:
+def check_root(name: str, exponent: Any, method: str) -> None:
     """Raise `ValueError` for a method that does not exist or that cannot take this exponent."""
     if method not in ROOT_METHODS:
-        raise ValueError(f"method is {method!r}; choose one of {', '.join(ROOT_METHODS)}")
-    if isinstance(exponent, int | float) and not 0 < exponent < math.inf:
-        raise ValueError(f"exponent is {exponent}; it must be a positive number")
-    if method == "newton" and not (
-        isinstance(exponent, int | float) and math.isclose(1 / exponent, round(1 / exponent))
-    ):
+        raise ValueError(f"method: got {method!r}, wanted one of {', '.join(ROOT_METHODS)}")
+    # Of an array, which may be a tracer, nothing is known.
+    number = math.nan if isinstance(exponent, bool | str) else exponent
+    known = isinstance(number, int | float)
+    if not isinstance(number, jax.Array) and not (known and 0 < number < math.inf):
+        raise ValueError(f"{name}: got {exponent!r}, wanted a finite number > 0")
+    if method == "newton" and not (known and math.isclose(1 / number, round(1 / number))):
         raise ValueError(
-            f"exponent is {exponent}; method 'newton' needs the inverse of an integer as a Python "
-            "number (1/2, 1/4, 1/6, ...); method 'eigh' takes any"
+            f"{name}: got {exponent!r}, wanted the inverse of an integer as a Python number (1/2, "
+            '1/4, 1/6, ...), unless method is "eigh"'
         )
 
 
@@ -102,9 +104,16 @@ def _by_eigh(x: Array, exponent: ArrayLike, eps: Array, relative: bool, precisio
 def _by_newton(x: Array, exponent, eps: Array, relative: bool, precision: PrecisionName) -> Array:
     q = round(1 / exponent)
     identity = jnp.eye(x.shape[-1], dtype=x.dtype)
-    scaled, scale = _unit_norm(x, 0 * eps if relative else eps)
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1))
+    largest = largest if relative else jnp.maximum(largest, eps)
+    usable = (largest > 0) & jnp.isfinite(largest)
+    # The power of two that brings the largest entry to [2, 4): it and its inverse are normal
+    # numbers, where the inverse of the norm itself might vanish.
+    power = jnp.frexp(jnp.where(usable, largest, 1))[1] - 2
+    inverse = jnp.ldexp(jnp.ones_like(largest), -power)
+    scaled = x * inverse[..., None, None]
     lower, upper = _largest_eigenvalue(scaled, precision)
-    ridge = eps * lower if relative else eps / scale
+    ridge = eps * lower if relative else eps * inverse
     coarse = precision in ("default", "bf16_x3") and x.dtype == jnp.float32
     floor = _COARSE_FLOOR if coarse else _NEWTON_FLOOR
     ridge = jnp.maximum(ridge, floor * jnp.finfo(x.dtype).eps * lower)
@@ -115,30 +124,18 @@ def _by_newton(x: Array, exponent, eps: Array, relative: bool, precision: Precis
         ..., None, None
     ]
     root = _coupled_newton(m, ridge / bound, q, precision)
-    root = root * ((bound * scale) ** (-1 / q))[..., None, None]
+    root = root * (bound ** (-1 / q) * jnp.exp2(power.astype(x.dtype) / -q))[..., None, None]
     return jnp.where(zero[..., None, None], 0, root)
 
 
-def _unit_norm(x: Array, least: Array) -> tuple[Array, Array]:
-    """X / scale and scale, the Frobenius norm or `least`, whichever is larger; 1 for zero."""
-    # In two steps: the squares of an entry of 1e-30 vanish in float32.
-    peak = jnp.max(jnp.abs(x), axis=(-2, -1))
-    peak = jnp.where(peak > 0, peak, 1)
-    norm = jnp.linalg.norm(x / peak[..., None, None], axis=(-2, -1)) * peak
-    scale = jnp.maximum(norm, least)
-    scale = jnp.where(scale > 0, scale, 1)
-    return x / scale[..., None, None], scale
-
-
 def _largest_eigenvalue(x: Array, precision: PrecisionName) -> tuple[Array, Array]:
-    """A lower and an upper bound of the largest eigenvalue, from traces of powers.
+    """A lower and an upper bound of the largest eigenvalue of X with entries up to 4, from traces.
 
     The upper one is at most n^(1/16) too large; the lower one is exact when the large eigenvalues
     are alike or far apart, and a few per cent too small in between.
     """
-    peak = jnp.max(jnp.abs(x), axis=(-2, -1))
-    unit = jnp.where(peak > 0, peak * x.shape[-1], 1)  # the powers of what is left do not overflow
-    x2 = _square(x / unit[..., None, None], precision)
+    unit = 4 * x.shape[-1]  # the powers of what is left do not overflow
+    x2 = _square(x / unit, precision)
     x4 = _square(x2, precision)
     # Powers up to 8 of norms between 1/n and 1 stay within float32 up to n of about 10^4.
     norm4 = jnp.linalg.norm(x4, axis=(-2, -1))

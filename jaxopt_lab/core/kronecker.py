@@ -32,33 +32,21 @@ Lubich, "An unconventional robust integrator for dynamical low-rank approximatio
 """
 
 import math
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxopt_lab.core.numerics import Scalar, frobenius_norm
 from jaxopt_lab.core.precision import ProductPrecision, congruence
 from jaxopt_lab.core.spectral import leading_singular_triple
 
-Scalar = float | Array
 Integrator = Literal["ksl", "parallel"]
 StartScale = Literal["sigma", "sqrt_sigma"]
 
 
-class FactorStep(Protocol):
-    """One step of an integrator."""
-
-    def __call__(  # noqa: D102
-        self,
-        left: Float[Array, "*batch m m"],
-        right: Float[Array, "*batch n n"],
-        grad: Float[Array, "*batch m n"],
-        *,
-        decay: Scalar,
-        weight: Scalar,
-        precision: ProductPrecision = "highest",
-        balanced: bool = False,
-    ) -> tuple[Float[Array, "*batch m m"], Float[Array, "*batch n n"]]: ...
+_SIDES = (-2, -1)
 
 
 def rearrange(fisher: Float[Array, "mn mn"], rows: int, columns: int) -> Float[Array, "mm nn"]:
@@ -76,24 +64,6 @@ def rearrange(fisher: Float[Array, "mn mn"], rows: int, columns: int) -> Float[A
     """
     blocks = fisher.reshape(rows, columns, rows, columns)
     return blocks.swapaxes(1, 2).reshape(rows * rows, columns * columns)
-
-
-def row_product(
-    grad: Float[Array, "*batch m n"],
-    x: Float[Array, "*batch n n"],
-    precision: ProductPrecision = "highest",
-) -> Float[Array, "*batch m m"]:
-    r"""$G X G^\top$: the rearranged $\operatorname{vec} G \operatorname{vec} G^\top$ times $X$."""
-    return congruence(grad, x, precision)
-
-
-def column_product(
-    grad: Float[Array, "*batch m n"],
-    y: Float[Array, "*batch m m"],
-    precision: ProductPrecision = "highest",
-) -> Float[Array, "*batch n n"]:
-    r"""$G^\top Y G$: the transposed rearrangement times $Y$."""
-    return congruence(grad, y, precision, transpose=True)
 
 
 def ksl_step(
@@ -133,13 +103,13 @@ def ksl_step(
     """
     step = _Increment(left, right, grad, decay, weight, balanced)
     x = step.rows(precision)
-    u_size = frobenius_norm(x)
+    u_size = frobenius_norm(x, _SIDES)
     # Of x, so that norm and overlap are found in one reading of these matrices.
     overlap = _divide(_divide(_inner(x, left), u_size), step.left_size)
     u = _divide(x, u_size)
-    seen = column_product(step.grad_unit, u, precision)
+    seen = congruence(step.grad_unit, u, precision, transpose=True)
     n = _divide(step.old * overlap * right, step.right_size) + step.new * seen
-    size = frobenius_norm(n)
+    size = frobenius_norm(n, _SIDES)
     root = step.root_scale * jnp.sqrt(size)
     return root * u, root * _divide(n, size)
 
@@ -168,14 +138,17 @@ def parallel_step(
     u = _unit(step.rows(precision))
     v = _unit(step.columns(precision))
     kept = _divide(_inner(left, u), step.left_size) * _divide(_inner(right, v), step.right_size)
-    gained = _inner(u, row_product(step.grad_unit, v, precision))
+    gained = _inner(u, congruence(step.grad_unit, v, precision))
     # Not negative but for rounding; a floor rather than 0, which no factor would ever leave.
     fit = jnp.maximum(step.old * kept + step.new * gained, jnp.finfo(left.dtype).eps)
     root = step.root_scale * jnp.sqrt(fit)
     return root * u, root * v
 
 
-INTEGRATORS: dict[str, FactorStep] = {"ksl": ksl_step, "parallel": parallel_step}
+INTEGRATORS: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "ksl": ksl_step,
+    "parallel": parallel_step,
+}
 
 
 def nearest_kronecker(
@@ -240,11 +213,6 @@ def symmetric(x: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
     return (x + x.mT) / 2
 
 
-def frobenius_norm(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch 1 1"]:
-    """Frobenius norms that broadcast against the stack."""
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
-
-
 class _Increment:
     """The target of a step in units in which nothing under- or overflows.
 
@@ -265,9 +233,12 @@ class _Increment:
         self.left, self.right = left, right
         if balanced:
             smaller = left if left.shape[-1] <= right.shape[-1] else right
-            self.left_size = self.right_size = frobenius_norm(smaller)
+            self.left_size = self.right_size = frobenius_norm(smaller, _SIDES)
         else:
-            self.left_size, self.right_size = frobenius_norm(left), frobenius_norm(right)
+            self.left_size, self.right_size = (
+                frobenius_norm(left, _SIDES),
+                frobenius_norm(right, _SIDES),
+            )
         largest = jnp.max(jnp.abs(grad), axis=(-2, -1), keepdims=True, initial=0)
         # At least the norm, and a reading of the gradient less.
         size = largest * math.sqrt(grad.shape[-2] * grad.shape[-1])
@@ -281,14 +252,14 @@ class _Increment:
 
     def rows(self, precision: ProductPrecision) -> Array:
         """A vec(R) up to a positive factor."""
-        seen = row_product(self.grad_unit, self.right, precision)
+        seen = congruence(self.grad_unit, self.right, precision)
         return _divide(self.old * self.left, self.left_size) + _divide(
             self.new * seen, self.right_size
         )
 
     def columns(self, precision: ProductPrecision) -> Array:
         """A^T vec(L) up to a positive factor."""
-        seen = column_product(self.grad_unit, self.left, precision)
+        seen = congruence(self.grad_unit, self.left, precision, transpose=True)
         return _divide(self.old * self.right, self.right_size) + _divide(
             self.new * seen, self.left_size
         )
@@ -309,4 +280,4 @@ def _divide(x: Array, size: Array) -> Array:
 
 
 def _unit(x: Array) -> Array:
-    return _divide(x, frobenius_norm(x))
+    return _divide(x, frobenius_norm(x, _SIDES))

@@ -1,4 +1,4 @@
-"""Matrix views of parameter leaves, and stacks of equal shape.
+"""Matrix views of parameter leaves.
 
 A leaf becomes a stack of matrices by naming its reduction and its output axes; all other axes are
 batch. The layout is any object with `reduction_axis` and `output_axis` (an int or a sequence of
@@ -6,10 +6,9 @@ ints each), such as `optax.contrib.MuonDimensionNumbers`.
 """
 
 import math
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
 
@@ -48,12 +47,12 @@ def resolve_layout(shape: Sequence[int], layout: MatrixLayout) -> MatrixAxes:
     """
     ndim = len(shape)
 
-    def normalise(axes: Sequence[int] | int) -> tuple[int, ...]:
-        axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    def normalise(axes: Any) -> tuple[int, ...]:  # integers of NumPy as well
+        axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)
         for axis in axes:
             if not -ndim <= axis < ndim:
                 raise ValueError(f"axis {axis} of {layout} is outside a leaf of shape {shape}")
-        return tuple(axis % ndim for axis in axes)
+        return tuple(int(axis) % ndim for axis in axes)
 
     reduction, output = normalise(layout.reduction_axis), normalise(layout.output_axis)
     used = reduction + output
@@ -75,37 +74,3 @@ def batch_first(x: Shaped[Array, "..."], axes: MatrixAxes) -> Shaped[Array, "bat
     inner = tuple(x.shape[a] for a in axes.reduction + axes.output)
     moved = x.transpose(axes.batch + axes.reduction + axes.output)
     return moved.reshape((math.prod(x.shape[a] for a in axes.batch), *inner))
-
-
-def undo_batch_first(
-    y: Shaped[Array, "batch ..."], shape: Sequence[int], axes: MatrixAxes
-) -> Shaped[Array, "..."]:
-    """Inverse of `batch_first` for a leaf of the given shape."""
-    order = axes.batch + axes.reduction + axes.output
-    moved = y.reshape(tuple(shape[a] for a in order))
-    return moved.transpose(tuple(order.index(a) for a in range(len(order))))
-
-
-def batch_first_spec(spec: PartitionSpec, axes: MatrixAxes) -> PartitionSpec:
-    """The partition of `batch_first(x)` for a leaf `x` laid out as `spec`.
-
-    Raises:
-      ValueError: A batch axis other than the leading one is sharded: merging the batch axes would
-        then move data.
-    """
-    entries = tuple(spec) + (None,) * (sum(map(len, axes)) - len(spec))
-    leading, *others = [entries[a] for a in axes.batch] or [None]
-    if any(entry is not None for entry in others):
-        raise ValueError(
-            f"only the first batch axis of a matrix leaf may be sharded, got {spec} "
-            f"with batch axes {axes.batch}"
-        )
-    return PartitionSpec(leading, *(entries[a] for a in axes.reduction + axes.output))
-
-
-def group_by(keys: Sequence[Hashable]) -> list[list[int]]:
-    """Indices of equal keys, in order of first appearance."""
-    groups: dict[Hashable, list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
-    return list(groups.values())

@@ -101,8 +101,10 @@ def newton_schulz(
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     wide = wide_dtype(jnp.zeros((), dtype))
-    y = frobenius_unit(x.astype(dtype).astype(wide), (-2, -1), factor=table.norm_factor, eps=eps)
-    y = y.astype(dtype)
+    # What float16 does not hold is rounded after the division alone.
+    x = x if dtype == jnp.float16 else x.astype(dtype)
+    x = x.astype(jnp.promote_types(x.dtype, wide))
+    y = frobenius_unit(x, (-2, -1), factor=table.norm_factor, eps=eps).astype(dtype)
     for a, b, c in polynomials:
         gram = _matmul(y, y.mT)
         square = _matmul(gram, gram)

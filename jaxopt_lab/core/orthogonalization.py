@@ -1,4 +1,4 @@
-"""Orthonormal bases of the columns of square matrices, in order, from matrix products.
+"""Orthonormal bases from matrix products: of the columns of a matrix, and of a changing factor.
 
 Of independent columns both methods return the Q of a QR decomposition, up to the signs of its
 columns. Householder's is the reference; on an accelerator, where it is a long chain of small
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import solve_triangular
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxopt_lab.core.precision import ProductPrecision, matmul
 
@@ -31,6 +31,9 @@ _LOST, _MOST_PASSES = 1e-3, 8
 # Columns whose overlaps with the others of their block have a smaller sum of squares are corrected,
 # others decomposed again.
 _NEAR = 1e-2
+# What float32 products leave of a zero, relative to the factor's norm: below it, a direction keeps
+# its basis vector instead of following rounding errors. Wider factors need it for zero alone.
+_RIDGES = {"float32": 2.0**-20, "float64": 2.0**-100}
 
 
 def orthonormal(
@@ -70,8 +73,50 @@ def orthonormal(
         return jnp.linalg.qr(x)[0]
     # By the largest entry, so that the squares of no column vanish or overflow.
     largest = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
-    x = x * jnp.where(largest > 0, 1 / jnp.where(largest > 0, largest, 1), 0)
-    return _panelled(x, precision, panel)
+    return _panelled(x * reciprocal(largest), precision, panel)
+
+
+def refresh_eigenbasis(
+    factor: Float[Array, "*batch n n"],
+    basis: Float[Array, "*batch n n"],
+    *,
+    orthogonalizer: Orthogonalizer = "cholesky_qr",
+    precision: ProductPrecision = "bf16_x3",
+) -> tuple[Float[Array, "*batch n n"], Float[Array, "*batch n n"], Int[Array, "*batch n"]]:
+    r"""Follow a slowly changing eigenbasis by one power iteration.
+
+    The columns of $Q$ are sorted by decreasing $\operatorname{diag}(Q^\top X Q)$ and replaced by
+    the orthogonal factor of $X Q$. Directions in which a factor is zero to working precision stay
+    as they are: a small multiple of the norm of $X$ is added to its diagonal. A basis whose
+    successor is not finite stays as it is: moments and parameters would be lost with it for good.
+
+    Args:
+      factor: $X$, positive semidefinite; its symmetric part is taken.
+      basis: $Q$, orthogonal; may be rounded to bfloat16, which saves a third of the product.
+      orthogonalizer: "cholesky_qr" or "householder".
+      precision: Of the products.
+
+    Returns:
+      The factor made symmetric, the new basis in the dtype of the old one, and the permutation that
+      sorted that: entry j of the new order was entry `order[j]`. Whatever is stored in the
+      eigenbasis follows it.
+    """
+    factor, dtype = (factor + factor.mT) / 2, basis.dtype
+    # By the largest entry first, so that the squares of no factor vanish or overflow. It stands on
+    # the diagonal.
+    largest = jnp.max(jnp.diagonal(factor, axis1=-2, axis2=-1), axis=-1)[..., None, None]
+    unit = factor * reciprocal(largest)
+    size = largest * jnp.sqrt(jnp.sum(jnp.square(unit), axis=(-2, -1), keepdims=True))
+    # In rows: those lie together in memory, and are sorted several times faster than columns.
+    rows = matmul(basis, factor, precision, transpose_a=True) * reciprocal(size)
+    basis = basis.astype(rows.dtype)
+    order = jnp.argsort(jnp.sum(basis.mT * rows, axis=-1), axis=-1, descending=True)
+    rows = rows + _RIDGES[rows.dtype.name] * basis.mT
+    rows = jnp.take_along_axis(rows, order[..., :, None], axis=-2)
+    new = orthonormal(rows.mT, orthogonalizer, precision=precision)
+    usable = jnp.isfinite(new).all(axis=(-2, -1))[..., None]
+    order = jnp.where(usable, order, jnp.arange(order.shape[-1]))
+    return factor, jnp.where(usable[..., None], new, basis).astype(dtype), order
 
 
 def _panelled(x: Array, precision: ProductPrecision, panel: int) -> Array:
@@ -168,7 +213,7 @@ def _overlaps(block: Array, precision: ProductPrecision) -> tuple[Array, Array, 
     gram = matmul(block, block, precision, transpose_a=True)
     squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
     lost = jnp.max(jnp.where(squares > 0, 1 - squares, 0))
-    scale = _reciprocal(jnp.sqrt(jnp.maximum(squares, 0)))
+    scale = reciprocal(jnp.sqrt(jnp.maximum(squares, 0)))
     upper = jnp.triu(scale[..., :, None] * gram * scale[..., None, :], 1)
     left = jnp.sum(jnp.square(upper), axis=-1) + jnp.sum(jnp.square(upper), axis=-2)
     # A matrix that is not finite compares false: it must not end the passes of the others.
@@ -210,8 +255,10 @@ def _cholesky_qr(columns: Array) -> Array:
 
 def _unit_columns(x: Array) -> Array:
     """Columns of length 1."""
-    return x * _reciprocal(jnp.sqrt(jnp.sum(jnp.square(x), axis=-2, keepdims=True)))
+    return x * reciprocal(jnp.sqrt(jnp.sum(jnp.square(x), axis=-2, keepdims=True)))
 
 
-def _reciprocal(x: Array) -> Array:
-    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
+def reciprocal(x: Array) -> Array:
+    """The inverse, and 0 for 0 and for subnormal numbers, whose inverse may overflow."""
+    normal = x >= jnp.finfo(x.dtype).tiny
+    return jnp.where(normal, 1 / jnp.where(normal, x, 1), 0)

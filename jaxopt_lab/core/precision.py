@@ -1,7 +1,8 @@
 """Named matrix-product precisions that mean the same accuracy on every platform."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -93,30 +94,60 @@ def matmul(
 
 
 def rotate(
-    x: Float[Array, "*batch m n"],
-    rows: Float[Array, "*batch m m"] | None,
-    columns: Float[Array, "*batch n n"] | None,
+    x: Float[Array, "batch ..."],
+    bases: Sequence[Array | None],
     precision: ProductPrecision = "highest",
     *,
     back: bool = False,
     rounded: bool = False,
-) -> Float[Array, "*batch m n"]:
+) -> Float[Array, "batch ..."]:
     r"""$Q_L^\top X Q_R$ for orthogonal $Q_L$, $Q_R$, or $Q_L X Q_R^\top$ with `back`.
 
     Args:
-      x: Matrices.
-      rows: $Q_L$; None: the identity.
-      columns: $Q_R$; None: the identity.
+      x: Matrices, or a stack of tensors: those have a product along each side, at full precision.
+      bases: $Q_L$ and $Q_R$, one a side; None: the identity.
       precision: Of the products.
       back: Out of the bases.
       rounded: As for `matmul`.
     """
+    if x.ndim != 3:
+        for k, basis in enumerate(bases):
+            if basis is not None:
+                basis = basis if back else basis.mT
+                x = jax.vmap(partial(_along, side=k))(x, basis)
+        return x
+    rows, columns = bases[:2]
     if rows is not None:
         first = rounded or columns is not None
         x = matmul(rows, x, precision, transpose_a=not back, rounded=first)
     if columns is not None:
         x = matmul(x, columns, precision, transpose_b=back, rounded=rounded)
     return x
+
+
+def _along(x: Array, matrix: Array, side: int) -> Array:
+    """A matrix times every fibre of `x` along a side."""
+    return jnp.moveaxis(jnp.tensordot(matrix, x, (1, side), precision=Precision.HIGHEST), 0, side)
+
+
+def grams(
+    x: Float[Array, "batch ..."], sides: Sequence[bool], precision: ProductPrecision = "highest"
+) -> list[Any]:
+    r"""$X_{(k)} X_{(k)}^\top$ of the unfolding along side $k$: all other sides are contracted.
+
+    Args:
+      x: A stack of matrices, as for `gram`, or of tensors, whose products are at full precision.
+      sides: For which of them; the others have None.
+      precision: Of the products.
+    """
+
+    def one(side: int) -> Array:
+        if x.ndim == 3:
+            return gram(x, precision, transpose=side == 1)
+        unfolded = jnp.moveaxis(x, side + 1, 1).reshape(x.shape[0], x.shape[side + 1], -1)
+        return matmul(unfolded, unfolded, transpose_b=True)
+
+    return [one(k) if wanted else None for k, wanted in enumerate(sides)]
 
 
 def gram(

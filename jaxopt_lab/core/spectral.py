@@ -1,21 +1,20 @@
 """Spectral tools: norms and estimates from products, eigenbases and their refresh."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from jaxopt_lab.core.numerics import frobenius_unit, safe_divide, scale_to_unit
-from jaxopt_lab.core.orthogonalization import Orthogonalizer, orthonormal
-from jaxopt_lab.core.precision import ProductPrecision, matmul
+from jaxopt_lab.core.numerics import frobenius_norm, frobenius_unit, safe_divide, scale_to_unit
+from jaxopt_lab.core.ordering import serialize_after
+from jaxopt_lab.core.orthogonalization import reciprocal
+from jaxopt_lab.core.precision import matmul
 
-# What float32 products leave of a zero, relative to the factor's norm: below it, a direction keeps
-# its basis vector instead of following rounding errors. Wider factors need it for zero alone.
-_RIDGES = {"float32": 2.0**-20, "float64": 2.0**-100}
 # Squaring the Gram matrix ten times is 1024 rounds of power iteration.
 _SQUARINGS = 10
 # Largest scale of a Newton-Schulz step. The best one for ever smaller singular values tends to the
@@ -91,14 +90,8 @@ def spectral_norm(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:
     """
     unit, scale = _wide_and_unit(x)
     gram = matmul(unit, unit, transpose_b=True)
-
-    def square(_: Array, power: Array) -> Array:
-        power = power * _reciprocal(_traces(power))
-        # Transposed, or the skew part that rounding leaves doubles every time.
-        return matmul(power, power, transpose_b=True)
-
-    power = lax.fori_loop(0, round(-math.log2(jnp.finfo(x.dtype).eps)), square, gram)
-    average = jnp.sum(gram * power * _reciprocal(_traces(power)), axis=(-2, -1))
+    power = _squared(gram, round(-math.log2(jnp.finfo(x.dtype).eps)))
+    average = jnp.sum(gram * power * reciprocal(_traces(power)), axis=(-2, -1))
     return scale * jnp.sqrt(average)
 
 
@@ -126,8 +119,8 @@ def nuclear_norm(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:
     computation of a Hermitian matrix", Argonne National Laboratory, ANL/MCS-P5059-0114 (2014).
     """
     unit, scale = _wide_and_unit(x)
-    length = _lengths(unit)
-    start = unit * _reciprocal(length)
+    length = frobenius_norm(unit, (-2, -1))
+    start = unit * reciprocal(length)
 
     def step(y: Array, c: Array) -> tuple[Array, None]:
         gram = matmul(y, y, transpose_b=True)
@@ -170,20 +163,16 @@ def leading_singular_triple(
         sigma, v, u = leading_singular_triple(x.mT)
         return sigma, u, v
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
-    unit = x * _reciprocal(largest)
-    projector = matmul(unit, unit.mT)
-    for _ in range(_SQUARINGS):
-        trace = jnp.trace(projector, axis1=-2, axis2=-1)[..., None, None]
-        projector = projector * _reciprocal(trace)
-        projector = matmul(projector, projector)
+    unit = x * reciprocal(largest)
+    projector = _squared(matmul(unit, unit.mT), _SQUARINGS)
     column = jnp.argmax(jnp.diagonal(projector, axis1=-2, axis2=-1), axis=-1)[..., None, None]
     u = jnp.take_along_axis(projector, column, axis=-1)
-    u = u * _reciprocal(_lengths(u))
+    u = u * reciprocal(frobenius_norm(u, (-2, -1)))
     v = matmul(unit.mT, u)
-    v = v * _reciprocal(_lengths(v))
+    v = v * reciprocal(frobenius_norm(v, (-2, -1)))
     u = matmul(unit, v)
-    size = _lengths(u)
-    return (size * largest)[..., 0, 0], (u * _reciprocal(size))[..., 0], v[..., 0]
+    size = frobenius_norm(u, (-2, -1))
+    return (size * largest)[..., 0, 0], (u * reciprocal(size))[..., 0], v[..., 0]
 
 
 def complete_basis(u: Float[Array, "*batch n"]) -> Float[Array, "*batch n n"]:
@@ -199,7 +188,7 @@ def complete_basis(u: Float[Array, "*batch n"]) -> Float[Array, "*batch n n"]:
     sign = jnp.where(u[..., :1] > 0, 1, -1)
     length = jnp.sum(jnp.square(u), axis=-1, keepdims=True)
     w = u + jnp.where(length > 0, sign, 0) * first
-    scale = 2 * _reciprocal(jnp.sum(jnp.square(w), axis=-1))[..., None, None]
+    scale = 2 * reciprocal(jnp.sum(jnp.square(w), axis=-1))[..., None, None]
     return eye - scale * w[..., :, None] * w[..., None, :]
 
 
@@ -217,44 +206,14 @@ def eigenbasis(factor: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]
     return with_layout_constraint(vectors, Layout(major_to_minor=tuple(range(vectors.ndim))))
 
 
-def refresh_eigenbasis(
-    factor: Float[Array, "*batch n n"],
-    basis: Float[Array, "*batch n n"],
-    *,
-    orthogonalizer: Orthogonalizer = "cholesky_qr",
-    precision: ProductPrecision = "bf16_x3",
-) -> tuple[Float[Array, "*batch n n"], Int[Array, "*batch n"]]:
-    r"""Follow a slowly changing eigenbasis by one power iteration.
-
-    The columns of $Q$ are sorted by decreasing $\operatorname{diag}(Q^\top X Q)$ and replaced by
-    the orthogonal factor of $X Q$. Directions in which a factor is zero to working precision stay
-    as they are: a small multiple of the norm of $X$ is added to its diagonal. A basis whose
-    successor is not finite stays as it is: moments and parameters would be lost with it for good.
-
-    Args:
-      factor: $X$, symmetric and positive semidefinite.
-      basis: $Q$, orthogonal; may be rounded to bfloat16, which saves a third of the product.
-      orthogonalizer: "cholesky_qr" or "householder".
-      precision: Of the products.
-
-    Returns:
-      The new basis, and the permutation that sorted the old one: entry j of the new order was
-      entry `order[j]`. Whatever is stored in the eigenbasis follows it.
-    """
-    # By the largest entry first, so that the squares of no factor vanish or overflow. It stands on
-    # the diagonal.
-    largest = jnp.max(jnp.diagonal(factor, axis1=-2, axis2=-1), axis=-1)[..., None, None]
-    size = largest * _lengths(factor * _reciprocal(largest))
-    # In rows: those lie together in memory, and are sorted several times faster than columns.
-    rows = matmul(basis, factor, precision, transpose_a=True) * _reciprocal(size)
-    basis = basis.astype(rows.dtype)
-    order = jnp.argsort(jnp.sum(basis.mT * rows, axis=-1), axis=-1, descending=True)
-    rows = rows + _RIDGES[rows.dtype.name] * basis.mT
-    rows = jnp.take_along_axis(rows, order[..., :, None], axis=-2)
-    new = orthonormal(rows.mT, orthogonalizer, precision=precision)
-    usable = jnp.isfinite(new).all(axis=(-2, -1))[..., None]
-    order = jnp.where(usable, order, jnp.arange(order.shape[-1]))
-    return jnp.where(usable[..., None], new, basis), order
+def eigenbases(factors: Sequence[Array | None]) -> tuple[Array | None, ...]:
+    """`eigenbasis` of each factor, one after the other; None where there is none."""
+    bases: list[Array | None] = []
+    for factor in factors:
+        if factor is not None and any(basis is not None for basis in bases):
+            (factor,) = serialize_after([factor], bases)
+        bases.append(None if factor is None else eigenbasis(factor))
+    return tuple(bases)
 
 
 def trace_in_range(*factors: Float[Array, "*batch _ _"]) -> Bool[Array, "*batch"]:
@@ -281,15 +240,16 @@ def _wide_and_unit(x: Array) -> tuple[Array, Array]:
     return x * root * root, largest[..., 0, 0]
 
 
+def _squared(power: Array, times: int) -> Array:
+    """Positive semidefinite matrices squared again and again, each brought to trace 1 before."""
+
+    def square(_: Array, power: Array) -> Array:
+        power = power * reciprocal(_traces(power))
+        # Transposed, or the skew part that rounding leaves doubles every time.
+        return matmul(power, power, transpose_b=True)
+
+    return lax.fori_loop(0, times, square, power)
+
+
 def _traces(x: Array) -> Array:
     return jnp.trace(x, axis1=-2, axis2=-1)[..., None, None]
-
-
-def _lengths(x: Array) -> Array:
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
-
-
-def _reciprocal(x: Array) -> Array:
-    """The inverse, and 0 for 0 and for subnormal numbers, whose inverse may overflow."""
-    normal = x >= jnp.finfo(x.dtype).tiny
-    return jnp.where(normal, 1 / jnp.where(normal, x, 1), 0)

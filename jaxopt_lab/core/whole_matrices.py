@@ -13,25 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool
-
-from jaxopt_lab.core.matrices import MatrixAxes
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array
 
 AxisNames = tuple[str, ...]
-
-
-def known_sharding(x: Any, given: NamedSharding | None) -> NamedSharding | None:
-    """The sharding under which `x` is laid out, where that can be known while tracing.
-
-    Explicit mesh axes carry it in the type. Auto axes do not, so it must be `given`. None when it
-    is unknown, or says nothing because the mesh is one device.
-    """
-    typed = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-    sharding = getattr(typed, "sharding", None)
-    if not (isinstance(sharding, NamedSharding) and any(sharding.spec)):
-        sharding = given
-    return None if sharding is None or sharding.mesh.size == 1 else sharding
 
 
 def on_whole_matrices(
@@ -42,7 +27,7 @@ def on_whole_matrices(
     mesh: Mesh | AbstractMesh,
     *,
     share_over: Sequence[str] = (),
-    scalars: Sequence[Array] = (),
+    scalars: Sequence[Any] = (),
 ) -> tuple[Array, ...]:
     """Apply `fn` to whole matrices, each device to its own share of the batch.
 
@@ -58,8 +43,8 @@ def on_whole_matrices(
       mesh: The mesh of the specs.
       share_over: Mesh axes over which all operands are replicated and the work shall be divided
         rather than repeated, at the price of one all-gather of the results.
-      scalars: Further arguments of `fn`, replicated. Traced numbers must come this way: a function
-        cannot take them along onto a mesh with Explicit axes.
+      scalars: Further arguments of `fn`, replicated trees. Traced numbers must come this way: a
+        function cannot take them along onto a mesh with Explicit axes.
 
     Raises:
       ValueError: Two operands are sharded over the same mesh axes in a different order.
@@ -71,7 +56,7 @@ def on_whole_matrices(
     order = (*moved, *((name,) for name in share_over))
     owners = math.prod(mesh.shape[name] for names in order for name in names)
 
-    def local(*arguments: Array) -> tuple[Array, ...]:
+    def local(*arguments: Any) -> tuple[Array, ...]:
         blocks, numbers = arguments[: len(operands)], arguments[len(operands) :]
         size = blocks[0].shape[0]
         padding = -size % owners
@@ -92,35 +77,6 @@ def on_whole_matrices(
         # Results of replicated operands are replicated by construction; the checker cannot see it.
         check_vma=False,
     )(*operands, *scalars)
-
-
-def nan_matrices(x: Array, axes: MatrixAxes, sharding: NamedSharding | None) -> Bool[Array, "..."]:
-    """Which matrices of a leaf are NaN, (*batch), where a matrix is NaN as a whole or not at all.
-
-    Every device looks at its own part of each matrix: nothing is communicated.
-
-    Args:
-      x: The leaf.
-      axes: Which of its axes form the matrices.
-      sharding: Of the leaf, where it is known.
-    """
-    inner = axes.reduction + axes.output
-
-    def local(part: Array) -> Array:
-        corner = part[tuple(slice(1) if a in inner else slice(None) for a in range(x.ndim))]
-        return jnp.any(jnp.isnan(corner), axis=inner)
-
-    if sharding is None:
-        return local(x)
-    spec = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
-    # All parts of a matrix tell the same; the checker cannot see it.
-    return jax.shard_map(
-        local,
-        mesh=sharding.mesh,
-        in_specs=sharding.spec,
-        out_specs=PartitionSpec(*(spec[a] for a in axes.batch)),
-        check_vma=False,
-    )(x)
 
 
 def _names(entry) -> AxisNames:

@@ -76,6 +76,9 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Descript
       ['kernel']  4x8    float32  matrix  ScaleByAdam          256
       total state 324 bytes, of which 4 shared
     """
+    bare = jax.tree_util.treedef_is_leaf(jax.tree.structure(params))
+    # Only a path tells the state of a leaf from what all leaves share.
+    params = [params] if bare else params
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the notes say it
         state = jax.eval_shape(tx.init, params)
@@ -98,7 +101,7 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Descript
         for r, (_, x), rule, name in zip(route(params), leaves, rules, names, strict=True)
     ]
     rows = tuple(
-        Row(keystr(path), tuple(x.shape), str(x.dtype), role, name, size)
+        Row("" if bare else keystr(path), tuple(x.shape), str(x.dtype), role, name, size)
         for (path, x), role, name, size in zip(leaves, roles, names, sizes, strict=True)
     )
     return Description(rows, shared + sum(sizes), shared)

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
+from jaxopt_lab.core.checks import NOT_NEGATIVE, check_decays, check_dtype, check_number
 from jaxopt_lab.core.numerics import Scalar, one_minus_power, safe_divide, wide_dtype, widened
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.nonfinite import finite_entries, guarded
 from jaxopt_lab.optim.options import AdamW, Routing
-from jaxopt_lab.optim.rates import check_decays, decayed_weights, scaled_rate
+from jaxopt_lab.optim.rates import decayed_weights, scaled_rate
 from jaxopt_lab.optim.routing import (
     FALLBACK_LABEL,
     MatrixAxesSpec,
@@ -20,6 +22,7 @@ from jaxopt_lab.optim.routing import (
 )
 
 
+@explains_keywords(eps_root="eps=..., which stands outside of the root")
 def scale_by_adamw_fallback(
     *,
     b1: Scalar = 0.8,
@@ -68,6 +71,8 @@ def adam_direction(
     `skip_first_step`: leave out the first gradient altogether, as SOAP does.
     """
     check_decays(b1=b1, b2=b2)
+    check_number("eps", eps, NOT_NEGATIVE)
+    check_dtype("mu_dtype", mu_dtype)
     skipped = 1 if skip_first_step else 0
 
     def init(params: optax.Params) -> optax.ScaleByAdamState:
@@ -124,23 +129,9 @@ def with_fallback(
 ) -> optax.GradientTransformationExtraArgs:
     """Matrices to `matrix_tx`, all other leaves to AdamW.
 
-    Args:
-      label: Name of the matrix group in the state and in `describe`.
-      matrix_tx: The complete rule of the matrices, rate and decay included.
-      learning_rate: The rate of the method.
-      fallback: What AdamW does differently from the method; the next five arguments are what the
-        method says.
-      b1: First-moment decay.
-      b2: Second-moment decay.
-      eps: Epsilon on the uncorrected root.
-      weight_decay: Decoupled decay.
-      mask: Which leaves decay.
-      matrix_axes: As in `route`.
-      routing: As in `route`, and the mask that stands in an object.
-      mu_dtype: Dtype of the first moment.
-      skip_first_step: Take no step at the first gradient.
-      labels: Which leaves go where, by name of the group; None: as `route` says.
-      **others: Further groups, by name.
+    `matrix_tx` is the complete rule of the group `label`, rate and decay included; `others` are
+    further groups, and `labels` says which leaves go where (None: as `route` does). Where
+    `fallback` says None, AdamW has the numbers given here, which are those of the method.
     """
 
     def given(value: Any, of_method: Any) -> Any:

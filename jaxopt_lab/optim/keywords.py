@@ -1,13 +1,20 @@
-"""Errors that say where an option is, for names of earlier versions and of other libraries."""
+"""What a public factory does with its arguments before it looks at them.
 
+Errors say where an option is, for names of earlier versions and of other libraries.
+"""
+
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+from jaxopt_lab.core.checks import plain_number
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_OF_READY = ("mask=", "routing=", "fallback=")
 # What to write instead of a keyword that no factory has, or that one does not have.
 ELSEWHERE = {
     # Optax's names.
@@ -17,6 +24,7 @@ ELSEWHERE = {
     "beta1": "b1=...",
     "beta2": "b2=...",
     "momentum": "b1=...",
+    "b1": "momentum=...",
     "decay": "b1=...",
     "epsilon": "eps=...",
     "ns_coeffs": "newton_schulz=NewtonSchulz(coefficients=...)",
@@ -49,34 +57,47 @@ ELSEWHERE = {
 def explains_keywords(**elsewhere: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorate a factory: an unknown keyword that has a place here is told where it is.
 
+    NumPy numbers become Python's, whose dtypes promote nothing, and an option object has to be of
+    the class of its default.
+
     Args:
       **elsewhere: What to write instead of a keyword, for this factory; `ELSEWHERE` holds for all.
     """
 
     def decorate(factory: Callable[P, T]) -> Callable[P, T]:
         own = inspect.signature(factory).parameters
-        # Of what holds for all, only what this factory has, or its ready optimizer.
-        common = {old: new for old, new in ELSEWHERE.items() if new.split("=")[0] in own}
-        if factory.__name__.startswith("scale_by_"):
-            ready = ("mask=", "routing=", "fallback=")
-            common |= {
-                old: f"{new} of the ready optimizer"
-                for old, new in ELSEWHERE.items()
-                if new.startswith(ready)
-            }
-        known = common | elsewhere
+        known = _elsewhere(factory.__name__, own) | elsewhere
+
+        def taken(name: str, value: Any) -> Any:
+            if name not in own and name in known:
+                verb = "there is" if known[name].startswith("no such") else "write"
+                raise TypeError(
+                    f"{factory.__name__} has no argument {name!r}; {verb} {known[name]}"
+                )
+            default = own[name].default if name in own else None
+            if dataclasses.is_dataclass(default) and not isinstance(value, type(default)):
+                wanted = type(default).__name__
+                raise TypeError(f"{factory.__name__}: {name} is {value!r}, wanted a {wanted}")
+            return plain_number(value)
 
         # Not `**unknown` in the signature: `optax.inject_hyperparams` reads that.
         @functools.wraps(factory)
-        def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-            for name in kwargs:
-                if name not in own and name in known:
-                    verb = "there is" if known[name].startswith("no such") else "write"
-                    raise TypeError(
-                        f"{factory.__name__} has no argument {name!r}; {verb} {known[name]}"
-                    )
-            return factory(*args, **kwargs)
+        def checked(*args: Any, **kwargs: Any) -> T:
+            make: Callable[..., T] = factory
+            kwargs = {name: taken(name, value) for name, value in kwargs.items()}
+            return make(*map(plain_number, args), **kwargs)
 
         return checked
 
     return decorate
+
+
+def _elsewhere(name: str, own: Mapping[str, Any]) -> dict[str, str]:
+    """Of what holds for all, what this factory has, or its ready optimizer."""
+    common = {old: new for old, new in ELSEWHERE.items() if new.split("=")[0] in own}
+    if "momentum" in own:
+        common |= {old: "momentum=..." for old, new in ELSEWHERE.items() if new == "b1=..."}
+    if name.startswith("scale_by_"):
+        ready = {k: v for k, v in ELSEWHERE.items() if v.startswith(_OF_READY)}
+        common |= {old: f"{new} of the ready optimizer" for old, new in ready.items()}
+    return common

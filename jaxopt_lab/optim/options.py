@@ -5,55 +5,80 @@ frozen objects, which `optax.inject_hyperparams` passes through untouched. They 
 compare by identity.
 """
 
-import math
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import jax.numpy as jnp
+import jax
 import optax
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
+from jaxopt_lab.core.checks import (
+    COUNT,
+    DECAY,
+    NOT_NEGATIVE,
+    Wanted,
+    check_choice,
+    check_dtype,
+    check_number,
+    check_rates,
+    check_tree,
+    plain_number,
+)
+from jaxopt_lab.core.inverse_roots import check_root
 from jaxopt_lab.core.newton_schulz import COEFFICIENTS
-from jaxopt_lab.core.orthogonalization import ORTHOGONALIZERS, Orthogonalizer
-from jaxopt_lab.core.precision import PRODUCT_PRECISIONS, PrecisionName, ProductPrecision
+from jaxopt_lab.core.orthogonalization import Orthogonalizer
+from jaxopt_lab.core.precision import PrecisionName, ProductPrecision
 from jaxopt_lab.core.stacks import ReplicatedWork
 
 OnUncovered = Literal["adamw", "error", "modes"]
 SecondMoment = Literal["full", "factored", "rank_one"]
 
 
-def _require(owner: Any, field: str, holds: bool, wanted: str) -> None:
-    if not holds:
-        name = f"{type(owner).__name__}.{field}"
-        raise ValueError(f"{name}: got {getattr(owner, field)!r}, wanted {wanted}")
+# What a mask is, and where a function goes.
+MASK = (
+    "bools",
+    "under optax.inject_hyperparams, which takes functions for schedules, give the function as "
+    "routing=Routing(decay_mask=...)",
+)
 
 
-def _require_choice(owner: Any, field: str, choices: tuple[Any, ...]) -> None:
-    value = getattr(owner, field)
-    # Only a hashable value can be a choice; a tracer or an array is none.
-    found = isinstance(value, str | None) and value in choices
-    _require(owner, field, found, "one of " + ", ".join(map(str, choices)))
+class _Options:
+    """Checks fields by their types: words, flags and integers. `_check` knows the rest."""
 
+    def __post_init__(self) -> None:
+        for field, hint in typing.get_type_hints(type(self)).items():
+            name, value = self._name(field), plain_number(getattr(self, field))
+            object.__setattr__(self, field, value)
+            kinds = (hint, *typing.get_args(hint))  # of a union, also the members
+            words = [kind for kind in kinds if typing.get_origin(kind) is Literal]
+            if words:
+                none = (None,) if type(None) in kinds else ()
+                check_choice(name, value, (*typing.get_args(words[0]), *none))
+            elif hint is bool and not isinstance(value, bool):
+                raise ValueError(f"{name}: got {value!r}, wanted True or False")
+            elif hint is int and not isinstance(value, int):
+                raise ValueError(f"{name}: got {value!r}, wanted an integer")
+        self._check()
 
-def _is_integer(value: Any, at_least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+    def _check(self) -> None:
+        """What types do not say."""
 
+    def _name(self, field: str) -> str:
+        return f"{type(self).__name__}.{field}"
 
-def _in_range(value: Any, low: float, high: float) -> bool:
-    """Whether a Python number is in [low, high); what is no number is not looked at."""
-    return not isinstance(value, int | float) or low <= value < high
-
-
-def _is_floating(dtype: Any) -> bool:
-    try:
-        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
-    except TypeError:  # not the name of any dtype
-        return False
+    def _check_numbers(self, wanted: Wanted, *fields: str) -> None:
+        """Numbers, or None where that is the default."""
+        for field in fields:
+            value = getattr(self, field)
+            if value is not None or getattr(type(self), field) is not None:
+                check_number(self._name(field), value, wanted)
 
 
 @dataclass(frozen=True, eq=False)
-class Routing:
+class Routing(_Options):
     """Which leaves are matrices where `matrix_axes` does not say, and which decay."""
 
     vocabulary_size: int = 10_000
@@ -71,14 +96,13 @@ class Routing:
     of the parameters. This is the place for a function under `optax.inject_hyperparams`, which
     takes a function that is an argument for a schedule."""
 
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        _require(self, "vocabulary_size", _is_integer(self.vocabulary_size, 1), "an integer >= 1")
-        _require_choice(self, "on_uncovered", get_args(OnUncovered))
+    def _check(self) -> None:
+        self._check_numbers(COUNT, "vocabulary_size")
+        check_tree("Routing.decay_mask", self.decay_mask, *MASK)
 
 
 @dataclass(frozen=True, eq=False)
-class AdamW:
+class AdamW(_Options):
     """The rule of the leaves that are not matrices; None means what the method says."""
 
     learning_rate: optax.ScalarOrSchedule | None = None
@@ -99,17 +123,21 @@ class AdamW:
     weight_decay: optax.ScalarOrSchedule | None = None
     """Decoupled weight decay."""
 
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        for field in ("b1", "b2"):
-            _require(self, field, _in_range(getattr(self, field), 0, 1), "a number in [0, 1)")
-        for field in ("learning_rate", "lr_ratio", "eps", "weight_decay"):
-            holds = _in_range(getattr(self, field), 0, math.inf)
-            _require(self, field, holds, "a finite number >= 0")
+    def _check(self) -> None:
+        self._check_numbers(DECAY, "b1", "b2")
+        self._check_numbers(NOT_NEGATIVE, "lr_ratio", "eps")
+        rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
+        check_rates(**{self._name(k): rate for k, rate in rates.items() if rate is not None})
+        multiplied = isinstance(self.lr_ratio, int | float) and self.lr_ratio != 1
+        if self.learning_rate is not None and multiplied:
+            raise ValueError(
+                f"AdamW.lr_ratio: got {self.lr_ratio}, wanted none beside AdamW.learning_rate, "
+                "which it does not multiply"
+            )
 
 
 @dataclass(frozen=True, eq=False)
-class NewtonSchulz:
+class NewtonSchulz(_Options):
     """The iteration that orthogonalises; see `jaxopt_lab.core.newton_schulz`."""
 
     steps: int = 5
@@ -125,18 +153,20 @@ class NewtonSchulz:
     """Added to the Frobenius norm by which a matrix is divided. Released codes take 1e-7, which
     makes the update of a matrix depend on its scale."""
 
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        _require(self, "steps", _is_integer(self.steps, 1), "an integer >= 1")
-        _require(self, "eps", _in_range(self.eps, 0, math.inf), "a finite number >= 0")
-        renamed = "'you_jiacheng', the name of these coefficients after their source"
-        _require(self, "coefficients", self.coefficients != "dion", renamed)
-        _require_choice(self, "coefficients", tuple(COEFFICIENTS))
-        _require(self, "dtype", _is_floating(self.dtype), "a floating-point dtype")
+    def _check(self) -> None:
+        self._check_numbers(COUNT, "steps")
+        self._check_numbers(NOT_NEGATIVE, "eps")
+        if self.coefficients == "dion":
+            raise ValueError(
+                "NewtonSchulz.coefficients: got 'dion', wanted 'you_jiacheng', the name of these "
+                "coefficients after their source"
+            )
+        check_choice("NewtonSchulz.coefficients", self.coefficients, COEFFICIENTS)
+        check_dtype("NewtonSchulz.dtype", self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
-class Eigenbasis:
+class Eigenbasis(_Options):
     """How SOAP and DyKAF keep their eigenbases and moments."""
 
     orthogonalizer: Orthogonalizer = "cholesky_qr"
@@ -171,20 +201,13 @@ class Eigenbasis:
     gradient; a matrix whose gradient is zero waits for one that is not) or "eps" (from multiples
     of the identity). Those of SOAP start from zero."""
 
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        _require_choice(self, "orthogonalizer", ORTHOGONALIZERS)
-        _require_choice(self, "factor_precision", PRODUCT_PRECISIONS)
-        _require_choice(self, "rotation_precision", PRODUCT_PRECISIONS)
-        _require_choice(self, "second_moment", get_args(SecondMoment))
-        _require_choice(self, "init", ("kron", "eps"))
-        _require(self, "max_precond_dim", _is_integer(self.max_precond_dim, 0), "an integer >= 0")
-        for field in ("stagger", "one_sided"):
-            _require(self, field, isinstance(getattr(self, field), bool), "True or False")
+    def _check(self) -> None:
+        at_least_0 = Wanted("an integer >= 0", lambda x: x >= 0)
+        self._check_numbers(at_least_0, "max_precond_dim")
 
 
 @dataclass(frozen=True, eq=False)
-class InverseRoot:
+class InverseRoot(_Options):
     """How Shampoo turns factors into inverse roots."""
 
     exponent: float | Mapping[int, float] | None = None
@@ -207,21 +230,14 @@ class InverseRoot:
     max_precond_dim: int = 1024
     """Longest edge of a block: longer sides are cut, each piece with a factor of its own."""
 
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        _require_choice(self, "method", ("newton", "eigh"))
-        given = self.exponent if isinstance(self.exponent, Mapping) else {1: self.exponent}
-        _require(self, "exponent", set(given) <= {1, 2, 3, 4}, "orders from 1 to 4")
+    def _check(self) -> None:
+        self._check_numbers(COUNT, "max_precond_dim")
+        given = self.exponent if isinstance(self.exponent, Mapping) else {2: self.exponent}
+        if not set(given) <= {1, 2, 3, 4}:
+            raise ValueError(f"InverseRoot.exponent: got {given!r}, wanted orders from 1 to 4")
         for value in given.values():
-            holds = value is None or (isinstance(value, int | float) and 0 < value < math.inf)
-            _require(self, "exponent", holds, "Python numbers > 0")
-            holds = value is None or math.isclose(1 / value, round(1 / value))
-            wanted = 'inverses of integers, unless method="eigh"'
-            _require(self, "exponent", holds or self.method == "eigh", wanted)
-        _require_choice(self, "precision", get_args(PrecisionName))
-        _require(self, "max_precond_dim", _is_integer(self.max_precond_dim, 1), "an integer >= 1")
-        for field in ("relative_eps", "stagger"):
-            _require(self, field, isinstance(getattr(self, field), bool), "True or False")
+            if value is not None:
+                check_root("InverseRoot.exponent", plain_number(value), self.method)
 
     def of_order(self, order: int) -> float:
         """The exponent for blocks of an order."""
@@ -231,7 +247,7 @@ class InverseRoot:
 
 
 @dataclass(frozen=True, eq=False)
-class Graft:
+class Graft(_Options):
     """The method whose step size every block of Shampoo takes."""
 
     kind: Literal["adam", "rmsprop", "adagrad", "sgd"] | None = "adam"
@@ -243,15 +259,13 @@ class Graft:
     eps: float = 1e-8
     """Added to the root of the second moment."""
 
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        _require_choice(self, "kind", ("adam", "rmsprop", "adagrad", "sgd", None))
-        _require(self, "b2", _in_range(self.b2, 0, 1), "a number in [0, 1)")
-        _require(self, "eps", _in_range(self.eps, 0, math.inf), "a finite number >= 0")
+    def _check(self) -> None:
+        self._check_numbers(DECAY, "b2")
+        self._check_numbers(NOT_NEGATIVE, "eps")
 
 
 @dataclass(frozen=True, eq=False)
-class MeshWork:
+class MeshWork(_Options):
     """Where the parameters are laid out, and how replicas share the work on whole matrices."""
 
     param_shardings: Any = None
@@ -263,6 +277,7 @@ class MeshWork:
     """On mesh axes that replicate the parameters, "repeat" the work on whole matrices or "share"
     it for one all-gather of its results."""
 
-    def __post_init__(self) -> None:
-        """Checks the fields."""
-        _require_choice(self, "replicated_work", get_args(ReplicatedWork))
+    def _check(self) -> None:
+        for x in jax.tree.leaves(self.param_shardings):
+            if not isinstance(x, NamedSharding):
+                raise ValueError(f"MeshWork.param_shardings: got {x!r}, wanted NamedShardings")

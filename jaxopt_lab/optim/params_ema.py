@@ -8,7 +8,9 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.core.checks import check_decays, check_dtype
+from jaxopt_lab.core.numerics import Scalar, wide_dtype
+from jaxopt_lab.optim.keywords import explains_keywords
 
 
 class ParamsEmaState(NamedTuple):
@@ -18,6 +20,7 @@ class ParamsEmaState(NamedTuple):
     ema: optax.Params  # the average: shapes of the parameters, dtype at least float32
 
 
+@explains_keywords()
 def track_params_ema(
     decay: Scalar, *, dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -43,11 +46,11 @@ def track_params_ema(
       >>> bool((params_ema(state) < w).all())
       True
     """
-    if isinstance(decay, int | float) and not 0 <= decay < 1:
-        raise ValueError(f"decay is {decay}; it must be in [0, 1)")
+    check_decays(decay=decay)
+    check_dtype("dtype", dtype)
 
     def wide(x: Any):
-        return jnp.dtype(dtype) if dtype else jnp.promote_types(jnp.result_type(x), jnp.float32)
+        return jnp.dtype(dtype) if dtype else wide_dtype(x)
 
     def init(params: optax.Params) -> ParamsEmaState:
         def start(x):

@@ -17,7 +17,8 @@ import optax
 from jax.tree_util import KeyPath, keystr, tree_leaves_with_path
 from optax.contrib import MuonDimensionNumbers
 
-from jaxopt_lab.core.matrices import MatrixAxes, resolve_layout
+from jaxopt_lab.core.checks import DTYPES, NO_TREE, check_tree
+from jaxopt_lab.core.matrices import MatrixAxes, MatrixLayout, resolve_layout
 from jaxopt_lab.optim.options import Routing
 from jaxopt_lab.optim.roles import module_names, names_a_table, role_by_name
 
@@ -47,9 +48,12 @@ def float_leaves(params: optax.Params) -> optax.Params:
         if isinstance(x, float | np.ndarray | np.generic):
             x = jnp.asarray(x, jnp.result_type(x) if hasattr(x, "dtype") else float)
         dtype = getattr(x, "dtype", None)
-        if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+        floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+        if floating and x.dtype.itemsize > 1:
             return x
-        if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+        if floating:
+            wanted = f"one of {', '.join(DTYPES)}"
+        elif dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
             wanted = "real numbers: keep real and imaginary part as two leaves"
         else:
             wanted = (
@@ -63,7 +67,7 @@ def float_leaves(params: optax.Params) -> optax.Params:
 
 
 def _is_layout(node: Any) -> bool:
-    return node is None or (hasattr(node, "reduction_axis") and hasattr(node, "output_axis"))
+    return node is None or isinstance(node, MatrixLayout)
 
 
 def _by_shape(path: KeyPath, shape: tuple[int, ...], vocabulary_size: int) -> Route:
@@ -178,11 +182,13 @@ def route(
 
 def check_matrix_axes(matrix_axes: MatrixAxesSpec) -> None:
     """Raise `ValueError` for a number: what `optax.inject_hyperparams` makes of a function."""
-    if isinstance(matrix_axes, bool | int | float | np.ndarray | np.generic | jax.Array):
-        raise ValueError(
-            f"matrix_axes: got {matrix_axes}, wanted a tree of MuonDimensionNumbers and None or a "
-            "function of the parameters; optax.inject_hyperparams takes a function for a schedule "
-            'unless told static_args=("matrix_axes",), so say that or give the tree'
+    if isinstance(matrix_axes, NO_TREE):
+        check_tree(
+            "matrix_axes",
+            matrix_axes,
+            "MuonDimensionNumbers and None",
+            "optax.inject_hyperparams takes a function for a schedule unless told "
+            'static_args=("matrix_axes",), so say that or give the tree',
         )
 
 
@@ -206,13 +212,7 @@ def warn_unspecified(routes: Sequence[Route], shapes: Sequence[tuple[int, ...]])
 def checks_leaves(
     tx: optax.GradientTransformationExtraArgs, matrix_axes: MatrixAxesSpec, routing: Routing
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx` on `float_leaves`; its `init` warns of leaves left to AdamW for want of a layout.
-
-    Args:
-      tx: A complete optimizer.
-      matrix_axes: As in `route`; a number is refused at once.
-      routing: As in `route`.
-    """
+    """`tx`, whose `init` checks leaves and warns of those left to AdamW for want of a layout."""
     check_matrix_axes(matrix_axes)
 
     def init(params: optax.Params) -> optax.OptState:
@@ -284,13 +284,7 @@ def require_matrices(params: optax.Params, matrix_axes: MatrixAxesSpec) -> list[
 def partition_labels(
     label: str, matrix_axes: MatrixAxesSpec, routing: Routing
 ) -> Callable[[optax.Params], Any]:
-    """A label function for `optax.partition`: `label` for matrices, "adamw" for the rest.
-
-    Args:
-      label: The label of the matrices.
-      matrix_axes: As in `route`.
-      routing: As in `route`.
-    """
+    """A label function for `optax.partition`: `label` for matrices, "adamw" for the rest."""
 
     def labels(params: optax.Params) -> Any:
         names = [

@@ -1,21 +1,21 @@
 """Signum and normalized SGD: heavy-ball momentum, normalised entry by entry or leaf by leaf."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxopt_lab.core.checks import check_choice, check_decays, check_rates
 from jaxopt_lab.core.numerics import Scalar, frobenius_unit, widened
 from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.nonfinite import finite_entries, guarded
 from jaxopt_lab.optim.options import Routing
-from jaxopt_lab.optim.rates import check_decays, check_rates, decayed_weights
-from jaxopt_lab.optim.routing import float_leaves
+from jaxopt_lab.optim.rates import decayed_weights
 
 Norm = Literal["sign", "frobenius"]
 
-_KEYWORDS = dict.fromkeys(("b1", "beta", "decay"), "momentum=...") | dict.fromkeys(
+_KEYWORDS = dict.fromkeys(
     ("dampening", "init_buffer"), "jaxopt_lab.parity.lion_muon.released_heavy_ball"
 )
 
@@ -51,8 +51,7 @@ def normalized_direction(
     norm: Norm, trace: optax.GradientTransformation, eps: float = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     """What `trace` returns, normalised; NaN where it is refused, and the state stays as it was."""
-    if norm not in ("sign", "frobenius"):
-        raise ValueError(f"norm is {norm!r}; choose 'sign' or 'frobenius'")
+    check_choice("norm", norm, get_args(Norm))
 
     def normalized(d: jax.Array) -> jax.Array:
         return jnp.sign(d) if norm == "sign" else frobenius_unit(d, range(d.ndim), eps=eps)
@@ -66,7 +65,6 @@ def normalized_direction(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        updates = float_leaves(updates)
         new: Any
         d, new = trace.update(jax.tree.map(widened, updates), state, params)
         leaves = map(jax.tree.leaves, (updates, d, new.trace, state.trace))
@@ -76,10 +74,7 @@ def normalized_direction(
         )
         return u, new._replace(trace=kept)
 
-    def init(params: optax.Params) -> Any:
-        return trace.init(float_leaves(params))
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(trace.init, update)
 
 
 @explains_keywords(**_KEYWORDS)
@@ -155,6 +150,7 @@ def _ready(
     norm: Norm, learning_rate: Any, momentum: Scalar, nesterov: bool, weight_decay: Any, mask: Any
 ) -> optax.GradientTransformationExtraArgs:
     check_rates(learning_rate=learning_rate)
+    check_decays(momentum=momentum)
     return guarded(
         normalized_direction(norm, optax.trace(momentum, nesterov)),
         decayed_weights(weight_decay, mask, Routing()),

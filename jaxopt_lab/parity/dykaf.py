@@ -1,10 +1,11 @@
 """DyKAF as its released code runs it, and with single quirks of that."""
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import optax
 
+from jaxopt_lab.core.checks import check_choice
 from jaxopt_lab.core.kronecker import StartScale
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.keywords import explains_keywords
@@ -98,15 +99,12 @@ def dykaf(
     eps: Scalar = 1e-8,
     precondition_frequency: int = 10,
     integrator: Integrator = "ksl",
-    weight_decay: optax.ScalarOrSchedule = 0.01,
-    mask: Any = None,
-    matrix_axes: MatrixAxesSpec = None,
     eigenbasis: Eigenbasis = Eigenbasis(),
     mesh: MeshWork = MeshWork(),
     kron_init_scale: StartScale = "sigma",
     one_sided: Literal["ema", "code"] = "ema",
     rank1_eps_in_denominator: bool = True,
-    **quirks: Any,
+    **others: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """DyKAF in which every leaf has its factors, and decay comes after the step.
 
@@ -118,30 +116,18 @@ def dykaf(
       eps: Epsilon on the uncorrected root.
       precondition_frequency: Updates from one refresh to the next.
       integrator: "ksl" or "parallel".
-      weight_decay: Decay of all leaves.
-      mask: Which leaves decay.
-      matrix_axes: None: every leaf of two axes is a matrix, embeddings included.
       eigenbasis: How factors start, and how bases and moments are kept.
       mesh: Layouts of the parameters.
       kron_init_scale: "sigma" (exact) or "sqrt_sigma" (in other units).
       one_sided: As for `with_quirks`.
       rank1_eps_in_denominator: As for `with_quirks`.
-      **quirks: As for `jaxopt_lab.parity.soap.released`.
+      **others: As for `jaxopt_lab.parity.soap.released`.
     """
     method = dykaf_method(
         b1, b2, factor_decay, eps, precondition_frequency, integrator, eigenbasis, mesh
     )
-    return released(
-        "dykaf",
-        with_quirks(method, kron_init_scale, one_sided, rank1_eps_in_denominator),
-        learning_rate,
-        weight_decay=weight_decay,
-        mask=mask,
-        matrix_axes=matrix_axes,
-        eigenbasis=eigenbasis,
-        mesh=mesh,
-        **quirks,
-    )
+    method = with_quirks(method, kron_init_scale, one_sided, rank1_eps_in_denominator)
+    return released("dykaf", method, learning_rate, eigenbasis=eigenbasis, mesh=mesh, **others)
 
 
 def with_quirks(
@@ -163,12 +149,8 @@ def with_quirks(
     Raises:
       ValueError: A choice is unknown.
     """
-    for name, value, choices in (
-        ("kron_init_scale", kron_init_scale, ("sigma", "sqrt_sigma")),
-        ("one_sided", one_sided, ("ema", "code")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+    check_choice("kron_init_scale", kron_init_scale, get_args(StartScale))
+    check_choice("one_sided", one_sided, ("ema", "code"))
     rule = method.rule
     assert isinstance(rule, KroneckerFactors)
     if one_sided == "code":

@@ -11,6 +11,7 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxopt_lab.core.checks import check_choice, check_rates
 from jaxopt_lab.core.newton_schulz import COEFFICIENTS
 from jaxopt_lab.core.numerics import Scalar, frobenius_unit
 from jaxopt_lab.optim.keywords import explains_keywords
@@ -30,7 +31,7 @@ from jaxopt_lab.optim.lion_muon.transform import (
 from jaxopt_lab.optim.matrix_leaves import MatrixLeaves
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import AdamW, MeshWork, NewtonSchulz, Routing
-from jaxopt_lab.optim.rates import check_rates, decayed_weights, scaled_rate
+from jaxopt_lab.optim.rates import decayed_weights, scaled_rate
 from jaxopt_lab.optim.routing import MatrixAxesSpec
 from jaxopt_lab.optim.sign import Norm, normalized_direction
 
@@ -47,9 +48,6 @@ CHEAP_MODES = ("sign", "norm", "cheap_ns", "cached")
 @explains_keywords(
     cheap_learning_rate="sign_learning_rate=...",
     cheap_ns_steps="released_muon(cheap_ns_steps=...)",
-    b1="momentum=...",
-    beta="momentum=...",
-    decay="momentum=...",
 )
 def legacy_sign_muon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
@@ -96,6 +94,7 @@ def legacy_sign_muon(
 
     Source: Bolatov et al., arXiv 2605.19811, released class `SignMuon`.
     """
+    check_rates(learning_rate=learning_rate)
     if sign_learning_rate is None:
         quarter = 0.25 if cheap_mode in ("sign", "norm") else 1.0
         sign_learning_rate = scaled_rate(learning_rate, quarter)
@@ -181,12 +180,8 @@ def released_muon(
 def _cheap_branch(
     mode: str, sign_scaling: str, few_steps: Branch, newton_schulz: NewtonSchulz
 ) -> Branch:
-    for name, value, known in (
-        ("cheap_mode", mode, CHEAP_MODES),
-        ("sign_scaling", sign_scaling, SIGN_SCALES),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+    check_choice("cheap_mode", mode, CHEAP_MODES)
+    check_choice("sign_scaling", sign_scaling, SIGN_SCALES)
     if mode == "sign":
         return signs(newton_schulz)._replace(scale=SIGN_SCALES[sign_scaling])
     if mode == "cheap_ns":
@@ -263,16 +258,16 @@ def _repeating(
 
     def update(updates, state, params=None, **extra_args):
         steps, inner = direction.update(updates, state.direction, params, **extra_args)
-        leaves = MatrixLeaves.of(updates, matrix_axes, None)
+        leaves = MatrixLeaves.of(updates, matrix_axes)
         u, cached = jax.tree.leaves(steps), jax.tree.leaves(state.cached)
         if isinstance(inner, StableRankState):
             flags = jax.tree.leaves(inner.spectral)
-            taken = [leaves.per_matrix(i, *pair) for i, pair in enumerate(zip_strict(flags, u))]
+            taken = [x.per_matrix(f) for x, f in zip_strict(leaves.layouts, flags)]
         else:
             taken = [is_spectral_step(state.direction.count, period)] * len(u)
         out, kept = [], []
-        for i, (t, x, c) in enumerate(zip_strict(taken, u, cached)):
-            filled = jnp.any(c != 0, axis=leaves.inner_axes(i), keepdims=True)
+        for layout, t, x, c in zip_strict(leaves.layouts, taken, u, cached):
+            filled = jnp.any(c != 0, axis=layout.inner_axes, keepdims=True)
             out.append(jnp.where(jnp.logical_not(t) & filled, c, x))
             kept.append(jnp.where(t & ~jnp.isnan(x), x, c))
         unflatten = leaves.treedef.unflatten

@@ -4,6 +4,7 @@ from typing import Literal
 
 import optax
 
+from jaxopt_lab.core.checks import check_choice
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.kronecker.shampoo_step import ReleasedCode, ShampooRule, shampoo_direction
 from jaxopt_lab.optim.nonfinite import guarded
@@ -68,8 +69,7 @@ def distributed_shampoo(
     decay = optax.add_decayed_weights(weight_decay)
     trace = optax.chain(optax.scale(1 - dampening), optax.trace(momentum, nesterov))
     rest = (trace if momentum else optax.identity(), optax.scale_by_learning_rate(learning_rate))
-    if weight_decay_type not in ("decoupled", "l2"):
-        raise ValueError(f"weight_decay_type is {weight_decay_type!r}; choose decoupled or l2")
+    check_choice("weight_decay_type", weight_decay_type, ("decoupled", "l2"))
     if weight_decay_type == "l2":
         return optax.chain(decay, guarded(direction, *rest))
     return guarded(direction, decay, *rest)

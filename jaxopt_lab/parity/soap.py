@@ -8,15 +8,16 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from jaxopt_lab.core.modes import merged_shape
+from jaxopt_lab.core.checks import check_rates
 from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.optim.kronecker.model import MODES_LABEL
 from jaxopt_lab.optim.kronecker.soap import soap_method
 from jaxopt_lab.optim.kronecker.step import EigenbasisAdam
-from jaxopt_lab.optim.kronecker.tensors import tensor_direction
-from jaxopt_lab.optim.kronecker.transform import MODES_LABEL, eigenbasis_direction
+from jaxopt_lab.optim.kronecker.tensors import merged_shape, tensor_direction
+from jaxopt_lab.optim.kronecker.transform import eigenbasis_direction
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import Eigenbasis, MeshWork, Routing
-from jaxopt_lab.optim.rates import check_rates, decayed_weights
+from jaxopt_lab.optim.rates import decayed_weights, matched_mask
 from jaxopt_lab.optim.routing import MatrixAxesSpec, checks_leaves, route
 
 
@@ -28,38 +29,23 @@ def soap(
     factor_decay: Scalar | None = None,
     eps: Scalar = 1e-8,
     precondition_frequency: int = 10,
-    weight_decay: optax.ScalarOrSchedule = 0.01,
-    mask: Any = None,
-    matrix_axes: MatrixAxesSpec = None,
     eigenbasis: Eigenbasis = Eigenbasis(),
-    **quirks: Any,
+    **others: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """SOAP in which every leaf has its factors, and decay comes after the step.
 
     Args:
-      learning_rate: As for `jaxopt_lab.soap`, and so are the others.
+      learning_rate: As for `jaxopt_lab.soap`, and so are those that are not explained.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
       factor_decay: Decay of the factors.
       eps: Epsilon on the uncorrected root.
       precondition_frequency: Updates from one refresh to the next.
-      weight_decay: Decay of all leaves.
-      mask: Which leaves decay.
-      matrix_axes: None: every leaf of two axes is a matrix, embeddings included.
       eigenbasis: How bases and moments are kept.
-      **quirks: As for `released`.
+      **others: As for `released`.
     """
     method = soap_method(b1, b2, factor_decay, eps, precondition_frequency, eigenbasis, MeshWork())
-    return released(
-        "soap",
-        method,
-        learning_rate,
-        weight_decay=weight_decay,
-        mask=mask,
-        matrix_axes=matrix_axes,
-        eigenbasis=eigenbasis,
-        **quirks,
-    )
+    return released("soap", method, learning_rate, eigenbasis=eigenbasis, **others)
 
 
 def released(
@@ -67,10 +53,10 @@ def released(
     method: EigenbasisAdam,
     learning_rate: optax.ScalarOrSchedule,
     *,
-    weight_decay: optax.ScalarOrSchedule,
-    mask: Any,
-    matrix_axes: MatrixAxesSpec,
     eigenbasis: Eigenbasis,
+    weight_decay: optax.ScalarOrSchedule = 0.01,
+    mask: Any = None,
+    matrix_axes: MatrixAxesSpec = None,
     mesh: MeshWork = MeshWork(),
     decay_after_step: bool = True,
     precondition_1d: bool = False,
@@ -84,10 +70,10 @@ def released(
       label: Name of the group of matrices.
       method: The step.
       learning_rate: A number or a schedule.
+      eigenbasis: How bases and moments are kept.
       weight_decay: Decay of all leaves.
       mask: Which leaves decay.
-      matrix_axes: None: every leaf of two axes.
-      eigenbasis: How bases and moments are kept.
+      matrix_axes: None: every leaf of two axes is a matrix, embeddings included.
       mesh: Layouts of the parameters.
       decay_after_step: $W \leftarrow (1 - \eta \lambda) (W - \eta N)$ instead of decay beside the
         step.
@@ -141,8 +127,9 @@ def decayed_after_step(
         return 1 - rate * decay
 
     shrunk: Any = optax.scale_by_schedule(kept)
-    if mask is not None:
-        shrunk = optax.masked(shrunk, mask)
+    matched = matched_mask(mask, Routing())
+    if matched is not None:
+        shrunk = optax.masked(shrunk, matched)
     return optax.chain(shrunk, decayed_weights(weight_decay, mask, Routing()))
 
 

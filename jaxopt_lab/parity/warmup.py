@@ -29,12 +29,10 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
+from jaxopt_lab.core.checks import check_choice
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.schedules.adaptive_warmup import warmup_by
-from jaxopt_lab.schedules.gap_rate import Curvature
 from jaxopt_lab.schedules.peak_gap import CANDIDATES, MARGIN, searched_if
-from jaxopt_lab.schedules.warmup_checks import check_number, decay_factory
-from jaxopt_lab.schedules.warmup_phases import SIGMA, DecayFactory, WarmupPhases
 
 Objective = Literal[
     "linear_and_cos",
@@ -47,7 +45,6 @@ Objective = Literal[
 ]
 TargetShape = Literal["linear", "cos"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
-TARGET_SHAPES: tuple[TargetShape, ...] = get_args(TargetShape)
 
 _Function: TypeAlias = Callable[[float], float]
 
@@ -60,14 +57,7 @@ def official_warmup(
     *,
     objective: Objective = "linear_and_cos",
     target: TargetShape = "linear",
-    sigma: Scalar = SIGMA,
     official_first_step: bool = True,
-    use_current_loss: bool = False,
-    curvature: Curvature | None = None,
-    decay: Literal["cosine"] | DecayFactory = "cosine",
-    final_div_factor: Scalar = 1e4,
-    smoothing: Scalar = 0.0,
-    fallback_after: Scalar | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """`jaxopt_lab.adaptive_warmup` with the released search; defaults are those of the release.
@@ -81,58 +71,38 @@ def official_warmup(
       div_factor: The peak rate over the rate at the start.
       objective: What the search minimises, see above.
       target: Form of the target in the objectives with derivatives.
-      sigma: Width parameter of the weight.
       official_first_step: Take the first step at the peak rate.
-      use_current_loss: Let a loss set the rate of its own step instead of the next one's.
-      curvature: Coefficients by hand, in place of the search.
-      decay: "cosine" or a factory.
-      final_div_factor: The peak rate over the last one.
-      smoothing: Decay of an average of the losses.
-      fallback_after: None: the rate follows the loss to the end.
-      **options: `norm`, `matrix_axes`, `kappa` and `relative` of `adaptive_warmup`.
+      **options: As for `adaptive_warmup`, where `fallback_after` is None: the rate follows the loss
+        to the end. Two more are of the release: `sigma`, width parameter of the weight, and
+        `use_current_loss`, with which a loss sets the rate of its own step.
 
     Raises:
       ValueError: As for `adaptive_warmup`; an objective or a target is unknown; or
         `use_current_loss`, where the first loss sets the first rate, meets `official_first_step`.
     """
-    check_objective(objective, target)
-    check_number("sigma", sigma, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
-    if use_current_loss and official_first_step:
+    _check_objective(objective, target)
+    if options.get("use_current_loss") and official_first_step:
         raise ValueError(
             "official_first_step and use_current_loss are both True; with use_current_loss the "
             "first loss sets the rate of the first step"
         )
-    phases = WarmupPhases(
+    search = functools.partial(
+        _quadrature_where, peak_lr=peak_lr, objective=objective, target=target
+    )
+    return warmup_by(
         peak_lr=peak_lr,
         total_steps=total_steps,
         target_loss=target_loss,
         div_factor=div_factor,
-        delta_star_rule="exact",
-        curvature=curvature,
-        decay=decay_factory(decay),
-        final_div_factor=final_div_factor,
-        smoothing=smoothing,
-        fallback_after=fallback_after,
-        sigma=sigma,
-        search=functools.partial(
-            _quadrature_where, peak_lr=peak_lr, objective=objective, target=target
-        ),
+        search=search,
         first_step_at_peak=official_first_step,
-        use_current_loss=use_current_loss,
+        **options,
     )
-    return warmup_by(phases, **options)
 
 
-def check_objective(objective: str, target: str) -> None:
-    """Check two names.
-
-    Raises:
-      ValueError: One is unknown.
-    """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective is {objective!r}; choose one of {', '.join(OBJECTIVES)}")
-    if target not in TARGET_SHAPES:
-        raise ValueError(f"target is {target!r}; choose one of {', '.join(TARGET_SHAPES)}")
+def _check_objective(objective: str, target: str) -> None:
+    check_choice("objective", objective, OBJECTIVES)
+    check_choice("target", target, get_args(TargetShape))
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "target"))
@@ -200,7 +170,7 @@ def quadrature_peak_gap(
     Raises:
       ValueError: The objective or the target is unknown.
     """
-    check_objective(objective, target)
+    _check_objective(objective, target)
     candidates = np.linspace(MARGIN, initial_gap - MARGIN, CANDIDATES).tolist()
     scores = [
         _score(d, initial_gap, kappa_sigma, div_factor, peak_lr, objective, target)
@@ -245,11 +215,10 @@ class _Target(NamedTuple):
         )
 
     def slope(self, x: float) -> float:
-        length = self.high - self.low
-        if self.shape == "linear":
-            return (self.b - self.a) / length
-        z = (x - self.low) / length
-        return (self.b - self.a) * math.pi * math.sin(math.pi * z) / 2 / length
+        length, form = self.high - self.low, 1.0
+        if self.shape == "cos":
+            form = math.pi * math.sin(math.pi * (x - self.low) / length) / 2
+        return (self.b - self.a) * form / length
 
     def bend(self, x: float) -> float:
         if self.shape == "linear":

@@ -9,7 +9,7 @@ import optax
 from jaxopt_lab.core.dual_norms import DualNorms
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.keywords import explains_keywords
-from jaxopt_lab.optim.routing import MatrixAxesSpec
+from jaxopt_lab.optim.routing import MatrixAxesSpec, float_leaves
 from jaxopt_lab.schedules import warmup_checks
 from jaxopt_lab.schedules.gap_rate import Curvature, warmup_kappa
 from jaxopt_lab.schedules.warmup_phases import (
@@ -123,30 +123,35 @@ def adaptive_warmup(
     the loss is the mean of the whole step, not one replica's or the last microbatch's; coefficients
     by hand work, also with $\rho \ne 2$; a decay starts at the latest after half the run.
     """
-    phases = WarmupPhases(
+    return warmup_by(
+        norm=norm,
+        matrix_axes=matrix_axes,
+        kappa=kappa,
+        relative=relative,
         peak_lr=peak_lr,
         total_steps=total_steps,
         target_loss=target_loss,
         div_factor=div_factor,
         delta_star_rule=delta_star_rule,
         curvature=curvature,
-        decay=warmup_checks.decay_factory(decay),
+        decay=decay,
         final_div_factor=final_div_factor,
         smoothing=smoothing,
         fallback_after=fallback_after,
     )
-    return warmup_by(phases, norm=norm, matrix_axes=matrix_axes, kappa=kappa, relative=relative)
 
 
 def warmup_by(
-    phases: WarmupPhases,
     *,
     norm: DualNorms | Mapping[DualNorms, float] = "spectral",
     matrix_axes: MatrixAxesSpec = None,
     kappa: Scalar | None = None,
     relative: bool = False,
+    decay: Literal["cosine"] | DecayFactory = "cosine",
+    **rule: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """The transform of a rule; the other arguments are those of `adaptive_warmup`."""
+    """The transform of a rule, whose other parts are fields of `WarmupPhases`."""
+    phases = WarmupPhases(decay=warmup_checks.decay_factory(decay), **rule)
     warmup_checks.check_phases(phases)
     warmup_checks.check_kappa(norm, kappa)
 
@@ -155,16 +160,22 @@ def warmup_by(
             return kappa
         if not phases.searches:
             return 0.0
-        return warmup_checks.positive_kappa(warmup_kappa(tree, norm, matrix_axes))
+        found = warmup_kappa(tree, norm, matrix_axes)
+        if found <= 0:
+            raise ValueError(
+                "adaptive_warmup found no matrix among the parameters, so its norm has no kappa; "
+                "say in matrix_axes which axes form matrices, or give kappa"
+            )
+        return found
 
     def init(params: optax.Params) -> AdaptiveWarmupState:
-        kappa_of(params)
+        kappa_of(float_leaves(params))
         return phases.start()
 
     def update(updates, state, params=None, *, value=None, **extra_args):
-        del extra_args
-        loss = warmup_checks.scalar_loss(value)
-        new = phases.step(state, loss, kappa_of(updates if params is None else params))
+        del params, extra_args
+        loss, updates = warmup_checks.scalar_loss(value), float_leaves(updates)
+        new = phases.step(state, loss, kappa_of(updates))
         rate = new.rate if phases.use_current_loss else state.rate
         scale = rate / phases.peak_lr if relative else -rate
         # The product is rounded once, to the dtype of the update.

@@ -12,7 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxopt_lab.core.checks import COUNT, NOT_NEGATIVE, Wanted, check_choice, check_number
+
 DecayShape = Literal["linear", "sqrt", "cosine", "square"]
+
+_SHARE = Wanted("a share in [0, 1]", lambda x: 0 <= x <= 1)
 
 # The warm-up starts at this fraction of the peak, so that the first step already moves.
 WARMUP_START = 0.01
@@ -54,40 +58,27 @@ def warmup_stable_decay(
     Source: the runs in Bolatov et al., "LionMuon: Alternating Spectral and Sign Descent for
     Efficient Training", arXiv 2605.19811, have these shapes.
     """
-    _check_peak(peak)
-    _check_steps(total_steps, warmup_steps)
-    _check_fraction("decay_fraction", decay_fraction)
-    _check_fraction("final_fraction", final_fraction)
-    if decay_shape not in get_args(DecayShape):
-        raise ValueError(
-            f"decay_shape: got {decay_shape!r}, expected one of {', '.join(get_args(DecayShape))}"
-        )
+    check_number("peak", peak, NOT_NEGATIVE)
+    check_number("total_steps", total_steps, COUNT)
+    within = Wanted(f"an integer in [0, {total_steps}]", lambda x: 0 <= x <= total_steps)
+    check_number("warmup_steps", warmup_steps, within)
+    check_number("decay_fraction", decay_fraction, _SHARE)
+    check_number("final_fraction", final_fraction, _SHARE)
+    check_choice("decay_shape", decay_shape, get_args(DecayShape))
     decay_steps = math.floor(decay_fraction * total_steps)
     decay_start = total_steps - decay_steps
     if warmup_steps > decay_start:
         raise ValueError(
-            f"warmup_steps: got {warmup_steps}, but the decay starts at step {decay_start} "
-            f"(decay_fraction {decay_fraction} of {total_steps} steps); they must not overlap"
+            f"warmup_steps: got {warmup_steps}, wanted at most {decay_start}, where the decay "
+            f"starts (decay_fraction {decay_fraction} of {total_steps} steps)"
         )
-    shape = _SHAPES[decay_shape]
 
-    def after_warmup(count: jax.Array) -> jax.Array:
-        left = _clipped(total_steps - count, decay_steps)
-        return final_fraction + (1.0 - final_fraction) * shape(left)
-
-    def plateau(count: jax.Array) -> jax.Array:
-        return jnp.ones_like(_as_float(count))
-
-    return _with_warmup(peak, warmup_steps, after_warmup if decay_steps else plateau)
-
-
-def _with_warmup(
-    peak: float, warmup_steps: int, after_warmup: Callable[[jax.Array], jax.Array]
-) -> optax.Schedule:
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         count = jnp.asarray(count)
         rise = WARMUP_START + (1.0 - WARMUP_START) * _as_float(count) / max(warmup_steps, 1)
-        return peak * jnp.where(count < warmup_steps, rise, after_warmup(count))
+        left = jnp.clip(_as_float(total_steps - count) / max(decay_steps, 1), 0.0, 1.0)
+        fall = final_fraction + (1.0 - final_fraction) * _SHAPES[decay_shape](left)
+        return peak * jnp.where(count < warmup_steps, rise, fall if decay_steps else 1.0)
 
     return schedule
 
@@ -95,42 +86,14 @@ def _with_warmup(
 # The shapes as functions of the share of the decay that is left, r = 1 - x: the difference is taken
 # between integers, so the last steps keep their relative precision in float32. For the cosine,
 # sin²(pi r / 2) avoids the cancellation of (1 + cos(pi x)) / 2 there.
-def _half_cosine(left: jax.Array) -> jax.Array:
-    return jnp.sin(0.5 * jnp.pi * left) ** 2
-
-
 _SHAPES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "linear": lambda left: left,
     "sqrt": lambda left: 1.0 - jnp.sqrt(1.0 - left),
-    "cosine": _half_cosine,
+    "cosine": lambda left: jnp.sin(0.5 * jnp.pi * left) ** 2,
     "square": lambda left: left * (2.0 - left),
 }
-
-
-def _clipped(steps_left: jax.Array, decay_steps: int) -> jax.Array:
-    return jnp.clip(_as_float(steps_left) / decay_steps, 0.0, 1.0)
 
 
 def _as_float(x: jax.typing.ArrayLike) -> jax.Array:
     # Counters are integers and would promote differently with and without 64-bit mode.
     return jnp.asarray(x, jnp.result_type(float))
-
-
-def _check_peak(peak: float) -> None:
-    # A traced rate (optax.inject_hyperparams) has no value to look at.
-    if isinstance(peak, int | float) and not (math.isfinite(peak) and peak >= 0):
-        raise ValueError(f"peak: got {peak}, expected a finite rate that is not negative")
-
-
-def _check_steps(total_steps: int, warmup_steps: int) -> None:
-    if total_steps < 1:
-        raise ValueError(f"total_steps: got {total_steps}, expected at least 1")
-    if not 0 <= warmup_steps <= total_steps:
-        raise ValueError(
-            f"warmup_steps: got {warmup_steps}, expected between 0 and total_steps = {total_steps}"
-        )
-
-
-def _check_fraction(name: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}: got {value}, expected a share between 0 and 1")

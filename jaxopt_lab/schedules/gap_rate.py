@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxopt_lab.core.dual_norms import DualNorms, check_pair, largest_dual
+from jaxopt_lab.core.checks import check_choice
+from jaxopt_lab.core.dual_norms import DUAL_NORMS, DualNorms, largest_dual
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.routing import MatrixAxesSpec, route_with_embeddings
 
@@ -128,7 +129,7 @@ def warmup_kappa(
     """
     weights: Mapping[DualNorms, float] = norm if isinstance(norm, Mapping) else {norm: 1.0}
     for pair in weights:
-        check_pair(pair)
+        check_choice("norm", pair, DUAL_NORMS)
     layouts = {r.path: r.axes for r in route_with_embeddings(params, matrix_axes)}
     total = 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

@@ -36,12 +36,7 @@ class TargetEstimate(NamedTuple):
 
 
 def expected_target(first_loss: Float[Array, ""], total_steps: Scalar) -> TargetEstimate:
-    """The line from the first loss to the expected share of it.
-
-    Args:
-      first_loss: Loss of the first step.
-      total_steps: T.
-    """
+    """The line from the first loss to the expected share of it."""
     weight = jnp.full_like(first_loss, EXPECTATION_WEIGHT) * total_steps
     last = EXPECTED_SHARE * first_loss
     return TargetEstimate(
@@ -52,14 +47,7 @@ def expected_target(first_loss: Float[Array, ""], total_steps: Scalar) -> Target
 def with_loss(
     estimate: TargetEstimate, loss: Float[Array, ""], step: Int[Array, ""], total_steps: Scalar
 ) -> TargetEstimate:
-    """The estimate with one more loss.
-
-    Args:
-      estimate: So far.
-      loss: Loss of the step.
-      step: 0 for the first.
-      total_steps: T.
-    """
+    """The estimate with the loss of one more step; 0 is the first."""
     dtype = estimate.weight.dtype
     z = jnp.log1p(step.astype(dtype)) / jnp.log1p(jnp.asarray(total_steps, dtype))
     _, weight, position, square, total, product = estimate

@@ -1,77 +1,72 @@
 """Checks of the arguments of `adaptive_warmup`; traced numbers have no value to look at."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxopt_lab.core.dual_norms import check_pair
+from jaxopt_lab.core.checks import (
+    COUNT,
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Wanted,
+    check_choice,
+    check_decays,
+    check_number,
+)
+from jaxopt_lab.core.dual_norms import DUAL_NORMS
 from jaxopt_lab.core.numerics import Scalar
-from jaxopt_lab.schedules.gap_rate import Curvature
 from jaxopt_lab.schedules.warmup_phases import DecayFactory, WarmupPhases, official_cosine
+
+_AT_LEAST_1 = Wanted("a number >= 1", lambda x: x >= 1)
+_FINITE_AT_LEAST_1 = Wanted("a finite number >= 1", lambda x: 1 <= x < math.inf)
+_ABOVE_1 = Wanted("a finite number > 1", lambda x: 1 < x < math.inf)
+_SHARE = Wanted("a number in (0, 1]", lambda x: 0 < x <= 1)
+_SHARE_OF_GAP = Wanted("'exact' or a share of the first gap in (0, 1)", lambda x: 0 < x < 1)
+_TARGET = Wanted("a finite number, or 'auto'", math.isfinite)
 
 
 def check_phases(p: WarmupPhases) -> None:
-    """Check all numbers and names of a rule.
-
-    Raises:
-      ValueError: One is out of range or unknown.
-    """
-    check_number("peak_lr", p.peak_lr, "a finite number above 0", lambda x: 0 < x < math.inf)
-    check_number("total_steps", p.total_steps, "a whole number of at least 1", _is_count)
-    if not (isinstance(p.target_loss, str) and p.target_loss == "auto"):
-        check_number("target_loss", p.target_loss, "a finite number, or 'auto'", math.isfinite)
-    check_number(
-        "div_factor", p.div_factor, "a finite number of at least 1", lambda x: 1 <= x < math.inf
-    )
-    check_number("sigma", p.sigma, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
-    check_number("final_div_factor", p.final_div_factor, "a number of at least 1", lambda x: x >= 1)
-    check_number("smoothing", p.smoothing, "in [0, 1)", lambda x: 0 <= x < 1)
+    """Raise `ValueError` for a number or a name of a rule that is out of range or unknown."""
+    check_number("peak_lr", p.peak_lr, POSITIVE)
+    check_number("total_steps", p.total_steps, COUNT)
+    if p.target_loss != "auto":
+        check_number("target_loss", p.target_loss, _TARGET)
+    check_number("div_factor", p.div_factor, _FINITE_AT_LEAST_1)
+    check_number("sigma", p.sigma, NOT_NEGATIVE)
+    check_number("final_div_factor", p.final_div_factor, _AT_LEAST_1)
+    check_decays(smoothing=p.smoothing)
     if p.fallback_after is not None:
-        check_number("fallback_after", p.fallback_after, "in (0, 1], or None", lambda x: 0 < x <= 1)
-    if not (isinstance(p.delta_star_rule, str) and p.delta_star_rule == "exact"):
-        wanted = "'exact' or a number in (0, 1), a share of the first gap"
-        if isinstance(p.delta_star_rule, str) and p.delta_star_rule == "official":
-            wanted += "; the released rule is jaxopt_lab.parity.warmup.official_warmup"
-        check_number("delta_star_rule", p.delta_star_rule, wanted, lambda x: 0 < x < 1)
-    if p.curvature is not None:
-        _check_curvature(p.curvature)
-    if p.curvature is not None and isinstance(p.target_loss, str):
+        check_number("fallback_after", p.fallback_after, _SHARE)
+    if p.delta_star_rule == "official":
         raise ValueError(
-            "target_loss is 'auto' and curvature is given; coefficients by hand are those of gaps "
-            "to a fixed target"
+            "delta_star_rule: got 'official', which is jaxopt_lab.parity.warmup.official_warmup"
         )
+    if p.delta_star_rule != "exact":
+        check_number("delta_star_rule", p.delta_star_rule, _SHARE_OF_GAP)
+    if p.curvature is not None:
+        check_number("curvature.k0", p.curvature.k0, NOT_NEGATIVE)
+        check_number("curvature.k1", p.curvature.k1, FINITE)
+        check_number("curvature.k_rho", p.curvature.k_rho, POSITIVE)  # else there is no peak
+        check_number("curvature.rho", p.curvature.rho, _ABOVE_1)
+        if p.target_loss == "auto":
+            raise ValueError(
+                "target_loss: got 'auto' beside curvature, wanted a number: coefficients by hand "
+                "are those of gaps to a fixed target"
+            )
 
 
 def check_kappa(norm: Any, kappa: Scalar | None) -> None:
-    """Check the norm, and a kappa that is given.
-
-    Raises:
-      ValueError: A norm is unknown, or a number is out of range.
-    """
+    """Raise `ValueError` for an unknown norm, or a weight or kappa out of range."""
     for pair, weight in norm.items() if isinstance(norm, Mapping) else [(norm, 1.0)]:
-        check_pair(pair)
-        wanted = "a finite weight of at least 0"
-        check_number(f"norm[{pair!r}]", weight, wanted, lambda x: 0 <= x < math.inf)
+        check_choice("norm", pair, DUAL_NORMS)
+        check_number(f"norm[{pair!r}]", weight, NOT_NEGATIVE)
     if kappa is not None:
-        check_number("kappa", kappa, "a finite number above 0", lambda x: 0 < x < math.inf)
-
-
-def positive_kappa(kappa: float) -> float:
-    """The argument, if there was any matrix to measure.
-
-    Raises:
-      ValueError: There was none.
-    """
-    if kappa > 0:
-        return kappa
-    raise ValueError(
-        "adaptive_warmup found no matrix among the parameters, so its norm has no kappa; say in "
-        "matrix_axes which axes form matrices, or give kappa"
-    )
+        check_number("kappa", kappa, POSITIVE)
 
 
 def decay_factory(decay: DecayFactory | str) -> DecayFactory:
@@ -84,7 +79,7 @@ def decay_factory(decay: DecayFactory | str) -> DecayFactory:
         return official_cosine
     if not callable(decay):
         raise ValueError(
-            f"decay is {decay!r}; it must be 'cosine' or a function from a number of steps to a "
+            f"decay: got {decay!r}, wanted 'cosine' or a function from a number of steps to a "
             "schedule"
         )
     number = jax.ShapeDtypeStruct((), jnp.result_type(float))
@@ -97,16 +92,12 @@ def decay_factory(decay: DecayFactory | str) -> DecayFactory:
             "lambda n: lambda k: optax.linear_schedule(1.0, 0.0, 1)(k / n)"
         ) from error
     if share.shape:
-        raise ValueError(f"decay gives a schedule of shape {share.shape}; it must be a scalar")
+        raise ValueError(f"decay: got a schedule of shape {share.shape}, wanted a scalar")
     return decay
 
 
 def scalar_loss(value: Any) -> Array:
-    """The loss of a step as an array.
-
-    Raises:
-      ValueError: It is missing or not a scalar.
-    """
+    """The loss of a step as an array; raises `ValueError` if it is missing or not a scalar."""
     if value is None:
         raise ValueError(
             "adaptive_warmup needs the loss of this step as the argument value; call "
@@ -115,31 +106,7 @@ def scalar_loss(value: Any) -> Array:
     loss = jnp.asarray(value)
     if loss.shape:
         raise ValueError(
-            f"value has shape {loss.shape}; it must be one scalar, the mean loss of this step over "
+            f"value: got shape {loss.shape}, wanted one scalar, the mean loss of this step over "
             "microbatches and replicas"
         )
     return loss
-
-
-def _check_curvature(c: Curvature) -> None:
-    check_number("curvature.k0", c.k0, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
-    check_number("curvature.k1", c.k1, "a finite number", math.isfinite)
-    wanted = "a finite number above 0; without it the rate has no peak"
-    check_number("curvature.k_rho", c.k_rho, wanted, lambda x: 0 < x < math.inf)
-    check_number("curvature.rho", c.rho, "a finite number above 1", lambda x: 1 < x < math.inf)
-
-
-def check_number(name: str, value: Any, wanted: str, holds: Callable[[Any], bool]) -> None:
-    """Check a number that has a value.
-
-    Raises:
-      ValueError: It is none, or does not hold.
-    """
-    if isinstance(value, jax.Array):
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
-        raise ValueError(f"{name} is {value!r}; it must be {wanted}")
-
-
-def _is_count(x: float) -> bool:
-    return x >= 1 and float(x).is_integer()

@@ -56,12 +56,12 @@ class WarmupPhases:
     total_steps: Scalar
     target_loss: Scalar | Literal["auto"]
     div_factor: Scalar
-    delta_star_rule: Literal["exact"] | Scalar
-    curvature: Curvature | None
     decay: DecayFactory
-    final_div_factor: Scalar
-    smoothing: Scalar
-    fallback_after: Scalar | None
+    delta_star_rule: Literal["exact"] | Scalar = "exact"
+    curvature: Curvature | None = None
+    final_div_factor: Scalar = 1e4
+    smoothing: Scalar = 0.0
+    fallback_after: Scalar | None = None
 
     sigma: Scalar = SIGMA
     search: PeakGapSearch = exact_where

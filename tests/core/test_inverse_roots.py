@@ -132,12 +132,23 @@ def test_newton_treats_what_round_off_hides_as_one_size(precision, floor):
     np.testing.assert_allclose(got, floored, rtol=0.02, atol=0.02 * np.abs(floored).max())
 
 
+@pytest.mark.parametrize("method", ["newton", "eigh"])
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("scale", [2.0**-120, 2.0**126])
+def test_factors_at_either_end_of_float32(method, relative, scale):
+    # The reciprocal of the larger one is denormal, and flushed to zero.
+    x = jnp.array([[1.0, 0.5], [0.5, 1.0]])
+    root = inverse_root(scale * x, 0.25, method=method, relative=relative)
+    exact = inverse_root(x, 0.25, method="eigh")
+    np.testing.assert_allclose(root * scale**0.25, exact, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("method", "exponent", "message"),
     [
-        ("qr", 0.25, "method is 'qr'; choose one of eigh, newton"),
-        ("eigh", -0.5, "exponent is -0.5; it must be a positive number"),
-        ("newton", 0.4, "exponent is 0.4; method 'newton' needs the inverse of an integer"),
+        ("qr", 0.25, "method: got 'qr', wanted one of eigh, newton"),
+        ("eigh", -0.5, "exponent: got -0.5, wanted a finite number > 0"),
+        ("newton", 0.4, "exponent: got 0.4, wanted the inverse of an integer"),
     ],
 )
 def test_bad_input(method, exponent, message):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 
 from jaxopt_lab.core import kronecker
+from jaxopt_lab.core.precision import congruence
 from tests.examples import examples
 from tests.reference import kronecker as reference
 
@@ -75,8 +76,8 @@ def test_rearrangement(seed):
     with jax.enable_x64(True):
         ours = np.asarray(kronecker.rearrange(jnp.asarray(fisher), m, n))
         product = kronecker.rearrange(jnp.kron(left, right), m, n)
-        rows = kronecker.row_product(jnp.asarray(grad), jnp.asarray(right))
-        columns = kronecker.column_product(jnp.asarray(grad), jnp.asarray(left))
+        rows = congruence(jnp.asarray(grad), jnp.asarray(right))
+        columns = congruence(jnp.asarray(grad), jnp.asarray(left), transpose=True)
     np.testing.assert_array_equal(ours, reference.rearranged(fisher, m, n))
     np.testing.assert_allclose(np.linalg.norm(ours), np.linalg.norm(fisher), rtol=1e-14)
     np.testing.assert_allclose(product, np.outer(left, right), rtol=1e-15)
@@ -240,8 +241,8 @@ def test_gram_factors_are_half_a_power_step_from_the_identity(seed, decay):
     with jax.enable_x64(True):
         for grad in rng.standard_normal((4, m, n)):
             fisher = decay * fisher + (1 - decay) * reference.second_moment(grad)
-            rows = kronecker.row_product(jnp.asarray(grad), jnp.eye(n))
-            columns = kronecker.column_product(jnp.asarray(grad), jnp.eye(m))
+            rows = congruence(jnp.asarray(grad), jnp.eye(n))
+            columns = congruence(jnp.asarray(grad), jnp.eye(m), transpose=True)
             left = decay * left + (1 - decay) * rows
             right = decay * right + (1 - decay) * columns
     matrix = reference.rearranged(fisher, m, n)

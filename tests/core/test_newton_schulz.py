@@ -76,6 +76,13 @@ def test_zero_and_empty_matrices_stay():
         assert y.shape == shape and not np.isnan(y.astype("float32")).any() and not y.any()
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-9, 1e6, 1e18])
+def test_float16_takes_any_scale(scale):
+    x = jax.random.normal(jax.random.key(0), (5, 8))
+    y = newton_schulz(scale * x, compute_dtype="float16").astype("float32")
+    np.testing.assert_allclose(y, newton_schulz(x), atol=0.02)
+
+
 def test_products_accumulate_wider_than_bfloat16():
     # 4096 equal terms: a bfloat16 accumulator stops growing after 256 of them.
     x = jnp.ones((2, 4096), jnp.bfloat16).at[1].set(-1)

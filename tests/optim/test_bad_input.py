@@ -21,6 +21,10 @@ OUT_OF_RANGE = [
     (jol.sign_muon, "period", 0),
     (jol.legacy_sign_muon, "period", 0),
     (jol.scale_by_lion_muon, "period", 0),
+    (functools.partial(jol.branch_rate, spectral_rate=1.0, sign_rate=1.0), "period", 0),
+    (functools.partial(jol.branch_rate, 2, 1.0), "sign_rate", NAN),
+    *((factory, "momentum", 1.0) for factory in (jol.signum, jol.normalized_sgd, jol.muon)),
+    *((factory, "b1", -0.1) for factory in (jol.lion_muon, jol.sign_muon, jol.soap, jol.shampoo)),
     *((jol.lion_muon, "stable_rank_threshold", value) for value in (0, -0.1, NAN)),
     *((stable_rank, name, NAN) for name in ("spectral_rate", "sign_rate")),
 ]
@@ -40,13 +44,13 @@ READY = (
 
 
 def call(factory, **options):
-    needs_rate = factory not in (jol.scale_by_lion_muon, stable_rank)
+    needs_rate = factory in (*READY, jol.soap, jol.shampoo)
     return factory(**({"learning_rate": 1e-3} if needs_rate else {}) | options)
 
 
 @pytest.mark.parametrize(("factory", "name", "value"), OUT_OF_RANGE)
 def test_numbers_out_of_range(factory, name, value):
-    with pytest.raises(ValueError, match=f"^{name} is {value!r}; it must be"):
+    with pytest.raises(ValueError, match=f"^{name}: got {value!r}, wanted"):
         call(factory, **{name: value})
 
 
@@ -54,17 +58,17 @@ def test_numbers_out_of_range(factory, name, value):
 def test_rates_that_are_no_rates(value):
     named = [*((factory, "learning_rate") for factory in READY), *RATES]
     for factory, name in named:
-        with pytest.raises(ValueError, match=f"^{name} is {value}; it must be a finite number"):
+        with pytest.raises(ValueError, match=f"^{name}: got {value}, wanted a finite number"):
             call(factory, **{name: value})
 
 
 def test_unknown_choices_are_told_the_known_ones():
-    with pytest.raises(ValueError, match="^spectral_scale is 'other'; choose one of .*, "):
+    with pytest.raises(ValueError, match="^spectral_scale: got 'other', wanted one of .*, "):
         jol.scale_by_lion_muon(spectral_scale="other")
     for name in ("cheap_mode", "sign_scaling"):
-        with pytest.raises(ValueError, match=f"^{name} is 'other'; choose one of .*, "):
+        with pytest.raises(ValueError, match=f"^{name}: got 'other', wanted one of .*, "):
             jol.legacy_sign_muon(**{name: "other"})
-    with pytest.raises(ValueError, match="norm is 'other'; choose"):
+    with pytest.raises(ValueError, match="norm: got 'other', wanted one of"):
         jol.scale_by_normalized_heavy_ball(norm="other")
 
 
@@ -96,11 +100,46 @@ def test_coefficients_under_the_wrong_name_are_told_the_right_one():
         (jol.legacy_sign_muon, "cheap_learning_rate", "sign_learning_rate="),
         (jol.signum, "init_buffer", "parity"),
         (jol.normalized_sgd, "b1", "momentum="),
+        (jol.muon, "beta1", "momentum="),
+        (jol.scale_by_adamw_fallback, "beta2", "b2="),
+        (jol.scale_by_adamw_fallback, "eps_root", "eps="),
+        (jol.scale_by_stable_rank, "ns_steps", "NewtonSchulz"),
+        (jol.scale_by_stable_rank, "period", "threshold="),
+        (jol.scale_by_stable_rank, "decay_mask", "mask="),
     ],
 )
 def test_other_names_of_an_option_are_told_where_it_is(factory, keyword, place):
     with pytest.raises(TypeError, match=f"no argument '{keyword}'; (write|there is no) .*{place}"):
         factory(**{keyword: None})
+
+
+@pytest.mark.parametrize("factory", (*READY, jol.soap, jol.dykaf, jol.shampoo, jol.dykaf_official))
+def test_masks_that_are_none_are_refused(factory):
+    for mask in (True, np.bool_(False), jnp.zeros((), bool), 1.0, "bias"):
+        with pytest.raises(ValueError, match=r"^mask: got .*routing=Routing\(decay_mask=\.\.\.\)"):
+            factory(1e-3, weight_decay=0.1, mask=mask)
+    params = {"w": jnp.ones((4, 6)), "b": jnp.ones(6)}
+    for mask, message in [
+        ({"w": True}, r"it has no entry for leaf \['b'\]"),
+        ({"w": True, "b": None}, r"it has no entry for leaf \['b'\]"),
+        ({"w": True, "b": False, "c": True}, r"there is no leaf for its entry \['c'\]"),
+        ({"w": {"kernel": True}, "b": False}, r"it has no entry for leaf \['w'\]"),
+        ({"w": True, "b": "no"}, r"mask of leaf \['b'\]: got 'no', wanted a bool"),
+        (lambda p: {"w": 1.0, "b": False}, r"mask of leaf \['w'\]: got 1.0, wanted a bool"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            factory(1e-3, weight_decay=0.1, mask=mask).init(params)
+    factory(1e-3, weight_decay=0.1, mask={"w": np.True_, "b": jnp.zeros((), bool)}).init(params)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int32", "half-ish"])
+def test_dtypes_of_momenta_are_checked(dtype):
+    with_dtype = [f for f in (*READY, jol.scale_by_lion_muon, stable_rank)
+                  if f not in (jol.signum, jol.normalized_sgd)]  # fmt: skip
+    for factory in (*with_dtype, jol.scale_by_adamw_fallback):
+        options = {"learning_rate": 1e-3} if factory in READY else {}
+        with pytest.raises(ValueError, match=f"^mu_dtype: got '{dtype}', wanted None or one of"):
+            factory(mu_dtype=dtype, **options)
 
 
 WHOLE_MODEL = (*READY, jol.soap, jol.dykaf, jol.shampoo)
@@ -124,6 +163,10 @@ def test_leaves_that_no_rule_fits_are_named(factory):
         ({"v": jax.nn.relu}, rf"\['v'\]: got .*, wanted arrays of floating.*{filters}"),
         ({"v": "adam"}, rf"\['v'\]: got str.*{filters}"),
         ({"v": 3}, rf"\['v'\]: got int.*{filters}"),
+        (
+            {"v": jnp.ones((4, 6), "float8_e5m2")},
+            r"\['v'\]: got dtype float8_e5m2, wanted one of bfl",
+        ),
         ({"v": jax.random.key(0)}, rf"\['v'\]: got dtype key.*{filters}"),
     ]
     for leaves, message in bad:
@@ -131,6 +174,16 @@ def test_leaves_that_no_rule_fits_are_named(factory):
             tx.init(good | leaves)
     with pytest.raises(TypeError, match=r"leaf \.activation: got"):
         tx.init(eqx.nn.MLP(4, 3, 6, 2, key=jax.random.key(0)))
+
+
+@pytest.mark.parametrize("factory", [f for f in WHOLE_MODEL if f is not jol.legacy_sign_muon])
+def test_parameters_are_needed_where_weights_decay_alone(factory):
+    g = {"w": jnp.ones((4, 6)), "b": jnp.ones(6)}
+    tx = factory(1e-3, weight_decay=0.0)
+    jax.eval_shape(tx.update, g, tx.init(g))
+    tx = factory(1e-3, weight_decay=0.1)
+    with pytest.raises(ValueError, match="not passing `params`"):
+        jax.eval_shape(tx.update, g, tx.init(g))
 
 
 @pytest.mark.parametrize("factory", WHOLE_MODEL)

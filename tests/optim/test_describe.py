@@ -116,4 +116,20 @@ def test_an_empty_tree_has_an_empty_table():
     assert (
         found.rows == () and str(found).splitlines()[1] == "total state 4 bytes, of which 4 shared"
     )
-    assert jol.describe(optax.adam(0.1), jnp.ones(3)).rows[0].path == ""
+
+
+@pytest.mark.parametrize(
+    ("tx", "shape", "row"),
+    [
+        (optax.adam(0.1), (3,), ("vector", "ScaleByAdam", 24)),
+        (optax.sgd(0.1), (4, 6), ("matrix", "stateless", 0)),
+        (jol.lion_muon(1e-3), (4, 6), ("matrix", "lion_muon", 4 * 24 + 4)),
+        (jol.lion_muon(1e-3), (6,), ("vector", "adamw", 2 * 4 * 6)),
+        (jol.lion_muon(1e-3, matrix_axes=Axes(1, 2)), (2, 4, 6), ("matrix", "lion_muon", 200)),
+    ],
+)
+def test_a_bare_array_has_its_state(tx, shape, row):
+    for param in (jnp.ones(shape), jax.ShapeDtypeStruct(shape, "float32")):
+        found = jol.describe(tx, param)
+        assert [(r.path, r.role, r.rule, r.state_bytes) for r in found.rows] == [("", *row)]
+        assert found.total_bytes == found.shared_bytes + row[-1]

@@ -67,7 +67,7 @@ def test_none_or_several_averages_are_an_error(copies):
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
 def test_decay_outside_its_range(decay):
-    with pytest.raises(ValueError, match=f"decay is {decay}"):
+    with pytest.raises(ValueError, match=f"decay: got {decay}"):
         jol.track_params_ema(decay)
 
 

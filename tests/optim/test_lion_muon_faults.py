@@ -124,6 +124,23 @@ def _of_matrices(path, value):
     return "w" in value and not isinstance(value["w"], optax.MaskedNode)
 
 
+def test_an_iteration_in_float16_takes_what_float16_does_not_hold():
+    g = {"w": jax.random.normal(jax.random.key(0), (4, 6))}
+    tx = jol.lion_muon(1.0, period=1, newton_schulz=jol.NewtonSchulz(steps=2, dtype="float16"))
+    update = jax.jit(lambda g: tx.update(g, tx.init(g), g)[0]["w"])
+    for scale in (2.0**-40, 2.0**20):
+        np.testing.assert_allclose(update({"w": scale * g["w"]}), update(g), rtol=1e-2, atol=1e-3)
+
+
+def test_the_package_and_the_function_of_one_name_can_both_be_imported():
+    import jaxopt_lab.optim.lion_muon.transform
+    from jaxopt_lab.optim import lion_muon
+    from jaxopt_lab.optim.lion_muon import transform
+
+    assert lion_muon is jol.lion_muon is jaxopt_lab.optim.lion_muon
+    assert transform.scale_by_lion_muon is jol.scale_by_lion_muon
+
+
 def test_refused_matrices_of_a_stack_are_counted_one_by_one():
     axes = {"w": Axes(2, 0)}
     grads = {"w": normal(0, {"w": (4, 3, 5)})["w"].at[1, 2, 3].set(jnp.nan)}

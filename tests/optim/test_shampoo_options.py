@@ -17,7 +17,6 @@ from optax.contrib import MuonDimensionNumbers
 
 import jaxopt_lab as jol
 from jaxopt_lab.optim import AdamW, Graft, InverseRoot, Routing
-from jaxopt_lab.optim.kronecker.roots import part_of_stack
 from tests.examples import examples
 from tests.optim.runs import fast_jit, normal, run, scan
 
@@ -183,15 +182,8 @@ def test_staggered_roots_are_refreshed_in_turn():
     # All at the start, step 3; then a third of the eight at every step, each in its turn.
     assert [len(c) for c in changed[:3]] == [0, 0, 8]
     for window in (changed[3:6], changed[6:9]):
-        assert [len(c) for c in window] == [3, 3, 3]
-        assert set(np.concatenate(window)) == set(range(8))
-
-
-def test_parts_of_a_stack_smaller_than_the_frequency():
-    old, ones = jnp.zeros((3, 1, 1)), jnp.ones(3)
-    for j in range(5):
-        new = part_of_stack(lambda x, *_: x + 1, old, ones, old, (jnp.int32(j), 5))
-        assert np.flatnonzero(new).tolist() == ([j] if j < 3 else [])
+        assert sorted(len(c) for c in window) == [2, 3, 3]
+        assert sorted(np.concatenate(window)) == list(range(8))
 
 
 def test_no_matrices_at_all():
@@ -363,11 +355,11 @@ def test_boxed_parameters_of_linen():
 
 
 BAD = [
-    ("b1", 1.0, r"b1 is 1.0; it must be in \[0, 1\)"),
-    ("b2", 1.5, r"b2 is 1.5; it must be in \[0, 1\]"),
-    ("eps", -1e-3, "eps is -0.001; it must be a finite number of at least 0"),
+    ("b1", 1.0, r"b1: got 1.0, wanted a number in \[0, 1\)"),
+    ("b2", 1.5, r"b2: got 1.5, wanted a number in \[0, 1\]"),
+    ("eps", -1e-3, "eps: got -0.001, wanted a finite number >= 0"),
     *(
-        ("precondition_frequency", f, f"precondition_frequency is {f}; it must be an integer")
+        ("precondition_frequency", f, f"precondition_frequency: got {f}, wanted an integer")
         for f in (0, -1, 2.5, float("inf"))
     ),
 ]
@@ -382,12 +374,12 @@ def test_bad_input(name, value, message):
 @pytest.mark.parametrize(
     ("option", "field", "value", "wanted"),
     [
-        (InverseRoot, "exponent", 0.4, 'inverses of integers, unless method="eigh"'),
+        (InverseRoot, "exponent", 0.4, "the inverse of an integer"),
         (InverseRoot, "exponent", {7: 0.5}, "orders from 1 to 4"),
-        (InverseRoot, "exponent", -0.5, "Python numbers > 0"),
-        (InverseRoot, "exponent", {2: "half"}, "Python numbers > 0"),
+        (InverseRoot, "exponent", -0.5, "a finite number > 0"),
+        (InverseRoot, "exponent", {2: "half"}, "a finite number > 0"),
         (InverseRoot, "method", "qr", "one of newton, eigh"),
-        (InverseRoot, "max_precond_dim", 8.5, "an integer >= 1"),
+        (InverseRoot, "max_precond_dim", 8.5, "an integer"),
         (InverseRoot, "precision", "fp8", "one of "),
         (Graft, "kind", "other", "one of adam, rmsprop, adagrad, sgd, None"),
         (Graft, "b2", 1.0, r"a number in \[0, 1\)"),
@@ -425,11 +417,11 @@ def test_old_keywords_say_where_they_went(keyword, answer):
 
 
 def test_bad_input_of_the_ready_optimizer():
-    with pytest.raises(ValueError, match="learning_rate is -1"):
+    with pytest.raises(ValueError, match="learning_rate: got -1"):
         jol.shampoo(-1.0)
-    with pytest.raises(ValueError, match="weight_decay is -0.1"):
+    with pytest.raises(ValueError, match="weight_decay: got -0.1"):
         jol.shampoo(1e-3, weight_decay=-0.1)
-    with pytest.raises(ValueError, match="InverseRoot.stagger .* it must be a Python integer"):
+    with pytest.raises(ValueError, match="wanted a Python integer, because InverseRoot.stagger"):
         jol.scale_by_shampoo(
             precondition_frequency=jnp.asarray(3), inverse_root=InverseRoot(stagger=True)
         )

@@ -191,11 +191,11 @@ def test_sigma_multiplies_kappa():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"objective": "linear_and_linaer"}, "objective is 'linear_and_linaer'; choose one of"),
-        ({"target": "cosine"}, "target is 'cosine'; choose one of linear, cos"),
-        ({"sigma": -1.0}, "sigma is -1.0"),
-        ({"decay": "line"}, "decay is 'line'; it must be 'cosine' or a function"),
-        ({"kappa": 0.0}, "kappa is 0.0"),
+        ({"objective": "linear_and_linaer"}, "objective: got 'linear_and_linaer', wanted one of"),
+        ({"target": "cosine"}, "target: got 'cosine', wanted one of linear, cos"),
+        ({"sigma": -1.0}, "sigma: got -1.0"),
+        ({"decay": "line"}, "decay: got 'line', wanted 'cosine' or a function"),
+        ({"kappa": 0.0}, "kappa: got 0.0"),
         ({"use_current_loss": True}, "official_first_step and use_current_loss are both True"),
     ],
 )
@@ -205,7 +205,7 @@ def test_bad_arguments_are_named(change, message):
 
 
 def test_unknown_names_of_the_search():
-    with pytest.raises(ValueError, match="objective is 'linear_and_linaer'; choose one of"):
+    with pytest.raises(ValueError, match="objective: got 'linear_and_linaer', wanted one of"):
         quadrature_peak_gap(3.0, 1.0, 10.0, 1e-3, "linear_and_linaer")
-    with pytest.raises(ValueError, match="target is 'cosine'; choose one of linear, cos"):
+    with pytest.raises(ValueError, match="target: got 'cosine', wanted one of linear, cos"):
         quadrature_peak_gap(3.0, 1.0, 10.0, 1e-3, "func_prime", "cosine")

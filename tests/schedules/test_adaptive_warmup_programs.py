@@ -21,7 +21,6 @@ import jaxopt_lab as jol
 from jaxopt_lab.schedules import AdaptiveWarmupState, adaptive_warmup
 from jaxopt_lab.schedules.adaptive_warmup import warmup_by
 from jaxopt_lab.schedules.peak_gap import exact_where
-from jaxopt_lab.schedules.warmup_phases import WarmupPhases, official_cosine
 from tests.schedules.warmup_runs import NOISY, PARAMS, PEAK, STEPS, TARGET, make, run, scan
 
 TREE = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6), "embedding": jnp.ones((8, 4))}
@@ -151,20 +150,10 @@ def test_the_program_for_a_gpu_gives_the_same_rates(monkeypatch):
     updates, states = members(adaptive_warmup(PEAK, STEPS, TARGET, kappa=1e4))
     monkeypatch.setattr(jax.lax, "platform_dependent", on_gpu)
     # Not the function that is compiled already.
-    phases = WarmupPhases(
-        peak_lr=PEAK,
-        total_steps=STEPS,
-        target_loss=TARGET,
-        div_factor=100.0,
-        delta_star_rule="exact",
-        curvature=None,
-        decay=official_cosine,
-        final_div_factor=1e4,
-        smoothing=0.0,
-        fallback_after=0.5,
-        search=exact_where.__wrapped__,
-    )
-    at_once, at_once_states = members(warmup_by(phases, kappa=1e4))
+    rule = {"peak_lr": PEAK, "total_steps": STEPS, "target_loss": TARGET, "div_factor": 100.0}
+    search = exact_where.__wrapped__
+    tx = warmup_by(**rule, fallback_after=0.5, search=search, kappa=1e4)
+    at_once, at_once_states = members(tx)
     np.testing.assert_allclose(at_once, updates, rtol=1e-5)
     chex.assert_trees_all_close(at_once_states, states, rtol=1e-5)
     assert states.switch_step[0, -1] > 0 and (states.peak_gap[:, -1] > 0).all()

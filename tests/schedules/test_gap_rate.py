@@ -111,7 +111,7 @@ def test_kappa_of_models():
     assert warmup_kappa(stacked) == 4  # three axes without a layout are no matrices
     layouts = {"w": MuonDimensionNumbers(1, 2), "embedding": None}
     assert warmup_kappa(stacked, "spectral", layouts) == 3 * 4 + 4
-    with pytest.raises(ValueError, match="norm is 'nuclear'"):
+    with pytest.raises(ValueError, match="norm: got 'nuclear'"):
         warmup_kappa(params, "nuclear")
 
 

@@ -9,15 +9,19 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jaxopt_lab.core.matrices import MatrixAxes, MatrixLayout, batch_first_spec, resolve_layout
+from jaxopt_lab.core.matrices import MatrixAxes
 from jaxopt_lab.core.precision import ProductPrecision, gram, matmul
-from jaxopt_lab.core.stacks import Slot
-from jaxopt_lab.core.whole_matrices import known_sharding
-from jaxopt_lab.optim.routing import MatrixAxesSpec, broadcast_prefix
+from jaxopt_lab.core.stacks import Member, Slot
+from jaxopt_lab.optim.kronecker.grafting import with_norm_of
+from jaxopt_lab.optim.matrix_leaves import LeafLayout, MatrixLeaves
+from jaxopt_lab.optim.routing import MatrixAxesSpec, broadcast_prefix, route
 
+# Small eigenvalues of a factor, which its root makes large, need more than bfloat16; a direction
+# does not.
+FACTOR_PRECISION: ProductPrecision = "bf16_x3"
+DIRECTION_PRECISION: ProductPrecision = "default"
 # Modes for which the state has a place; more are an error.
 MAX_ORDER = 4
 
@@ -31,8 +35,10 @@ class Blocks(NamedTuple):
     """
 
     dims: tuple[int, ...]
-    edges: tuple[int, ...]
-    counts: tuple[int, ...]
+    edges: tuple[int, ...]  # of a block
+    counts: tuple[int, ...]  # of blocks along each dimension
+    order: int  # modes of a block: 1 for a vector, 2 for a matrix; 0 for an empty leaf
+    number: int  # of blocks; 0 for an empty leaf
 
     @classmethod
     def of(cls, shape: Sequence[int], limit: int, *, merge_matrices: bool = False) -> "Blocks":
@@ -46,28 +52,19 @@ class Blocks(NamedTuple):
         """
         dims = tuple(d for d in shape if d != 1) or (1,)
         if math.prod(shape) == 0:
-            return cls(tuple(shape), (), ())
+            return cls(tuple(shape), (), (), 0, 0)
         if merge_matrices or len(dims) > 2:
             dims = _merged(dims, limit)
         edges = tuple(min(d, limit) for d in dims)
-        return cls(dims, edges, tuple(-(-d // e) for d, e in zip(dims, edges, strict=True)))
-
-    @property
-    def number(self) -> int:
-        """How many blocks there are; 0 for an empty leaf."""
-        return math.prod(self.counts) if self.counts else 0
-
-    @property
-    def order(self) -> int:
-        """Modes of a block: 1 for a vector, 2 for a matrix; 0 for an empty leaf."""
-        return len(self.edges)
+        counts = tuple(-(-d // e) for d, e in zip(dims, edges, strict=True))
+        return cls(dims, edges, counts, len(dims), math.prod(counts))
 
     def split(self, x: Array) -> Array:
         """(b, *dims) to (b * number, *edges), the first dimension outermost."""
         b, order = x.shape[0], self.order
-        padding = [(0, c * e - d) for d, e, c in zip(*self, strict=True)]
-        x = jnp.pad(x, [(0, 0), *padding])
-        pairs = [side for pair in zip(self.counts, self.edges, strict=True) for side in pair]
+        sides = list(zip(self.dims, self.counts, self.edges, strict=True))
+        x = jnp.pad(x, [(0, 0), *((0, c * e - d) for d, c, e in sides)])
+        pairs = [side for _, *pair in sides for side in pair]
         x = x.reshape((b, *pairs))
         outer, inner = range(1, 2 * order, 2), range(2, 2 * order + 1, 2)
         return x.transpose((0, *outer, *inner)).reshape((b * self.number, *self.edges))
@@ -92,6 +89,32 @@ def _merged(dims: Sequence[int], limit: int) -> tuple[int, ...]:
     return tuple(reversed(merged))
 
 
+def gram_matrices(blocks: Blocks, gradient: Array) -> tuple[Array, ...]:
+    """Gram matrices (b, blocks, d, d) of a stack (b, *dims), one for each mode."""
+    if not blocks.order:
+        return ()
+    pieces, shape = blocks.split(gradient), (gradient.shape[0], blocks.number)
+    grams = [block_gram(pieces, mode, FACTOR_PRECISION) for mode in range(blocks.order)]
+    return tuple(x.reshape((*shape, *x.shape[1:])) for x in grams)
+
+
+def precondition(blocks: Blocks, average: Array, graft: Array | None, *roots: Array) -> Array:
+    """A stack times the inverse roots along every mode, with the norm of the graft in each block.
+
+    Args:
+      blocks: How its matrices are cut.
+      average: The stack, (b, *dims).
+      graft: Directions whose norms the blocks take; None: every block keeps its own.
+      *roots: Inverse roots (b, blocks, d, d), one for each mode.
+    """
+    if not blocks.order:
+        return average
+    x = blocks.split(average)
+    for mode, root in enumerate(roots[: blocks.order]):
+        x = block_product(x, root.reshape((-1, *root.shape[2:])), mode, DIRECTION_PRECISION)
+    return blocks.join(x if graft is None else with_norm_of(x, blocks.split(graft)))
+
+
 def block_gram(x: Array, mode: int, precision: ProductPrecision) -> Array:
     """Gram matrices (b, d, d) of (b, *edges) along a mode: all other modes are contracted."""
     return gram(_unfold(jnp.moveaxis(x, mode + 1, 1)), precision)
@@ -111,97 +134,6 @@ def _unfold(x: Array) -> Array:
     return x.reshape((*x.shape[:2], math.prod(x.shape[2:])))
 
 
-class BlockedLeaf(NamedTuple):
-    """What is known of one leaf while tracing: its matrices, their blocks, its layout on a mesh."""
-
-    shape: tuple[int, ...]
-    axes: MatrixAxes  # batch axes, and those that span a matrix
-    blocks: Blocks  # of each of its matrices
-    sharding: NamedSharding | None  # where it is known and not trivial
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        """Sizes of the batch axes."""
-        return tuple(self.shape[a] for a in self.axes.batch)
-
-    @property
-    def batch(self) -> int:
-        """How many matrices the leaf holds."""
-        return math.prod(self.batch_shape)
-
-    @property
-    def inner_axes(self) -> tuple[int, ...]:
-        """The axes that span one matrix."""
-        return self.axes.reduction + self.axes.output
-
-    def per_matrix(self, x: Array) -> Array:
-        """(*batch) from an array with 1 for the axes that span a matrix."""
-        return jnp.squeeze(x, self.inner_axes)
-
-    def factor_shape(self, mode: int) -> tuple[int, ...]:
-        """(*batch, blocks, d, d)."""
-        edge = self.blocks.edges[mode]
-        return (*self.batch_shape, self.blocks.number, edge, edge)
-
-    @property
-    def mesh(self) -> Any:
-        """The mesh that the leaf is laid out on, where that is known."""
-        return None if self.sharding is None else self.sharding.mesh
-
-    @property
-    def leaf_slot(self) -> Slot:
-        """The leaf as (b, *inner axes)."""
-        spec = PartitionSpec(None)
-        if self.sharding is not None:
-            spec = batch_first_spec(self.sharding.spec, self.axes)
-        # Unsharded inner axes are merged at once, so that leaves of one geometry share a stack.
-        dims = self.blocks.dims
-        inner = tuple(self.shape[a] for a in self.inner_axes) if any(spec) else dims
-        return Slot(inner, dims, spec)
-
-    def factor_slot(self, mode: int) -> Slot:
-        """A factor as (b, blocks, d, d).
-
-        The mesh axes of the leaf's first sharded axis go to the rows, those of the second to the
-        columns, where they divide the side.
-        """
-        batch, *inner = self.leaf_slot.spec
-        entries = [entry for entry in inner if entry is not None]
-        edge = self.blocks.edges[mode]
-        sides = [entry if edge % self._devices(entry) == 0 else None for entry in entries[:2]]
-        shape = (self.blocks.number, edge, edge)
-        return Slot(shape, shape, PartitionSpec(batch, None, *sides))
-
-    def new_factors(self, dtype: DTypeLike, *, identity: bool = False) -> list[Array]:
-        """A zero matrix, or the identity, for every mode of every block, where it is stored."""
-        out = []
-        for mode, edge in enumerate(self.blocks.edges):
-            one = jnp.eye(edge, dtype=dtype) if identity else jnp.zeros((edge, edge), dtype)
-            batch, *others = self.factor_slot(mode).spec
-            spec = PartitionSpec(*self._batch_entries(batch), *others)
-            out.append(self._placed(jnp.broadcast_to(one, self.factor_shape(mode)), spec))
-        return out
-
-    def new_counter(self) -> Array:
-        """(*batch,) int32 zeros."""
-        spec = PartitionSpec(*self._batch_entries(self.leaf_slot.spec[0]))
-        return self._placed(jnp.zeros(self.batch_shape, jnp.int32), spec)
-
-    def _batch_entries(self, leading: Any) -> list[Any]:
-        """Of the batch axes of a leaf only the first may be sharded."""
-        return [leading if k == 0 else None for k in range(len(self.axes.batch))]
-
-    def _placed(self, x: Array, spec: PartitionSpec) -> Array:
-        if self.sharding is None or not any(spec):
-            return x
-        return jax.sharding.reshard(x, NamedSharding(self.sharding.mesh, spec))
-
-    def _devices(self, entry: str | tuple[str, ...]) -> int:
-        assert self.sharding is not None
-        names = (entry,) if isinstance(entry, str) else entry
-        return math.prod(self.sharding.mesh.shape[name] for name in names)
-
-
 def blocked_leaves(
     tree: optax.Params,
     matrix_axes: MatrixAxesSpec,
@@ -209,8 +141,8 @@ def blocked_leaves(
     *,
     merge_matrices: bool = False,
     param_shardings: Any = None,
-) -> list[BlockedLeaf]:
-    """One `BlockedLeaf` a leaf.
+) -> MatrixLeaves:
+    """The layouts of the leaves; the kind of a member is the `Blocks` of its matrices.
 
     Args:
       tree: Parameters or gradients.
@@ -222,23 +154,16 @@ def blocked_leaves(
     Raises:
       ValueError: A layout does not fit its leaf, or a leaf keeps more than `MAX_ORDER` modes.
     """
-    found = jax.tree_util.tree_leaves_with_path(tree)
-    layouts: Sequence[Any] = [None] * len(found)
+    found, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    axes: Sequence[MatrixAxes | None] = [None] * len(found)
     if matrix_axes is not None:
-        layouts = broadcast_prefix("matrix_axes", matrix_axes, tree, _is_layout)
+        axes = [r.axes for r in route(tree, matrix_axes)]
     given: Sequence[NamedSharding | None] = [None] * len(found)
     if param_shardings is not None:
         given = broadcast_prefix("param_shardings", param_shardings, tree)
-    out = []
-    for (path, x), layout, sharding in zip(found, layouts, given, strict=True):
-        if layout is None:
-            axes, dims = MatrixAxes((), tuple(range(len(x.shape))), ()), tuple(x.shape)
-        else:
-            try:
-                axes = resolve_layout(x.shape, layout)
-            except ValueError as error:
-                raise ValueError(f"matrix_axes of leaf {keystr(path)}: {error}") from None
-            dims = axes.matrix_shape(x.shape)[1:]
+    layouts, members = [], []
+    for (path, x), own, sharding in zip(found, axes, given, strict=True):
+        dims = x.shape if own is None else own.matrix_shape(x.shape)[1:]
         blocks = Blocks.of(dims, limit, merge_matrices=merge_matrices)
         if blocks.order > MAX_ORDER:
             raise ValueError(
@@ -246,11 +171,21 @@ def blocked_leaves(
                 f"{blocks.dims}; at most {MAX_ORDER} are supported: give it a layout in "
                 "matrix_axes, or let small axes merge"
             )
-        if isinstance(x, jax.Array):
-            sharding = known_sharding(x, sharding)
-        out.append(BlockedLeaf(tuple(x.shape), axes, blocks, sharding))
-    return out
+        own = own or MatrixAxes((), tuple(range(len(x.shape))), ())
+        layout = LeafLayout(x, own, sharding, path, blocks.dims)
+        layouts.append(layout)
+        members.append(Member(_slots(layout, blocks), layout.mesh, kind=blocks))
+    return MatrixLeaves(layouts, members, treedef)
 
 
-def _is_layout(node: Any) -> bool:
-    return node is None or isinstance(node, MatrixLayout)
+def _slots(layout: LeafLayout, blocks: Blocks) -> dict[str, Slot]:
+    """How the arrays of a leaf lie: of its shape, and a factor and a root a mode."""
+    slots: dict[str, Slot] = dict.fromkeys(
+        ("gradient", "average", "graft", "direction"), layout.matrix
+    )
+    for k, edge in enumerate(blocks.edges):
+        square = layout.block(edge, edge)
+        shape, (leading, *sides) = (blocks.number, edge, edge), square.spec or (None,)
+        spec = PartitionSpec(leading, None, *sides)
+        slots |= dict.fromkeys((f"factor.{k}", f"root.{k}"), Slot(shape, shape, spec))
+    return slots

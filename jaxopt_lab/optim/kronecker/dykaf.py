@@ -1,22 +1,22 @@
 """DyKAF: Adam in the eigenbases of a dynamical Kronecker approximation of the Fisher matrix."""
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import optax
 
-from jaxopt_lab.core.kronecker import INTEGRATORS
+from jaxopt_lab.core.checks import check_choice
+from jaxopt_lab.core.kronecker import INTEGRATORS, Integrator
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.kronecker.factors import GramFactors, KroneckerFactors
+from jaxopt_lab.optim.kronecker.model import eigenbasis_optimizer
 from jaxopt_lab.optim.kronecker.soap import MOVED, soap_method
 from jaxopt_lab.optim.kronecker.step import EigenbasisAdam
-from jaxopt_lab.optim.kronecker.transform import eigenbasis_direction, eigenbasis_optimizer
+from jaxopt_lab.optim.kronecker.transform import eigenbasis_direction
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import AdamW, Eigenbasis, MeshWork, Routing
 from jaxopt_lab.optim.routing import MatrixAxesSpec
-
-Integrator = Literal["ksl", "parallel"]
 
 _MOVED = MOVED | {
     "init": "eigenbasis=Eigenbasis(init=...)",
@@ -174,9 +174,7 @@ def dykaf_method(
     mesh: MeshWork,
 ) -> EigenbasisAdam:
     """The step of DyKAF; arguments are those of `scale_by_dykaf`."""
-    if integrator not in INTEGRATORS:
-        known = ", ".join(INTEGRATORS)
-        raise ValueError(f"integrator is {integrator!r}; choose one of {known}")
+    check_choice("integrator", integrator, INTEGRATORS)
     method = soap_method(b1, b2, factor_decay, eps, precondition_frequency, eigenbasis, mesh)
     single = method.rule
     assert isinstance(single, GramFactors)

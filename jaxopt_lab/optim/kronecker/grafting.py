@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxopt_lab.core.numerics import Scalar, frobenius_norm, one_minus_power, safe_divide
+from jaxopt_lab.core.numerics import Scalar, frobenius_norm, one_minus_power, safe_divide, widened
 from jaxopt_lab.optim.options import Graft
 
 
@@ -18,7 +18,7 @@ def graft_decay(graft: Graft, b2: Scalar) -> Scalar:
         return graft.b2
     if isinstance(b2, int | float):
         return 0.999 if b2 == 1 else b2
-    return jnp.where(b2 == 1, 0.999, b2)
+    return jnp.where(b2 == 1, 0.999, widened(b2))  # which is 1 in bfloat16
 
 
 def average_gradient(
@@ -27,15 +27,8 @@ def average_gradient(
     r"""The averaged gradient to descend along, and the next first moment.
 
     $m_t = b_1 m_{t-1} + (1 - b_1) G_t$. The average is $m_t / (1 - b_1^t)$ or, with $b_3$, the
-    look-ahead $(b_3 m_{t-1} + (1 - b_3) G_t) / (1 - b_3 b_1^{t-1})$.
-
-    Args:
-      mu: $m_{t-1}$.
-      g: $G_t$, in the dtype of the computation.
-      steps: $t$: gradients taken in so far, this one included; broadcasts against `g`.
-      b1: Decay.
-      b3: Decay of the look-ahead.
-      bias_correction: Whether to divide.
+    look-ahead $(b_3 m_{t-1} + (1 - b_3) G_t) / (1 - b_3 b_1^{t-1})$. `steps` is $t$, the gradients
+    taken in so far, this one included; it broadcasts against `g`.
     """
     new = b1 * mu + (1 - b1) * g
     average, filled = new, one_minus_power(b1, steps)
@@ -51,18 +44,14 @@ def graft_direction(
 ) -> tuple[Array, Array]:
     """The direction whose norm the blocks take, and the next second moment.
 
-    Args:
-      graft: The grafting method.
-      average: The averaged gradient.
-      nu: The last second moment; anything where `keeps_squares` is false.
-      g: The gradient.
-      steps: Gradients taken in so far, this one included; broadcasts against `g`.
-      b2: `graft_decay`.
+    `average`, `g` and `steps` are those of `average_gradient`, `nu` is the last second moment
+    (anything where `keeps_squares` is false), `b2` is `graft_decay`.
     """
     if not keeps_squares(graft):
         return average, nu
     if graft.kind == "adagrad":
-        new = nu + jnp.square(g)
+        # A sum that would overflow stays at the largest number.
+        new = jnp.minimum(nu + jnp.square(g), jnp.finfo(nu.dtype).max)
     else:
         new = b2 * nu + (1 - b2) * jnp.square(g)
     second = new / one_minus_power(b2, steps) if graft.kind == "adam" else new

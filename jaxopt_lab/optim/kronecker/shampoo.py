@@ -1,12 +1,19 @@
 """Shampoo: inverse roots of Kronecker factors on every side, with the step size of Adam."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
+from jaxopt_lab.core.checks import (
+    COUNT,
+    DECAY_OR_SUM,
+    NOT_NEGATIVE,
+    check_decays,
+    check_number,
+    check_rates,
+)
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.fallback import with_fallback
 from jaxopt_lab.optim.keywords import explains_keywords
@@ -14,7 +21,7 @@ from jaxopt_lab.optim.kronecker.grafting import graft_decay
 from jaxopt_lab.optim.kronecker.shampoo_step import ShampooRule, ShampooState, shampoo_direction
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import AdamW, Graft, InverseRoot, MeshWork, Routing
-from jaxopt_lab.optim.rates import check_rates, decayed_weights
+from jaxopt_lab.optim.rates import decayed_weights
 from jaxopt_lab.optim.routing import FALLBACK_LABEL, MatrixAxesSpec, route
 
 __all__ = ["ShampooState", "scale_by_shampoo", "shampoo"]
@@ -215,29 +222,18 @@ def _rule(
     graft: Graft,
     mesh: MeshWork,
 ) -> ShampooRule:
-    """Checks the numbers; `optax.inject_hyperparams` passes tracers, which are not looked at."""
-
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int | float)
-
-    if is_number(b1) and not 0 <= b1 < 1:
-        raise ValueError(f"b1 is {b1}; it must be in [0, 1)")
-    if is_number(b2) and not 0 <= b2 <= 1:
-        raise ValueError(f"b2 is {b2}; it must be in [0, 1], where 1 accumulates sums")
-    if is_number(eps) and not 0 <= eps < math.inf:
-        raise ValueError(f"eps is {eps}; it must be a finite number of at least 0")
-    frequency = precondition_frequency
-    if is_number(frequency) and not (frequency >= 1 and float(frequency).is_integer()):
+    """The step; checks its numbers."""
+    check_decays(b1=b1)
+    check_number("b2", b2, DECAY_OR_SUM)
+    check_number("eps", eps, NOT_NEGATIVE)
+    check_number("precondition_frequency", precondition_frequency, COUNT)
+    if inverse_root.stagger and not isinstance(precondition_frequency, int):
         raise ValueError(
-            f"precondition_frequency is {frequency}; it must be an integer of at least 1"
+            f"precondition_frequency: got {precondition_frequency!r}, wanted a Python integer, "
+            "because InverseRoot.stagger divides stacks into as many shares (under "
+            "optax.inject_hyperparams name it in static_args)"
         )
-    if inverse_root.stagger and not isinstance(frequency, int):
-        raise ValueError(
-            f"precondition_frequency is {frequency!r}; InverseRoot.stagger divides stacks into as "
-            "many shares, so it must be a Python integer (with optax.inject_hyperparams, one of "
-            "its static_args)"
-        )
-    return ShampooRule(b1, b2, eps, frequency, inverse_root, graft, mesh)
+    return ShampooRule(b1, b2, eps, precondition_frequency, inverse_root, graft, mesh)
 
 
 def _labels(matrix_axes: MatrixAxesSpec, routing: Routing) -> Callable[[optax.Params], Any]:

@@ -1,6 +1,6 @@
 """One step of Shampoo, from top to bottom, as a direction that says NaN where it was refused."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,21 +12,28 @@ from jaxtyping import Array
 from jaxopt_lab.core.numerics import Scalar, one_minus_power, wide_dtype, widened
 from jaxopt_lab.core.ordering import cond_without_copy
 from jaxopt_lab.core.spectral import trace_in_range
-from jaxopt_lab.optim.kronecker.blocks import MAX_ORDER, BlockedLeaf, blocked_leaves
+from jaxopt_lab.core.stacks import Slot, Stacks
+from jaxopt_lab.optim.kronecker.blocks import (
+    MAX_ORDER,
+    blocked_leaves,
+    gram_matrices,
+    precondition,
+)
 from jaxopt_lab.optim.kronecker.grafting import (
     average_gradient,
     graft_decay,
     graft_direction,
     keeps_squares,
 )
-from jaxopt_lab.optim.kronecker.roots import (
-    Factors,
-    gram_matrices,
-    precondition,
-    refreshed_roots,
-)
+from jaxopt_lab.optim.kronecker.roots import refreshed_roots
+from jaxopt_lab.optim.matrix_leaves import LeafLayout, MatrixLeaves
 from jaxopt_lab.optim.options import Graft, InverseRoot, MeshWork
 from jaxopt_lab.optim.routing import MatrixAxesSpec
+
+# Names of the arrays of each mode.
+FACTORS, ROOTS = (tuple(f"{what}.{k}" for k in range(MAX_ORDER)) for what in ("factor", "root"))
+
+Trees = dict[str, Any]  # of the factors or roots of each mode, by name
 
 _zip = partial(zip, strict=True)
 
@@ -85,137 +92,144 @@ def shampoo_direction(
         limit=rule.inverse_root.max_precond_dim,
         merge_matrices=rule.released.merge_matrices,
     )
+    squares = keeps_squares(rule.graft)
+    b3, correct = rule.released.b3, rule.released.bias_correction
+    average = partial(average_gradient, b1=rule.b1, b3=b3, bias_correction=correct)
+    graft = partial(graft_direction, rule.graft, b2=graft_decay(rule.graft, rule.b2))
 
     def init(params: optax.Params) -> ShampooState:
-        leaves = blocked(params)
-        arrays, treedef = jax.tree.flatten(params)
-        dtypes = [wide_dtype(x) for x in arrays]
+        layouts, members, treedef = blocked(params)
 
         def zeros() -> optax.Updates:  # buffers of its own at every call, or none could be donated
-            return treedef.unflatten([jnp.zeros_like(x, dtype=d) for x, d in _zip(arrays, dtypes)])
+            return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=wide_dtype(x)), params)
 
-        factors = [leaf.new_factors(d) for leaf, d in _zip(leaves, dtypes)]
-        roots = [leaf.new_factors(d, identity=True) for leaf, d in _zip(leaves, dtypes)]
+        def modes(name: str, value: Callable[[int, Any], Array]) -> optax.Updates:
+            def one(x: LeafLayout, slots: Mapping[str, Slot]) -> Any:
+                if name not in slots:
+                    return optax.MaskedNode()
+                return x.initial(slots[name], value(slots[name].inner[-1], x.dtype))
+
+            return treedef.unflatten([one(x, y.slots) for x, y in _zip(layouts, members)])
+
+        counts = [x.initial(x.number(), jnp.zeros([], jnp.int32)) for x in layouts]
         return ShampooState(
             count=jnp.zeros([], jnp.int32),
-            notfinite_count=treedef.unflatten([leaf.new_counter() for leaf in leaves]),
+            notfinite_count=treedef.unflatten(counts),
             mu=zeros(),
-            nu=zeros() if keeps_squares(rule.graft) else optax.MaskedNode(),
-            factors=_by_mode(treedef, factors),
-            roots=_by_mode(treedef, roots),
+            nu=zeros() if squares else optax.MaskedNode(),
+            factors=tuple(
+                modes(name, lambda d, dtype: jnp.zeros((d, d), dtype)) for name in FACTORS
+            ),
+            roots=tuple(modes(name, lambda d, dtype: jnp.eye(d, dtype=dtype)) for name in ROOTS),
         )
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         leaves = blocked(updates, param_shardings=rule.mesh.param_shardings)
-        gradients, treedef = jax.tree.flatten(updates)
-        factors, roots = (_by_leaf(treedef, leaves, x) for x in (state.factors, state.roots))
+        layouts, members, treedef = leaves
+        old_factors = dict(_zip(FACTORS, state.factors))
+        arrays = leaves.stacked(old_factors)
         t = jnp.asarray(optax.safe_increment(state.count))
 
-        g = [widened(x) for x in gradients]
-        usable = [_finite(leaf, x) for leaf, x in _zip(leaves, g)]
-        g = [jnp.where(ok, x, 0) for ok, x in _zip(usable, g)]
-        factors, usable = _accumulated(rule, leaves, g, factors, usable)
-        refused = [
-            n + ~leaf.per_matrix(ok)
-            for n, leaf, ok in _zip(treedef.flatten_up_to(state.notfinite_count), leaves, usable)
+        # The sum of squares bounds every entry of the Gram matrices, so that these are finite.
+        g = [widened(x) for x in jax.tree.leaves(updates)]
+        usable = [
+            jnp.isfinite(jnp.sum(jnp.square(x), axis=layout.inner_axes, keepdims=True))
+            for layout, x in _zip(layouts, g)
         ]
-        steps = [_steps(leaf, t, n, x.dtype) for leaf, n, x in _zip(leaves, refused, g)]
-        roots = _roots_of_step(rule, t, leaves, factors, steps, roots)
+        g = [jnp.where(ok, x, 0) for ok, x in _zip(usable, g)]
+        arrays["gradient"] = leaves.views(g)
+        stacks = Stacks(members, arrays)
+        grams = stacks.map(gram_matrices, arrays, ("gradient",), FACTORS)
+        grams = leaves.unstacked(grams, old_factors)
+        factors, usable = _accumulated(rule, treedef, old_factors, grams, usable)
+
+        counts = treedef.flatten_up_to(state.notfinite_count)
+        refused = [n + ~ok.reshape(n.shape) for n, ok in _zip(counts, usable)]
+        # Gradients that each matrix has taken in, at least 1; broadcasts against the leaf.
+        steps = [jnp.maximum((t - n).reshape(ok.shape), 1).astype(x.dtype)
+                 for n, ok, x in _zip(refused, usable, g)]  # fmt: skip
+        roots = _roots_of_step(rule, t, leaves, factors, dict(_zip(ROOTS, state.roots)), steps)
+        arrays |= leaves.stacked(roots)
 
         mu = jax.tree.leaves(state.mu)
-        nu = jax.tree.leaves(state.nu) if keeps_squares(rule.graft) else mu
-        averages, new_mu = _averages(rule, mu, g, steps)
-        grafts, new_nu = _grafts(rule, averages, nu, g, steps)
-        if rule.graft.kind is None:
-            direction = precondition(leaves, averages, None, roots)
-        else:
-            direction = precondition(leaves, averages, grafts, roots)
+        nu = jax.tree.leaves(state.nu) if squares else mu
+        averages, new_mu = _pairs(average, mu, g, steps)
+        grafts, new_nu = _pairs(graft, averages, nu, g, steps)
+        grafted = rule.graft.kind is not None
+        arrays["average"] = leaves.views(averages)
+        arrays["graft"] = leaves.views(grafts) if grafted else [None] * len(g)
+        arrays |= stacks.map(precondition, arrays, ("average", "graft", *ROOTS), ("direction",))
+        direction = jax.tree.leaves(leaves.unstacked(arrays, {"direction": updates}))
+        if grafted:
             direction = [jnp.where(t < rule.start, *pair) for pair in _zip(grafts, direction)]
         direction = [jnp.where(ok, x, jnp.nan) for ok, x in _zip(usable, direction)]
 
-        keep = partial(_chosen, treedef, usable)
+        def kept(new: Sequence[Array], old: Sequence[Array]) -> Any:
+            return treedef.unflatten([jnp.where(ok, x, y) for ok, x, y in _zip(usable, new, old)])
+
         return treedef.unflatten(direction), ShampooState(
             count=t,
             notfinite_count=treedef.unflatten(refused),
-            mu=keep(new_mu, mu),
-            nu=keep(new_nu, nu) if keeps_squares(rule.graft) else state.nu,
-            factors=_by_mode(treedef, factors),
-            roots=_by_mode(treedef, roots),
+            mu=kept(new_mu, mu),
+            nu=kept(new_nu, nu) if squares else state.nu,
+            factors=tuple(factors.values()),
+            roots=tuple(roots.values()),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _finite(leaf: BlockedLeaf, g: Array) -> Array:
-    """Which matrices may enter the state: (*batch) with 1 for the axes that span a matrix."""
-    # The sum of squares bounds every entry of the Gram matrices, so that these are finite.
-    return jnp.isfinite(jnp.sum(jnp.square(g), axis=leaf.inner_axes, keepdims=True))
-
-
-def _steps(leaf: BlockedLeaf, t: Array, refused: Array, dtype: Any) -> Array:
-    """Gradients that each matrix has taken in, at least 1; broadcasts against the leaf."""
-    taken_in = jnp.expand_dims(t - refused, leaf.inner_axes)
-    return jnp.maximum(taken_in, 1).astype(dtype)
-
-
 def _accumulated(
-    rule: ShampooRule,
-    leaves: Sequence[BlockedLeaf],
-    g: Sequence[Array],
-    factors: Factors,
-    usable: Sequence[Array],
-) -> tuple[list[list[Array]], Sequence[Array]]:
+    rule: ShampooRule, treedef: Any, old: Trees, grams: Trees, usable: Sequence[Array]
+) -> tuple[Trees, Sequence[Array]]:
     """The factors with this step's Gram matrices, and which matrices did not overflow by it."""
     b2 = rule.b2
     weight = jnp.where(b2 == 1, 1, 1 - b2)
-    mixed = [
-        [b2 * x + weight.astype(x.dtype) * y for x, y in _zip(old, new)]
-        for old, new in _zip(factors, gram_matrices(leaves, g))
-    ]
+
+    def mixed(x: Array, y: Array) -> Array:
+        return b2 * x + weight.astype(x.dtype) * y
+
+    new = jax.tree.map(mixed, old, grams)
+    before, after = ({name: treedef.flatten_up_to(tree) for name, tree in trees.items()}
+                     for trees in (old, new))  # fmt: skip
     # Averages of squares that are finite stay finite; plain sums may not.
     if not isinstance(b2, int | float) or b2 == 1:
-        usable = [
-            ok & jnp.expand_dims(_fits(leaf, modes), leaf.inner_axes)
-            for ok, leaf, modes in _zip(usable, leaves, mixed)
-        ]
-    out = []
-    for leaf, ok, new, old in _zip(leaves, usable, mixed, factors):
-        flag = leaf.per_matrix(ok)[..., None, None, None]
-        out.append([jnp.where(flag, x, y) for x, y in _zip(new, old)])
-    return out, usable
+        for leaves in after.values():
+            usable = [ok if isinstance(x, optax.MaskedNode)
+                      else ok & jnp.all(trace_in_range(x), -1).reshape(ok.shape)
+                      for ok, x in _zip(usable, leaves)]  # fmt: skip
 
+    def chosen(ok: Array, x: Any, y: Any) -> Any:
+        if isinstance(x, optax.MaskedNode):
+            return x
+        return jnp.where(ok.reshape((*x.shape[:-3], 1, 1, 1)), x, y)
 
-def _fits(leaf: BlockedLeaf, factors: Sequence[Array]) -> Array:
-    """(*batch) whether the factors of all modes and blocks are far enough from overflowing."""
-    fits = jnp.ones(leaf.batch_shape, bool)
-    for x in factors:
-        fits = fits & jnp.all(trace_in_range(x), axis=-1)
-    return fits
+    return {name: treedef.unflatten(map(chosen, usable, after[name], before[name]))
+            for name in old}, usable  # fmt: skip
 
 
 def _roots_of_step(
     rule: ShampooRule,
     t: Array,
-    leaves: Sequence[BlockedLeaf],
-    factors: Factors,
+    leaves: MatrixLeaves,
+    factors: Trees,
+    roots: Trees,
     steps: Sequence[Array],
-    roots: Factors,
-) -> Factors:
-    """The roots of step t: computed anew where that is due, else the last ones."""
+) -> Trees:
+    """The roots of step t, trees by name: computed anew where that is due, else the last ones."""
     b2 = rule.b2 if rule.released.bias_correction else 1
     # How far the factors are filled: 1 for sums.
     filled = [jnp.where(b2 == 1, 1, one_minus_power(b2, n.reshape(-1))) for n in steps]
     first, frequency, stagger = rule.start, rule.precondition_frequency, rule.inverse_root.stagger
-    refreshed = partial(
-        refreshed_roots,
-        rule.inverse_root,
-        rule.eps,
-        rule.mesh.replicated_work,
-        leaves,
-        factors,
-        filled,
-    )
+    replicated_work = rule.mesh.replicated_work
+
+    # In the shapes of the state: a loop that is given others copies them at every step.
+    def refreshed(roots: Trees, share: tuple[Array, int] | None = None) -> Trees:
+        old = leaves.stacked(factors | roots)
+        options = rule.inverse_root, rule.eps, replicated_work, share
+        return leaves.unstacked(refreshed_roots(leaves.members, old, filled, *options), roots)
+
     if isinstance(first, int) and first == 1 and not stagger:
         return refreshed(roots)
     if not stagger:
@@ -223,54 +237,10 @@ def _roots_of_step(
         return cond_without_copy(due, refreshed, roots)
     assert isinstance(frequency, int)
     roots = cond_without_copy(t == first, refreshed, roots)
-    share = t % frequency, frequency
-    return cond_without_copy(t > first, partial(refreshed, share=share), roots)
+    return cond_without_copy(t > first, partial(refreshed, share=(t % frequency, frequency)), roots)
 
 
-def _averages(
-    rule: ShampooRule, mu: Sequence[Array], g: Sequence[Array], steps: Sequence[Array]
-) -> tuple[list[Array], list[Array]]:
-    b3, correct = rule.released.b3, rule.released.bias_correction
-    pairs = [
-        average_gradient(m, x, n, b1=rule.b1, b3=b3, bias_correction=correct)
-        for m, x, n in _zip(mu, g, steps)
-    ]
-    return [a for a, _ in pairs], [m for _, m in pairs]
-
-
-def _grafts(
-    rule: ShampooRule,
-    averages: Sequence[Array],
-    nu: Sequence[Array],
-    g: Sequence[Array],
-    steps: Sequence[Array],
-) -> tuple[list[Array], list[Array]]:
-    b2 = graft_decay(rule.graft, rule.b2)
-    pairs = [
-        graft_direction(rule.graft, a, v, x, n, b2=b2)
-        for a, v, x, n in _zip(averages, nu, g, steps)
-    ]
-    return [d for d, _ in pairs], [v for _, v in pairs]
-
-
-def _chosen(
-    treedef: Any, usable: Sequence[Array], new: Sequence[Array], old: Sequence[Array]
-) -> Any:
-    return treedef.unflatten([jnp.where(ok, x, y) for ok, x, y in _zip(usable, new, old)])
-
-
-def _by_mode(treedef: Any, factors: Factors) -> tuple[Any, ...]:
-    """From a list a leaf to a tree a mode, absent modes masked."""
-    absent = optax.MaskedNode()
-    return tuple(
-        treedef.unflatten([modes[k] if k < len(modes) else absent for modes in factors])
-        for k in range(MAX_ORDER)
-    )
-
-
-def _by_leaf(
-    treedef: Any, leaves: Sequence[BlockedLeaf], trees: tuple[Any, ...]
-) -> list[list[Array]]:
-    """Inverse of `_by_mode`."""
-    modes = [treedef.flatten_up_to(tree) for tree in trees]
-    return [[modes[k][i] for k in range(leaf.blocks.order)] for i, leaf in enumerate(leaves)]
+def _pairs(fn: Callable[..., tuple[Array, Array]], *each: Any) -> tuple[list[Array], list[Array]]:
+    """Two lists from a function of one entry of each."""
+    done = [fn(*entries) for entries in _zip(*each)]
+    return [first for first, _ in done], [second for _, second in done]

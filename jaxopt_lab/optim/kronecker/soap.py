@@ -7,8 +7,9 @@ import optax
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.kronecker.factors import GramFactors
+from jaxopt_lab.optim.kronecker.model import eigenbasis_optimizer
 from jaxopt_lab.optim.kronecker.step import EigenbasisAdam
-from jaxopt_lab.optim.kronecker.transform import eigenbasis_direction, eigenbasis_optimizer
+from jaxopt_lab.optim.kronecker.transform import eigenbasis_direction
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import AdamW, Eigenbasis, MeshWork, Routing
 from jaxopt_lab.optim.routing import MatrixAxesSpec
@@ -180,10 +181,6 @@ def soap_method(
         b2,
         eps,
         precondition_frequency,
-        second_moment=eigenbasis.second_moment,
-        stagger=eigenbasis.stagger,
-        orthogonalizer=eigenbasis.orthogonalizer,
-        factor_precision=eigenbasis.factor_precision,
-        rotation_precision=eigenbasis.rotation_precision,
-        replicated_work=mesh.replicated_work,
+        eigenbasis,
+        mesh.replicated_work,
     )

@@ -17,17 +17,14 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jaxopt_lab.core.kronecker import rank_one_step, symmetric
-from jaxopt_lab.core.modes import mode_product
+from jaxopt_lab.core.kronecker import rank_one_step
 from jaxopt_lab.core.numerics import Scalar, one_minus_power, safe_divide
-from jaxopt_lab.core.ordering import cond_without_copy, serialize_after
-from jaxopt_lab.core.orthogonalization import Orthogonalizer
-from jaxopt_lab.core.precision import ProductPrecision, rotate
-from jaxopt_lab.core.spectral import refresh_eigenbasis
-from jaxopt_lab.core.stacks import ReplicatedWork
-from jaxopt_lab.optim.kronecker.factors import STATIC, FactorRule
-from jaxopt_lab.optim.kronecker.leaves import Arrays, Leaves, Sides
-from jaxopt_lab.optim.options import SecondMoment
+from jaxopt_lab.core.ordering import cond_without_copy, refreshed_share, serialize_after
+from jaxopt_lab.core.orthogonalization import refresh_eigenbasis
+from jaxopt_lab.core.precision import rotate
+from jaxopt_lab.core.stacks import Arrays, Member, ReplicatedWork, Stacks, map_stacks
+from jaxopt_lab.optim.kronecker.factors import STATIC, FactorRule, Sides
+from jaxopt_lab.optim.options import Eigenbasis
 
 # What a step does with one matrix.
 REFUSED, WAITING, STARTED, APPLIED = -1, 0, 1, 2
@@ -43,7 +40,7 @@ _ENOUGH = 8
 # matrix then has a Frobenius norm of at most LARGEST_RATIO sqrt(m n).
 LARGEST_RATIO = 32.0
 
-MOMENTS = ("mu", "nu", "row_nu", "column_nu")
+MOMENTS = ("mu", "nu", "nu.0", "nu.1")
 
 
 @jax.tree_util.register_dataclass
@@ -60,11 +57,7 @@ class EigenbasisAdam:
     b2: Scalar
     eps: Scalar
     frequency: int
-    second_moment: SecondMoment = field(metadata=STATIC)
-    stagger: bool = field(metadata=STATIC)
-    orthogonalizer: Orthogonalizer = field(metadata=STATIC)
-    factor_precision: ProductPrecision = field(metadata=STATIC)
-    rotation_precision: ProductPrecision = field(metadata=STATIC)
+    eigenbasis: Eigenbasis = field(metadata=STATIC)
     replicated_work: ReplicatedWork = field(metadata=STATIC)
     eps_in_denominator: bool = field(default=True, metadata=STATIC)  # of the rank-one fit
     correct_bias: bool = field(default=True, metadata=STATIC)
@@ -72,69 +65,87 @@ class EigenbasisAdam:
     skip_first_step: bool = field(default=True, metadata=STATIC)
     largest_ratio: float | None = field(default=LARGEST_RATIO, metadata=STATIC)  # None: no bound
 
-    def step(
-        self, count: Array, leaves: Leaves, arrays: Arrays, grads: Sequence[Array]
-    ) -> tuple[list[Array], Arrays]:
+    def step(self, count: Array, members: Sequence[Member], arrays: Arrays) -> Arrays:
         """Take one gradient.
 
         Args:
           count: Gradients seen before this one.
-          leaves: Their layouts.
-          arrays: Their state.
-          grads: One a leaf, in the form of its stack, float32 or wider.
+          members: The leaves.
+          arrays: Their gradients "grad", float32 or wider, and their state: "age", "mu", "nu", and
+            for side k "nu.k", "factor.k" and "basis.k".
 
         Returns:
-          The directions, NaN for the matrices that take no step, and the new arrays, among them
-          what was done with each matrix ("status").
+          The new arrays, among them the directions ("direction"), NaN for the matrices that take no
+          step, and what was done with each matrix ("status").
         """
         factors = tuple(name for name in arrays if name.startswith("factor"))
         bases = tuple(name for name in arrays if name.startswith("basis"))
         # A place for the directions. Ones, not zeros: XLA would merge a buffer of zeros with every
         # other zero constant, and read those from memory.
-        arrays = arrays | {"grad": list(grads), "direction": [jnp.ones_like(g) for g in grads]}
+        arrays = arrays | {"direction": [jnp.ones_like(g) for g in arrays["grad"]]}
         arrays["status"] = self._statuses(arrays, factors)
         starting = jnp.array(False)
         for status in arrays["status"]:
             starting = starting | jnp.any(status == STARTED)
         due = self._refresh_due(count)
+        stacks = Stacks(members, arrays, replicated_work=self.replicated_work, enough=_ENOUGH)
+        moved = ("direction", *MOMENTS, *factors)
+
+        def start(arrays: Arrays) -> Arrays:
+            """Factors and bases of the matrices that see their first gradient."""
+            names = ("grad", "status", *factors, *bases)
+            return stacks.map(
+                EigenbasisAdam._start, arrays, names, (*factors, *bases),
+                operand=self, decomposes=True,
+            )  # fmt: skip
+
+        def move(arrays: Arrays) -> Arrays:
+            """Directions, and factors and moments that have seen the gradient."""
+            names = ("grad", "status", "age", *MOMENTS, *factors, *bases)
+            return stacks.map(EigenbasisAdam._move, arrays, names, moved, operand=self)
 
         def move_and_refresh(arrays: Arrays) -> Arrays:
-            arrays = arrays | self._move(leaves, arrays, factors, bases)
-            return arrays | self._refresh(count, leaves, arrays, factors, bases)
+            arrays = arrays | move(arrays)
+            if self.eigenbasis.stagger:
+                return arrays | self._refresh_share(count, members, arrays, (*factors, *bases))
+            arrays |= self._refresh_sides(members, arrays, factors)
+            orders = tuple(name for name in arrays if name.startswith("order"))
+            names = (*MOMENTS, *(f"old_{name}" for name in bases), *bases, *orders)
+            return arrays | stacks.map(
+                EigenbasisAdam._re_express, arrays, names, MOMENTS, operand=self
+            )
 
         # Each predicate blocks dispatch: the host waits at every loop and conditional. All three
         # are therefore evaluated before the heavy kernels, so that the host can dispatch the next
         # step while the device works. The bases stay outside of the last branch, which would copy
         # what it returns unchanged.
-        moved = ("direction", *MOMENTS, *factors)
         once, at_refresh = partial(cond_without_copy, starting), partial(cond_without_copy, due)
         unless_moved = partial(lax.cond, due, lambda held: held)
-        start = partial(self._start, leaves, factors=factors, bases=bases)
-        move = partial(self._move, leaves, factors=factors, bases=bases)
         arrays = _branch(once, start, arrays, (*factors, *bases))
         arrays = _branch(at_refresh, move_and_refresh, arrays, (*moved, *bases))
         arrays = _branch(unless_moved, move, arrays, moved)
 
         if self.rule.may_overflow:
             arrays["status"] = list(map(_overflown, arrays["status"], arrays["direction"]))
-        takes_step = map(self._applied, arrays["status"])
-        directions = [jnp.where(spread(yes, x), x, jnp.nan)
-                      for yes, x in zip(takes_step, arrays["direction"], strict=True)]  # fmt: skip
+        statuses = zip(arrays["status"], arrays["direction"], strict=True)
+        arrays["direction"] = [
+            jnp.where(spread(self._applied(status), x), x, jnp.nan) for status, x in statuses
+        ]
         arrays["age"] = list(map(self._grown, arrays["status"], arrays["age"]))
-        return directions, arrays
+        return arrays
 
     def basis_dtype(self, dtype: DTypeLike) -> DTypeLike:
         """Of the bases of a matrix whose moments have `dtype`: what the rotations use of them."""
-        rounds = self.rotation_precision == "bfloat16" and dtype == jnp.float32
+        rounds = self.eigenbasis.rotation_precision == "bfloat16" and dtype == jnp.float32
         return jnp.bfloat16 if rounds else dtype
 
     def _statuses(self, arrays: Arrays, factors: Sequence[str]) -> list[Array]:
         """What to do with each matrix."""
+        rule_waits = self.rule.waits_for_gradient
 
         def status(i: int, grad: Array, age: Array) -> Array:
             largest = jnp.max(jnp.abs(grad), axis=tuple(range(1, grad.ndim)), initial=0)
-            all_sides = all(arrays[name][i] is not None for name in factors)
-            waits = self.rule.waits_for_gradient and all_sides
+            waits = rule_waits and all(arrays[name][i] is not None for name in factors)
             # Directions of subnormal gradients are rounding.
             is_something = largest >= jnp.finfo(grad.dtype).tiny
             starting = (age == 0) & (is_something | (not waits))
@@ -156,37 +167,24 @@ class EigenbasisAdam:
         applied = jnp.where(status == APPLIED, age + 1, age)
         return jnp.where(status == STARTED, first, applied).astype(jnp.int32)
 
-    def _start(
-        self, leaves: Leaves, arrays: Arrays, factors: Sequence[str], bases: Sequence[str]
-    ) -> Arrays:
-        """Factors and bases of the matrices that see their first gradient."""
-
-        def start(method: EigenbasisAdam, grad: Array, status: Array, *old: Array | None) -> Sides:
-            grad = jnp.where(spread(status == STARTED, grad), grad, 0)
-            first = method.rule.start(old[: len(factors)], grad)
-            return select(status == STARTED, (*first, *method.rule.bases(first, grad)), old)
-
-        names = (*factors, *bases)
-        return self._map(start, leaves, arrays, ("grad", "status", *names), names, decomposes=True)
+    def _start(self, grad: Array, status: Array, *old: Array | None) -> Sides:
+        """Factors and bases of a stack."""
+        starts = status == STARTED
+        first, bases = self.rule.start(
+            old[: len(old) // 2], jnp.where(spread(starts, grad), grad, 0)
+        )
+        return select(starts, (*first, *bases), old)
 
     def _move(
-        self, leaves: Leaves, arrays: Arrays, factors: Sequence[str], bases: Sequence[str]
-    ) -> Arrays:
-        """Directions, and factors and moments that have seen the gradient."""
-        names = ("grad", "status", "age", *MOMENTS, *factors, *bases)
-        results = ("direction", *MOMENTS, *factors)
-        return self._map(EigenbasisAdam._move_stack, leaves, arrays, names, results)
-
-    def _move_stack(
         self, grad: Array, status: Array, age: Array, mu: Array, nu, row_nu, column_nu,
         *sides: Array | None,
     ) -> Sides:  # fmt: skip
         """One step of a stack of matrices. The gradient never enters the bases it is seen in."""
         factors, bases = sides[: len(sides) // 2], sides[len(sides) // 2 :]
-        seen = self.rule.step(factors, grad)
+        seen, fits = self.rule.step(factors, grad)
         taken = status > 0
-        if self.rule.may_overflow:  # fine by itself, but too much for a sum of squares
-            taken = taken & self.rule.in_range(seen)
+        if fits is not None:  # fine by itself, but too much for a sum of squares
+            taken = taken & fits
         applied = self._applied(status) & taken
 
         rotated = self._into(bases, jnp.where(spread(applied, grad), grad, 0))
@@ -201,8 +199,8 @@ class EigenbasisAdam:
             k = jnp.maximum(age, 1).astype(direction.dtype)
             bias = jnp.sqrt(one_minus_power(self.b2, k)) / one_minus_power(self.b1, k)
             direction = spread(bias, direction) * direction
-        direction = self._out_of(bases, self._bounded(direction))
-        if self.rule.may_overflow:
+        direction = self._into(bases, self._bounded(direction), back=True)
+        if fits is not None:
             direction = jnp.where(spread(taken, direction), direction, jnp.nan)
         new = select(applied, (new_mu, *moments), (mu, nu, row_nu, column_nu))
         return direction, *new, *select(taken, seen, factors)
@@ -215,10 +213,10 @@ class EigenbasisAdam:
 
     def _second_moment(self, nu, row_nu, column_nu, squares) -> tuple[Sides, Array]:
         """The new second moment, and what the first one is divided by."""
-        if self.second_moment == "full":
+        if self.eigenbasis.second_moment == "full":
             nu = self.b2 * nu + (1 - self.b2) * squares
             return (nu, None, None), jnp.sqrt(nu) + self.eps
-        if self.second_moment == "factored":
+        if self.eigenbasis.second_moment == "factored":
             row_nu = self.b2 * row_nu + (1 - self.b2) * jnp.sum(squares, -1)
             column_nu = self.b2 * column_nu + (1 - self.b2) * jnp.sum(squares, -2)
             shares = safe_divide(row_nu, jnp.sum(row_nu, -1, keepdims=True))
@@ -228,67 +226,81 @@ class EigenbasisAdam:
         root = jnp.sqrt(shares)[..., :, None] * jnp.sqrt(column_nu)[..., None, :]
         return (None, row_nu, column_nu), root + (self.eps if self.eps_in_denominator else 0.0)
 
-    def _into(self, bases: Sides, x: Array, *, back: bool = False, rounded: bool = False) -> Array:
-        r"""$Q_L^\top X Q_R$, and for leaves of another order a product along each axis.
-
-        `back`: out of the bases. `rounded`: as far as another rotation uses the result.
-        """
-        if x.ndim == 3:
-            rows, columns = bases[:2]
-            return rotate(x, rows, columns, self.rotation_precision, back=back, rounded=rounded)
-        for k, basis in enumerate(bases):
-            if basis is not None:
-                basis = basis if back else basis.mT
-                x = jax.vmap(partial(mode_product, axis=k))(x, basis)
-        return x
-
-    def _out_of(self, bases: Sides, x: Array, *, rounded: bool = False) -> Array:
-        return self._into(bases, x, back=True, rounded=rounded)
+    def _into(self, bases: Sides, x: Array, **options: Any) -> Array:
+        return rotate(x, bases, self.eigenbasis.rotation_precision, **options)
 
     def _refresh_due(self, count: Array) -> Array:
         """Whether bases are refreshed after this step, all or, where staggered, some."""
         due = count > 0
-        return due if self.stagger else due & (self._turn(count) == 0)
+        return due if self.eigenbasis.stagger else due & (self._turn(count) == 0)
 
     def _turn(self, count: Array) -> Array:
         return (count if self.skip_first_step else count + 1) % self.frequency
 
-    def _refresh(
-        self,
-        count: Array,
-        leaves: Leaves,
-        arrays: Arrays,
-        factors: Sequence[str],
-        bases: Sequence[str],
-    ) -> Arrays:
-        """New bases, the first moment re-expressed in them, the second sorted."""
-        if self.stagger:
-            names = (*MOMENTS, *factors, *bases)
-            return leaves.map(
-                _refresh_share, (self, self._turn(count)), arrays, names, names, transposable=True,
-                replicated_work=self.replicated_work, decomposes=True,
-            )  # fmt: skip
-        new = leaves.map_sides(
-            EigenbasisAdam._refresh_side, self, arrays, replicated_work=self.replicated_work
+    @property
+    def _refresh_side(self) -> Callable[[Array, Array], tuple[Array, Array, Array]]:
+        """From a factor and a basis to both and the order of the columns."""
+        return partial(
+            refresh_eigenbasis,
+            orthogonalizer=self.eigenbasis.orthogonalizer,
+            precision=self.eigenbasis.factor_precision,
         )
-        new |= {f"old_{name}": arrays[name] for name in bases}
-        names = (*MOMENTS, *(f"old_{name}" for name in bases), *bases)
-        names += tuple(name for name in new if name.startswith("order"))
-        moments = self._map(EigenbasisAdam._re_express, leaves, arrays | new, names, MOMENTS)
-        return {name: new[name] for name in (*factors, *bases)} | moments
 
-    def _refresh_side(self, factor: Array, basis: Array) -> tuple[Array, Array, Array]:
-        factor = symmetric(factor)
-        new, order = refresh_eigenbasis(
-            factor, basis, orthogonalizer=self.orthogonalizer, precision=self.factor_precision
-        )
-        return factor, new.astype(basis.dtype), order
+    def _refresh_sides(
+        self, members: Sequence[Member], arrays: Arrays, factors: Sequence[str]
+    ) -> Arrays:
+        """New bases, the order of their columns, and the old ones.
+
+        Sides of equal size share a stack, whatever leaf they belong to and whichever side they are.
+        """
+        own, results = ("factor", "basis"), ("factor", "basis", "order")
+        sides = [(i, name.removeprefix("factor")) for i in range(len(members)) for name in factors
+                 if arrays[name][i] is not None]  # fmt: skip
+        given: Arrays = {what: [arrays[what + k][i] for i, k in sides] for what in own}
+        of_sides = [
+            Member({what: members[i].slots[what + k] for what in results}, members[i].mesh)
+            for i, k in sides
+        ]
+        done = map_stacks(
+            self._refresh_side, of_sides, given, own, results,
+            replicated_work=self.replicated_work, decomposes=True,
+        )  # fmt: skip
+        new: Arrays = {what + name.removeprefix("factor"): [None] * len(members)
+                       for what in results for name in factors}  # fmt: skip
+        for what, values in done.items():
+            for (i, k), value in zip(sides, values, strict=True):
+                new[what + k][i] = value
+        return new | {f"old_{name}": arrays[name] for name in new if name.startswith("basis")}
+
+    def _refresh_share(
+        self, count: Array, members: Sequence[Member], arrays: Arrays, sides: Sequence[str]
+    ) -> Arrays:
+        """The same of a share of every stack, in which matrices (m, n) and (n, m) are together."""
+        names, turned = (*MOMENTS, *sides), []
+        for member in members:
+            moments = member.slots["mu"]
+            tall = moments.whole[0] > moments.whole[1] and not any(moments.spec)
+            turned.append(member._replace(flips=tall))
+        return map_stacks(
+            _share_of_stack, turned, arrays, names, names, operand=(self, self._turn(count)),
+            replicated_work=self.replicated_work, decomposes=True,
+        )  # fmt: skip
+
+    def _refresh_matrices(self, mu: Array, nu, row_nu, column_nu, *sides: Array | None) -> Sides:
+        factors, bases = list(sides[: len(sides) // 2]), sides[len(sides) // 2 :]
+        new, orders = list(bases), list[Any]([None] * len(bases))
+        for k, (factor, basis) in enumerate(zip(factors, bases, strict=True)):
+            if factor is not None and basis is not None:
+                (factor,) = serialize_after([factor], new[:k])
+                factors[k], new[k], orders[k] = self._refresh_side(factor, basis)
+        moments = self._re_express(mu, nu, row_nu, column_nu, *bases, *new, *orders)
+        return *moments, *factors, *new
 
     def _re_express(self, mu: Array, nu, row_nu, column_nu, *sides: Array | None) -> Sides:
         """Moments in the new bases."""
         third = len(sides) // 3
         old, new, orders = sides[:third], sides[third : 2 * third], sides[2 * third :]
-        mu = self._into(new, self._out_of(old, mu, rounded=True))
+        mu = self._into(new, self._into(old, mu, back=True, rounded=True))
         if nu is not None:
             # Without the barrier XLA fuses the last update of nu into the permutation, which then
             # cannot run in place.
@@ -298,14 +310,6 @@ class EigenbasisAdam:
         if row_nu is not None:
             row_nu, column_nu = permuted(row_nu, orders[0], -1), permuted(column_nu, orders[1], -1)
         return mu, nu, row_nu, column_nu
-
-    def _map(
-        self, fn: Callable[..., Sides], leaves: Leaves, arrays: Arrays, names, results, **options
-    ) -> Arrays:
-        return leaves.map(
-            fn, self, arrays, names, results, enough=_ENOUGH, replicated_work=self.replicated_work,
-            **options,
-        )  # fmt: skip
 
 
 def _branch(
@@ -323,46 +327,15 @@ def _branch(
     return arrays | choose(changed, {name: arrays[name] for name in names})
 
 
+def _share_of_stack(given: tuple[EigenbasisAdam, Array], *arrays: Array | None) -> Sides:
+    method, turn = given
+    return refreshed_share(method._refresh_matrices, arrays, turn, method.frequency)
+
+
 def _overflown(status: Array, direction: Array) -> Array:
     """The status where a sum of squares would have overflown."""
     axes = tuple(range(1, direction.ndim))
     return jnp.where(jnp.any(jnp.isnan(direction), axis=axes), REFUSED, status)
-
-
-def _refresh_share(given: tuple[EigenbasisAdam, Array], *arrays: Array | None) -> Sides:
-    """Refresh one of `frequency` shares of a stack, so that no step pays for all."""
-    method, turn = given
-    batch = next(x.shape[0] for x in arrays if x is not None)
-    size = -(-batch // method.frequency)
-    first = turn * size
-
-    def refreshed(arrays: Sides) -> Sides:
-        # The last share may be short: its slice then reaches back into the one before.
-        start = jnp.minimum(first, batch - size)
-        mine = start + jnp.arange(size) >= first
-        old = tuple(None if x is None else lax.dynamic_slice_in_dim(x, start, size) for x in arrays)
-        new = select(mine, _refresh_matrices(method, *old), old)
-        return tuple(
-            None if x is None or y is None else lax.dynamic_update_slice_in_dim(x, y, start, 0)
-            for x, y in zip(arrays, new, strict=True)
-        )
-
-    return cond_without_copy(first < batch, refreshed, tuple(arrays))
-
-
-def _refresh_matrices(method: EigenbasisAdam, mu, nu, row_nu, column_nu, *sides) -> Sides:
-    factors, bases = sides[: len(sides) // 2], sides[len(sides) // 2 :]
-    done: list[Sides] = []
-    earlier: Array | None = None
-    for factor, basis in zip(factors, bases, strict=True):
-        if factor is None or basis is None:
-            done.append((None, None, None))
-            continue
-        done.append(method._refresh_side(serialize_after(factor, earlier), basis))
-        earlier = done[-1][1]
-    factors, new, orders = zip(*done, strict=True)
-    moments = method._re_express(mu, nu, row_nu, column_nu, *bases, *new, *orders)
-    return *moments, *factors, *new
 
 
 def spread(per_matrix: Array, stack: Array) -> Array:

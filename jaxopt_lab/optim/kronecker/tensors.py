@@ -4,22 +4,21 @@ This is what SOAP and DyKAF do, if asked to, with parameters of more than two ax
 is no layout. A leaf is a stack of one; the step is that of matrices.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jaxopt_lab.core.modes import merged_shape
-from jaxopt_lab.core.numerics import wide_dtype, widened
-from jaxopt_lab.core.stacks import Slot
-from jaxopt_lab.core.whole_matrices import known_sharding
+from jaxopt_lab.core.matrices import MatrixAxes
+from jaxopt_lab.core.numerics import wide_dtype
 from jaxopt_lab.optim.kronecker.factors import GramFactors
-from jaxopt_lab.optim.kronecker.leaves import Arrays, Leaves
-from jaxopt_lab.optim.kronecker.step import REFUSED, EigenbasisAdam
+from jaxopt_lab.optim.kronecker.step import EigenbasisAdam
+from jaxopt_lab.optim.kronecker.transform import direction_of_step
+from jaxopt_lab.optim.matrix_leaves import LeafLayout, MatrixLeaves
 from jaxopt_lab.optim.options import Eigenbasis
 
 
@@ -37,41 +36,19 @@ class TensorSoapState(NamedTuple):
     factors: tuple[Any, ...]  # (d, d), MaskedNode() where a leaf has no such axis or no factor
     bases: tuple[Any, ...]  # the same: eigenvectors as columns, by decreasing eigenvalue
 
+    def by_name(self) -> dict[str, Any]:
+        """As of `EigenbasisAdamState`."""
+        trees: dict[str, Any] = {"age": self.age, "mu": self.mu, "nu": self.nu}
+        trees |= dict.fromkeys(("nu.0", "nu.1"), optax.MaskedNode())
+        trees |= {f"factor.{k}": tree for k, tree in enumerate(self.factors)}
+        return trees | {f"basis.{k}": tree for k, tree in enumerate(self.bases)}
 
-class TensorLayout:
-    """A leaf as a stack of one, whole on every device; what `Leaves` asks of a layout."""
-
-    mesh, is_sharded = None, False
-
-    def __init__(self, x: Any, merged: tuple[int, ...]) -> None:
-        """From the leaf and its shape with axes merged."""
-        self._leaf, self.sides = x, merged
-
-    def slots(self) -> dict[str, Slot]:
-        """The slots of all arrays, by name; see `LeafLayout.slots`."""
-
-        def slot(*inner: int) -> Slot:
-            return Slot(inner, inner, PartitionSpec())
-
-        slots = {name: slot(*self.sides) for name in ("grad", "direction", "mu", "nu")}
-        slots |= {name: slot() for name in ("age", "status")}
-        for k, size in enumerate(self.sides):
-            names = (f"{old}{what}{k}" for old in ("", "old_") for what in ("factor", "basis"))
-            slots |= dict.fromkeys(names, slot(size, size)) | {f"order{k}": slot(size)}
-        return slots
-
-    def view(self, x: Array) -> Array:
-        """The leaf, or an array of its shape, as a stack."""
-        sharding = known_sharding(x, None)
-        if sharding is not None:
-            x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
-        return x.reshape((1, *self.sides))
-
-    def undo_view(self, y: Array) -> Array:
-        """Inverse of `view`."""
-        y = y.reshape(self._leaf.shape)
-        sharding = known_sharding(self._leaf, None)
-        return y if sharding is None else jax.sharding.reshard(y, sharding)
+    def with_names(self, trees: Mapping[str, Any], **others: Any) -> "TensorSoapState":
+        """As of `EigenbasisAdamState`."""
+        others |= {name: trees[name] for name in ("age", "mu", "nu")}
+        order = range(len(self.factors))
+        factors, bases = ([trees[f"{what}.{k}"] for k in order] for what in ("factor", "basis"))
+        return self._replace(factors=tuple(factors), bases=tuple(bases), **others)
 
 
 def tensor_direction(
@@ -103,35 +80,29 @@ def tensor_direction(
     its released code; the same rule is in the released code of DyKAF, arXiv 2511.06477.
     """
     limit = eigenbasis.max_precond_dim
-    method = replace(
-        method,
-        rule=GramFactors(method.rule.decay, "highest"),
-        second_moment="full",
-        stagger=False,
-        factor_precision="highest",
-        rotation_precision="highest",
-    )
+    precisions = dict.fromkeys(("factor_precision", "rotation_precision"), "highest")
+    basis = replace(eigenbasis, second_moment="full", stagger=False, **precisions)
+    rule = GramFactors(method.rule.decay, "highest")
+    method = replace(method, rule=rule, eigenbasis=basis)
 
-    def layouts_of(leaves: list[Any]) -> list[TensorLayout]:
-        shapes = [merged_shape(x.shape, limit) if merge_dims and limit > 0 else x.shape
-                  for x in leaves]  # fmt: skip
-        return list(map(TensorLayout, leaves, shapes))
+    def leaves_of(tree: Any) -> MatrixLeaves:
+        leaves, treedef = jax.tree.flatten(tree)
+        merges = merge_dims and limit > 0
+        layouts = [_layout(x, limit if merges else 0) for x in leaves]
+        return MatrixLeaves.with_sides(layouts, treedef)
 
     def init(params: optax.Params) -> TensorSoapState:
-        leaves, treedef = jax.tree.flatten(params)
-        layouts = layouts_of(leaves)
+        layouts, _, treedef = leaves_of(params)
 
         def modes(scale: float) -> tuple[Any, ...]:
-            def side(x: Any, layout: TensorLayout, k: int) -> Any:
-                size = layout.sides[k] if k < len(layout.sides) else 0
+            def side(x: LeafLayout, k: int) -> Any:
+                size = x.sides[k] if k < len(x.sides) else 0
                 if 0 < size <= limit and (vectors or len(x.shape) > 1):
-                    return scale * jnp.eye(size, dtype=wide_dtype(x))
+                    return scale * jnp.eye(size, dtype=x.dtype)
                 return optax.MaskedNode()
 
-            return tuple(
-                treedef.unflatten([side(*pair, k) for pair in zip(leaves, layouts, strict=True)])
-                for k in range(max((len(x.sides) for x in layouts), default=0))
-            )
+            order = max((len(x.sides) for x in layouts), default=0)
+            return tuple(treedef.unflatten([side(x, k) for x in layouts]) for k in range(order))
 
         def zeros() -> Any:
             return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=wide_dtype(x)), params)
@@ -149,56 +120,31 @@ def tensor_direction(
             bases=modes(1.0),
         )
 
-    def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        leaves, treedef = jax.tree.flatten(updates)
-        layouts = layouts_of(leaves)
-        arrays = _arrays(state, treedef, layouts)
-        grads = [layout.view(widened(g)) for layout, g in zip(layouts, leaves, strict=True)]
-        directions, arrays = method.step(state.count, Leaves.of(layouts), arrays, grads)
-        undone = [layout.undo_view(d) for layout, d in zip(layouts, directions, strict=True)]
-        return treedef.unflatten(undone), _stored(state, treedef, layouts, arrays)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return direction_of_step(method, leaves_of, init)
 
 
-def _arrays(state: TensorSoapState, treedef: Any, layouts: list[TensorLayout]) -> Arrays:
-    """The state by name, as stacks."""
+def merged_shape(shape: Sequence[int], limit: int) -> tuple[int, ...]:
+    """Multiply axes together from the left while the product is at most `limit`; 1 is left out.
 
-    def stacked(tree: Any) -> list[Any]:
-        leaves = treedef.flatten_up_to(tree)
-        return [None if isinstance(x, optax.MaskedNode) else x[None] for x in leaves]
+    Args:
+      shape: Of an array in C order.
+      limit: Largest product; an axis that is longer stays alone.
 
-    def viewed(tree: Any) -> list[Any]:
-        return [
-            layout.view(x) for layout, x in zip(layouts, treedef.flatten_up_to(tree), strict=True)
-        ]
+    Example:
+      >>> merged_shape((2, 3, 2, 2), 15), merged_shape((6, 40), 15), merged_shape((40, 1), 15)
+      ((12, 2), (6, 40), (40,))
+    """
+    merged: list[int] = []
+    for d in shape:
+        if merged and merged[-1] * d <= limit:
+            merged[-1] *= d
+        elif d != 1:
+            merged.append(d)
+    return tuple(merged or shape[:1])
 
-    unused = [None] * len(layouts)
-    arrays: Arrays = {"age": stacked(state.age), "mu": viewed(state.mu), "nu": viewed(state.nu)}
-    arrays |= {"row_nu": unused, "column_nu": unused}
-    arrays |= {f"factor{k}": stacked(tree) for k, tree in enumerate(state.factors)}
-    return arrays | {f"basis{k}": stacked(tree) for k, tree in enumerate(state.bases)}
 
-
-def _stored(
-    state: TensorSoapState, treedef: Any, layouts: list[TensorLayout], arrays: Arrays
-) -> TensorSoapState:
-    def unstacked(name: str) -> Any:
-        return treedef.unflatten([optax.MaskedNode() if x is None else x[0] for x in arrays[name]])
-
-    def unviewed(name: str) -> Any:
-        pairs = zip(layouts, arrays[name], strict=True)
-        return treedef.unflatten([layout.undo_view(x) for layout, x in pairs])
-
-    refused = [(x[0] == REFUSED).astype(jnp.int32) for x in arrays["status"]]
-    counts = zip(treedef.flatten_up_to(state.notfinite_count), refused, strict=True)
-    return TensorSoapState(
-        count=jnp.asarray(optax.safe_increment(state.count)),
-        age=unstacked("age"),
-        notfinite_count=treedef.unflatten([a + b for a, b in counts]),
-        mu=unviewed("mu"),
-        nu=unviewed("nu"),
-        factors=tuple(unstacked(f"factor{k}") for k in range(len(state.factors))),
-        bases=tuple(unstacked(f"basis{k}") for k in range(len(state.bases))),
-    )
+def _layout(x: Any, limit: int) -> LeafLayout:
+    """A leaf as one entry, with neighbouring axes merged up to a limit, whole on every device."""
+    sides = merged_shape(x.shape, limit) if limit else x.shape
+    axes = MatrixAxes((), tuple(range(len(x.shape))), ())
+    return LeafLayout(x, axes, sides=sides, gathers=True)

@@ -5,6 +5,7 @@ from typing import Any
 import optax
 from jax.typing import DTypeLike
 
+from jaxopt_lab.core.checks import check_rates
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.fallback import with_fallback
 from jaxopt_lab.optim.keywords import explains_keywords
@@ -18,7 +19,7 @@ from jaxopt_lab.optim.lion_muon.transform import (
 )
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import AdamW, MeshWork, NewtonSchulz, Routing
-from jaxopt_lab.optim.rates import check_rates, decayed_weights, scaled_rate
+from jaxopt_lab.optim.rates import decayed_weights, scaled_rate
 from jaxopt_lab.optim.routing import MatrixAxesSpec
 
 # Of the paper's experiments: sign rate over spectral rate, and AdamW's averages.
@@ -108,9 +109,10 @@ def lion_muon(
     Differs from the released code in: see `scale_by_lion_muon`; the sign rate defaults to the ratio
     of the experiments (released class: 0.01); the AdamW rate follows the schedule.
     """
-    check_rates(learning_rate=learning_rate, sign_learning_rate=sign_learning_rate)
+    check_rates(learning_rate=learning_rate)
     if sign_learning_rate is None:
         sign_learning_rate = scaled_rate(learning_rate, SIGN_RATIO)
+    check_rates(sign_learning_rate=sign_learning_rate)
     branches = averaged(b1, b2), orthogonalized(newton_schulz, spectral_scale), signs(newton_schulz)
     shared = mu_dtype, matrix_axes, mesh
     if stable_rank_threshold is None:

@@ -9,6 +9,7 @@ from typing import Any
 import optax
 from jax.typing import DTypeLike
 
+from jaxopt_lab.core.checks import check_decays, check_rates
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.lion_muon.lion_muon import for_a_model
@@ -19,10 +20,7 @@ from jaxopt_lab.optim.lion_muon.transform import (
     signs,
 )
 from jaxopt_lab.optim.options import AdamW, MeshWork, NewtonSchulz, Routing
-from jaxopt_lab.optim.rates import check_decays, check_rates
 from jaxopt_lab.optim.routing import MatrixAxesSpec
-
-_MOMENTUM = "momentum=..."
 
 
 def heavy_ball(momentum: Scalar, nesterov: bool) -> Average:
@@ -36,7 +34,7 @@ def heavy_ball(momentum: Scalar, nesterov: bool) -> Average:
     return average
 
 
-@explains_keywords(b1=_MOMENTUM, beta=_MOMENTUM, decay=_MOMENTUM)
+@explains_keywords()
 def muon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
     *,
@@ -91,7 +89,7 @@ def muon(
     )
 
 
-@explains_keywords(b1=_MOMENTUM, beta=_MOMENTUM, decay=_MOMENTUM)
+@explains_keywords()
 def d_muon(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     *,

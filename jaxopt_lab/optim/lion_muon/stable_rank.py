@@ -5,11 +5,15 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import keystr
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from jaxopt_lab.core.checks import POSITIVE, check_dtype, check_number, check_rates
+from jaxopt_lab.core.keys import leaf_keys
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.core.spectral import stable_rank
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.lion_muon.transform import (
     Average,
     Branch,
@@ -22,10 +26,10 @@ from jaxopt_lab.optim.lion_muon.transform import (
     signs,
     zip_strict,
 )
-from jaxopt_lab.optim.matrix_leaves import MatrixLeaves, zeros_of_matrices
+from jaxopt_lab.optim.matrix_leaves import LeafLayout, MatrixLeaves
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import MeshWork, NewtonSchulz, Routing
-from jaxopt_lab.optim.rates import check_rates, decayed_weights
+from jaxopt_lab.optim.rates import decayed_weights
 from jaxopt_lab.optim.routing import MatrixAxesSpec
 
 
@@ -37,6 +41,7 @@ class StableRankState(NamedTuple):
     key_data: Array  # uint32: of the key from which start vectors are drawn
 
 
+@explains_keywords(period="threshold=..., which decides", stable_rank_threshold="threshold=...")
 def scale_by_stable_rank(
     threshold: Scalar,
     *,
@@ -104,8 +109,8 @@ def deciding_direction(
     measures_momentum: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """As `alternating_direction`; `measures_momentum`: decides by that instead of the direction."""
-    if isinstance(threshold, int | float) and not threshold > 0:
-        raise ValueError(f"stable_rank_threshold is {threshold}; it must be positive")
+    check_number("stable_rank_threshold", threshold, POSITIVE)
+    check_dtype("mu_dtype", mu_dtype)
     key = jax.random.key(0) if key is None else key
     implementation = jax.random.key_impl(key)
 
@@ -126,7 +131,7 @@ def deciding_direction(
     def init(params: optax.Params) -> StableRankState:
         return StableRankState(
             initial_state(params, mu_dtype, matrix_axes),
-            spectral=zeros_of_matrices(params, matrix_axes, jnp.bool),
+            spectral=MatrixLeaves.of(params, matrix_axes).zeros(jnp.bool),
             # A copy: the state may be donated, and the key be used again.
             key_data=jnp.array(jax.random.key_data(key), copy=True),
         )
@@ -136,8 +141,9 @@ def deciding_direction(
         leaves = MatrixLeaves.of(updates, matrix_axes, mesh.param_shardings)
         g, m, counts = map(jax.tree.leaves, (updates, state.steps.mu, state.steps.notfinite_count))
         step_key = jax.random.wrap_key_data(state.key_data, impl=implementation)
-        starts = leaves.start_vectors(g, jax.random.fold_in(step_key, state.steps.count), draws)
-        d, new = advance(average, g, m, leaves.whole_axes())
+        step_key = jax.random.fold_in(step_key, state.steps.count)
+        starts = _start_vectors(leaves.layouts, step_key, draws)
+        d, new = advance(average, g, m, [layout.whole_axes for layout in leaves.layouts])
         measured = d
         if measures_momentum:
             measured = [
@@ -153,8 +159,8 @@ def deciding_direction(
         flags = [f.reshape(c.shape) for f, c in zip_strict(decided, counts)]
         refused = leaves.refused(u)
         mu = [jnp.where(jnp.isnan(x), *kept) for x, *kept in zip_strict(u, m, new)]
-        per_matrix = [leaves.per_matrix(i, f, x) for i, (f, x) in enumerate(zip_strict(flags, u))]
-        steps = scaled(g, u, per_matrix, spectral, cheap, leaves)
+        per_matrix = [x.per_matrix(f) for x, f in zip_strict(leaves.layouts, flags)]
+        steps = scaled(g, u, per_matrix, spectral, cheap, leaves.layouts)
         unflatten = leaves.treedef.unflatten
         counts = [c + r for c, r in zip_strict(counts, refused)]
         count = jnp.asarray(optax.safe_increment(state.steps.count))
@@ -162,6 +168,33 @@ def deciding_direction(
         return unflatten(steps), StableRankState(taken, unflatten(flags), state.key_data)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _start_vectors(
+    layouts: list[LeafLayout], key: Array, draws: optax.Updates | None
+) -> list[Array]:
+    """Start vectors (batch, m) of a power iteration, one array a leaf, which draws by its path.
+
+    Raises:
+      ValueError: `draws` has another number of leaves, or one of another size.
+    """
+    shapes = [(x.batch, x.sides[0]) for x in layouts]
+    if draws is None:
+        keys = leaf_keys(key, [x.path for x in layouts])
+        return [jax.random.normal(own, shape, jnp.promote_types(x.dtype, jnp.float32))
+                for own, shape, x in zip_strict(keys, shapes, layouts)]  # fmt: skip
+    supplied = jax.tree.leaves(draws)
+    if len(supplied) != len(shapes):
+        raise ValueError(
+            f"draws has {len(supplied)} leaves; the tree has {len(shapes)} matrix leaves"
+        )
+    for x, v, (b, m) in zip_strict(layouts, supplied, shapes):
+        if v.size != b * m:
+            raise ValueError(
+                f"draws of leaf {keystr(x.path)} has shape {v.shape}; it must be ({b}, {m}), one "
+                "start vector for each matrix"
+            )
+    return [v.reshape(shape) for v, shape in zip_strict(supplied, shapes)]
 
 
 def with_rates(
@@ -177,9 +210,9 @@ def with_rates(
     def update(updates, state, params=None, **extra_args):
         rates = [r(state[0].steps.count) if callable(r) else r for r in (spectral_rate, sign_rate)]
         out, new = steps.update(updates, state, params, **extra_args)
-        leaves = MatrixLeaves.of(updates, matrix_axes, None)
+        leaves = MatrixLeaves.of(updates, matrix_axes)
         u, flags = jax.tree.leaves(out), jax.tree.leaves(cast(Any, new)[0].spectral)
-        per_matrix = [leaves.per_matrix(i, f, x) for i, (f, x) in enumerate(zip_strict(flags, u))]
+        per_matrix = [x.per_matrix(f) for x, f in zip_strict(leaves.layouts, flags)]
         # In the dtype of the updates, whatever those of the rates.
         moved = [(jnp.where(f, *rates) * x).astype(x.dtype) for f, x in zip_strict(per_matrix, u)]
         return leaves.treedef.unflatten(moved), new

@@ -12,12 +12,20 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
 from jaxopt_lab.core import newton_schulz as iteration
+from jaxopt_lab.core.checks import (
+    COUNT,
+    Wanted,
+    check_choice,
+    check_decays,
+    check_dtype,
+    check_number,
+    check_rates,
+)
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.keywords import explains_keywords
-from jaxopt_lab.optim.matrix_leaves import MatrixLeaves, zeros_of_matrices
+from jaxopt_lab.optim.matrix_leaves import LeafLayout, MatrixLeaves
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import MeshWork, NewtonSchulz
-from jaxopt_lab.optim.rates import check_decays
 from jaxopt_lab.optim.routing import MatrixAxesSpec
 
 # The typical root mean square of an AdamW update. Singular values of 1 alone give an m x n matrix
@@ -51,6 +59,10 @@ class Branch(NamedTuple):
     whole: bool = True  # works on whole matrices, or entry by entry
 
 
+_PERIOD = Wanted(
+    "an integer >= 1, or math.inf for no spectral step at all",
+    lambda x: x == math.inf or COUNT.holds(x),
+)
 _RATES = (
     "no such argument: rates follow the direction, optax.scale_by_learning_rate(branch_rate(...))"
 )
@@ -136,9 +148,7 @@ def averaged(b1: Scalar, b2: Scalar) -> Average:
 
 def orthogonalized(newton_schulz: NewtonSchulz, spectral_scale: str) -> Branch:
     """The spectral branch."""
-    if spectral_scale not in SPECTRAL_SCALES:
-        known = ", ".join(SPECTRAL_SCALES)
-        raise ValueError(f"spectral_scale is {spectral_scale!r}; choose one of {known}")
+    check_choice("spectral_scale", spectral_scale, SPECTRAL_SCALES)
     polar = functools.partial(
         iteration.newton_schulz,
         steps=newton_schulz.steps,
@@ -146,7 +156,10 @@ def orthogonalized(newton_schulz: NewtonSchulz, spectral_scale: str) -> Branch:
         compute_dtype=newton_schulz.dtype,
         eps=newton_schulz.eps,
     )
-    return Branch(polar, SPECTRAL_SCALES[spectral_scale], newton_schulz.dtype)
+    # A matrix that float16 does not hold reaches the iteration in float32.
+    wide = newton_schulz.dtype is None or jnp.dtype(newton_schulz.dtype) == jnp.float16
+    dtype = None if wide else newton_schulz.dtype
+    return Branch(polar, SPECTRAL_SCALES[spectral_scale], dtype)
 
 
 def signs(newton_schulz: NewtonSchulz) -> Branch:
@@ -164,7 +177,8 @@ def alternating_direction(
     mesh: MeshWork,
 ) -> optax.GradientTransformationExtraArgs:
     """One branch at every `period`-th step, the other at all others; NaN where it is refused."""
-    _check_period(period)
+    check_number("period", period, _PERIOD)
+    check_dtype("mu_dtype", mu_dtype)
 
     def init(params: optax.Params) -> LionMuonState:
         return initial_state(params, mu_dtype, matrix_axes)
@@ -172,7 +186,7 @@ def alternating_direction(
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         leaves = MatrixLeaves.of(updates, matrix_axes, mesh.param_shardings)
-        whole = leaves.whole_axes()
+        whole = [layout.whole_axes for layout in leaves.layouts]
         is_spectral = is_spectral_step(state.count, period)
 
         # The momentum belongs into the branches: computed outside, the direction would have to be
@@ -185,9 +199,8 @@ def alternating_direction(
                     # Cast first: what crosses the mesh is then the small dtype, both ways.
                     small = [x.astype(branch.dtype or x.dtype) for x in d]
                     options = {"replicated_work": mesh.replicated_work, "transposable": True}
-                    (u,) = leaves.map_whole(lambda x: (branch.apply(x),), (small,), **options)
-                    refused = leaves.refused(u)
-                    counts = [c + r for c, r in zip_strict(counts, refused)]
+                    (u,) = leaves.map_whole(branch.apply, (small,), **options)
+                    counts = [c + r for c, r in zip_strict(counts, leaves.refused(u))]
                     # No device sees all of a matrix that is sharded until it comes back.
                     new = [
                         n if axes else jnp.where(jnp.isnan(x), m, n)
@@ -206,7 +219,7 @@ def alternating_direction(
         else:
             u, mu, counts = jax.lax.cond(is_spectral, take(spectral), take(cheap), *operands)
         taken = [is_spectral] * len(u)
-        steps = scaled(operands[0], u, taken, spectral, cheap, leaves)
+        steps = scaled(operands[0], u, taken, spectral, cheap, leaves.layouts)
         unflatten = leaves.treedef.unflatten
         count = jnp.asarray(optax.safe_increment(state.count))
         return unflatten(steps), LionMuonState(count, unflatten(mu), unflatten(counts))
@@ -221,7 +234,7 @@ def initial_state(
     return LionMuonState(
         count=jnp.zeros([], jnp.int32),
         mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-        notfinite_count=zeros_of_matrices(params, matrix_axes, jnp.int32),
+        notfinite_count=MatrixLeaves.of(params, matrix_axes).zeros(jnp.int32),
     )
 
 
@@ -261,12 +274,12 @@ def scaled(
     is_spectral: list,
     spectral: Branch,
     cheap: Branch,
-    leaves: MatrixLeaves,
+    layouts: list[LeafLayout],
 ) -> list[Array]:
     """Steps in float32 or wider, each with the scale of its branch."""
-    out, sides = [], [leaves.matrix_shape(i, g)[1:] for i, g in enumerate(gradients)]
-    for (m, n), g, x, s in zip_strict(sides, gradients, u, is_spectral):
-        factor = jnp.where(s, spectral.scale(m, n), cheap.scale(m, n))
+    out = []
+    for layout, g, x, s in zip_strict(layouts, gradients, u, is_spectral):
+        factor = jnp.where(s, spectral.scale(*layout.sides), cheap.scale(*layout.sides))
         out.append(factor * x.astype(jnp.promote_types(g.dtype, jnp.float32)))
     return out
 
@@ -279,17 +292,6 @@ def is_spectral_step(count: Array, period: Scalar) -> Array | bool:
         return count % min(int(period), 2**31 - 1) == 0
     # count % inf is count: step 0 must not look due.
     return (count % period == 0) & jnp.isfinite(period)
-
-
-def _check_period(period: Scalar) -> None:
-    # Only Python numbers can be looked at: `optax.inject_hyperparams` passes tracers.
-    if isinstance(period, int | float) and not (
-        period == math.inf or (period >= 1 and period == int(period))
-    ):
-        raise ValueError(
-            f"period is {period!r}; it must be an integer of at least 1, or math.inf for no "
-            "spectral step at all"
-        )
 
 
 def branch_rate(
@@ -306,7 +308,12 @@ def branch_rate(
       period: As for `scale_by_lion_muon`.
       spectral_rate: Of the spectral steps, a number or a schedule.
       sign_rate: Of the other steps.
+
+    Raises:
+      ValueError: The period is no integer of at least 1, or a rate is NaN or negative.
     """
+    check_number("period", period, _PERIOD)
+    check_rates(spectral_rate=spectral_rate, sign_rate=sign_rate)
 
     def rate(count: ArrayLike) -> Array:
         rates = [r(count) if callable(r) else r for r in (spectral_rate, sign_rate)]
