@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxopt_lab.core.checks import check_decays, check_rates
 from jaxopt_lab.core.low_rank_sum import Pair, product, pseudo_inverses
 from jaxopt_lab.core.numerics import Scalar, wide_dtype
 from jaxopt_lab.lora.lorsum import difference, gradient_of, projected, proximal_weight
@@ -14,7 +15,6 @@ from jaxopt_lab.lora.options import LowRankSum
 from jaxopt_lab.lora.pairs import rate_at
 from jaxopt_lab.lora.pairwise import Given, Rule, pairwise
 from jaxopt_lab.lora.rest import heavy_ball_rest, with_rest
-from jaxopt_lab.optim.rates import check_decays, check_rates
 
 
 def projected_lorsum(

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxopt_lab.core.keys import path_names
-from jaxopt_lab.core.whole_matrices import known_sharding
+from jaxopt_lab.optim.matrix_leaves import known_sharding
 
 PAIRS = "pairs"
 """The group of the factors, in states and tables."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxopt_lab.core.checks import check_decays, check_rates
 from jaxopt_lab.core.low_rank_sum import (
     Metric,
     Pair,
@@ -27,7 +28,6 @@ from jaxopt_lab.lora.pairs import laid_out, rate_at
 from jaxopt_lab.lora.pairwise import Given, Rule, pairwise
 from jaxopt_lab.lora.rest import adamw_rest, with_rest
 from jaxopt_lab.optim.options import AdamW
-from jaxopt_lab.optim.rates import check_decays, check_rates
 
 _SMALLEST_PROXIMAL = 1e-5
 

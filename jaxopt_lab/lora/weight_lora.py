@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int
 
+from jaxopt_lab.core.checks import check_decays, check_rates
 from jaxopt_lab.core.numerics import Scalar, widened
 from jaxopt_lab.lora.pairs import WEIGHTS, labels, rate_at
 from jaxopt_lab.lora.rest import adamw_rest, with_rest
 from jaxopt_lab.optim.fallback import adam_direction
 from jaxopt_lab.optim.nonfinite import finite_entries, guarded
 from jaxopt_lab.optim.options import AdamW
-from jaxopt_lab.optim.rates import check_decays, check_rates
 
 # Below this norm of their gradient the weights say nothing: at the first step, where every `b` is
 # zero, the gradient is zero, and a projection would choose by position.

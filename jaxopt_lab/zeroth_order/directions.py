@@ -21,7 +21,7 @@ from jaxtyping import Array
 from jaxopt_lab.core.keys import leaf_key, path_names
 from jaxopt_lab.core.matrices import MatrixAxes
 from jaxopt_lab.core.numerics import wide_dtype
-from jaxopt_lab.core.whole_matrices import known_sharding
+from jaxopt_lab.optim.matrix_leaves import known_sharding
 from jaxopt_lab.optim.routing import (
     MatrixAxesSpec,
     broadcast_prefix,

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxopt_lab.core.checks import check_decays, check_rates
 from jaxopt_lab.core.numerics import Scalar, wide_dtype
 from jaxopt_lab.optim.nonfinite import finite_entries
 from jaxopt_lab.optim.options import MeshWork, NewtonSchulz
-from jaxopt_lab.optim.rates import check_decays, check_rates
 from jaxopt_lab.optim.routing import float_leaves
 from jaxopt_lab.zeroth_order.matrix_sign import FLOAT32, scale_by_matrix_sign
 from jaxopt_lab.zeroth_order.probes import Probes, ProbeState, initial_state

@@ -7,9 +7,10 @@ import optax
 from jax.tree_util import KeyPath, keystr
 from jaxtyping import Array
 
+from jaxopt_lab.core.checks import check_decays, check_rates
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.options import Routing
-from jaxopt_lab.optim.rates import check_decays, check_rates, decayed_weights
+from jaxopt_lab.optim.rates import decayed_weights
 from jaxopt_lab.zeroth_order.estimators import estimated
 from jaxopt_lab.zeroth_order.probes import Probes
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxopt_lab.core.checks import check_decays, check_rates
 from jaxopt_lab.core.numerics import Scalar
-from jaxopt_lab.optim.rates import check_decays, check_rates
 from jaxopt_lab.zeroth_order.estimators import estimated
 from jaxopt_lab.zeroth_order.probes import Probes
 
