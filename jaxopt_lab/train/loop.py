@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, PyTree
 from jaxopt_lab import data
 from jaxopt_lab.step import TrainState, merged
 from jaxopt_lab.train.config.run import PretrainConfig
-from jaxopt_lab.train.dist.agreement import gather
+from jaxopt_lab.train.dist.agreement import agreed, gather
 from jaxopt_lab.train.dist.mesh import flags, rows_of_process, to_global
 from jaxopt_lab.train.errors import TrainingError
 from jaxopt_lab.train.hooks import Hook, Hooks, View
@@ -156,7 +156,8 @@ class Loop:
             # No step has carried a request of the last step, evaluation or save.
             codes = gather(str(max(self._stop_code, stop.requested)))
             self._stop_code = max(map(int, codes))
-        self._hooks.raise_failure(f"saved after step {step}")
+        # On all processes: one that went on would wait for the one that failed.
+        agreed(lambda: self._hooks.raise_failure(f"saved after step {step}"))
         return state, self._status()
 
     def _take_up(self, start: int) -> None:
