@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
 
