@@ -93,6 +93,11 @@ def check_decays(**decays: Any) -> None:
             warnings.warn(text, stacklevel=2)
 
 
+def given(**values: Any) -> dict[str, Any]:
+    """The arguments that are not None, where None leaves something out."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def check_choice(name: str, value: Any, choices: Iterable[str | None]) -> None:
     """Check one of several words.
 

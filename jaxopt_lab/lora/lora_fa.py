@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array
 
 from jaxopt_lab.core import low_rank_sum
+from jaxopt_lab.core.checks import check_rates
 from jaxopt_lab.core.low_rank_sum import Pair
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.lora.pairs import find_pairs
@@ -16,7 +17,6 @@ from jaxopt_lab.lora.pairwise import Given, Rule, pair_direction
 from jaxopt_lab.lora.rest import adamw_rest, with_rest
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import AdamW
-from jaxopt_lab.optim.rates import check_rates
 
 # Of peft's implementation: added to the Gram matrix of `a`.
 _RIDGE = 1e-8

@@ -5,13 +5,14 @@ from typing import Any
 import jax
 import optax
 
+from jaxopt_lab.core.checks import check_rates
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.lora.pairs import find_pairs
 from jaxopt_lab.lora.rest import adamw_rest, with_rest
 from jaxopt_lab.optim.fallback import adam_direction
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import AdamW, Routing
-from jaxopt_lab.optim.rates import check_rates, decayed_weights
+from jaxopt_lab.optim.rates import decayed_weights
 
 
 def lora_plus(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxopt_lab.core.checks import check_decays, check_rates
+from jaxopt_lab.core.checks import check_decays, check_rates, given
 from jaxopt_lab.core.low_rank_sum import Pair, low_rank_sum
 from jaxopt_lab.core.numerics import Scalar, wide_dtype
 from jaxopt_lab.lora.options import LowRankSum
@@ -69,8 +69,8 @@ def lorsum(
 
     Source: arXiv 2602.16456, released code (zeligism/PSI-LoRA, `OPLoraOptimizer`).
     """
-    check_rates(learning_rate=learning_rate, rho=rho, weight_decay=weight_decay, clip=clip)
-    check_decays(momentum=momentum, dampening=dampening)
+    check_rates(**given(learning_rate=learning_rate, rho=rho, weight_decay=weight_decay, clip=clip))
+    check_decays(**given(momentum=momentum, dampening=dampening))
 
     def init(a: Any, b: Any, key: Array) -> Mapping[str, Pair]:
         return {} if momentum is None else {"momentum": momentum_start(a, b, key, projection)}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxopt_lab.core.checks import check_decays, check_rates
+from jaxopt_lab.core.checks import check_decays, check_rates, given
 from jaxopt_lab.core.low_rank_sum import Pair, product, pseudo_inverses
 from jaxopt_lab.core.numerics import Scalar, wide_dtype
 from jaxopt_lab.lora.lorsum import difference, gradient_of, projected, proximal_weight
@@ -148,5 +148,5 @@ def _zeros(a: Any, b: Any) -> Pair:
 
 
 def _check(learning_rate: Any, rho: Any, momentum: Any, clip: Any) -> None:
-    check_rates(learning_rate=learning_rate, rho=rho, clip=clip)
-    check_decays(momentum=momentum)
+    check_rates(**given(learning_rate=learning_rate, rho=rho, clip=clip))
+    check_decays(**given(momentum=momentum))

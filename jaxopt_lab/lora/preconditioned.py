@@ -7,7 +7,7 @@ import optax
 from jaxtyping import Array
 
 from jaxopt_lab.core import low_rank_sum
-from jaxopt_lab.core.checks import check_decays, check_rates
+from jaxopt_lab.core.checks import check_decays, check_rates, given
 from jaxopt_lab.core.low_rank_sum import Pair
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.lora.pairwise import Given, Rule, pair_direction
@@ -69,7 +69,7 @@ def preconditioned(
     its AdamW form; here that form is the formula.
     """
     check_rates(learning_rate=learning_rate, rho=rho)
-    check_decays(momentum=momentum)
+    check_decays(**given(momentum=momentum))
     rest = adamw_rest(learning_rate, fallback, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
     then = rest if momentum is None else heavy_ball_rest(learning_rate, momentum, 0.0)
     return with_rest("preconditioned", guarded(_direction(rho, jitter), then), rest)

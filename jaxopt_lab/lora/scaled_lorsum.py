@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxopt_lab.core.checks import check_decays, check_rates
+from jaxopt_lab.core.checks import check_decays, check_rates, given
 from jaxopt_lab.core.low_rank_sum import (
     Metric,
     Pair,
@@ -82,9 +82,9 @@ def scaled_lorsum(
 
     Source: arXiv 2602.16456, released code (zeligism/PSI-LoRA, `ScaledOPLoraOptimizer`).
     """
-    check_rates(learning_rate=learning_rate, rho=rho, damping=damping, clip=clip)
+    check_rates(**given(learning_rate=learning_rate, rho=rho, damping=damping, clip=clip))
     check_rates(weight_decay=weight_decay)
-    check_decays(b1=b1, b2=b2)
+    check_decays(**given(b1=b1, b2=b2))
     if momentum_convention not in ("code", "paper"):
         raise ValueError(
             f'momentum_convention is {momentum_convention!r}; choose "code" or "paper"'

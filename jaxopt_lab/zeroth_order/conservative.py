@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxopt_lab.core.checks import check_rates
 from jaxopt_lab.core.numerics import Scalar
-from jaxopt_lab.optim.rates import check_rates
 from jaxopt_lab.zeroth_order.probes import Probes, ProbeState, default_sampler, initial_state
 from jaxopt_lab.zeroth_order.probing import Step, finite_or_zero, transformation
 

@@ -5,7 +5,7 @@ from typing import Any
 import optax
 from jaxtyping import Array
 
-from jaxopt_lab.optim.rates import check_rates
+from jaxopt_lab.core.checks import check_rates
 from jaxopt_lab.zeroth_order.estimators import forward_estimated
 from jaxopt_lab.zeroth_order.mezo import decayed_unless_named
 from jaxopt_lab.zeroth_order.probes import Probes

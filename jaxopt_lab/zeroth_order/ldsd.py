@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxopt_lab.core.checks import check_rates
 from jaxopt_lab.core.keys import purpose_key, threefry_key
 from jaxopt_lab.core.numerics import Scalar, frobenius_unit, wide_dtype, widened
-from jaxopt_lab.optim.rates import check_rates
 from jaxopt_lab.optim.routing import float_leaves
 from jaxopt_lab.zeroth_order.directions import Direction, leaves_of
 from jaxopt_lab.zeroth_order.engines import sequential

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxopt_lab.core.checks import check_rates
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.options import MeshWork, NewtonSchulz
-from jaxopt_lab.optim.rates import check_rates
 from jaxopt_lab.zeroth_order.estimators import estimated
 from jaxopt_lab.zeroth_order.matrix_sign import FLOAT32, scale_by_matrix_sign
 from jaxopt_lab.zeroth_order.probes import Probes

@@ -12,10 +12,11 @@ from jaxtyping import Array
 
 from jaxopt_lab.core import counter_noise
 from jaxopt_lab.core import newton_schulz as iteration
+from jaxopt_lab.core.checks import check_rates, given
 from jaxopt_lab.core.keys import purpose_key
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.options import NewtonSchulz, Routing
-from jaxopt_lab.optim.rates import check_rates, decayed_weights
+from jaxopt_lab.optim.rates import decayed_weights
 from jaxopt_lab.zeroth_order.directions import Leaf
 from jaxopt_lab.zeroth_order.matrix_sign import FLOAT32, matrix_layouts
 from jaxopt_lab.zeroth_order.probes import (
@@ -88,7 +89,7 @@ def subspace_muon(
     inside the loop over samples, of which only the last is lifted); nothing is added to the norm by
     which the iteration divides (released: 1e-7).
     """
-    check_rates(learning_rate=learning_rate, vector_learning_rate=vector_learning_rate)
+    check_rates(**given(learning_rate=learning_rate, vector_learning_rate=vector_learning_rate))
 
     def labels(params: optax.Params) -> Any:
         layouts = matrix_layouts(params, probes.matrix_axes)

@@ -189,5 +189,5 @@ def test_what_is_missing_is_named():
         tx.init({"up": {"a": jnp.ones((N, R)), "b": jnp.ones((2, M))}})
     with pytest.raises(ValueError, match="LowRankSum.sweeps: got -1"):
         lora.LowRankSum(sweeps=-1)
-    with pytest.raises(ValueError, match="momentum is 1.5"):
+    with pytest.raises(ValueError, match="momentum: got 1.5, wanted"):
         lora.lorsum(0.1, momentum=1.5)
