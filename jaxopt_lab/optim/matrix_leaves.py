@@ -169,6 +169,8 @@ class LeafLayout:
     def initial(self, slot: Slot, value: Array) -> Array:
         """`value` for every entry, (*batch, *inner), placed where arrays of the slot stay."""
         array = jnp.broadcast_to(value, (*self.batch_shape, *slot.inner))
+        # No two leaves of a state may be one buffer: it could not be donated.
+        array = jnp.copy(value) if array is value else array
         if self._typed is None:
             return array
         entries = (*slot.spec[:1], *[None] * len(self.batch_shape))[: len(self.batch_shape)]
