@@ -25,7 +25,7 @@ _SILENT = 1e-10
 class CountState(NamedTuple):
     """Steps taken."""
 
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # steps taken
 
 
 def weight_lora(

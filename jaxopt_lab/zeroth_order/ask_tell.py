@@ -43,30 +43,20 @@ class BlackBoxDraws(NamedTuple):
 
 
 class BlackBoxState(NamedTuple):
-    """Where an optimizer stands.
+    """Where an optimizer stands."""
 
-    Attributes:
-      key: Data of a key.
-      x: The iterate, in the shape of the start, float32 or wider.
-      memory: The estimator's.
-      count: Finished iterations.
-      filled: Coordinates that the memory holds. Below d, the next values are for the memory.
-      values: Values of this iteration, those in front of `position`: high and low parts.
-      position: How many of them were told.
-      asked: Whether a point is out whose value was not told yet.
-      calls: Values told in all.
-      notfinite_count: Differences left out because one of their values was not finite.
-    """
-
-    key: UInt32[Array, "2"]
-    x: Any
-    memory: Any
-    count: Int[Array, ""]
+    key: UInt32[Array, "2"]  # data of a key
+    x: Any  # the iterate, in the shape of the start, float32 or wider
+    memory: Any  # the estimator's
+    count: Int[Array, ""]  # finished iterations
+    # Coordinates that the memory holds. Below d, the next values are for the memory.
     filled: Int[Array, ""]
+    # Values of this iteration, those in front of `position`: high and low parts
     values: Float[Array, "2 n"]
-    position: Int[Array, ""]
-    asked: Bool[Array, ""]
-    calls: Int[Array, ""]
+    position: Int[Array, ""]  # how many of them were told
+    asked: Bool[Array, ""]  # whether a point is out whose value was not told yet
+    calls: Int[Array, ""]  # values told in all
+    # Differences left out because one of their values was not finite
     notfinite_count: Int[Array, ""]
 
 

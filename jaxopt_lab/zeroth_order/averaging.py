@@ -14,19 +14,12 @@ Schedule = float | Callable[[Array], Any]
 
 
 class AverageState(NamedTuple):
-    """State of an averaged estimator.
+    """State of an averaged estimator."""
 
-    Attributes:
-      inner: Memory of the estimator below.
-      average: $g$.
-      started: Whether it holds an estimate.
-      previous: The last point where that is used, () otherwise.
-    """
-
-    inner: Any
-    average: Float[Array, " d"]
-    started: Bool[Array, ""]
-    previous: Any  # Float[Array, "d"] or ()
+    inner: Any  # memory of the estimator below
+    average: Float[Array, " d"]  # the estimate $g$
+    started: Bool[Array, ""]  # whether it holds an estimate
+    previous: Any  # (d,): the last point where that is used, () otherwise
 
 
 def averaged(

@@ -28,7 +28,7 @@ class CoordinateMomentumState(NamedTuple):
 class JaguarState(NamedTuple):
     """State of `scale_by_jaguar`."""
 
-    probes: ProbeState
+    probes: ProbeState  # key, count and losses of the probes
     momentum: Any  # CoordinateMomentumState
 
 

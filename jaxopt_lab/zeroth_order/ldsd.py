@@ -35,9 +35,9 @@ _START_DIRECTIONS = 20
 class LDSDState(NamedTuple):
     """State of `ldsd`."""
 
-    probes: ProbeState
+    probes: ProbeState  # key, count and losses of the probes
     mean: optax.Updates  # of the policy: like the parameters, float32 or wider
-    base: optax.OptState
+    base: optax.OptState  # of the optimizer below
 
 
 def ldsd(

@@ -176,7 +176,7 @@ def test_bad_options():
         ({"selection": "worst"}, "selection is 'worst'"),
         ({"start": "one"}, "start is 'one'"),
         ({"candidates": 2, "selection": "mean"}, "selected is 3; there are 2"),
-        ({"policy_rate": -1.0}, "policy_rate is -1.0"),
+        ({"policy_rate": -1.0}, "policy_rate: got -1.0"),
         ({"probes": zo.Probes(engine=zo.chunked(2))}, r"5 directions do not divide into chunked"),
         ({"probes": zo.Probes(two_sided=False)}, "ldsd takes one two-sided direction"),
     ):
