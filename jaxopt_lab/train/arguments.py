@@ -33,7 +33,7 @@ _HELP = {
     "model": "--precision is short for --model.compute-dtype, --document-mask for "
     "--model.document-mask.",
     "fork_from": "--fork-from RUN starts from the weights and the config.json of a run.",
-    "resume": "--resume continues --run-directory.",
+    "resume": "--resume continues --run-directory, with its own configuration instead of --config.",
     "corpus": "A mixture takes --corpus.parts python-source:stdlib 'text-files:notes/*.md' "
     "--corpus.weights 3 1.",
 }
@@ -108,6 +108,8 @@ def _default(values: dict[str, Any], known: set[str], kind: type[Any]) -> Any:
     """The configuration that single flags then change."""
     names = ("config", "run_directory", "fork_from")
     given = {n: only_word(n, values[n]) for n in names if isinstance(values.get(n), Words)}
+    if "config" in given:
+        del values["config"]
     directory, fork = given.get("run_directory"), given.get("fork_from")
     if values.get("resume") == Words() and "resume" in known:
         if directory is None:
@@ -116,7 +118,6 @@ def _default(values: dict[str, Any], known: set[str], kind: type[Any]) -> Any:
             raise ConfigError("fork_from", fork, "which starts a new run: leave out --resume")
         return read_config(directory)
     if "config" in given:
-        del values["config"]
         return from_json(_config_text(given["config"]), kind)
     if fork is not None and "fork_from" in known:
         return _forked(fork)

@@ -203,6 +203,14 @@ def test_a_fork_of_something_else_is_refused(finished, tmp_path, capsys):
     assert cli.main(flags) == 2 and "leave out --resume" in capsys.readouterr().err
 
 
+def test_resume_takes_the_configuration_of_the_run_whatever_config_says(finished, tmp_path):
+    run, other = copy_of(finished, tmp_path).run_directory, tmp_path / "other.json"
+    other.write_text(to_json(replace(finished, batch_size=16)))
+    flags = ["--config", str(other), "--resume", "--run-directory", run, "--steps", "9"]
+    expected = replace(read_config(run), resume=True, run_directory=run, steps=9)
+    assert parse_config(flags, "pretrain") == expected != read_config(run)
+
+
 def test_a_configuration_of_before_goes_on_decaying_every_parameter():
     values = json.loads(to_json(PretrainConfig()))
     assert from_json(json.dumps(values)).optimizer.decay == "matrices"
