@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
 
@@ -75,29 +74,3 @@ def batch_first(x: Shaped[Array, "..."], axes: MatrixAxes) -> Shaped[Array, "bat
     inner = tuple(x.shape[a] for a in axes.reduction + axes.output)
     moved = x.transpose(axes.batch + axes.reduction + axes.output)
     return moved.reshape((math.prod(x.shape[a] for a in axes.batch), *inner))
-
-
-def undo_batch_first(
-    y: Shaped[Array, "batch ..."], shape: Sequence[int], axes: MatrixAxes
-) -> Shaped[Array, "..."]:
-    """Inverse of `batch_first` for a leaf of the given shape."""
-    order = axes.batch + axes.reduction + axes.output
-    moved = y.reshape(tuple(shape[a] for a in order))
-    return moved.transpose(tuple(order.index(a) for a in range(len(order))))
-
-
-def batch_first_spec(spec: PartitionSpec, axes: MatrixAxes) -> PartitionSpec:
-    """The partition of `batch_first(x)` for a leaf `x` laid out as `spec`.
-
-    Raises:
-      ValueError: A batch axis other than the leading one is sharded: merging the batch axes would
-        then move data.
-    """
-    entries = tuple(spec) + (None,) * (sum(map(len, axes)) - len(spec))
-    leading, *others = [entries[a] for a in axes.batch] or [None]
-    if any(entry is not None for entry in others):
-        raise ValueError(
-            f"only the first batch axis of a matrix leaf may be sharded, got {spec} "
-            f"with batch axes {axes.batch}"
-        )
-    return PartitionSpec(leading, *(entries[a] for a in axes.reduction + axes.output))

@@ -11,11 +11,12 @@ from jax.tree_util import tree_map_with_path
 from jaxtyping import Array
 
 from jaxopt_lab.core.keys import path_names
-from jaxopt_lab.core.matrices import batch_first, batch_first_spec, undo_batch_first
+from jaxopt_lab.core.matrices import batch_first
 from jaxopt_lab.core.numerics import widened
 from jaxopt_lab.lora.config import AdapterSpec, LoraSpec, as_array
 from jaxopt_lab.lora.inits import START
 from jaxopt_lab.lora.pairs import Names, stacked
+from jaxopt_lab.optim.matrix_leaves import LeafLayout
 
 Adapters = dict[str, Any]
 """Nested dict with the paths of the parameters: at each adapted kernel `{"a": ..., "b": ...}`, with
@@ -151,10 +152,7 @@ def _adapted(kernel: Array, node: Mapping[str, Array], entry: AdapterSpec, sign:
     if "magnitude" in node:
         new = new * (magnitude_over_norm(node["magnitude"], new))[:, None, :]
     view = new if len(entry.kept) == count else view.at[as_array(entry.kept)].set(new)
-    inner = [entry.shape[axis] for axis in entry.axes.reduction + entry.axes.output]
-    return undo_batch_first(
-        view.reshape(count, *inner).astype(kernel.dtype), entry.shape, entry.axes
-    )
+    return LeafLayout(kernel, entry.axes).undo_view(view.astype(kernel.dtype))
 
 
 def magnitude_over_norm(magnitude: Array, kernels: Array) -> Array:
@@ -210,7 +208,10 @@ def shardings(spec: LoraSpec, param_shardings: Any) -> Adapters:
     out: Adapters = {}
     for entry in spec.adapters:
         kernel = given[entry.path]
-        batch, *inner = batch_first_spec(kernel.spec, entry.axes)
+        like = jax.ShapeDtypeStruct(entry.shape, jnp.float32)
+        spec_of_view = LeafLayout(like, entry.axes, kernel).matrix.spec
+        sides = entry.axes.reduction + entry.axes.output
+        batch, *inner = (*spec_of_view, *[None] * (1 + len(sides) - len(spec_of_view)))
         count = len(entry.axes.reduction)
         rows, columns = (_merged(side) for side in (inner[:count], inner[count:]))
         stack = (batch if len(entry.kept) == entry.matrix_shape[0] else None,)
