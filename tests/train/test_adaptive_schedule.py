@@ -25,17 +25,10 @@ from jaxopt_lab.train.rule import build_rule
 from jaxopt_lab.train.run import pretrain
 from jaxopt_lab.train.step import make_step
 from tests.train import stand_in
-from tests.train.tiny_run import restored, tiny_config, write_text
+from tests.train.tiny_run import restored, tiny_config
 
 SCHEDULE = AdaptiveWarmupConfig(target_loss=1.0, delta_star_rule=0.9)
 LOGGED = ("rate", "gap", "peak_gap", "switch_step")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXOPT_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield write_text(tmp_path_factory.mktemp("text"))
 
 
 def logged(directory):

@@ -21,16 +21,9 @@ from jaxopt_lab.train.config.sections import EvalConfig, HeldOutConfig
 from jaxopt_lab.train.config.serialize import from_json, to_json
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.run import pretrain
-from tests.train.tiny_run import MODEL, tiny_config, write_text
+from tests.train.tiny_run import MODEL, tiny_config
 
 ADAMW, SIGNUM = "adamw", "signum:momentum=0.8"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXOPT_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

@@ -14,18 +14,11 @@ from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.run import pretrain
 from jaxopt_lab.train.text import open_text
 from jaxopt_lab.train.trained import load_params
-from tests.train.tiny_run import tiny_config, write_text
+from tests.train.tiny_run import tiny_config
 
 
 def silent(text):
     del text
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXOPT_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,7 @@ from jaxopt_lab.report.tracker import read_metrics
 from jaxopt_lab.train import Hook, TrainingError, pretrain
 from jaxopt_lab.train.hooks import Hooks, View
 from jaxopt_lab.train.io.checkpoints import committed_steps
-from tests.train.tiny_run import losses_of, restored, tiny_config, write_text
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXOPT_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield write_text(tmp_path_factory.mktemp("text"))
+from tests.train.tiny_run import losses_of, restored, tiny_config
 
 
 @pytest.fixture(scope="module")

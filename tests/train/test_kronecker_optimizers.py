@@ -19,7 +19,7 @@ from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.run import pretrain
 from jaxopt_lab.train.step import make_step
 from tests.train import stand_in
-from tests.train.tiny_run import MODEL, losses_of, restored, tiny_config, write_text
+from tests.train.tiny_run import MODEL, losses_of, restored, tiny_config
 
 NAMES = ("soap", "dykaf", "shampoo")
 
@@ -30,13 +30,6 @@ def each_optimizer(slow):
     return pytest.mark.parametrize(
         "name", [pytest.param(name, marks=marks.get(name, ())) for name in NAMES]
     )
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXOPT_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield write_text(tmp_path_factory.mktemp("text"))
 
 
 def stopped_and_resumed(text, tmp_path, **changes):

@@ -32,13 +32,6 @@ from tests.train.tiny_run import Killed, losses_of, restored, tiny_config, write
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXOPT_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
 def finished(text, tmp_path_factory):
     """One ordinary run of six steps, with checkpoints after three and six."""
     directory = tmp_path_factory.mktemp("runs") / "finished"

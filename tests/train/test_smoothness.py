@@ -22,16 +22,9 @@ from jaxopt_lab.train.program import build_program
 from jaxopt_lab.train.run import pretrain
 from jaxopt_lab.train.step import make_step
 from tests.train import stand_in
-from tests.train.tiny_run import losses_of, restored, tiny_config, write_text
+from tests.train.tiny_run import losses_of, restored, tiny_config
 
 ON = DiagnosticsConfig(record=("smoothness",), every=1, target_loss=1.0)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXOPT_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield write_text(tmp_path_factory.mktemp("text"))
 
 
 def built(config, tx=None, **options):
