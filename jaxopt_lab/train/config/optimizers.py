@@ -98,7 +98,6 @@ class MuonConfig(SignMuonConfig):
     """Muon with an averaged momentum: SignMuon that is spectral at every step."""
 
     period: Period = 1
-    """A spectral step every so many steps."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,6 @@ class AdamWConfig(OptimizerConfig):
     """Optax AdamW on every parameter."""
 
     learning_rate: Positive = 3e-3
-    """Peak learning rate."""
     b1: Average = 0.9
     """Average of the gradient."""
     b2: Average = 0.95
@@ -142,7 +140,6 @@ class OptaxMuonConfig(OptimizerConfig):
     """The Muon that comes with Optax, with its AdamW for everything else."""
 
     learning_rate: Positive = 1e-2
-    """Peak learning rate."""
     beta: Average = 0.95
     """Decay of the momentum."""
     ns_steps: Iterations = 5

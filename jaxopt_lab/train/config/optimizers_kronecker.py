@@ -35,7 +35,6 @@ class EigenbasisConfig(KroneckerConfig):
     """Adam in Kronecker eigenbases: SOAP and DyKAF."""
 
     learning_rate: Positive = 3e-3
-    """Peak learning rate."""
     b2: Average = 0.95
     """Average of the gradient's square, and of the factors."""
     eps: PositiveOrZero = 1e-8
