@@ -97,7 +97,7 @@ def compare(config: CompareConfig, *, message: Message | None = None) -> Compare
 
 
 def _task(
-    config: CompareConfig, corpus: data.Corpus, held_out: Sequence[data.Batch]
+    config: CompareConfig, corpus: data.Corpus, held_out: Sequence[data.RowsOnDemand]
 ) -> tuple[Task, Callable[[], None]]:
     """The run without its optimizer, and what closes its readers."""
     model = config.model
@@ -227,5 +227,5 @@ class _ProgressLines:
         self._finished += 1
 
 
-def _stacked(batches: Sequence[data.Batch]) -> dict[str, np.ndarray]:
+def _stacked(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
