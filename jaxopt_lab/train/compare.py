@@ -24,7 +24,7 @@ from jaxopt_lab.train.config.optimizer_base import ModelInfo
 from jaxopt_lab.train.config.sections import MeshConfig
 from jaxopt_lab.train.config.serialize import to_json
 from jaxopt_lab.train.dist.mesh import make_mesh
-from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.errors import ConfigError, within
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.manifest import add_session, describe_session
 from jaxopt_lab.train.io.run_directory import open_comparison
@@ -97,7 +97,7 @@ def compare(config: CompareConfig, *, message: Message | None = None) -> Compare
 
 
 def _task(
-    config: CompareConfig, corpus: data.Corpus, held_out: Sequence[data.Batch]
+    config: CompareConfig, corpus: data.Corpus, held_out: Sequence[data.RowsOnDemand]
 ) -> tuple[Task, Callable[[], None]]:
     """The run without its optimizer, and what closes its readers."""
     model = config.model
@@ -181,10 +181,8 @@ def _read(path: Path, entrant: Entrant, common: Mapping[str, Any]) -> Outcome | 
     """An earlier result, if it answers the same question."""
     if not path.is_file():
         return None
-    try:
+    with within("run_directory"):
         values = read_json(path)
-    except ValueError as error:
-        raise ConfigError.inside("run_directory", error) from error
     expected = {"optimizer": encode(entrant.optimizer), "rates": list(entrant.rates), **common}
     found = {"optimizer": values["optimizer"], "rates": values["rates"], **values["common"]}
     for name, value in expected.items():
@@ -229,5 +227,5 @@ class _ProgressLines:
         self._finished += 1
 
 
-def _stacked(batches: Sequence[data.Batch]) -> dict[str, np.ndarray]:
+def _stacked(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}

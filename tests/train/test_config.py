@@ -336,6 +336,23 @@ def test_norms_biases_and_embeddings_decay_only_where_that_is_asked_for(name):
     assert same == jax.tree.map(lambda role: role in ("matrix", "head"), roles(model))
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_setting_of_an_optimizer_is_used(name):
+    read = set()
+
+    class Watched(OPTIMIZERS[name]):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    config, params = Watched(), {"a": np.ones((4, 4), np.float32)}
+    read.clear()
+    tx = config.build(lambda count: 0.1, ModelInfo({"a": MuonDimensionNumbers(0, 1)}))
+    jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
+    # The rate comes as a schedule.
+    assert {field.name for field in fields(config)} - read <= {"learning_rate"}
+
+
 def test_every_optimizer_is_documented_and_muon_is_spectral_at_every_step():
     assert all(kind.__doc__ for kind in [*OPTIMIZERS.values(), *SCHEDULES.values()])
     assert MuonConfig().period == 1 and MuonConfig().b1 == MuonConfig().b2
