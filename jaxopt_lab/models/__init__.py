@@ -3,6 +3,7 @@
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.cross_entropy import loss
 from jaxopt_lab.models.decoder import Decoder, Params, apply, bind, init_params
+from jaxopt_lab.models.encoder_config import EncoderConfig
 from jaxopt_lab.models.huggingface import export_huggingface, load_huggingface, matrix_names
 from jaxopt_lab.models.layout import (
     abstract_params,
@@ -22,6 +23,7 @@ __all__ = [
     "PRESETS",
     "Decoder",
     "DecoderConfig",
+    "EncoderConfig",
     "Params",
     "abstract_params",
     "apply",
