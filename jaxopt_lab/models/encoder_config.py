@@ -61,12 +61,11 @@ class EncoderConfig:
     """What the backward pass recomputes: nothing, whole layers, or all but matrix products."""
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     """Attention kernel; auto takes cuDNN's on a GPU in bfloat16 where the shapes allow it."""
-    fused_qkv_as: Literal["three", "one"] = "three"
-    """How `matrix_axes` shows query, key and value to a matrix optimizer."""
 
-    # What the layers that decoders have as well read of a configuration.
+    # What code for decoders as well reads of a configuration.
     norm: ClassVar[str] = "layer"
     bias: ClassVar[bool] = True
+    fused_qkv_as: ClassVar[str] = "three"
 
     def __post_init__(self):
         """Checks every field."""
