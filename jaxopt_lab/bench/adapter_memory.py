@@ -88,18 +88,18 @@ def cases(counts: Sequence[int] = COUNTS, ranks: Sequence[int] = (8, 64, 256)) -
     """What the report compares: numbers of adapters, ranks, dropout, places, optimizers.
 
     >>> len(cases()), cases()[0]
-    (38, Case(adapters=1, rank=8, dropout=0.05, first='bottom', optimizer='adamw'))
+    (32, Case(adapters=1, rank=8, dropout=0.05, first='bottom', optimizer='adamw'))
     """
     found = [
         Case(count, rank, dropout, "bottom", "adamw")
         for dropout in (0.05, 0.0)
-        for rank in ranks
+        for rank in (ranks if dropout else (ranks[0], ranks[-1]))
         for count in counts
     ]
     few = [count for count in counts if count < MINILM.depth * 3]
     found += [Case(count, ranks[0], 0.05, "top", "adamw") for count in few]
-    found += [Case(counts[-1], rank, 0.0, "bottom", "scaled_lorsum") for rank in ranks]
-    return [*found, Case(counts[0], ranks[0], 0.0, "bottom", "scaled_lorsum")]
+    ends = ((counts[0], ranks[0]), (counts[-1], ranks[0]), (counts[-1], ranks[-1]))
+    return [*found, *(Case(*end, 0.0, "bottom", "scaled_lorsum") for end in ends)]
 
 
 def run_adapter_memory(
