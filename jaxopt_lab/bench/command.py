@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_collectives(verbs)
     _add_scaling(verbs)
     _add_dynamics(verbs)
+    _add_adapter_memory(verbs)
     return parser
 
 
@@ -178,6 +179,21 @@ def _run_dynamics(options: argparse.Namespace) -> Any:
     from jaxopt_lab.bench.dynamics import run_dynamics
 
     return run_dynamics(options.only, on_progress=to_stderr)
+
+
+def _add_adapter_memory(verbs: Any) -> None:
+    description = "memory of fine-tuning steps with adapters, by their number, rank and place"
+    parser = verbs.add_parser("adapter-memory", help=description, description=description)
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="rows a step")
+    parser.add_argument("--length", type=int, default=128, metavar="N", help="tokens a row")
+    _add_json(parser)
+    parser.set_defaults(run=_run_adapter_memory)
+
+
+def _run_adapter_memory(options: argparse.Namespace) -> Any:
+    from jaxopt_lab.bench.adapter_memory import run_adapter_memory
+
+    return run_adapter_memory(batch=options.batch, length=options.length, on_progress=to_stderr)
 
 
 def _divide_cpu(devices: int | None) -> None:

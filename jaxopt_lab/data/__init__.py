@@ -23,6 +23,7 @@ from jaxopt_lab.data.sources import (
 )
 from jaxopt_lab.data.tokenizer import Tokenizer, TokenizerConfig
 from jaxopt_lab.data.windows import Windows, draw_windows
+from jaxopt_lab.data.wordpiece import Encoded, WordPiece
 
 __all__ = [
     "CORPORA",
@@ -30,6 +31,7 @@ __all__ = [
     "Batch",
     "Corpus",
     "CorpusPart",
+    "Encoded",
     "Mixture",
     "PreparedTfds",
     "PythonSource",
@@ -42,6 +44,7 @@ __all__ = [
     "TokenizerConfig",
     "TrainBatches",
     "Windows",
+    "WordPiece",
     "bits_per_byte",
     "count_targets",
     "draw_windows",

@@ -50,7 +50,7 @@ class Adapter:
         new = old + part
         if self.magnitude is not None:
             new = new * self._norm_factor(kernel).astype(x.dtype)
-        view = new if every else view.at[..., as_array(self.kept), :].set(new)
+        view = new if every else view.at[..., as_array(self.kept), :].set(new, unique_indices=True)
         return view.reshape(moved.shape).transpose([order.index(i) for i in range(len(order))])
 
     def layer(self, index: int) -> "Adapter | None":

@@ -14,9 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxopt_lab.models.config import DecoderConfig, check_dtypes, check_tokens
-from jaxopt_lab.models.layers import Block, Norm, attach, normal, parameter
+from jaxopt_lab.models.layers import Block, Norm, normal, parameter
 from jaxopt_lab.models.sharding import constrain
-from jaxopt_lab.models.side import for_scan, of_layer
+from jaxopt_lab.models.stack import stacked, through
 
 Params = dict[str, Any]
 Sides = Mapping[str, Any] | None
@@ -68,7 +68,7 @@ class Decoder(nnx.Module):
         check_dtypes(config)
         self.config = config
         self.embedding = Embedding(config, rngs=rngs)
-        self.layers = _stacked_layers(config, rngs)
+        self.layers = stacked(config.depth, lambda rngs: Block(config, rngs=rngs), rngs)
         self.final_norm = Norm(config)
         if not config.tied:
             kernel_DxV = normal(config, rngs, (config.width, config.vocab_size))
@@ -101,46 +101,17 @@ class Decoder(nnx.Module):
         if sides:
             raise ValueError(f"side: {', '.join(sides)} is not a stack of layers of the model")
         x_BxTxD = self.embedding(tokens_BxT, segment_ids_BxT, mesh)
-        return self.final_norm(self._through_layers(x_BxTxD, segment_ids_BxT, mesh, in_layers))
+
+        def call(block: Block, x_BxTxD: jax.Array, key: None) -> jax.Array:
+            del key  # nothing is drawn
+            return block(x_BxTxD, segment_ids_BxT, mesh)
+
+        return self.final_norm(through(self.config, self.layers, x_BxTxD, call, in_layers))
 
     def head_kernel(self) -> jax.Array:
         """The output matrix (D, V) in the compute dtype."""
         kernel_DxV = self.embedding.tokens[...].T if self.config.tied else self.head[...]
         return kernel_DxV.astype(self.config.compute_dtype)
-
-    def _through_layers(
-        self,
-        x_BxTxD: jax.Array,
-        segment_ids_BxT: jax.Array | None,
-        mesh: Mesh | None,
-        sides: Mapping[str, Any],
-    ) -> jax.Array:
-        config = self.config
-        graphdef, stacked = nnx.split(self.layers)
-        # One cast of whole stacks is cheaper than one per layer. Vectors stay: their gradients
-        # are long sums, and the norms work in float32 anyway.
-        stacked = jax.tree.map(
-            lambda w: w.astype(config.compute_dtype) if w.ndim > 2 else w, stacked
-        )
-
-        def layer(x_BxTxD: jax.Array, weights: Any, sides: Any) -> jax.Array:
-            block = nnx.merge(graphdef, weights)
-            attach(block, sides)
-            return block(x_BxTxD, segment_ids_BxT, mesh)
-
-        scanned = config.loop == "scanned"
-        if config.remat != "none":
-            policy = None
-            if config.remat == "dots":
-                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=not scanned)
-        if scanned:
-            xs = (stacked, for_scan(sides))
-            return jax.lax.scan(lambda x, given: (layer(x, *given), None), x_BxTxD, xs)[0]
-        for i in range(config.depth):
-            weights = jax.tree.map(lambda w, i=i: w[i], stacked)
-            x_BxTxD = layer(x_BxTxD, weights, of_layer(sides, i))
-        return x_BxTxD
 
 
 def init_params(config: DecoderConfig, key: jax.Array) -> Params:
@@ -210,15 +181,6 @@ def abstract_decoder(config: DecoderConfig) -> Decoder:
 def _init_params(config: DecoderConfig, key: jax.Array) -> Params:
     decoder = Decoder(config, rngs=nnx.Rngs(params=key))
     return nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
-
-
-def _stacked_layers(config: DecoderConfig, rngs: nnx.Rngs) -> Block:
-    @nnx.split_rngs(splits=config.depth)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def stack(rngs: nnx.Rngs) -> Block:
-        return Block(config, rngs=rngs)
-
-    return stack(rngs)
 
 
 def _position_in_document(segment_ids_BxT: jax.Array) -> jax.Array:
