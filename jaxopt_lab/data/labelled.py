@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxopt_lab.data import cache, packages
+from jaxopt_lab.data.decoding import decode
 
 _FORMAT = 1  # part of the cache key: raise it when the stored layout changes
 SPLITS = "train", "validation", "test"
@@ -194,7 +196,9 @@ class LabelledFiles:
                 raise ValueError(f"{place}: got the {self.text_field} {text!r}, wanted a text")
             if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
                 raise ValueError(f"{place}: got the {self.label_field} {label!r}, wanted a label")
-            yield _Named(f"{number:09d}", text, str(label).strip(), place)
+            # JSON can spell lone surrogates, UTF-8 cannot.
+            text, label = (x.encode("utf-8", "replace").decode() for x in (text, str(label)))
+            yield _Named(f"{number:09d}", text, label.strip(), place)
 
 
 class _Named(NamedTuple):
@@ -317,15 +321,14 @@ def _hashed_split(text: str, validation_fraction: float, test_fraction: float) -
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not empty, numbered from 1; bytes that are no UTF-8 are replaced."""
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line.rstrip("\r\n")
+    """Lines that are not empty, numbered from 1."""
+    for number, line in enumerate(decode(path.read_bytes()).text.split("\n"), start=1):
+        if line.strip():
+            yield number, line.rstrip("\r")
 
 
 def _csv_rows(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+    with io.StringIO(decode(path.read_bytes()).text, newline="") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
         if missing := [name for name in wanted if name not in columns]:
@@ -343,7 +346,7 @@ def _jsonl_rows(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, dict[s
     for number, line in _lines(path):
         try:
             fields = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
         if not isinstance(fields, dict) or (set(wanted) - set(fields)):
             got = sorted(fields) if isinstance(fields, dict) else type(fields).__name__

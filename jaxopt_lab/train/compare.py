@@ -13,7 +13,7 @@ import numpy as np
 from jaxopt_lab import data, models
 from jaxopt_lab.report.files import read_json, write_json
 from jaxopt_lab.report.progress import to_stderr
-from jaxopt_lab.sweep import RULE, StepCost, Task, Tuned, lanes_that_fit, measure_step, tune
+from jaxopt_lab.sweep import PAIRED_RULE, StepCost, Task, Tuned, lanes_that_fit, measure_step, tune
 from jaxopt_lab.sweep.task import BuildOptimizer
 from jaxopt_lab.tasks import language_model_loss
 from jaxopt_lab.train.compare_report import CompareResult, Outcome, write_report
@@ -81,7 +81,7 @@ def compare(config: CompareConfig, *, message: Message | None = None) -> Compare
     if missing:
         mesh = make_mesh(MeshConfig(data=1))
         add_session(directory, describe_session(mesh, 0, corpus.summary(), {}))
-    say(f"stated before the runs: {RULE}")
+    say(f"stated before the runs: {PAIRED_RULE}")
     lines = _ProgressLines(config, len(missing), say)
     try:
         with compiled_once(config.compilation_cache, say):

@@ -240,3 +240,16 @@ def test_json_labels_of_numbers_are_names(place):
     path = place / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"t{n}", "label": n % 3}) for n in range(90)))
     assert data.prepare_labelled(LabelledFiles(str(path))).classes == ("0", "1", "2")
+
+
+def test_files_of_other_programs(place):
+    lines = ["text,label", *(f"naïve {n},{'ab'[n % 2]}" for n in range(90))]
+    splits = []
+    for encoding, end in (("utf-8", "\n"), ("utf-8-sig", "\r\n"), ("utf-16", "\r\n")):
+        (place / "a.csv").write_bytes((end.join(lines) + end).encode(encoding))
+        splits.append(data.prepare_labelled(LabelledFiles(str(place / "a.csv"))).hash)
+    assert len(set(splits)) == 1
+    rows = [json.dumps({"text": f"{n} \ud800", "label": n % 2}) for n in range(90)]
+    (place / "a.jsonl").write_text("\r\n".join(rows))
+    corpus = data.prepare_labelled(LabelledFiles(str(place / "a.jsonl")))
+    assert all(text.endswith(" ?") for text in corpus.train.texts)

@@ -215,7 +215,7 @@ def test_json_holds_everything(optimizer, schedule, corpus, preset, steps, rate,
 def test_json_may_be_partial_and_takes_the_rest_from_the_preset():
     config = from_json('{"preset": "gpt2-124m", "model": {"depth": 2}, "optimizer": {"period": 5}}')
     assert config.model == replace(PRESETS["gpt2-124m"], depth=2)
-    assert config.optimizer == LionMuonConfig(learning_rate=1e-3, period=5)
+    assert config.optimizer == LionMuonConfig(1e-3, period=5, sign_lr_ratio=1 / 60)
     assert config.tokenizer.vocab_size == 50304
 
 
@@ -223,7 +223,7 @@ def test_an_optimizer_that_json_names_has_the_rate_of_the_preset_until_it_is_giv
     config = from_json('{"preset": "gpt2-124m", "optimizer": {"name": "adamw", "b1": 0.8}}')
     assert config.optimizer == AdamWConfig(5e-4, b1=0.8)
     config = from_json('{"preset": "gpt2-124m", "optimizer": {"learning_rate": 0.5}}')
-    assert config.optimizer == LionMuonConfig(learning_rate=0.5)
+    assert config.optimizer == LionMuonConfig(0.5, sign_lr_ratio=1 / 60)
 
 
 @dataclass(frozen=True)
