@@ -1,4 +1,4 @@
-"""Corpora, tokenizers and batches."""
+"""Corpora, tokenizers and batches; labelled rows; packages of data and weights."""
 
 from jaxopt_lab.data.batches import Batch, RowsOnDemand, TrainBatches, train_batches, train_rows
 from jaxopt_lab.data.corpora import Corpus, CorpusPart, SetError, TokenSplit, list_corpora, prepare
@@ -11,6 +11,16 @@ from jaxopt_lab.data.evaluation import (
     validation_batches,
     windows_of,
 )
+from jaxopt_lab.data.labelled import (
+    LabelledCorpus,
+    LabelledFiles,
+    LabelledSource,
+    LabelledSplit,
+    MovieSentences,
+    Topics,
+    prepare_labelled,
+)
+from jaxopt_lab.data.packages import PACKAGES, Package, fetch, find, list_packages
 from jaxopt_lab.data.sources import (
     CORPORA,
     VALIDATION,
@@ -27,12 +37,19 @@ from jaxopt_lab.data.wordpiece import Encoded, WordPiece
 
 __all__ = [
     "CORPORA",
+    "PACKAGES",
     "VALIDATION",
     "Batch",
     "Corpus",
     "CorpusPart",
     "Encoded",
+    "LabelledCorpus",
+    "LabelledFiles",
+    "LabelledSource",
+    "LabelledSplit",
     "Mixture",
+    "MovieSentences",
+    "Package",
     "PreparedTfds",
     "PythonSource",
     "RowsOnDemand",
@@ -42,15 +59,20 @@ __all__ = [
     "TokenSplit",
     "Tokenizer",
     "TokenizerConfig",
+    "Topics",
     "TrainBatches",
     "Windows",
     "WordPiece",
     "bits_per_byte",
     "count_targets",
     "draw_windows",
+    "fetch",
+    "find",
     "list_corpora",
+    "list_packages",
     "nats_under",
     "prepare",
+    "prepare_labelled",
     "sets_from_text",
     "train_batches",
     "train_rows",

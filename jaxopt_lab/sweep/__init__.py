@@ -12,7 +12,15 @@ from jaxopt_lab.sweep.blocks import (
 )
 from jaxopt_lab.sweep.cost import StepCost, lanes_that_fit, measure_step
 from jaxopt_lab.sweep.program import Curves, Program, Run
-from jaxopt_lab.sweep.significance import RULE, Difference, difference, seed_noise
+from jaxopt_lab.sweep.significance import (
+    RULE,
+    Difference,
+    Interval,
+    accuracy_interval,
+    difference,
+    paired_accuracy,
+    seed_noise,
+)
 from jaxopt_lab.sweep.task import Task
 from jaxopt_lab.sweep.tuning import Tuned, tune
 
@@ -21,15 +29,18 @@ __all__ = [
     "RULE",
     "Curves",
     "Difference",
+    "Interval",
     "PairedNoise",
     "Program",
     "Run",
     "StepCost",
     "Task",
     "Tuned",
+    "accuracy_interval",
     "difference",
     "lanes_that_fit",
     "measure_step",
+    "paired_accuracy",
     "paired_differences",
     "paired_noise",
     "seed_noise",
