@@ -11,6 +11,7 @@ from jaxopt_lab.data.evaluation import (
     validation_batches,
     windows_of,
 )
+from jaxopt_lab.data.gguf_tokenizer import gguf_tokenizer
 from jaxopt_lab.data.sources import (
     CORPORA,
     VALIDATION,
@@ -44,6 +45,7 @@ __all__ = [
     "bits_per_byte",
     "count_targets",
     "draw_windows",
+    "gguf_tokenizer",
     "list_corpora",
     "nats_under",
     "prepare",

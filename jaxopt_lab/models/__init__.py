@@ -3,6 +3,7 @@
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.cross_entropy import loss
 from jaxopt_lab.models.decoder import Decoder, Params, apply, bind, init_params
+from jaxopt_lab.models.gguf import load_gguf
 from jaxopt_lab.models.huggingface import export_huggingface, load_huggingface, matrix_names
 from jaxopt_lab.models.layout import (
     abstract_params,
@@ -30,6 +31,7 @@ __all__ = [
     "flops_per_token",
     "generate",
     "init_params",
+    "load_gguf",
     "load_huggingface",
     "logical_axes",
     "loss",
