@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
+from jaxopt_lab.core.packed import is_packed
 from jaxopt_lab.models.encoder_config import ModelConfig
 from jaxopt_lab.models.layers import attach
 from jaxopt_lab.models.side import for_scan, of_layer
@@ -45,7 +46,9 @@ def through(
     graphdef, weights = nnx.split(layers)
     # One cast of whole stacks is cheaper than one per layer. Vectors stay: their gradients are
     # long sums, and the norms work in float32 anyway.
-    weights = jax.tree.map(lambda w: w.astype(config.compute_dtype) if w.ndim > 2 else w, weights)
+    weights = jax.tree.map(
+        lambda w: w.astype(config.compute_dtype) if w.ndim > 2 else w, weights, is_leaf=is_packed
+    )
 
     def layer(x: jax.Array, weights: Any, sides: Any, key: Any) -> jax.Array:
         module = nnx.merge(graphdef, weights)
