@@ -1,5 +1,6 @@
 """One step of a zero-order method: losses at perturbed parameters, and sums of directions."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,9 +10,10 @@ import optax
 from jax.tree_util import keystr
 from jaxtyping import Array
 
-from jaxopt_lab.core.numerics import wide_dtype, widened
+from jaxopt_lab.core.numerics import perturbed, widened
 from jaxopt_lab.optim.routing import float_leaves
 from jaxopt_lab.zeroth_order.directions import Direction, Sampler, leaves_of
+from jaxopt_lab.zeroth_order.layerwise import ProbeFn, check_probe_fn
 from jaxopt_lab.zeroth_order.losses import ValueFn, check_value_fn
 from jaxopt_lab.zeroth_order.probes import Draws, Probes, ProbeState
 
@@ -22,6 +24,8 @@ def transformation(
     eps: Any,
     init: Callable[[optax.Params], Any],
     update: Callable[..., tuple[optax.Updates, Any]],
+    *,
+    whole_trees: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation from what it does with a step.
 
@@ -31,13 +35,25 @@ def transformation(
       eps: Size of the perturbations; None: there are none.
       init: From parameters to the state, which is a `ProbeState` or has one as field `probes`.
       update: (step, state, other extra arguments) -> (updates, state).
+      whole_trees: Name of a method that evaluates losses of whole trees only; None: it may perturb
+        layer by layer.
     """
 
-    def run(updates, state, params=None, *, value_fn=None, draws=None, losses=None, **extra_args):
+    def run(
+        updates, state, params=None, *, value_fn=None, probe_fn=None, draws=None, losses=None,
+        **extra_args,
+    ):  # fmt: skip
         del updates
+        if whole_trees and probe_fn is not None:
+            raise ValueError(f"{whole_trees}: got probe_fn, wanted value_fn: it needs whole trees")
         known = state if isinstance(state, ProbeState) else state.probes
         step = Step(
-            probes, sampler, known, params, eps=eps, value_fn=value_fn, draws=draws, losses=losses
+            *(probes, sampler, known, params),
+            eps=eps,
+            value_fn=value_fn,
+            probe_fn=probe_fn,
+            draws=draws,
+            losses=losses,
         )
         return update(step, state, extra_args)
 
@@ -57,6 +73,7 @@ class Step:
         *,
         eps: Any,
         value_fn: ValueFn | None,
+        probe_fn: ProbeFn | None = None,
         draws: Any = None,
         losses: Array | None = None,
     ) -> None:
@@ -69,22 +86,27 @@ class Step:
           params: The point.
           eps: Size of the perturbations.
           value_fn: The loss.
+          probe_fn: The loss as a function that perturbs its layers itself, in place of `value_fn`.
           draws: `Draws`, or a tree: the directions.
           losses: Recorded ones, to take instead of evaluating.
         """
-        if losses is None or params is None:
+        if value_fn is not None and probe_fn is not None:
+            raise ValueError("got both value_fn and probe_fn, wanted one of them")
+        if params is None or (losses is None and probe_fn is None):
             check_value_fn(value_fn, params, eps)
-        elif losses.shape != state.losses.shape:
+        elif losses is not None and losses.shape != state.losses.shape:
             raise ValueError(f"losses: got shape {losses.shape}, wanted {state.losses.shape}")
         assert params is not None
         params = float_leaves(params)
         self.params, self._treedef = jax.tree.flatten(params)
         self.leaves = leaves_of(params, probes.matrix_axes, probes.trainable)
+        if probe_fn is not None:
+            check_probe_fn(probe_fn, params, self.leaves, eps)
         self.draws = draws if isinstance(draws, Draws) or draws is None else Draws(draws)
         key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
         self.key = jax.random.fold_in(key, state.count)
         self.probes, self.state, self._sampler = probes, state, sampler
-        self.value_fn, self.recorded = value_fn, losses
+        self.value_fn, self.probe_fn, self.recorded = value_fn, probe_fn, losses
         self._seen: list[Array] = []
 
     def tree(self, arrays: Sequence[Array]) -> optax.Params:
@@ -166,15 +188,24 @@ class Step:
           direction: From a probe, and a `key` of the step, to its direction; None: `direction`.
         """
         drawn = self.direction if direction is None else direction
+        engine, point = self.probes.engine, self.tree(self.params)
 
         def loss(probe: Array, scale: Array) -> Array:
             key, probe, scale = self.apart(probe, scale)
+            along = drawn(probe, key=key)
+            if self.probe_fn is not None:
+                layerwise: Any = functools.partial(self.probe_fn, point, along)
+                return widened(jax.vmap(layerwise)(scale) if scale.ndim else layerwise(scale))
             assert self.value_fn is not None
-            return widened(self.value_fn(self.perturbed(drawn(probe, key=key), scale)))
+            return widened(self.value_fn(self.perturbed(along, scale)))
 
-        return self.seen(
-            probe.size, lambda: self.probes.engine.map(loss, probe, scale, sides=sides)
-        )
+        def evaluate() -> Array:
+            if self.probe_fn is None or not engine.both_sides:
+                return engine.map(loss, probe, scale, sides=sides)
+            # The scales of a direction in one loop over layers, which draws once.
+            return engine.map(loss, probe[::sides], scale.reshape(-1, sides)).reshape(-1)
+
+        return self.seen(probe.size, evaluate)
 
     def seen(self, size: int, evaluate: Any) -> Array:
         """`size` numbers from `evaluate`, or the next recorded ones; kept for the state."""
@@ -189,7 +220,7 @@ class Step:
     def perturbed(self, direction: Direction, scale: Array) -> optax.Params:
         """`params + scale * direction`, computed in float32 or wider."""
         moved = [
-            (widened(x) + scale.astype(wide_dtype(x)) * direction.of(i)) if leaf.moves else x
+            perturbed(x, scale, direction.of(i)) if leaf.moves else x
             for i, (x, leaf) in enumerate(zip(self.params, self.leaves, strict=True))
         ]
         return self.tree(moved)
@@ -244,6 +275,11 @@ class Step:
         return ProbeState(count, self.state.key, losses, self.state.notfinite_count + bad)
 
 
+# A sum of so many draws is one expression, which XLA computes entry by entry where it is used; a
+# loop over more keeps the sum, an array of the size of the parameters.
+_FUSED = 8
+
+
 def summed(term: Callable[..., Any], *columns: Array) -> Any:
     """The sum of `term` over rows, one after the other, of numbers; of bools, the union.
 
@@ -251,14 +287,18 @@ def summed(term: Callable[..., Any], *columns: Array) -> Any:
       term: From one row to a tree.
       *columns: (rows,) each.
     """
-    if columns[0].size == 1:
-        return term(*(x[0] for x in columns))
+    rows = columns[0].size
 
     def add(total: Any, row: Any) -> tuple[Any, None]:
         return jax.tree.map(
             lambda a, b: a | b if a.dtype == bool else a + b, total, term(*row)
         ), None
 
+    if rows <= _FUSED:
+        total = term(*(x[0] for x in columns))
+        for i in range(1, rows):
+            total, _ = add(total, tuple(x[i] for x in columns))
+        return total
     abstract = jax.eval_shape(term, *(x[0] for x in columns))
     zeros = jax.tree.map(jnp.zeros_like, abstract)
     return jax.lax.scan(add, zeros, columns)[0]
