@@ -51,6 +51,7 @@ from jaxopt_lab.zeroth_order.jaguar import (
 )
 from jaxopt_lab.zeroth_order.ldsd import LDSDState, ldsd
 from jaxopt_lab.zeroth_order.losses import fill_masked
+from jaxopt_lab.zeroth_order.low_rank import LowRankSide, beside, low_rank
 from jaxopt_lab.zeroth_order.matrix_sign import scale_by_matrix_sign
 from jaxopt_lab.zeroth_order.mezo import mezo
 from jaxopt_lab.zeroth_order.muon import sampling_muon, zo_muon
@@ -65,6 +66,7 @@ from jaxopt_lab.zeroth_order.samplers import (
     sparse,
     sphere,
 )
+from jaxopt_lab.zeroth_order.sharded import sharded
 from jaxopt_lab.zeroth_order.sign import zo_signsgd
 from jaxopt_lab.zeroth_order.subspace_muon import (
     Subspace,
@@ -89,6 +91,7 @@ __all__ = [
     "Found",
     "JaguarState",
     "LDSDState",
+    "LowRankSide",
     "ProbeState",
     "Probes",
     "Sampler",
@@ -96,6 +99,7 @@ __all__ = [
     "apply_replay",
     "ask_tell",
     "averaged",
+    "beside",
     "blocks",
     "box",
     "chunked",
@@ -117,6 +121,7 @@ __all__ = [
     "ldsd",
     "linf_ball",
     "lp_ball",
+    "low_rank",
     "mezo",
     "nuclear_ball",
     "orthogonal",
@@ -132,6 +137,7 @@ __all__ = [
     "scale_by_subspace_muon",
     "sega",
     "sequential",
+    "sharded",
     "signs",
     "simplex",
     "single_coordinate",

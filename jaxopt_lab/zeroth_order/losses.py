@@ -12,6 +12,9 @@ from jaxtyping import Array
 
 ValueFn = Callable[[Any], Array]
 
+# (params, direction, scale) -> the loss at params + scale * direction, which it adds itself.
+ProbeFn = Callable[[Any, Any, Array], Array]
+
 _BEHIND_A_MASK = (
     "behind optax.partition or optax.masked the parameters have holes, so value_fn cannot be "
     "called. Estimate in front of it:\n"
@@ -53,13 +56,20 @@ def fill_masked(value_fn: ValueFn, params: optax.Params) -> ValueFn:
     return FilledValueFn(value_fn, params)
 
 
-def check_value_fn(value_fn: ValueFn | None, params: optax.Params | None, eps: Any = None) -> None:
+def check_value_fn(
+    value_fn: ValueFn | None,
+    params: optax.Params | None,
+    eps: Any = None,
+    *,
+    name: str = "value_fn",
+) -> None:
     """Raise where a loss cannot be evaluated, before it is.
 
     Args:
       value_fn: The loss.
       params: Where it is to be evaluated.
       eps: Size of the perturbations.
+      name: What the caller calls the loss.
 
     Raises:
       ValueError: There is no loss, the parameters have holes, the loss is no scalar or depends on
@@ -79,12 +89,12 @@ def check_value_fn(value_fn: ValueFn | None, params: optax.Params | None, eps: A
         value = jax.eval_shape(value_fn, params)
     except jax.errors.ConcretizationTypeError as error:
         raise ValueError(
-            "value_fn cannot be traced by jax: it looks at values in Python. Write it in jax, or "
+            f"{name} cannot be traced by jax: it looks at values in Python. Write it in jax, or "
             f"ask for points and tell their losses, as the black-box methods do ({error})"
         ) from error
     dtype: Any = getattr(value, "dtype", bool)
     if getattr(value, "shape", None) != () or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"value_fn: got {value}, wanted one floating-point number")
+        raise ValueError(f"{name}: got {value}, wanted one floating-point number")
     if isinstance(eps, int | float) and (digits := _digits(eps, dtype)) <= 0:
         raise ValueError(
             f"eps is {eps} and the loss is {dtype}: a difference of losses of size 1 has "

@@ -11,8 +11,8 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.numerics import wide_dtype, widened
 from jaxopt_lab.optim.routing import float_leaves
-from jaxopt_lab.zeroth_order.directions import Direction, Sampler, leaves_of
-from jaxopt_lab.zeroth_order.losses import ValueFn, check_value_fn
+from jaxopt_lab.zeroth_order.directions import Direction, Sampler, leaves_of, spread_like
+from jaxopt_lab.zeroth_order.losses import ProbeFn, ValueFn, check_value_fn
 from jaxopt_lab.zeroth_order.probes import Draws, Probes, ProbeState
 
 
@@ -33,13 +33,21 @@ def transformation(
       update: (step, state, other extra arguments) -> (updates, state).
     """
 
-    def run(updates, state, params=None, *, value_fn=None, draws=None, losses=None, **extra_args):
+    def run(
+        updates,
+        state,
+        params=None,
+        *,
+        value_fn=None,
+        probe_fn=None,
+        draws=None,
+        losses=None,
+        **extra_args,
+    ):
         del updates
         known = state if isinstance(state, ProbeState) else state.probes
-        step = Step(
-            probes, sampler, known, params, eps=eps, value_fn=value_fn, draws=draws, losses=losses
-        )
-        return update(step, state, extra_args)
+        given = {"value_fn": value_fn, "probe_fn": probe_fn, "draws": draws, "losses": losses}
+        return update(Step(probes, sampler, known, params, eps=eps, **given), state, extra_args)
 
     start: Any = init  # its argument may have any name
     return optax.GradientTransformationExtraArgs(start, run)
@@ -57,6 +65,7 @@ class Step:
         *,
         eps: Any,
         value_fn: ValueFn | None,
+        probe_fn: ProbeFn | None = None,
         draws: Any = None,
         losses: Array | None = None,
     ) -> None:
@@ -69,10 +78,20 @@ class Step:
           params: The point.
           eps: Size of the perturbations.
           value_fn: The loss.
+          probe_fn: The loss of parameters, direction and scale, to be evaluated in its place.
           draws: `Draws`, or a tree: the directions.
           losses: Recorded ones, to take instead of evaluating.
         """
-        if losses is None or params is None:
+        key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
+        self.key = jax.random.fold_in(key, state.count)
+        if probe_fn is not None and losses is None:
+
+            def at_params(params: optax.Params) -> Array:
+                leaves = leaves_of(params, probes.matrix_axes, probes.trainable)
+                return probe_fn(params, Direction(sampler, self.key, 0, leaves), jnp.zeros(()))
+
+            check_value_fn(at_params, params, eps, name="probe_fn")
+        elif losses is None or params is None:
             check_value_fn(value_fn, params, eps)
         elif losses.shape != state.losses.shape:
             raise ValueError(f"losses: got shape {losses.shape}, wanted {state.losses.shape}")
@@ -81,10 +100,8 @@ class Step:
         self.params, self._treedef = jax.tree.flatten(params)
         self.leaves = leaves_of(params, probes.matrix_axes, probes.trainable)
         self.draws = draws if isinstance(draws, Draws) or draws is None else Draws(draws)
-        key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
-        self.key = jax.random.fold_in(key, state.count)
         self.probes, self.state, self._sampler = probes, state, sampler
-        self.value_fn, self.recorded = value_fn, losses
+        self.value_fn, self.probe_fn, self.recorded = value_fn, probe_fn, losses
         self._seen: list[Array] = []
 
     def tree(self, arrays: Sequence[Array]) -> optax.Params:
@@ -169,8 +186,11 @@ class Step:
 
         def loss(probe: Array, scale: Array) -> Array:
             key, probe, scale = self.apart(probe, scale)
+            found = drawn(probe, key=key)
+            if self.probe_fn is not None:
+                return widened(self.probe_fn(self.tree(self.params), found, scale))
             assert self.value_fn is not None
-            return widened(self.value_fn(self.perturbed(drawn(probe, key=key), scale)))
+            return widened(self.value_fn(self.perturbed(found, scale)))
 
         return self.seen(
             probe.size, lambda: self.probes.engine.map(loss, probe, scale, sides=sides)
@@ -228,13 +248,39 @@ class Step:
         numbers = jnp.arange(weights.size) if probes is None else probes
         drawn = direction or (lambda probe: self.direction(probe, "update"))
         indices = range(len(self.leaves))
+        factored = range(0)
+        if direction is None and self.draws is None and self._sampler.factors is not None:
+            factored = [i for i in indices if self.leaves[i].has_matrices]
 
-        def term(weight: Array, probe: Array) -> tuple[list[Array], list[Array | None]]:
+        def term(weight: Array, probe: Array) -> tuple[list[Any], list[Array | None]]:
             one = drawn(probe)
-            sums = [weight.astype(x.dtype) * x for x in map(one.of, indices)]
+            sums = [
+                None if i in factored else weight.astype(x.dtype) * one.of(i)
+                for i, x in enumerate(one.leaves)
+            ]
             return sums, [one.support_of(i) for i in indices]
 
-        return summed(term, weights, numbers)
+        sums, supports = summed(term, weights, numbers)
+        for i in factored:
+            sums[i] = self._factored_sum(i, weights, numbers)
+        return sums, supports
+
+    def _factored_sum(self, number: int, weights: Array, probes: Array) -> Array:
+        """The sum of weighted directions that have factors: one product of depth probes x rank."""
+        leaf = self.leaves[number]
+
+        def total(data: Array, weights: Array, probes: Array) -> Array:
+            key = jax.random.wrap_key_data(data, impl="threefry2x32")
+
+            def factors(probe: Array) -> Any:
+                return self.direction(probe, key=key).factors_of(number)
+
+            a, b = jax.vmap(factors)(probes)
+            a = a * weights.astype(a.dtype).reshape(-1, *(1,) * (a.ndim - 1))
+            highest = jax.lax.Precision.HIGHEST
+            return leaf.arranged(jnp.einsum("q...nr,q...mr->...nm", a, b, precision=highest))
+
+        return spread_like(leaf, total, jax.random.key_data(self.key), weights, probes)
 
     def next_state(self) -> ProbeState:
         """The state after the step."""
