@@ -239,7 +239,7 @@ class Direction:
         return self._whole(leaf, self._sampler.support)
 
     def factors_of(self, number: int) -> tuple[Array, Array] | None:
-        """Two factors (*batch, rows or columns, rank) of a leaf's matrices; None: there are none."""
+        """Factors (*batch, rows or columns, rank) of a leaf's matrices; None: there are none."""
         leaf, factors = self.leaves[number], self._sampler.factors
         if factors is None or self._given is not None or self._mean is not None:
             return None

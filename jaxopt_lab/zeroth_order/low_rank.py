@@ -1,6 +1,7 @@
 r"""Directions of low rank, and losses that never form them.
 
-$$z = A B^\top / \sqrt r, \qquad x (W + \epsilon z) = x W + \tfrac{\epsilon}{\sqrt r} (x A) B^\top.$$
+$$z = \tfrac{1}{\sqrt r} A B^\top, \qquad
+x (W + \epsilon z) = x W + \tfrac{\epsilon}{\sqrt r} (x A) B^\top.$$
 
 Evaluated together, probes share the products with $W$ as rows of one batch do: a probe costs
 activations and $r (m + n)$ numbers of noise a matrix, and no copy of a matrix.
@@ -36,7 +37,8 @@ def low_rank(rank: int = 1) -> Sampler:
     The entries of a matrix have variance 1 and are uncorrelated, so the estimate is unbiased for a
     linear loss. On one matrix $W$ of $n \times m$,
 
-    $$E \lVert g \rVert^2 = \lVert \nabla f \rVert^2 \; \frac{(n + 2)(m + 2) + (r - 1)(n m + 2)}{r},$$
+    $$\frac{E \lVert g \rVert^2}{\lVert \nabla f \rVert^2}
+    = \frac{(n + 2)(m + 2) + (r - 1)(n m + 2)}{r},$$
 
     where `gaussian` has $n m + 2$. An estimate is the sum of its probes, so its rank is $q r$.
 
@@ -187,9 +189,9 @@ def _put(sides: dict[str, Any], leaf: Leaf, a: Array, b: Array) -> None:
     assert axes is not None
     if axes.reduction != ((1,) if 0 in axes.batch else (0,)):
         raise ValueError(
-            f"beside: leaf {'/'.join((*names, last))}: its inputs are axes {axes.reduction}; a side "
-            "contracts the first axis alone (that of a layer stack not counted). Give None in "
-            "matrix_axes, or pass value_fn"
+            f"beside: leaf {'/'.join((*names, last))}: got inputs on axes {axes.reduction}, wanted "
+            "the first axis alone (that of a layer stack not counted). Give None in matrix_axes, or "
+            "pass value_fn"
         )
     names = names if last == "kernel" and names else [*names, last]
     for name in names[:-1]:

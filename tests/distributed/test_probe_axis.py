@@ -152,13 +152,13 @@ def test_a_probe_that_is_not_finite():
     def loss(p):  # not a number on one side of the first axis
         return jnp.where(p["w"][0] > 0, jnp.nan, jnp.sum((p["w"] - 1) ** 2))
 
-    tx = zo.ldsd(optax.sgd(0.1), candidates=4, eps=0.5, start="zeros", key=KEY, probes=probes)
+    tx = zo.ldsd(optax.sgd(0.1), candidates=4, eps=0.5, start="zero", key=KEY, probes=probes)
     updates, state = jax.jit(lambda p: tx.update(None, tx.init(p), p, value_fn=loss))(params)
     losses = np.asarray(state.probes.losses)
     bad = ~np.isfinite(losses[:4])
     assert 0 < bad.sum() < 4 and np.isfinite(entries((updates, state.mean))).all()
     # As on one device: the best of the finite ones is chosen, and its other side decides the step.
-    alone = zo.ldsd(optax.sgd(0.1), candidates=4, eps=0.5, start="zeros", key=KEY)
+    alone = zo.ldsd(optax.sgd(0.1), candidates=4, eps=0.5, start="zero", key=KEY)
     same, theirs = jax.jit(lambda p: alone.update(None, alone.init(p), p, value_fn=loss))(params)
     np.testing.assert_allclose(losses, theirs.probes.losses, rtol=1e-6)
     np.testing.assert_allclose(entries(updates), entries(same), rtol=1e-5)

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
@@ -11,7 +10,7 @@ from jaxopt_lab import models
 from jaxopt_lab import zeroth_order as zo
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.zeroth_order.directions import Direction, leaves_of
-from tests.zeroth_order.problems import AXES, KEY, entries, linear, rough, run, tree
+from tests.zeroth_order.problems import AXES, KEY, entries, linear, run, tree
 
 SMALL = {"vocab_size": 40, "width": 16, "depth": 2, "heads": 4, "hidden": 24, "context": 8}
 OLD = {"positions": "learned", "norm": "layer", "mlp": "gelu", "bias": True, "tied": False}
@@ -21,21 +20,10 @@ CONFIGS = {
 }
 
 
-def decoder(config, dtype="float64"):
-    """Parameters whose vectors are not all zeros and ones, a batch, and both losses."""
-    params = models.init_params(config, jax.random.key(0))
+def perturbed(params, direction, scale):
+    """Whole perturbed matrices: what `beside` never forms."""
     leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    shaken = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    params = jax.tree.map(lambda x: x.astype(dtype), treedef.unflatten(shaken))
-    batch = {"tokens": jax.random.randint(jax.random.key(2), (3, 9), 0, config.vocab_size)}
-    chunks = {"head_chunks": 2} if config.tied else {}
-
-    def value_fn(params):
-        return models.loss(config, params, batch, **chunks)[0]
-
-    probe_fn = zo.beside(lambda p, side: models.loss(config, p, batch, side=side, **chunks)[0])
-    return params, value_fn, probe_fn
+    return treedef.unflatten([x + scale * direction.of(i) for i, x in enumerate(leaves)])
 
 
 def test_factors_are_those_of_the_whole_and_of_its_parts():
@@ -78,20 +66,6 @@ def test_unbiased_with_the_second_moment_of_its_rank(rank):
     assert abs(squares.mean() - (n * m + 2)) > 4 * error
 
 
-@pytest.mark.parametrize("engine", [zo.vmapped(), zo.chunked(2)], ids=["vmapped", "chunked"])
-def test_engines_give_equal_numbers(engine):
-    with jax.enable_x64(True):
-        params = tree(dtype="float64")
-
-        def estimate(engine):
-            options = {"num_directions": 4, "eps": 0.3, "matrix_axes": AXES, "key": KEY}
-            return run(zo.estimate(zo.low_rank(rank=2), engine=engine, **options), params, rough, 2)
-
-        (_, state, g), (_, theirs, wanted) = estimate(engine), estimate(zo.sequential())
-        np.testing.assert_allclose(entries(g), entries(wanted), rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(state.losses, theirs.losses, rtol=1e-14)
-
-
 def test_the_estimate_is_the_average_of_its_directions():
     with jax.enable_x64(True):
         params = tree(dtype="float64")
@@ -105,19 +79,94 @@ def test_the_estimate_is_the_average_of_its_directions():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_beside_the_matrices_as_in_them(name):
+def test_decoders_beside_their_matrices_as_in_them(name):
     with jax.enable_x64(True):
-        config = CONFIGS[name]
-        params, value_fn, probe_fn = decoder(config)
-        options = {"num_directions": 2, "eps": 0.3, "key": KEY}
-        axes = models.matrix_axes(config)
+        config, axes = CONFIGS[name], models.matrix_axes(CONFIGS[name])
+        batch = {"tokens": jnp.arange(27).reshape(3, 9) % config.vocab_size}
+        chunks = {"head_chunks": 2} if config.tied else {}
+        # No vector is all zeros or ones.
+        shapes, treedef = jax.tree.flatten(models.abstract_params(config))
+        rng = np.random.default_rng(0)
+        params = treedef.unflatten([jnp.asarray(rng.normal(1, 0.5, x.shape)) for x in shapes])
 
-        def estimate(engine, **loss):
-            tx = zo.estimate(zo.low_rank(rank=2), engine=engine, matrix_axes=axes, **options)
-            return jax.jit(lambda p: tx.update(None, tx.init(p), p, **loss))(params)
+        def loss(params, side=None):
+            return models.loss(config, params, batch, side=side, **chunks)[0]
 
-        g, state = estimate(zo.vmapped(), probe_fn=probe_fn)
-        wanted, theirs = estimate(zo.sequential(), value_fn=value_fn)
-        assert theirs.losses[0] != theirs.losses[1]
-        np.testing.assert_allclose(state.losses, theirs.losses, rtol=1e-12)
+        def both(params):
+            direction = Direction(zo.low_rank(rank=2), KEY, 0, leaves_of(params, axes))
+            scale = jnp.asarray(0.3)
+            return zo.beside(loss)(params, direction, scale), loss(
+                perturbed(params, direction, scale)
+            )
+
+        found, wanted = jax.jit(both)(params)
+        np.testing.assert_allclose(found, wanted, rtol=1e-12)
+        assert abs(found - jax.jit(loss)(params)) > 1e-3
+
+
+def mlp(dtype="float32", width=6):
+    """Parameters, and the loss as a function of them and of what stands beside them."""
+    rng = np.random.default_rng(1)
+    shapes = {"up": (width, 2 * width), "down": (2 * width, width), "bias": (2 * width,)}
+    params = {name: jnp.asarray(rng.normal(0, 0.5, s), dtype) for name, s in shapes.items()}
+    x = jnp.asarray(rng.normal(0, 1, (4, width)), dtype)
+
+    def loss(params, sides=None):
+        def product(name, x):
+            w = params[name]
+            return x @ w if sides is None else sides[name].product(x, w)
+
+        return jnp.mean(product("down", jnp.tanh(product("up", x) + params["bias"])) ** 2)
+
+    return params, loss
+
+
+@pytest.mark.parametrize("engine", [zo.vmapped(), zo.chunked(2)], ids=["vmapped", "chunked"])
+def test_estimates_beside_the_matrices_are_those_of_dense_engines(engine):
+    with jax.enable_x64(True):
+        params, loss = mlp("float64")
+
+        def estimate(engine, **given):
+            tx = zo.estimate(zo.low_rank(rank=2), num_directions=4, eps=0.3, key=KEY, engine=engine)
+            return jax.jit(lambda p: tx.update(None, tx.init(p), p, **given))(params)
+
+        g, state = estimate(engine, probe_fn=zo.beside(loss))
+        wanted, theirs = estimate(zo.sequential(), value_fn=loss)
+        np.testing.assert_allclose(state.losses, theirs.losses, rtol=1e-13)
         np.testing.assert_allclose(entries(g), entries(wanted), rtol=1e-12, atol=1e-12)
+
+
+def test_probes_share_the_matrices():
+    # 32 losses: dense engines hold 32 copies of the matrices.
+    params, loss = mlp(width=256)
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+
+    def memory(**given):
+        tx = zo.estimate(zo.low_rank(), num_directions=16, key=KEY, engine=zo.vmapped())
+        update = jax.jit(lambda p: tx.update(None, tx.init(p), p, **given))
+        return update.lower(params).compile().memory_analysis().temp_size_in_bytes / size
+
+    # Factors are 32 x 3 x 256 x 2 numbers an evaluation, a third of the matrices' 2 x 512 x 256 ...
+    assert memory(probe_fn=zo.beside(loss)) < 1.5
+    # ... where dense ones are 32 times them.
+    assert memory(value_fn=loss) > 16
+
+
+def test_bad_input():
+    params, loss = mlp()
+    scale = jnp.asarray(0.1)
+
+    def evaluated(sampler, params, axes=None, **options):
+        direction = Direction(sampler, KEY, 0, leaves_of(params, axes), **options)
+        return zo.beside(lambda p, sides: jnp.zeros(()))(params, direction, scale)
+
+    for rank in (0, 1.5, True):
+        with pytest.raises(ValueError, match="rank is"):
+            zo.low_rank(rank)
+    with pytest.raises(ValueError, match="no leaf has factors; it goes with zeroth_order.low_rank"):
+        evaluated(zo.gaussian(), params)
+    with pytest.raises(ValueError, match="directions that have no mean"):
+        evaluated(zo.low_rank(), params, mean=jax.tree.leaves(params))
+    heads = {"out": {"kernel": jnp.zeros((2, 3, 4))}}
+    with pytest.raises(ValueError, match=r"leaf out/kernel: got inputs on axes \(0, 1\), wanted"):
+        evaluated(zo.low_rank(), heads, MuonDimensionNumbers((0, 1), 2))
