@@ -189,9 +189,9 @@ def _put(sides: dict[str, Any], leaf: Leaf, a: Array, b: Array) -> None:
     assert axes is not None
     if axes.reduction != ((1,) if 0 in axes.batch else (0,)):
         raise ValueError(
-            f"beside: leaf {'/'.join((*names, last))}: got inputs on axes {axes.reduction}, wanted "
-            "the first axis alone (that of a layer stack not counted). Give None in matrix_axes, or "
-            "pass value_fn"
+            f"beside: leaf {'/'.join((*names, last))}: got inputs on axes {axes.reduction}, "
+            "wanted the first axis alone (that of a layer stack not counted). Give None in "
+            "matrix_axes, or pass value_fn"
         )
     names = names if last == "kernel" and names else [*names, last]
     for name in names[:-1]:
