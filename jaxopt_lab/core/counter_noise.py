@@ -84,7 +84,13 @@ def normals(
     return jnp.asarray(math.sqrt(2), dtype) * lax.erf_inv(uniform.astype(dtype))
 
 
-def signs(keys: Array, shape: Sequence[int]) -> Int8[Array, "..."]:
+def signs(
+    keys: Array,
+    shape: Sequence[int],
+    *,
+    offset: Sequence[Array | int] | None = None,
+    within: Sequence[int] | None = None,
+) -> Int8[Array, "..."]:
     """-1 or 1, each with probability one half, 32 of them from one word of bits.
 
     Entry j along the last axis is bit j mod 32 of word j // 32 of `bits(keys, (..., words))`.
@@ -92,9 +98,15 @@ def signs(keys: Array, shape: Sequence[int]) -> Int8[Array, "..."]:
     Args:
       keys: As for `bits`.
       shape: As for `bits`.
+      offset: As for `bits`; along the last axis a multiple of 32.
+      within: As for `bits`.
     """
     *outer, last = shape if len(shape) else (1,)
-    words = bits(keys, (*outer, -(-last // _WORD)))
+    if offset is not None:
+        offset = (*offset[:-1], offset[-1] // _WORD)
+    if within is not None:
+        within = (*within[:-1], -(-within[-1] // _WORD))
+    words = bits(keys, (*outer, -(-last // _WORD)), offset=offset, within=within)
     spread = words[..., None] >> jnp.arange(_WORD, dtype=jnp.uint32)
     flat = spread.reshape((*words.shape[:-1], -1))[..., :last]
     ones = 1 - 2 * (flat & 1).astype(jnp.int8)

@@ -22,6 +22,11 @@ def widened(x: Array) -> Array:
     return x.astype(wide_dtype(x))
 
 
+def perturbed(x: Array, scale: Array, direction: Array) -> Array:
+    """`x + scale * direction`, computed in float32 or wider, in the dtype of `x`."""
+    return (widened(x) + scale.astype(wide_dtype(x)) * direction).astype(x.dtype)
+
+
 def safe_divide(x: Array, y: Array) -> Array:
     """`x / y`, and 0 where `y` is 0."""
     nonzero = y != 0

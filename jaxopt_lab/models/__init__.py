@@ -3,6 +3,7 @@
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.cross_entropy import loss
 from jaxopt_lab.models.decoder import Decoder, Params, apply, bind, init_params
+from jaxopt_lab.models.forward_only import probe_loss
 from jaxopt_lab.models.huggingface import export_huggingface, load_huggingface, matrix_names
 from jaxopt_lab.models.layout import (
     abstract_params,
@@ -37,5 +38,6 @@ __all__ = [
     "matrix_names",
     "parameter_count",
     "partition_specs",
+    "probe_loss",
     "roles",
 ]

@@ -8,7 +8,7 @@ states and the head, and the backward pass only scales it.
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,29 +63,53 @@ def loss(
     >>> int(aux["tokens"])
     16
     """
+    tokens_BxT, targets_BxT, segment_ids_BxT, weights_BxT, count = predictions(config, batch)
+    if head_chunks < 1 or targets_BxT.shape[1] % head_chunks:
+        raise ValueError(
+            f"head_chunks: got {head_chunks}, wanted a divisor of {targets_BxT.shape[1]} positions"
+        )
+    decoder = bind(config, params)
+    x_BxTxD = decoder.hidden(tokens_BxT, segment_ids_BxT, mesh=mesh, side=side)
+
+    sums = _weighted_sums if head_chunks == 1 else _chunked_sums(head_chunks)
+    head = (decoder.head_kernel(), decoder.head_side(side))
+    objective, nats = sums(x_BxTxD, head, targets_BxT, weights_BxT, z_loss, mesh)
+    return objective, {"tokens": count, "cross_entropy": jax.lax.stop_gradient(nats)}
+
+
+class Predictions(NamedTuple):
+    """What is predicted from what."""
+
+    tokens_BxT: jax.Array
+    targets_BxT: jax.Array  # the token after each position
+    segment_ids_BxT: jax.Array | None
+    weights_BxT: jax.Array  # of the mean, float32 or wider; 0 where the mask is
+    count: jax.Array  # number of positions that count, int32
+
+
+def predictions(config: DecoderConfig, batch: Mapping[str, jax.Array]) -> Predictions:
+    """Unpacks a batch.
+
+    Args:
+        config: of the decoder.
+        batch: as for `loss`.
+
+    Raises:
+        ValueError: segment ids are missing, or the mask has another shape.
+    """
     tokens_BxT, targets_BxT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     segment_ids_BxT = None
     if config.document_mask:
         if "segment_ids" not in batch:
             raise ValueError("batch: no segment_ids, which document_mask = True needs")
         segment_ids_BxT = batch["segment_ids"][:, : tokens_BxT.shape[1]]
-    if head_chunks < 1 or targets_BxT.shape[1] % head_chunks:
-        raise ValueError(
-            f"head_chunks: got {head_chunks}, wanted a divisor of {targets_BxT.shape[1]} positions"
-        )
     mask_BxT = batch.get("mask", np.ones(targets_BxT.shape, bool))
     if mask_BxT.shape != targets_BxT.shape:
         raise ValueError(f"mask: got shape {mask_BxT.shape}, wanted {targets_BxT.shape}")
-    decoder = bind(config, params)
-    x_BxTxD = decoder.hidden(tokens_BxT, segment_ids_BxT, mesh=mesh, side=side)
-    dtype = jnp.promote_types(x_BxTxD.dtype, jnp.float32)
+    dtype = jnp.promote_types(config.compute_dtype, jnp.float32)
     count = jnp.sum(mask_BxT != 0, dtype=jnp.int32)
     weights_BxT = (mask_BxT != 0).astype(dtype) / jnp.maximum(count, 1).astype(dtype)
-
-    sums = _weighted_sums if head_chunks == 1 else _chunked_sums(head_chunks)
-    head = (decoder.head_kernel(), decoder.head_side(side))
-    objective, nats = sums(x_BxTxD, head, targets_BxT, weights_BxT, z_loss, mesh)
-    return objective, {"tokens": count, "cross_entropy": jax.lax.stop_gradient(nats)}
+    return Predictions(tokens_BxT, targets_BxT, segment_ids_BxT, weights_BxT, count)
 
 
 def _weighted_sums(

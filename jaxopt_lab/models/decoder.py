@@ -39,9 +39,10 @@ class Embedding(nnx.Module):
         tokens_BxT: jax.Array,
         segment_ids_BxT: jax.Array | None,
         mesh: Mesh | None,
-        sides: Mapping[str, Any],
+        sides: Sides = None,
     ) -> jax.Array:
         """Looks up and adds."""
+        sides = sides or {}
         # Rows are gathered before the cast: the gradient of a frequent token is a sum of
         # thousands of terms, which bfloat16 would truncate.
         tokens_VxD = constrain(self.tokens[...], mesh, ("vocab", None))

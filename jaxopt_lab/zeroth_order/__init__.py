@@ -5,6 +5,9 @@ Everything is an Optax transformation whose `update` takes the loss as `value_fn
     tx = mezo(1e-6, eps=1e-3, key=jax.random.key(0))
     updates, state = tx.update(None, state, params, value_fn=lambda p: loss(p, batch))
 
+or as `probe_fn`, which perturbs stacked layers inside of its own loop, at the memory of inference
+(`jaxopt_lab.zeroth_order.layerwise`; of this library's decoders, `models.probe_loss`).
+
 Black-box optimization asks for values and is told them: `jaguar_frank_wolfe`, `jaguar_gd`.
 """
 
@@ -49,6 +52,7 @@ from jaxopt_lab.zeroth_order.jaguar import (
     scale_by_coordinate_momentum,
     scale_by_jaguar,
 )
+from jaxopt_lab.zeroth_order.layerwise import perturbed_layer
 from jaxopt_lab.zeroth_order.ldsd import LDSDState, ldsd
 from jaxopt_lab.zeroth_order.losses import fill_masked
 from jaxopt_lab.zeroth_order.low_rank import LowRankSide, beside, low_rank
@@ -125,6 +129,7 @@ __all__ = [
     "mezo",
     "nuclear_ball",
     "orthogonal",
+    "perturbed_layer",
     "random_coordinates",
     "random_directions",
     "recorded",

@@ -69,7 +69,9 @@ class Leaf(NamedTuple):
 
     def whole(self, key: Array) -> "Part":
         """All slices of the leaf, under the key of a probe."""
-        keys = leaf_key(key, self.path)
+        return self._under(leaf_key(key, self.path))
+
+    def _under(self, keys: Array) -> "Part":
         for size in self.batch_shape:
             keys = folded(keys, jnp.arange(size))
         return Part(self, keys, jnp.arange(self.slices).reshape(self.batch_shape))
@@ -80,6 +82,14 @@ class Leaf(NamedTuple):
         for i, size in zip(index, self.batch_shape, strict=True):
             own, number = jax.random.fold_in(own, i), number * size + i
         return Part(self, own, number)
+
+    def layer(self, key: Array, index: Array | int) -> "Part":
+        """One layer of a stack whose first axis counts layers, as a leaf of its own."""
+        assert self.axes is not None
+        inner = MatrixAxes(*(tuple(a - 1 for a in axes if a) for axes in self.axes))
+        inside = self._replace(shape=self.shape[1:], axes=inner)
+        part = inside._under(jax.random.fold_in(leaf_key(key, self.path), index))
+        return part._replace(leaf=inside, numbers=index * inside.slices + part.numbers)
 
     def arranged(self, drawn: Array) -> Array:
         """The leaf from its slices (*batch, *slice); slices may be of size 1 to be broadcast."""
@@ -109,10 +119,16 @@ class Part(NamedTuple):
     keys: Array  # (*batch,) typed
     numbers: Array  # (*batch,) of the slices within the leaf
     rows: Array | None = None  # (r,) of a slice; None: all
+    columns: tuple[Array | int, int] | None = None  # the first one and how many; None: all
 
     def per_slice(self, values: Array) -> Array:
         """Shape one number a slice (*batch,) so that it broadcasts against the slices."""
         return values.reshape((*self.keys.shape, *(1,) * len(self.leaf.slice_shape)))
+
+    def cut(self, x: Array) -> Array:
+        """The rows and columns of a whole slice."""
+        x = x if self.rows is None else x[self.rows]
+        return x if self.columns is None else jax.lax.dynamic_slice_in_dim(x, *self.columns, -1)
 
 
 def folded(keys: Array, numbers: Array) -> Array:
@@ -186,7 +202,7 @@ def leaves_of(
 class Direction:
     """The direction of one probe: `mean + std * noise` on the support of its sampler, 0 elsewhere.
 
-    A loss that perturbs its layers inside of its own loop asks for slices by the name of the leaf,
+    A loss that perturbs its layers inside of its own loop asks for parts by the name of the leaf,
     which is the names along its path joined by "/".
     """
 
@@ -258,6 +274,30 @@ class Direction:
         mean = None if self._mean is None else _slice(self._mean[number], leaf, index)
         return self._drawn(leaf.one(self._key, index), mean)
 
+    def layer(self, name: str, index: Array | int) -> Array:
+        """One layer of a leaf whose first axis counts layers, in the shape of the others.
+
+        Args:
+          name: Of the leaf, such as "layers/mlp/up/kernel".
+          index: Of the layer.
+
+        Raises:
+          ValueError: The layout of the leaf says that its first axis counts no layers.
+        """
+        number, leaf = self._named(name)
+        if leaf.shape[:1] == () or (leaf.axes is not None and 0 not in leaf.axes.batch):
+            raise ValueError(
+                f"probe_fn asks for a layer of leaf {name}, but its shape is {leaf.shape} and "
+                "matrix_axes does not say that the first axis counts layers, so its layers have no "
+                "draws of their own. Give the layout in Probes(matrix_axes=...), such as "
+                "models.matrix_axes(config); pass value_fn for a model whose layers are not stacked"
+            )
+        if leaf.axes is None or self._given is not None or not leaf.moves:
+            return self.of(number)[index]  # of vectors, or whole already
+        mean = None if self._mean is None else self._mean[number][index]
+        part = leaf.layer(self._key, index)
+        return self._drawn(part, mean, part.leaf.arranged)
+
     def rows(self, name: str, rows: Array) -> Array:
         """Some rows (r, columns) of an embedding.
 
@@ -270,8 +310,24 @@ class Direction:
             raise ValueError(f"leaf {name}: its rows have no keys; only those of embeddings do")
         if self._given is not None or not leaf.moves:
             return self.of(number)[rows]
-        mean = None if self._mean is None else self._mean[number][rows]
-        return self._drawn(leaf.one(self._key, ())._replace(rows=rows), mean)
+        part = leaf.one(self._key, ())._replace(rows=rows)
+        return self._drawn(part, None if self._mean is None else part.cut(self._mean[number]))
+
+    def columns(self, name: str, start: Array | int, size: int) -> Array:
+        """Some columns (rows, size) of an output head.
+
+        Args:
+          name: Of the leaf.
+          start: The first one, a multiple of 32.
+          size: How many.
+        """
+        number, leaf = self._named(name)
+        if not leaf.by_row:
+            raise ValueError(f"leaf {name}: got a request for columns, wanted an output head")
+        if self._given is not None or not leaf.moves:
+            return jax.lax.dynamic_slice_in_dim(self.of(number), start, size, 1)
+        part = leaf.one(self._key, ())._replace(columns=(start, size))
+        return self._drawn(part, None if self._mean is None else part.cut(self._mean[number]))
 
     def _whole(self, leaf: Leaf, draw: Callable[[Part, Any], Array | None]) -> Array | None:
         """What is drawn of a leaf; on an Explicit mesh by each device for itself."""
@@ -286,9 +342,16 @@ class Direction:
 
         return spread_like(leaf, drawn, jax.random.key_data(self._key), self._shared)
 
-    def _drawn(self, part: Part, mean: Array | None) -> Array:
+    def _drawn(
+        self,
+        part: Part,
+        mean: Array | None,
+        arranged: Callable[[Array], Array] = lambda slices: slices,
+    ) -> Array:
         z = self._sampler.slices(part, self._shared).astype(part.leaf.dtype)
-        return self._placed(z, mean, self._sampler.support(part, self._shared))
+        support = self._sampler.support(part, self._shared)
+        support = None if support is None else arranged(support)
+        return self._placed(arranged(z), mean, support)
 
     def _placed(self, z: Array, mean: Array | None, support: Array | None) -> Array:
         if mean is not None:

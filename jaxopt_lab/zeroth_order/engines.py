@@ -5,6 +5,8 @@
 | `sequential` | one perturbed copy, activations of one loss | large models (default) |
 | `chunked` | as many copies and activations as a chunk has losses | small models, adapters |
 | `vmapped` | copies and activations of all losses at once | very small models |
+
+With `probe_fn` a copy is one of a layer, and all but `sequential` draw once for both sides.
 """
 
 from collections.abc import Callable
@@ -24,6 +26,9 @@ class Engine:
     chunk: int | None
     """Directions at once; None: all."""
 
+    both_sides: bool = True
+    """Whether losses of one direction are evaluated together."""
+
     def check(self, num_directions: int) -> None:
         """Raise `ValueError` where chunks do not divide the directions."""
         if self.chunk is not None and num_directions % self.chunk:
@@ -39,14 +44,14 @@ class Engine:
         """
         if self.chunk is None:
             return jax.vmap(fn)(*columns)
-        # A row at a time where a chunk is one direction: +eps and -eps share one perturbed copy.
-        size = None if self.chunk == 1 else self.chunk * sides
+        # A row at a time: +eps and -eps share one perturbed copy.
+        size = self.chunk * sides if self.both_sides else None
         return jax.lax.map(lambda row: fn(*row), columns, batch_size=size)
 
 
 def sequential() -> Engine:
     """One loss after the other."""
-    return Engine("sequential()", 1)
+    return Engine("sequential()", 1, both_sides=False)
 
 
 def vmapped() -> Engine:

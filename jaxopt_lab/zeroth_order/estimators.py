@@ -34,7 +34,8 @@ def estimate(
 
     Any Optax transformation may follow. The first argument of `update` is ignored; `value_fn`, from
     parameters to a scalar, closes over the batch and is evaluated at perturbed parameters. It must
-    give the same value each time: no dropout.
+    give the same value each time: no dropout. `probe_fn` in its place perturbs the layers of a
+    model inside of its own loop (`jaxopt_lab.zeroth_order.layerwise`).
 
     A direction whose loss is not finite counts as 0 in the average, and `notfinite_count` of the
     state counts it.
@@ -54,7 +55,8 @@ def estimate(
 
     Raises:
       ValueError: The key is no threefry key; `eps` is too small for the dtype of a leaf or of the
-        loss; `value_fn` is missing, no scalar, or cannot be traced.
+        loss; `value_fn` is missing, no scalar, cannot be traced, or draws random numbers; it and
+        `probe_fn` are both given.
 
     Example:
       >>> tx = optax.chain(estimate(key=jax.random.key(0)), optax.sgd(0.1))
@@ -122,4 +124,5 @@ def forward_estimated(probes: Probes, *, key: Array) -> optax.GradientTransforma
         found, _ = step.combined(finite_or_zero(found) / probes.num_directions)
         return step.tree(found), step.next_state()
 
-    return transformation(probes, default_sampler(probes), None, init, update)
+    method = "forward_gradient"
+    return transformation(probes, default_sampler(probes), None, init, update, whole_trees=method)

@@ -206,17 +206,21 @@ def _from_first_batch(
 ) -> Callable[[], list[Array]]:
     """What finds the mean from the first batch; a branch of a conditional."""
     value_fn, point = step.value_fn, step.tree(step.params)
-    if step.recorded is not None or value_fn is None:
+    if step.recorded is not None:
         raise ValueError(f"a run with start={start!r} cannot be repeated from its losses alone")
+    if start == "gradient" and value_fn is None:
+        raise ValueError("start='gradient': got probe_fn, wanted value_fn: it needs whole trees")
 
     def gradient() -> list[Array]:
+        assert value_fn is not None
         return [sign * widened(g) for g in jax.tree.leaves(jax.grad(value_fn)(point))]
 
     def estimate() -> list[Array]:
         # A step of its own: what is seen in a branch must not leave it.
         many = {"sampler": None, "num_directions": _START_DIRECTIONS, "engine": sequential()}
         probes = replace(step.probes, **many)
-        own = Step(probes, gaussian(), step.state, point, eps=eps, value_fn=value_fn)
+        loss = {"value_fn": value_fn, "probe_fn": step.probe_fn}
+        own = Step(probes, gaussian(), step.state, point, eps=eps, **loss)
         own.key = purpose_key(step.key, "policy start")
         found, _ = own.combined(own.differences(eps))
         return [sign * _unit(g) for g in found]

@@ -1,4 +1,4 @@
-"""The loss as a function of the parameters, `value_fn`: what it has to be, and its errors."""
+"""The loss as a function, `value_fn` or `probe_fn`: what it has to be, and its errors."""
 
 import math
 from collections.abc import Callable
@@ -11,9 +11,8 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array
 
 ValueFn = Callable[[Any], Array]
-
-# (params, direction, scale) -> the loss at params + scale * direction, which it adds itself.
-ProbeFn = Callable[[Any, Any, Array], Array]
+# Primitives that draw; directions are made of others.
+_RANDOM = ("random_bits", "rng_bit_generator", "rng_uniform")
 
 _BEHIND_A_MASK = (
     "behind optax.partition or optax.masked the parameters have holes, so value_fn cannot be "
@@ -56,24 +55,16 @@ def fill_masked(value_fn: ValueFn, params: optax.Params) -> ValueFn:
     return FilledValueFn(value_fn, params)
 
 
-def check_value_fn(
-    value_fn: ValueFn | None,
-    params: optax.Params | None,
-    eps: Any = None,
-    *,
-    name: str = "value_fn",
-) -> None:
+def check_value_fn(value_fn: ValueFn | None, params: optax.Params | None, eps: Any = None) -> None:
     """Raise where a loss cannot be evaluated, before it is.
 
     Args:
       value_fn: The loss.
       params: Where it is to be evaluated.
       eps: Size of the perturbations.
-      name: What the caller calls the loss.
 
     Raises:
-      ValueError: There is no loss, the parameters have holes, the loss is no scalar or depends on
-        values while it is traced, or no digit is left of its differences.
+      ValueError: There is no loss, the parameters have holes, or as for `check_loss`.
     """
     if value_fn is None or params is None:
         missing = "the parameters" if params is None else "the loss as a function of them"
@@ -85,8 +76,24 @@ def check_value_fn(
     has_holes = any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
     if has_holes and not isinstance(value_fn, FilledValueFn):
         raise ValueError(_BEHIND_A_MASK)
+    check_loss("value_fn", value_fn, params, eps)
+
+
+def check_loss(name: str, loss: ValueFn, params: optax.Params, eps: Any = None) -> None:
+    """Raise where a function cannot serve as a loss.
+
+    Args:
+      name: What the user calls it.
+      loss: From parameters to a number.
+      params: Where it is to be evaluated.
+      eps: Size of the perturbations.
+
+    Raises:
+      ValueError: The loss is no scalar, depends on values while it is traced, draws random numbers,
+        or no digit is left of its differences.
+    """
     try:
-        value = jax.eval_shape(value_fn, params)
+        program, value = jax.make_jaxpr(loss, return_shape=True)(params)
     except jax.errors.ConcretizationTypeError as error:
         raise ValueError(
             f"{name} cannot be traced by jax: it looks at values in Python. Write it in jax, or "
@@ -95,6 +102,12 @@ def check_value_fn(
     dtype: Any = getattr(value, "dtype", bool)
     if getattr(value, "shape", None) != () or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name}: got {value}, wanted one floating-point number")
+    if _draws(program.jaxpr):
+        raise ValueError(
+            f"{name} draws random numbers, as dropout does: it must give the same value each time. "
+            "Switch dropout off (deterministic=True, model.eval(), no key for the adapters), and "
+            "draw what belongs to the batch outside of it"
+        )
     if isinstance(eps, int | float) and (digits := _digits(eps, dtype)) <= 0:
         raise ValueError(
             f"eps is {eps} and the loss is {dtype}: a difference of losses of size 1 has "
@@ -115,6 +128,19 @@ def check_eps(eps: Any, params: optax.Params) -> None:
                 f"{digits:.1f} decimal digits of such a perturbation. Keep the parameters in "
                 f"float32, or take eps above {float(jnp.finfo(x.dtype).eps):.1g}"
             )
+
+
+def _draws(program: Any) -> bool:
+    """Whether a program draws random numbers, the programs inside of its operations included."""
+    for operation in program.eqns:
+        inner = jax.tree.leaves(list(operation.params.values()), is_leaf=_is_program)
+        if operation.primitive.name in _RANDOM or any(map(_draws, filter(_is_program, inner))):
+            return True
+    return False
+
+
+def _is_program(x: Any) -> bool:
+    return hasattr(x, "eqns")
 
 
 def _digits(eps: float, dtype: Any) -> float:

@@ -21,9 +21,9 @@ from jaxtyping import Array
 from jaxopt_lab.core import counter_noise
 from jaxopt_lab.core.keys import path_names
 from jaxopt_lab.core.matrices import MatrixAxes
-from jaxopt_lab.core.numerics import wide_dtype, widened
+from jaxopt_lab.core.numerics import perturbed, widened
 from jaxopt_lab.zeroth_order.directions import Direction, Leaf, Part, Sampler, folded
-from jaxopt_lab.zeroth_order.losses import ProbeFn
+from jaxopt_lab.zeroth_order.layerwise import ProbeFn
 from jaxopt_lab.zeroth_order.probes import check_integer
 from jaxopt_lab.zeroth_order.samplers import gaussian
 
@@ -67,6 +67,8 @@ def low_rank(rank: int = 1) -> Sampler:
             return counter_noise.normals(keys, (size, rank), leaf.dtype)
 
         b = normals(_side(part.keys, _COLUMNS), m)
+        if part.columns is not None:
+            b = lax.dynamic_slice_in_dim(b, *part.columns, -2)
         if leaf.by_row:
             rows = jnp.arange(n) if part.rows is None else part.rows
             a = normals(folded(part.keys, rows), 1)[..., 0, :]
@@ -125,8 +127,7 @@ def beside(value_fn: Callable[[Any, Mapping[str, Any]], Array]) -> ProbeFn:
             if found is not None:
                 _put(sides, leaf, scale.astype(leaf.dtype) * found[0], found[1])
             elif leaf.moves:
-                moved = widened(x) + scale.astype(wide_dtype(x)) * direction.of(i)
-                leaves[i] = moved.astype(x.dtype)
+                leaves[i] = perturbed(x, scale, direction.of(i))
         if not sides:
             raise ValueError(
                 "beside: no leaf has factors; it goes with zeroth_order.low_rank(), matrices, and "

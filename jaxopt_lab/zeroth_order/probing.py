@@ -1,5 +1,6 @@
 """One step of a zero-order method: losses at perturbed parameters, and sums of directions."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,10 +10,11 @@ import optax
 from jax.tree_util import keystr
 from jaxtyping import Array
 
-from jaxopt_lab.core.numerics import wide_dtype, widened
+from jaxopt_lab.core.numerics import perturbed, widened
 from jaxopt_lab.optim.routing import float_leaves
 from jaxopt_lab.zeroth_order.directions import Direction, Sampler, leaves_of, spread_like
-from jaxopt_lab.zeroth_order.losses import ProbeFn, ValueFn, check_value_fn
+from jaxopt_lab.zeroth_order.layerwise import ProbeFn, check_probe_fn
+from jaxopt_lab.zeroth_order.losses import ValueFn, check_value_fn
 from jaxopt_lab.zeroth_order.probes import Draws, Probes, ProbeState
 
 
@@ -22,6 +24,8 @@ def transformation(
     eps: Any,
     init: Callable[[optax.Params], Any],
     update: Callable[..., tuple[optax.Updates, Any]],
+    *,
+    whole_trees: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation from what it does with a step.
 
@@ -31,23 +35,27 @@ def transformation(
       eps: Size of the perturbations; None: there are none.
       init: From parameters to the state, which is a `ProbeState` or has one as field `probes`.
       update: (step, state, other extra arguments) -> (updates, state).
+      whole_trees: Name of a method that evaluates losses of whole trees only; None: it may perturb
+        layer by layer.
     """
 
     def run(
-        updates,
-        state,
-        params=None,
-        *,
-        value_fn=None,
-        probe_fn=None,
-        draws=None,
-        losses=None,
+        updates, state, params=None, *, value_fn=None, probe_fn=None, draws=None, losses=None,
         **extra_args,
-    ):
+    ):  # fmt: skip
         del updates
+        if whole_trees and probe_fn is not None:
+            raise ValueError(f"{whole_trees}: got probe_fn, wanted value_fn: it needs whole trees")
         known = state if isinstance(state, ProbeState) else state.probes
-        given = {"value_fn": value_fn, "probe_fn": probe_fn, "draws": draws, "losses": losses}
-        return update(Step(probes, sampler, known, params, eps=eps, **given), state, extra_args)
+        step = Step(
+            *(probes, sampler, known, params),
+            eps=eps,
+            value_fn=value_fn,
+            probe_fn=probe_fn,
+            draws=draws,
+            losses=losses,
+        )
+        return update(step, state, extra_args)
 
     start: Any = init  # its argument may have any name
     return optax.GradientTransformationExtraArgs(start, run)
@@ -78,28 +86,25 @@ class Step:
           params: The point.
           eps: Size of the perturbations.
           value_fn: The loss.
-          probe_fn: The loss of parameters, direction and scale, to be evaluated in its place.
+          probe_fn: The loss as a function that perturbs its layers itself, in place of `value_fn`.
           draws: `Draws`, or a tree: the directions.
           losses: Recorded ones, to take instead of evaluating.
         """
-        key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
-        self.key = jax.random.fold_in(key, state.count)
-        if probe_fn is not None and losses is None:
-
-            def at_params(params: optax.Params) -> Array:
-                leaves = leaves_of(params, probes.matrix_axes, probes.trainable)
-                return probe_fn(params, Direction(sampler, self.key, 0, leaves), jnp.zeros(()))
-
-            check_value_fn(at_params, params, eps, name="probe_fn")
-        elif losses is None or params is None:
+        if value_fn is not None and probe_fn is not None:
+            raise ValueError("got both value_fn and probe_fn, wanted one of them")
+        if params is None or (losses is None and probe_fn is None):
             check_value_fn(value_fn, params, eps)
-        elif losses.shape != state.losses.shape:
+        elif losses is not None and losses.shape != state.losses.shape:
             raise ValueError(f"losses: got shape {losses.shape}, wanted {state.losses.shape}")
         assert params is not None
         params = float_leaves(params)
         self.params, self._treedef = jax.tree.flatten(params)
         self.leaves = leaves_of(params, probes.matrix_axes, probes.trainable)
+        if probe_fn is not None:
+            check_probe_fn(probe_fn, params, self.leaves, sampler, eps)
         self.draws = draws if isinstance(draws, Draws) or draws is None else Draws(draws)
+        key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
+        self.key = jax.random.fold_in(key, state.count)
         self.probes, self.state, self._sampler = probes, state, sampler
         self.value_fn, self.probe_fn, self.recorded = value_fn, probe_fn, losses
         self._seen: list[Array] = []
@@ -183,18 +188,24 @@ class Step:
           direction: From a probe, and a `key` of the step, to its direction; None: `direction`.
         """
         drawn = self.direction if direction is None else direction
+        engine, point = self.probes.engine, self.tree(self.params)
 
         def loss(probe: Array, scale: Array) -> Array:
             key, probe, scale = self.apart(probe, scale)
-            found = drawn(probe, key=key)
+            along = drawn(probe, key=key)
             if self.probe_fn is not None:
-                return widened(self.probe_fn(self.tree(self.params), found, scale))
+                layerwise: Any = functools.partial(self.probe_fn, point, along)
+                return widened(jax.vmap(layerwise)(scale) if scale.ndim else layerwise(scale))
             assert self.value_fn is not None
-            return widened(self.value_fn(self.perturbed(found, scale)))
+            return widened(self.value_fn(self.perturbed(along, scale)))
 
-        return self.seen(
-            probe.size, lambda: self.probes.engine.map(loss, probe, scale, sides=sides)
-        )
+        def evaluate() -> Array:
+            if self.probe_fn is None or not engine.both_sides:
+                return engine.map(loss, probe, scale, sides=sides)
+            # The scales of a direction in one loop over layers, which draws once.
+            return engine.map(loss, probe[::sides], scale.reshape(-1, sides)).reshape(-1)
+
+        return self.seen(probe.size, evaluate)
 
     def seen(self, size: int, evaluate: Any) -> Array:
         """`size` numbers from `evaluate`, or the next recorded ones; kept for the state."""
@@ -209,7 +220,7 @@ class Step:
     def perturbed(self, direction: Direction, scale: Array) -> optax.Params:
         """`params + scale * direction`, computed in float32 or wider."""
         moved = [
-            (widened(x) + scale.astype(wide_dtype(x)) * direction.of(i)) if leaf.moves else x
+            perturbed(x, scale, direction.of(i)) if leaf.moves else x
             for i, (x, leaf) in enumerate(zip(self.params, self.leaves, strict=True))
         ]
         return self.tree(moved)

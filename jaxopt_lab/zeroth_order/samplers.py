@@ -65,7 +65,7 @@ def orthogonal() -> Sampler:
         m, n = leaf.slice_shape
         x = haar(counter_noise.normals(part.keys, (max(m, n), min(m, n)), leaf.dtype))
         x = x if m >= n else x.mT
-        return x if part.rows is None else x[part.rows]
+        return part.cut(x)
 
     return Sampler("orthogonal", slices)
 
@@ -100,6 +100,8 @@ def blocks(
         ]
         if part.rows is not None:
             chosen[0] = chosen[0][part.rows]
+        if part.columns is not None:
+            chosen[1] = jax.lax.dynamic_slice_in_dim(chosen[1], *part.columns)
         return chosen[0] if len(shape) == 1 else chosen[0][..., :, None] & chosen[1][..., None, :]
 
     def ones(part: Part, _: Any) -> Array:
@@ -121,8 +123,7 @@ def single_coordinate() -> Sampler:
 
     def support(part: Part, entry: Array) -> Array:
         leaf, shape = part.leaf, part.leaf.slice_shape
-        inside = jnp.arange(math.prod(shape)).reshape(shape)
-        inside = inside if part.rows is None else inside[part.rows]
+        inside = part.cut(jnp.arange(math.prod(shape)).reshape(shape))
         start = leaf.entries_before + part.per_slice(part.numbers) * math.prod(shape)
         return start + inside == entry
 
@@ -172,12 +173,15 @@ def haar(x: Array) -> Array:
     return q * jnp.where(diagonal < 0, -1, 1).astype(q.dtype)[..., None, :]
 
 
-def _noise(draw: Callable[[Array, Sequence[int]], Array], part: Part) -> Array:
+def _noise(draw: Callable[..., Array], part: Part) -> Array:
     shape = part.leaf.slice_shape
     if not part.leaf.by_row:
         return draw(part.keys, shape)
-    rows = jnp.arange(shape[0]) if part.rows is None else part.rows
-    return draw(folded(part.keys, rows), shape[1:])
+    rows = folded(part.keys, jnp.arange(shape[0]) if part.rows is None else part.rows)
+    if part.columns is None:
+        return draw(rows, shape[1:])
+    start, size = part.columns
+    return draw(rows, (size,), offset=(start,), within=shape[1:])
 
 
 def _normals(part: Part, _: Any) -> Array:
@@ -190,8 +194,11 @@ def _signs(part: Part, _: Any) -> Array:
 
 def _shape(part: Part) -> tuple[int, ...]:
     shape = part.leaf.slice_shape
-    inner = shape if part.rows is None else (part.rows.size, *shape[1:])
-    return *part.keys.shape, *inner
+    if part.rows is not None:
+        shape = (part.rows.size, *shape[1:])
+    if part.columns is not None:
+        shape = (*shape[:-1], part.columns[1])
+    return *part.keys.shape, *shape
 
 
 def _subset(keys: Array, size: int, ratio: float) -> Array:

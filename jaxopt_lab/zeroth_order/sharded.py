@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxopt_lab.zeroth_order.engines import Engine, sequential
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Sharded(Engine):
     """An engine that hands parts of the losses to others."""
 
@@ -42,10 +42,11 @@ class Sharded(Engine):
 
     def map(self, fn: Callable[..., Array], *columns: Array, sides: int = 1) -> Array:
         """As for `Engine`; the numbers of all groups, on every device."""
-        groups, rows = self.mesh.shape[self.axis], columns[0].size
+        groups, rows = self.mesh.shape[self.axis], len(columns[0])
         size = math.ceil(rows / groups)
-        # The last group may have too few rows, such as a loss in the middle has none beside it.
-        padded = [jnp.pad(x, (0, groups * size - rows), mode="edge") for x in columns]
+        # Losses that are shared, such as one in the middle, leave groups with a row less.
+        last = np.minimum(np.arange(groups * size), rows - 1)
+        padded = [x[last] for x in columns]
 
         def own(*columns: Array) -> Array:
             return self.inner.map(fn, *columns, sides=sides)
@@ -55,10 +56,12 @@ class Sharded(Engine):
             # A loss that closes over arrays of the mesh cannot enter a shard_map, which has
             # another mesh in its types; a batch axis keeps them.
             spec = NamedSharding(self.mesh, PartitionSpec(self.axis))
-            stacked = [jax.sharding.reshard(x.reshape(groups, size), spec) for x in padded]
+            stacked = [
+                jax.sharding.reshard(x.reshape(groups, size, *x.shape[1:]), spec) for x in padded
+            ]
             found = jax.vmap(own, spmd_axis_name=self.axis)(*stacked)
-            everywhere = NamedSharding(self.mesh, PartitionSpec())
-            return jax.sharding.reshard(found, everywhere).reshape(-1)[:rows]
+            found = jax.sharding.reshard(found, NamedSharding(self.mesh, PartitionSpec()))
+            return found.reshape(-1, *found.shape[2:])[:rows]
 
         def gathered(*columns: Array) -> Array:
             return jax.lax.all_gather(own(*columns), self.axis, tiled=True)
@@ -96,9 +99,10 @@ def sharded(mesh: Mesh, axis: str = "probe", *, engine: Engine = sequential()) -
     Example:
       >>> mesh = jax.make_mesh((1,), ("probe",), axis_types=(AxisType.Auto,))
       >>> engine = sharded(mesh)
-      >>> engine.map(lambda x: x**2, jnp.arange(4.0))
+      >>> engine.map(lambda x: x**2, jax.numpy.arange(4.0))
       Array([0., 1., 4., 9.], dtype=float32)
     """
     if axis not in mesh.shape:
         raise ValueError(f"sharded: got axis {axis!r}, wanted one of {', '.join(mesh.axis_names)}")
-    return Sharded(f"sharded over {axis!r}", None, mesh, axis, engine)
+    name, both = f"sharded over {axis!r}", engine.both_sides
+    return Sharded(name, None, both_sides=both, mesh=mesh, axis=axis, inner=engine)

@@ -150,7 +150,9 @@ def scale_by_subspace_muon(
         ]
         return step.tree(out), step.next_state()
 
-    return transformation(probes, default_sampler(probes), eps, init, update)
+    return transformation(
+        probes, default_sampler(probes), eps, init, update, whole_trees="subspace_muon"
+    )
 
 
 class _Lifted:

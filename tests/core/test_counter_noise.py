@@ -46,6 +46,14 @@ def test_a_part_is_cut_from_the_whole():
     np.testing.assert_array_equal(part, whole[:, 3:5, 5:])
 
 
+def test_signs_of_some_columns_are_cut_from_the_whole():
+    whole = signs(KEYS, (2, 100))
+    part = jax.jit(lambda i: signs(KEYS, (2, 40), offset=(0, i), within=(2, 100)))(32)
+    np.testing.assert_array_equal(part, whole[..., 32:72])
+    last = signs(KEYS, (1, 4), offset=(1, 96), within=(2, 100))
+    np.testing.assert_array_equal(last, whole[:, 1:, 96:])
+
+
 def test_devices_of_a_mesh_draw_their_own_parts():
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
 

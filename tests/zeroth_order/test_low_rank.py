@@ -27,14 +27,17 @@ def perturbed(params, direction, scale):
 
 
 def test_factors_are_those_of_the_whole_and_of_its_parts():
-    found = Direction(zo.low_rank(rank=2), KEY, 0, leaves_of(tree(), AXES))
-    for i, name in enumerate(sorted(AXES)):
-        whole, factors = np.asarray(found.of(i)), found.factors_of(i)
+    leaves = leaves_of(tree(), AXES)
+
+    def drawn():
+        found = Direction(zo.low_rank(rank=2), KEY, 0, leaves)
+        dense = Direction(zo.gaussian(), KEY, 0, leaves)
+        return [(found.of(i), found.factors_of(i), dense.of(i)) for i in range(len(leaves))]
+
+    for name, (whole, factors, dense) in zip(sorted(AXES), jax.jit(drawn)(), strict=True):
         if factors is None:
             assert name in ("bias", "scale")
-            np.testing.assert_array_equal(
-                whole, Direction(zo.gaussian(), KEY, 0, leaves_of(tree(), AXES)).of(i)
-            )
+            np.testing.assert_array_equal(whole, dense)
             continue
         a, b = map(np.asarray, factors)
         product = np.einsum("...nr,...mr->...nm", a, b)
@@ -72,8 +75,12 @@ def test_the_estimate_is_the_average_of_its_directions():
         tx = zo.estimate(zo.low_rank(rank=2), num_directions=3, eps=0.5, matrix_axes=AXES, key=KEY)
         _, state, g = run(tx, params, linear(params), 1)
         key, leaves = jax.random.fold_in(KEY, 0), leaves_of(params, AXES)
-        z = [Direction(zo.low_rank(rank=2), key, j, leaves) for j in range(3)]
-        z = np.array([entries({i: d.of(i) for i in range(len(leaves))}) for d in z])
+
+        def drawn(probe):
+            direction = Direction(zo.low_rank(rank=2), key, probe, leaves)
+            return jnp.concatenate([direction.of(i).reshape(-1) for i in range(len(leaves))])
+
+        z = np.asarray(jax.jit(jax.vmap(drawn))(jnp.arange(3)))
         wanted = np.mean((z @ entries(params))[:, None] * z, 0)
         np.testing.assert_allclose(entries(g), wanted, rtol=1e-10, atol=1e-11)
 
@@ -157,8 +164,11 @@ def test_bad_input():
     scale = jnp.asarray(0.1)
 
     def evaluated(sampler, params, axes=None, **options):
-        direction = Direction(sampler, KEY, 0, leaves_of(params, axes), **options)
-        return zo.beside(lambda p, sides: jnp.zeros(()))(params, direction, scale)
+        def loss(params):
+            direction = Direction(sampler, KEY, 0, leaves_of(params, axes), **options)
+            return zo.beside(lambda p, sides: jnp.zeros(()))(params, direction, scale)
+
+        return jax.eval_shape(loss, params)
 
     for rank in (0, 1.5, True):
         with pytest.raises(ValueError, match="rank is"):

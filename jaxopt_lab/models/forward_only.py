@@ -1,0 +1,180 @@
+"""The loss of a decoder without a backward pass; weights may be perturbed where they are used.
+
+A layer is cut from its stack, perturbed in float32 or wider and cast, all inside of the loop over
+layers; the rows of a token table are perturbed as they are looked up, and again piece by piece in
+the head. So a perturbed model needs the memory of one perturbed layer.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.tree_util import KeyPath
+
+from jaxopt_lab.core.keys import path_names
+from jaxopt_lab.core.numerics import perturbed
+from jaxopt_lab.models.config import DecoderConfig, check_tokens
+from jaxopt_lab.models.cross_entropy import predictions
+from jaxopt_lab.models.decoder import Decoder, Params, abstract_decoder
+from jaxopt_lab.models.vocabulary_loss import check_chunk, vocabulary_nats
+
+
+class Direction(Protocol):
+    """What is added to the parameters, part by part; leaves are named by their paths."""
+
+    def layer(self, name: str, index: Any) -> jax.Array:
+        """Of a stack (L, ...), one layer (...)."""
+        ...
+
+    def rows(self, name: str, rows: jax.Array) -> jax.Array:
+        """Of a table (V, D), some rows (r, D)."""
+        ...
+
+    def columns(self, name: str, start: Any, size: int) -> jax.Array:
+        """Of a head (D, V), some columns (D, size)."""
+        ...
+
+    def slice(self, name: str) -> jax.Array:
+        """A leaf that is no stack and no table, whole."""
+        ...
+
+
+def probe_loss(
+    config: DecoderConfig,
+    batch: Mapping[str, jax.Array],
+    *,
+    vocabulary_chunk: int = 8192,
+    mesh: Mesh | None = None,
+) -> Callable[..., jax.Array]:
+    """The mean next-token loss of a batch, as zero-order methods take it.
+
+    The result is a `probe_fn`: called as (params, direction, scale), it is the loss at
+    params + scale * direction, and never holds more than one perturbed layer. Called with
+    parameters alone it is a `value_fn`, and their loss. It has the value of `loss`; its gradient
+    would keep every piece of the logits.
+
+    Memory is that of inference where ``config.loop`` is "scanned"; in an unrolled loop the compiler
+    decides how many layers are perturbed ahead of their use. Zero-order methods need the layout of
+    the stacks: ``Probes(matrix_axes=models.matrix_axes(config))``.
+
+    Args:
+        config: of the decoder.
+        batch: as for `loss`.
+        vocabulary_chunk: tokens whose logits are computed at once, a multiple of 32.
+        mesh: with axes among data, fsdp and tensor, pins activations to it.
+
+    Raises:
+        ValueError: for inputs that do not fit the config, or a chunk that is no multiple of 32.
+
+    >>> from jaxopt_lab import models, zeroth_order as zo
+    >>> config = DecoderConfig(vocab_size=64, width=32, depth=2, heads=4, loop="scanned")
+    >>> params = models.init_params(config, jax.random.key(0))
+    >>> probes = zo.Probes(zo.signs(), matrix_axes=models.matrix_axes(config))
+    >>> tx = zo.mezo(1e-4, key=jax.random.key(1), probes=probes)
+    >>> probe_fn = probe_loss(config, {"tokens": jnp.zeros((2, 9), int)})
+    >>> updates, state = tx.update(None, tx.init(params), params, probe_fn=probe_fn)
+    >>> bool(jnp.allclose(zo.recorded(state), probe_fn(params), atol=0.01))
+    True
+    """
+    check_chunk(vocabulary_chunk)
+    tokens_BxT, targets_BxT, segment_ids_BxT, weights_BxT, _ = predictions(config, batch)
+    check_tokens(config, tokens_BxT, segment_ids_BxT)
+
+    def loss(params: Params, direction: Direction | None = None, scale: Any = 0.0) -> jax.Array:
+        weights = _Weights(config, params, direction, jnp.asarray(scale))
+        x_BxTxD = weights.embedded(tokens_BxT, segment_ids_BxT, mesh)
+        x_BxTxD = weights.through_layers(x_BxTxD, segment_ids_BxT, mesh)
+        x_BxTxD = weights.module("final_norm")(x_BxTxD)
+        nats_BxT = vocabulary_nats(
+            *(x_BxTxD, weights.head_columns, targets_BxT),
+            vocab_size=config.vocab_size,
+            chunk=vocabulary_chunk,
+        )
+        return jnp.sum(nats_BxT * weights_BxT.astype(nats_BxT.dtype))
+
+    return loss
+
+
+class _Weights:
+    """Parameters, perturbed where they are asked for."""
+
+    def __init__(
+        self, config: DecoderConfig, params: Params, direction: Direction | None, scale: jax.Array
+    ):
+        self.config, self.params = config, params
+        self.direction, self.scale = direction, scale
+        self.decoder: Decoder = abstract_decoder(config)
+
+    def add(self, x: jax.Array, draw: Callable[[Direction], jax.Array]) -> jax.Array:
+        """x, perturbed by what is drawn."""
+        return x if self.direction is None else perturbed(x, self.scale, draw(self.direction))
+
+    def tree(
+        self, name: str, draw: Callable[[Direction, str], jax.Array], cut: Any = lambda x: x
+    ) -> Any:
+        """What is cut from the leaves below a name, perturbed."""
+
+        def one(path: KeyPath, x: jax.Array) -> jax.Array:
+            leaf = "/".join((name, *path_names(path)))
+            return self.add(cut(x), lambda direction: draw(direction, leaf))
+
+        return jax.tree_util.tree_map_with_path(one, self.params[name])
+
+    def module(self, name: str) -> Any:
+        """A module that is no stack."""
+        weights = self.tree(name, lambda direction, leaf: direction.slice(leaf))
+        return nnx.merge(nnx.graphdef(getattr(self.decoder, name)), weights)
+
+    def embedded(
+        self, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array | None, mesh: Mesh | None
+    ) -> jax.Array:
+        """The residual stream at its start."""
+        rows_N = tokens_BxT.reshape(-1)
+        tables = dict(self.params["embedding"])
+        # The rows that are looked up, one a position, as a table of their own.
+        tables["tokens"] = self.add(
+            tables["tokens"][rows_N], lambda direction: direction.rows("embedding/tokens", rows_N)
+        )
+        if "positions" in tables:
+            tables["positions"] = self.add(
+                tables["positions"], lambda direction: direction.slice("embedding/positions")
+            )
+        embedding = nnx.merge(nnx.graphdef(self.decoder.embedding), tables)
+        return embedding(jnp.arange(rows_N.size).reshape(tokens_BxT.shape), segment_ids_BxT, mesh)
+
+    def through_layers(
+        self, x_BxTxD: jax.Array, segment_ids_BxT: jax.Array | None, mesh: Mesh | None
+    ) -> jax.Array:
+        """All layers; each casts its own weights."""
+        graphdef = nnx.graphdef(self.decoder.layers)
+
+        def layer(i: Any, x_BxTxD: jax.Array) -> jax.Array:
+            weights = self.tree(
+                "layers", lambda direction, leaf: direction.layer(leaf, i), lambda x: x[i]
+            )
+            return nnx.merge(graphdef, weights)(x_BxTxD, segment_ids_BxT, mesh)
+
+        if self.config.loop == "scanned":
+            return jax.lax.fori_loop(0, self.config.depth, layer, x_BxTxD)
+        for i in range(self.config.depth):
+            x_BxTxD = layer(i, x_BxTxD)
+        return x_BxTxD
+
+    def head_columns(self, start: Any, size: int) -> jax.Array:
+        """Columns (D, size) of the output matrix in the compute dtype."""
+        cut = jax.lax.dynamic_slice_in_dim
+        if self.config.tied:
+            rows_CxD = cut(self.params["embedding"]["tokens"], start, size)
+            rows_CxD = self.add(
+                rows_CxD,
+                lambda direction: direction.rows("embedding/tokens", start + jnp.arange(size)),
+            )
+            return rows_CxD.T.astype(self.config.compute_dtype)
+        columns_DxC = self.add(
+            cut(self.params["head"], start, size, 1),
+            lambda direction: direction.columns("head", start, size),
+        )
+        return columns_DxC.astype(self.config.compute_dtype)
