@@ -149,14 +149,14 @@ def test_a_probe_that_is_not_finite():
     probes = zo.Probes(engine=zo.sharded(mesh))
     params = {"w": jnp.zeros(3)}
 
-    def loss(p):  # not a number on one side of the first axis
-        return jnp.where(p["w"][0] > 0, jnp.nan, jnp.sum((p["w"] - 1) ** 2))
+    def loss(p):  # not a number at the first candidate
+        return jnp.where(p["w"][1] > 0.4, jnp.nan, jnp.sum((p["w"] - 1) ** 2))
 
     tx = zo.ldsd(optax.sgd(0.1), candidates=4, eps=0.5, start="zero", key=KEY, probes=probes)
     updates, state = jax.jit(lambda p: tx.update(None, tx.init(p), p, value_fn=loss))(params)
     losses = np.asarray(state.probes.losses)
-    bad = ~np.isfinite(losses[:4])
-    assert 0 < bad.sum() < 4 and np.isfinite(entries((updates, state.mean))).all()
+    np.testing.assert_array_equal(np.isfinite(losses), [False, True, True, True, True])
+    assert np.isfinite(entries((updates, state.mean))).all() and updates["w"].any()
     # As on one device: the best of the finite ones is chosen, and its other side decides the step.
     alone = zo.ldsd(optax.sgd(0.1), candidates=4, eps=0.5, start="zero", key=KEY)
     same, theirs = jax.jit(lambda p: alone.update(None, alone.init(p), p, value_fn=loss))(params)
