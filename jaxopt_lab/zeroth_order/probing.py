@@ -301,6 +301,11 @@ class Step:
         return ProbeState(count, self.state.key, losses, self.state.notfinite_count + bad)
 
 
+# A sum of so many draws is one expression, which XLA computes entry by entry where it is used; a
+# loop over more keeps the sum, an array of the size of the parameters.
+_FUSED = 8
+
+
 def summed(term: Callable[..., Any], *columns: Array) -> Any:
     """The sum of `term` over rows, one after the other, of numbers; of bools, the union.
 
@@ -308,14 +313,18 @@ def summed(term: Callable[..., Any], *columns: Array) -> Any:
       term: From one row to a tree.
       *columns: (rows,) each.
     """
-    if columns[0].size == 1:
-        return term(*(x[0] for x in columns))
+    rows = columns[0].size
 
     def add(total: Any, row: Any) -> tuple[Any, None]:
         return jax.tree.map(
             lambda a, b: a | b if a.dtype == bool else a + b, total, term(*row)
         ), None
 
+    if rows <= _FUSED:
+        total = term(*(x[0] for x in columns))
+        for i in range(1, rows):
+            total, _ = add(total, tuple(x[i] for x in columns))
+        return total
     abstract = jax.eval_shape(term, *(x[0] for x in columns))
     zeros = jax.tree.map(jnp.zeros_like, abstract)
     return jax.lax.scan(add, zeros, columns)[0]
