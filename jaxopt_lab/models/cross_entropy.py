@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.decoder import Params, Sides, bind
 from jaxopt_lab.models.sharding import constrain
+from jaxopt_lab.models.side import Side, matmul
 
 
 def loss(
@@ -70,8 +71,8 @@ def loss(
     x_BxTxD = decoder.hidden(tokens_BxT, segment_ids_BxT, mesh=mesh, side=side)
 
     sums = _weighted_sums if head_chunks == 1 else _chunked_sums(head_chunks)
-    constants = (targets_BxT, weights_BxT)
-    objective, nats = sums(x_BxTxD, decoder.head_kernel(), *constants, z_loss, mesh)
+    head = (decoder.head_kernel(), decoder.head_side(side))
+    objective, nats = sums(x_BxTxD, head, targets_BxT, weights_BxT, z_loss, mesh)
     return objective, {"tokens": count, "cross_entropy": jax.lax.stop_gradient(nats)}
 
 
@@ -112,14 +113,15 @@ def predictions(config: DecoderConfig, batch: Mapping[str, jax.Array]) -> Predic
 
 def _weighted_sums(
     x_BxTxD: jax.Array,
-    head_DxV: jax.Array,
+    head: tuple[jax.Array, Side | None],
     targets_BxT: jax.Array,
     weights_BxT: jax.Array,
     z_loss: float,
     mesh: Mesh | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sums over positions of the objective and of the plain cross-entropy."""
-    logits_BxTxV = constrain(x_BxTxD @ head_DxV, mesh, ("batch", None, "vocab"))
+    head_DxV, side = head
+    logits_BxTxV = constrain(matmul(side, x_BxTxD, head_DxV), mesh, ("batch", None, "vocab"))
     logits_BxTxV = logits_BxTxV.astype(jnp.promote_types(logits_BxTxV.dtype, jnp.float32))
     normaliser_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
     # A masked sum and not a gather: it stays local when the vocabulary is sharded, and its
@@ -140,36 +142,35 @@ def _chunked_sums(chunks: int) -> Any:
         return jnp.moveaxis(a_BxTx.reshape(shape), 1, 0)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-    def sums(x_BxTxD, head_DxV, targets_BxT, weights_BxT, z_loss, mesh):
+    def sums(x_BxTxD, head, targets_BxT, weights_BxT, z_loss, mesh):
         def chunk(totals, piece):
             x, targets, weights = piece
-            values = _weighted_sums(x, head_DxV, targets, weights, z_loss, mesh)
+            values = _weighted_sums(x, head, targets, weights, z_loss, mesh)
             return jax.tree.map(jnp.add, totals, values), None
 
         zero = jnp.zeros((), weights_BxT.dtype)
         pieces = jax.tree.map(split, (x_BxTxD, targets_BxT, weights_BxT))
         return jax.lax.scan(chunk, (zero, zero), pieces)[0]
 
-    def forward(x_BxTxD, head_DxV, targets_BxT, weights_BxT, z_loss, mesh):
+    def forward(x_BxTxD, head, targets_BxT, weights_BxT, z_loss, mesh):
         gradient = jax.value_and_grad(_weighted_sums, argnums=(0, 1), has_aux=True)
 
         def chunk(carry, piece):
-            totals, dhead_DxV = carry
             x, targets, weights = piece
-            values, (dx, dhead) = gradient(x, head_DxV, targets, weights, z_loss, mesh)
-            return (jax.tree.map(jnp.add, totals, values), dhead_DxV + dhead), dx
+            values, (dx, dhead) = gradient(x, head, targets, weights, z_loss, mesh)
+            return jax.tree.map(jnp.add, carry, (values, dhead)), dx
 
         zero = jnp.zeros((), weights_BxT.dtype)
         # One sum over all chunks: in float32 even when the head is bfloat16.
-        dhead_DxV = jnp.zeros(head_DxV.shape, weights_BxT.dtype)
+        dhead = jax.tree.map(lambda w: jnp.zeros(w.shape, weights_BxT.dtype), head)
         pieces = jax.tree.map(split, (x_BxTxD, targets_BxT, weights_BxT))
-        (totals, dhead_DxV), dx = jax.lax.scan(chunk, ((zero, zero), dhead_DxV), pieces)
+        (totals, dhead), dx = jax.lax.scan(chunk, ((zero, zero), dhead), pieces)
         dx_BxTxD = jnp.moveaxis(dx, 0, 1).reshape(x_BxTxD.shape)
-        return totals, (dx_BxTxD, dhead_DxV.astype(head_DxV.dtype))
+        return totals, (dx_BxTxD, jax.tree.map(lambda g, w: g.astype(w.dtype), dhead, head))
 
     def backward(z_loss, mesh, residuals, cotangents):
         # Only the objective carries a gradient; the caller stops the one of the cross-entropy.
-        scaled = (cotangents[0].astype(g.dtype) * g for g in residuals)
+        scaled = jax.tree.map(lambda g: cotangents[0].astype(g.dtype) * g, residuals)
         return (*scaled, None, None)
 
     sums.defvjp(forward, backward)

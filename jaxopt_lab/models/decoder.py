@@ -17,6 +17,7 @@ from jaxopt_lab.core.packed import unpacked
 from jaxopt_lab.models.config import DecoderConfig, check_dtypes, check_tokens
 from jaxopt_lab.models.layers import Block, Norm, normal, parameter
 from jaxopt_lab.models.sharding import constrain
+from jaxopt_lab.models.side import Side, looked_up, matmul
 from jaxopt_lab.models.stack import stacked, through
 
 Params = dict[str, Any]
@@ -36,18 +37,25 @@ class Embedding(nnx.Module):
             self.positions = parameter(positions_CxD, "position", ("position", "embed"))
 
     def __call__(
-        self, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array | None, mesh: Mesh | None
+        self,
+        tokens_BxT: jax.Array,
+        segment_ids_BxT: jax.Array | None,
+        mesh: Mesh | None,
+        sides: Sides = None,
     ) -> jax.Array:
         """Looks up and adds."""
+        sides = sides or {}
         # Rows are gathered before the cast: the gradient of a frequent token is a sum of
         # thousands of terms, which bfloat16 would truncate.
         tokens_VxD = constrain(self.tokens[...], mesh, ("vocab", None))
-        x_BxTxD = constrain(unpacked(tokens_VxD[tokens_BxT]), mesh, ("batch", None, None))
+        x_BxTxD = unpacked(looked_up(sides.get("tokens"), tokens_BxT, tokens_VxD))
+        x_BxTxD = constrain(x_BxTxD, mesh, ("batch", None, None))
         if self.config.positions == "learned":
             index = jnp.arange(tokens_BxT.shape[1])
             if segment_ids_BxT is not None:
                 index = _position_in_document(segment_ids_BxT)
-            x_BxTxD = x_BxTxD + constrain(self.positions[...], mesh, (None, None))[index]
+            positions_CxD = constrain(self.positions[...], mesh, (None, None))
+            x_BxTxD = x_BxTxD + looked_up(sides.get("positions"), index, positions_CxD)
         return x_BxTxD.astype(self.config.compute_dtype)
 
 
@@ -85,7 +93,8 @@ class Decoder(nnx.Module):
     ) -> jax.Array:
         """Logits of the next token at every position, (B, T, V), in the compute dtype."""
         x_BxTxD = self.hidden(tokens_BxT, segment_ids_BxT, mesh=mesh, side=side)
-        return constrain(x_BxTxD @ self.head_kernel(), mesh, ("batch", None, "vocab"))
+        logits_BxTxV = matmul(self.head_side(side), x_BxTxD, self.head_kernel())
+        return constrain(logits_BxTxV, mesh, ("batch", None, "vocab"))
 
     def hidden(
         self,
@@ -98,10 +107,14 @@ class Decoder(nnx.Module):
         """The normalised residual stream that the head reads, (B, T, D)."""
         check_tokens(self.config, tokens_BxT, segment_ids_BxT)
         sides = dict(side or {})
-        in_layers = sides.pop("layers", {})
-        if sides:
-            raise ValueError(f"side: {', '.join(sides)} is not a stack of layers of the model")
-        x_BxTxD = self.embedding(tokens_BxT, segment_ids_BxT, mesh)
+        in_layers, tables = sides.pop("layers", {}), sides.pop("embedding", {})
+        if not self.config.tied:
+            sides.pop("head", None)
+        unknown = [*sides, *(f"embedding.{x}" for x in tables if not hasattr(self.embedding, x))]
+        if unknown:
+            names = ", ".join(unknown)
+            raise ValueError(f"side: {names} is not a stack of layers, table or head of the model")
+        x_BxTxD = self.embedding(tokens_BxT, segment_ids_BxT, mesh, tables)
 
         def call(block: Block, x_BxTxD: jax.Array, key: None) -> jax.Array:
             del key  # nothing is drawn
@@ -114,6 +127,13 @@ class Decoder(nnx.Module):
         tied = self.config.tied
         kernel_DxV = unpacked(self.embedding.tokens[...]).T if tied else unpacked(self.head[...])
         return kernel_DxV.astype(self.config.compute_dtype)
+
+    def head_side(self, side: Sides) -> Side | None:
+        """What stands beside the output matrix."""
+        if not self.config.tied:
+            return (side or {}).get("head")
+        table = (side or {}).get("embedding", {}).get("tokens")
+        return None if table is None else table.transposed()
 
 
 def init_params(config: DecoderConfig, key: jax.Array) -> Params:

@@ -34,9 +34,34 @@ class Side(Protocol):
         ...
 
 
+class TableSide(Protocol):
+    """What may stand beside an embedding table, and its transpose beside a head that is tied to it.
+
+    In the tree of sides it is at the path of the table, {"embedding": {"tokens": side}}.
+    """
+
+    def rows(self, index: jax.Array, table: jax.Array) -> jax.Array:
+        """The output of a lookup, in place of table[index]."""
+        ...
+
+    def transposed(self) -> Side:
+        """The side of the product with the transposed table."""
+        ...
+
+
 def is_side(node: Any) -> bool:
     """Whether a node of a tree is a side, and no dict of them."""
     return isinstance(node, Side)
+
+
+def looked_up(side: TableSide | None, index: jax.Array, table: jax.Array) -> jax.Array:
+    """Rows of a table, or what its side makes of them."""
+    return table[index] if side is None else side.rows(index, table)
+
+
+def matmul(side: Side | None, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel`, or what the side makes of it."""
+    return x @ kernel if side is None else side.product(x, kernel)
 
 
 def of_layer(tree: Mapping[str, Any] | None, index: int) -> Any:

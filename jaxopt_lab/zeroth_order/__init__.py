@@ -55,6 +55,7 @@ from jaxopt_lab.zeroth_order.jaguar import (
 from jaxopt_lab.zeroth_order.layerwise import perturbed_layer
 from jaxopt_lab.zeroth_order.ldsd import LDSDState, ldsd
 from jaxopt_lab.zeroth_order.losses import fill_masked
+from jaxopt_lab.zeroth_order.low_rank import LowRankSide, beside, low_rank
 from jaxopt_lab.zeroth_order.matrix_sign import scale_by_matrix_sign
 from jaxopt_lab.zeroth_order.mezo import mezo
 from jaxopt_lab.zeroth_order.muon import sampling_muon, zo_muon
@@ -69,6 +70,7 @@ from jaxopt_lab.zeroth_order.samplers import (
     sparse,
     sphere,
 )
+from jaxopt_lab.zeroth_order.sharded import sharded
 from jaxopt_lab.zeroth_order.sign import zo_signsgd
 from jaxopt_lab.zeroth_order.subspace_muon import (
     Subspace,
@@ -93,6 +95,7 @@ __all__ = [
     "Found",
     "JaguarState",
     "LDSDState",
+    "LowRankSide",
     "ProbeState",
     "Probes",
     "Sampler",
@@ -100,6 +103,7 @@ __all__ = [
     "apply_replay",
     "ask_tell",
     "averaged",
+    "beside",
     "blocks",
     "box",
     "chunked",
@@ -121,6 +125,7 @@ __all__ = [
     "ldsd",
     "linf_ball",
     "lp_ball",
+    "low_rank",
     "mezo",
     "nuclear_ball",
     "orthogonal",
@@ -137,6 +142,7 @@ __all__ = [
     "scale_by_subspace_muon",
     "sega",
     "sequential",
+    "sharded",
     "signs",
     "simplex",
     "single_coordinate",

@@ -58,6 +58,11 @@ class Leaf(NamedTuple):
         return self.shape
 
     @property
+    def has_matrices(self) -> bool:
+        """Whether directions touch it as matrices."""
+        return self.moves and self.axes is not None
+
+    @property
     def slices(self) -> int:
         """Number of slices."""
         return math.prod(self.batch_shape)
@@ -156,6 +161,10 @@ class Sampler:
     support_of: Callable[[Array], Array | None] = _none
     """The support of a direction that was given, not drawn."""
 
+    factors: Callable[[Part], tuple[Array, Array]] | None = None
+    """(part of a matrix) -> (*batch, rows, rank) and (*batch, columns, rank), whose product is the
+    slices; None: they have no factors. See `jaxopt_lab.zeroth_order.low_rank`."""
+
 
 def leaves_of(
     params: optax.Params, matrix_axes: MatrixAxesSpec = None, trainable: Any = None
@@ -245,6 +254,13 @@ class Direction:
             return self._sampler.support_of(self._given[number][self._probe])
         return self._whole(leaf, self._sampler.support)
 
+    def factors_of(self, number: int) -> tuple[Array, Array] | None:
+        """Factors (*batch, rows or columns, rank) of a leaf's matrices; None: there are none."""
+        leaf, factors = self.leaves[number], self._sampler.factors
+        if factors is None or self._given is not None or self._mean is not None:
+            return None
+        return factors(leaf.whole(self._key)) if leaf.has_matrices else None
+
     def slice(self, name: str, *index: Array | int) -> Array:
         """One matrix (rows, columns) of a leaf, or a vector as it is.
 
@@ -324,13 +340,7 @@ class Direction:
             found = leaf.arranged(found if found.dtype == bool else found.astype(leaf.dtype))
             return found if leaf.sharding is None else jnp.broadcast_to(found, leaf.shape)
 
-        data = jax.random.key_data(self._key)
-        if leaf.sharding is None or jax.eval_shape(drawn, data, self._shared) is None:
-            return drawn(data, self._shared)
-        # Operations whose operands say nothing of a layout have results that are whole on every
-        # device; where axes are Auto, the layout of the result reaches back to the first counter.
-        spread: Any = jax.sharding.auto_axes(drawn, out_sharding=leaf.sharding)
-        return spread(data, self._shared)
+        return spread_like(leaf, drawn, jax.random.key_data(self._key), self._shared)
 
     def _drawn(
         self,
@@ -354,6 +364,18 @@ class Direction:
             raise ValueError(f"no leaf {name!r}; there are {', '.join(names)}")
         number = names.index(name)
         return number, self.leaves[number]
+
+
+def spread_like(leaf: Leaf, drawn: Callable[..., Any], *args: Any) -> Any:
+    """`drawn(*args)`, of the shape of a leaf; on an Explicit mesh laid out as the leaf is.
+
+    Operations whose operands say nothing of a layout have results that are whole on every device.
+    Where axes are Auto, the layout of the result reaches back to the first counter.
+    """
+    if leaf.sharding is None or jax.eval_shape(drawn, *args) is None:
+        return drawn(*args)
+    spread: Any = jax.sharding.auto_axes(drawn, out_sharding=leaf.sharding)
+    return spread(*args)
 
 
 def _slice(x: Array, leaf: Leaf, index: Sequence[Array | int]) -> Array:

@@ -5,8 +5,10 @@
 | `sequential` | one perturbed copy, activations of one loss | large models (default) |
 | `chunked` | as many copies and activations as a chunk has losses | small models, adapters |
 | `vmapped` | copies and activations of all losses at once | very small models |
+| `sharded` | those of an engine in each group of devices | a mesh axis of probes |
 
-With `probe_fn` a copy is one of a layer, and all but `sequential` draw once for both sides.
+With `probe_fn` a copy is one of a layer, and all but `sequential` draw once for both sides. With
+`low_rank` directions and `beside` there are no copies: `vmapped` then is for large models too.
 """
 
 from collections.abc import Callable

@@ -28,7 +28,7 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.keys import path_names
 from jaxopt_lab.core.numerics import perturbed
-from jaxopt_lab.zeroth_order.directions import Direction, Leaf
+from jaxopt_lab.zeroth_order.directions import Direction, Leaf, Sampler
 from jaxopt_lab.zeroth_order.losses import check_loss
 from jaxopt_lab.zeroth_order.samplers import gaussian
 
@@ -75,7 +75,11 @@ def perturbed_layer(
 
 
 def check_probe_fn(
-    probe_fn: ProbeFn, params: optax.Params, leaves: Sequence[Leaf], eps: Any = None
+    probe_fn: ProbeFn,
+    params: optax.Params,
+    leaves: Sequence[Leaf],
+    sampler: Sampler,
+    eps: Any = None,
 ) -> None:
     """Raise where a loss cannot be evaluated layer by layer, before it is.
 
@@ -83,11 +87,13 @@ def check_probe_fn(
       probe_fn: The loss.
       params: Where it is to be evaluated.
       leaves: As from `leaves_of`.
+      sampler: Of the directions.
       eps: Size of the perturbations.
 
     Raises:
       ValueError: As for `value_fn`; the model has no stacked layers, or no such leaf.
     """
-    # Not the direction of the step: samplers may draw what looks like dropout.
-    direction = Direction(gaussian(), jax.random.key(0, impl="threefry2x32"), 0, leaves)
+    # Where directions have no factors, that of another sampler: some draw what looks like dropout.
+    sampler = gaussian() if sampler.factors is None else sampler
+    direction = Direction(sampler, jax.random.key(0, impl="threefry2x32"), 0, leaves)
     check_loss("probe_fn", lambda p: probe_fn(p, direction, jnp.zeros(())), params, eps)

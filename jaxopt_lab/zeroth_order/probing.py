@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.numerics import perturbed, widened
 from jaxopt_lab.optim.routing import float_leaves
-from jaxopt_lab.zeroth_order.directions import Direction, Sampler, leaves_of
+from jaxopt_lab.zeroth_order.directions import Direction, Sampler, leaves_of, spread_like
 from jaxopt_lab.zeroth_order.layerwise import ProbeFn, check_probe_fn
 from jaxopt_lab.zeroth_order.losses import ValueFn, check_value_fn
 from jaxopt_lab.zeroth_order.probes import Draws, Probes, ProbeState
@@ -101,7 +101,7 @@ class Step:
         self.params, self._treedef = jax.tree.flatten(params)
         self.leaves = leaves_of(params, probes.matrix_axes, probes.trainable)
         if probe_fn is not None:
-            check_probe_fn(probe_fn, params, self.leaves, eps)
+            check_probe_fn(probe_fn, params, self.leaves, sampler, eps)
         self.draws = draws if isinstance(draws, Draws) or draws is None else Draws(draws)
         key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
         self.key = jax.random.fold_in(key, state.count)
@@ -259,13 +259,39 @@ class Step:
         numbers = jnp.arange(weights.size) if probes is None else probes
         drawn = direction or (lambda probe: self.direction(probe, "update"))
         indices = range(len(self.leaves))
+        factored = range(0)
+        if direction is None and self.draws is None and self._sampler.factors is not None:
+            factored = [i for i in indices if self.leaves[i].has_matrices]
 
-        def term(weight: Array, probe: Array) -> tuple[list[Array], list[Array | None]]:
+        def term(weight: Array, probe: Array) -> tuple[list[Any], list[Array | None]]:
             one = drawn(probe)
-            sums = [weight.astype(x.dtype) * x for x in map(one.of, indices)]
+            sums = [
+                None if i in factored else weight.astype(x.dtype) * one.of(i)
+                for i, x in enumerate(one.leaves)
+            ]
             return sums, [one.support_of(i) for i in indices]
 
-        return summed(term, weights, numbers)
+        sums, supports = summed(term, weights, numbers)
+        for i in factored:
+            sums[i] = self._factored_sum(i, weights, numbers)
+        return sums, supports
+
+    def _factored_sum(self, number: int, weights: Array, probes: Array) -> Array:
+        """The sum of weighted directions that have factors: one product of depth probes x rank."""
+        leaf = self.leaves[number]
+
+        def total(data: Array, weights: Array, probes: Array) -> Array:
+            key = jax.random.wrap_key_data(data, impl="threefry2x32")
+
+            def factors(probe: Array) -> Any:
+                return self.direction(probe, key=key).factors_of(number)
+
+            a, b = jax.vmap(factors)(probes)
+            a = a * weights.astype(a.dtype).reshape(-1, *(1,) * (a.ndim - 1))
+            highest = jax.lax.Precision.HIGHEST
+            return leaf.arranged(jnp.einsum("q...nr,q...mr->...nm", a, b, precision=highest))
+
+        return spread_like(leaf, total, jax.random.key_data(self.key), weights, probes)
 
     def next_state(self) -> ProbeState:
         """The state after the step."""

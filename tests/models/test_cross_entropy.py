@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from jaxopt_lab.core.matrices import MatrixAxes
 from jaxopt_lab.models import loss
+from jaxopt_lab.zeroth_order import LowRankSide
 from tests.models import decoders
 from tests.models.decoders import (
     jit,
@@ -77,6 +79,23 @@ def test_cotangent_scales_the_chunked_gradient():
     params = varied_params(LLAMA)
     plain, chunked = (jit(jax.grad(scaled), static_argnums=1)(params, c) for c in (1, 3))
     assert largest_difference(plain, chunked) < 2e-6
+
+
+def test_chunks_differentiate_what_stands_beside_a_tied_head():
+    params, rng = jax.tree.map(jax.numpy.asarray, varied_params(LLAMA)), np.random.default_rng(0)
+    shape = params["embedding"]["tokens"].shape
+    factors = [rng.normal(size=(n, 2)).astype("float32") for n in shape]
+
+    def value(factors, chunks):
+        table = LowRankSide(*factors, shape, MatrixAxes((), (0,), (1,)))
+        return loss(
+            LLAMA, params, BATCH, head_chunks=chunks, side={"embedding": {"tokens": table}}
+        )[0]
+
+    whole, pieces = (jit(jax.grad(value), static_argnums=1)(factors, n) for n in (1, 4))
+    for a, b in zip(whole, pieces, strict=True):
+        assert abs(a).max() > 1e-2
+        np.testing.assert_allclose(b, a, atol=1e-5)
 
 
 def test_misfits_are_named():

@@ -30,6 +30,7 @@ def ldsd_over_jaguar(learning_rate, *, key):
 # (factory, options); the rates are such that a quadratic shrinks.
 METHODS = {
     "mezo": (zo.mezo, {"momentum": 0.5, "weight_decay": 0.1}),
+    "low_rank": (zo.mezo, {"probes": zo.Probes(zo.low_rank(), num_directions=2)}),
     "zo_signsgd": (zo.zo_signsgd, {"b1": 0.5}),
     "zo_adamm": (zo.zo_adamm, {}),
     "zo_muon": (zo.zo_muon, {"newton_schulz": TWO}),
@@ -149,7 +150,7 @@ def test_describe_and_shardings(name):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("name", ["mezo", "jaguar_muon", "ldsd"])
+@pytest.mark.parametrize("name", ["mezo", "low_rank", "jaguar_muon", "ldsd"])
 def test_eight_devices_take_the_step_of_one(name, kind):
     with jax.enable_x64(True):
         keys = jax.random.split(jax.random.key(1), 2)
