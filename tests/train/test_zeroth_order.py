@@ -1,6 +1,5 @@
 """Zero-order optimizers in the trainer: forward passes alone, through the one step."""
 
-import functools
 import json
 from dataclasses import replace
 
@@ -30,7 +29,6 @@ from jaxopt_lab.train.config.optimizers_zeroth_order import (
 from jaxopt_lab.train.config.run import PretrainConfig, validate
 from jaxopt_lab.train.config.schedules import AdaptiveWarmupConfig
 from jaxopt_lab.train.config.sections import DiagnosticsConfig, MeshConfig
-from jaxopt_lab.train.config.serialize import to_json
 from jaxopt_lab.train.dist.mesh import make_mesh, to_global
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.program import step_flops
@@ -46,14 +44,14 @@ KEY = jax.random.key(3)
 INFO = ModelInfo({"bias": None, "head": MuonDimensionNumbers(0, 1), "table": None}, key=KEY)
 
 
-def placed(tx, mesh=None, gradient=forward_only(), **options):
+def placed(tx, mesh=None, gradient=None, **options):
     return make_step(
         stand_in.init_params,
         options.pop("loss", stand_in.loss_fn),
         tx,
         mesh=mesh or make_mesh(MeshConfig(1)),
         param_specs=stand_in.SPECS,
-        gradient=gradient,
+        gradient=gradient or forward_only(),
         compiler_options=OPTIONS,
         **options,
     )
@@ -283,16 +281,10 @@ def test_work_is_counted_in_forward_passes():
 def test_a_run_logs_resumes_and_is_compared_by_forward_passes(text, tmp_path):
     optimizer = replace(MeZOConfig(), learning_rate=1e-3, distribution="signs")
     config = tiny_config(text, tmp_path / "whole", optimizer=optimizer, accumulation=2)
-    (tmp_path / "config.json").write_text(to_json(config))
     assert pretrain(config).status == "finished"
     rows = [row for row in read_metrics(tmp_path / "whole") if "loss" in row]
     assert [row["forward_passes"] for row in rows] == [2, 4, 6, 8, 10, 12]
     assert rows[0]["tokens"] == 64 and "grad_norm" not in rows[0]
-    assert pretrain(replace(config, steps=3, run_directory=str(tmp_path / "run"))).status
-    words = ["--resume", "--run-directory", str(tmp_path / "run"), "--steps", "6"]
-    # The rate over the time of a shorter run is another one; the first three steps are the same.
-    assert cli.main(["pretrain", *words]) == 0
-    assert list(losses_of(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
     halves = tmp_path / "halves"
 
     class Stop(BaseException):
