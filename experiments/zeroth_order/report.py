@@ -91,7 +91,8 @@ def alignment_table(result: dict[str, Any]) -> str:
         stream = "released" if case["released"] else "evaluated"
         rows.append([case["d"], case["candidates"], stream, *shown, "yes" if holds else "**no**"])
     header = ["d", "K", "directions", *(f"T = {t}" for t in result["times"]), "holds"]
-    return f"cosine, mean / law (released: ± standard error)\n\n{format_table(header, rows, markdown=True)}"
+    table = format_table(header, rows, markdown=True)
+    return f"cosine, mean / law (released: ± standard error)\n\n{table}"
 
 
 def draw_quadratic(result: dict[str, Any], variant: str) -> None:
