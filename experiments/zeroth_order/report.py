@@ -107,10 +107,14 @@ def draw_quadratic(result: dict[str, Any], variant: str) -> None:
         f = np.maximum(curves_of(result, variant, name, cell), 1e-8)
         x = result["every"] * np.arange(1, f.shape[1] + 1)
         label = f"{name}, {cell[0]:g}" + (f", β = {cell[1]:g}" if "JAGUAR" in name else "")
-        curves.append(Curve(label, x, np.exp(np.log(f).mean(0)), low=f.min(0), high=f.max(0)))
+        curves.append(
+            Curve(
+                label, x, np.exp(np.log(f).mean(0)), low=f.min(0), high=f.max(0), final_value=False
+            )
+        )
     curves_figure(
-        curves, FIGURES / f"quadratic-{variant}.png", x_label="step", y_label="f (geometric mean)",
-        log_y=True, title=f"quadratic, d = 50, {variant}; bands: range of {RUNS} runs",
+        curves, FIGURES / f"quadratic-{variant}.png", x_label="step",
+        y_label="f (geometric mean, 1e-8 where below)", log_y=True, title=f"quadratic, d = 50, {variant}; bands: range of {RUNS} runs",
     )  # fmt: skip
 
 
