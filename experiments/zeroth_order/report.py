@@ -113,8 +113,9 @@ def draw_quadratic(result: dict[str, Any], variant: str) -> None:
             )
         )
     curves_figure(
-        curves, FIGURES / f"quadratic-{variant}.png", x_label="step",
-        y_label="f (geometric mean, 1e-8 where below)", log_y=True, title=f"quadratic, d = 50, {variant}; bands: range of {RUNS} runs",
+        curves, FIGURES / f"quadratic-{variant}.png", x_label="step", log_y=True,
+        y_label="f (geometric mean, 1e-8 where below)",
+        title=f"quadratic, d = 50, {variant}; bands: range of {RUNS} runs",
     )  # fmt: skip
 
 
