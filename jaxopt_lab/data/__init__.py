@@ -1,6 +1,6 @@
 """Corpora, tokenizers and batches."""
 
-from jaxopt_lab.data.batches import Batch, TrainBatches, train_batches, train_rows
+from jaxopt_lab.data.batches import Batch, RowsOnDemand, TrainBatches, train_batches, train_rows
 from jaxopt_lab.data.corpora import Corpus, CorpusPart, SetError, TokenSplit, list_corpora, prepare
 from jaxopt_lab.data.evaluation import (
     bits_per_byte,
@@ -33,6 +33,7 @@ __all__ = [
     "Mixture",
     "PreparedTfds",
     "PythonSource",
+    "RowsOnDemand",
     "SetError",
     "Source",
     "TextFiles",

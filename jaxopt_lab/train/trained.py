@@ -17,7 +17,7 @@ from jaxopt_lab.models import DecoderConfig, Params
 from jaxopt_lab.optim.params_ema import ParamsEmaState
 from jaxopt_lab.train.config.run import PretrainConfig
 from jaxopt_lab.train.config.sections import MeshConfig
-from jaxopt_lab.train.errors import CheckpointError, ConfigError
+from jaxopt_lab.train.errors import CheckpointError, ConfigError, within
 from jaxopt_lab.train.io.leaves import describe_leaves, first_difference
 from jaxopt_lab.train.io.run_directory import TOKENIZER_FILE, read_config
 from jaxopt_lab.train.io.stored import read_leaves, select_step
@@ -66,10 +66,8 @@ def forked_params(run: Run) -> Params:
     """
     source = run.config.fork_from
     assert source is not None
-    try:
+    with within("fork_from"):
         config = read_config(source)
-    except ConfigError as error:
-        raise ConfigError.inside("fork_from", error) from error
     _, params, tokenizer = _read(source, config, run.config.mesh, None, average=False)
     if tokenizer.hash != run.corpus.tokenizer.hash:
         raise ConfigError(

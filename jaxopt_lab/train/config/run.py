@@ -42,7 +42,7 @@ from jaxopt_lab.train.config.sections import (
     axis_sizes,
 )
 from jaxopt_lab.train.config.tuned import default_optimizer
-from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.errors import ConfigError, within
 from jaxopt_lab.train.profile import profiled_steps
 from jaxopt_lab.zeroth_order.losses import check_eps
 
@@ -149,16 +149,12 @@ def with_preset(config: AnyRun, preset: str) -> AnyRun:
       ConfigError: If there is no such preset.
     """
     model = choose("model", PRESETS, preset)
+    tokenizer = TokenizerConfig(vocab_size=model.vocab_size)
     # Not every verb that trains has one optimizer.
     optimizer: OptimizerConfig | None = getattr(config, "optimizer", None)
     if optimizer is not None and optimizer == default_optimizer(config.preset, name_of(optimizer)):
         config = replace(config, optimizer=default_optimizer(preset, name_of(optimizer)))  # pyright: ignore
-    return replace(
-        config,
-        preset=preset,
-        model=model,
-        tokenizer=TokenizerConfig(vocab_size=model.vocab_size),
-    )
+    return replace(config, preset=preset, model=model, tokenizer=tokenizer)
 
 
 def validate(config: PretrainConfig, device_count: int) -> None:
@@ -172,31 +168,19 @@ def validate(config: PretrainConfig, device_count: int) -> None:
     check_optimizer(config, config.optimizer)
     config.diagnostics.validate(config.optimizer)
     profiled_steps(config.profile, config.steps)
-    _check_sets(config.eval)
+    with within("eval.sets"):
+        sets = dict.fromkeys((VALIDATION, *sets_from_text(config.eval.sets)))
+    choose("eval.best", sets, config.eval.best)
     if config.deterministic and config.model.attention == "cudnn":
-        raise ConfigError(
-            "model.attention", "cudnn", "expected auto or xla: cuDNN's kernel is not deterministic"
-        )
+        wanted = "expected auto or xla: cuDNN's kernel is not deterministic"
+        raise ConfigError("model.attention", "cudnn", wanted)
     data, fsdp, _ = axis_sizes(config.mesh, device_count)
     rows = config.accumulation * data * fsdp
     if config.batch_size % rows:
-        raise ConfigError(
-            "batch_size",
-            config.batch_size,
-            f"expected a multiple of accumulation {config.accumulation} x data {data} "
-            f"x fsdp {fsdp} = {rows}",
-        )
+        parts = f"accumulation {config.accumulation} x data {data} x fsdp {fsdp} = {rows}"
+        raise ConfigError("batch_size", config.batch_size, f"expected a multiple of {parts}")
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb", True, "needs a package: pip install 'jaxopt-lab[wandb]'")
-
-
-def _check_sets(evaluation: EvalConfig) -> None:
-    try:
-        names = [VALIDATION, *sets_from_text(evaluation.sets)]
-    except ValueError as error:
-        raise ConfigError.inside("eval.sets", error) from error
-    if evaluation.best not in names:
-        raise ConfigError("eval.best", evaluation.best, f"expected one of {', '.join(names)}")
 
 
 def validate_run(config: RunConfig) -> None:
@@ -248,13 +232,10 @@ def check_vocabulary(model: DecoderConfig, tokenizer: Tokenizer) -> str | None:
     """
     rows, tokens = model.vocab_size, tokenizer.vocab_size
     if tokens > rows:
-        raise ConfigError(
-            "model.vocab_size", rows, f"expected at least the {tokens} entries of the tokenizer"
-        )
+        wanted = f"expected at least the {tokens} entries of the tokenizer"
+        raise ConfigError("model.vocab_size", rows, wanted)
     # Up to 128 spare rows are the usual padding to a multiple that devices divide well.
-    if rows - tokens >= 128:
-        return (
-            f"model.vocab_size is {rows}, the tokenizer has {tokens} entries: "
-            f"{rows - tokens} rows of the embedding are never used"
-        )
-    return None
+    if rows - tokens < 128:
+        return None
+    sizes = f"model.vocab_size is {rows}, the tokenizer has {tokens} entries"
+    return f"{sizes}: {rows - tokens} rows of the embedding are never used"
