@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from jaxopt_lab import zeroth_order as zo
+from jaxopt_lab.step import apply_updates
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 DIMENSION, START_VALUE, STEPS, SEGMENT = 50, 12.29, 20_000, 500
@@ -123,7 +124,7 @@ def _descend(name: str) -> Callable[..., jax.Array]:
             tilt = noise * jax.random.normal(jax.random.fold_in(of_noise, count), x.shape)
             unused: Any = None
             updates, state = tx.update(unused, state, x, value_fn=lambda y: f(y) + tilt @ y)
-            return (optax.apply_updates(x, updates), state), None
+            return (apply_updates(x, updates), state), None
 
         def segment(carry: Any, counts: jax.Array) -> tuple[Any, jax.Array]:
             carry, _ = jax.lax.scan(step, carry, counts)

@@ -5,7 +5,7 @@ often, is its own business.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +25,16 @@ compared, such as the z-loss, `metrics["loss"]` is the loss without them."""
 class Estimate(NamedTuple):
     """What an estimator found out about one batch. Everything is a mean weighted by `weight`.
 
-    Either there are gradients, or `value_fn` and `losses` for an optimizer that makes its own; loss
-    and metrics are then known `after` its update.
+    Either there are gradients, or there is a `value_fn` among `extra` for an optimizer that makes
+    its own; loss and metrics are then known `after` its update, from `losses`.
     """
 
     loss: Float[Array, ""] | None  # the objective
     weight: Float[Array, ""]  # what the means are over, such as the number of tokens
     metrics: Mapping[str, Array]  # of the task; "loss" among them
     grads: PyTree  # in the dtype of the parameters, at least float32; None: there are none
-    value_fn: Callable[[PyTree], Array] | None = None  # the objective as a function of what moves
-    # (optimizer state after the update) -> losses that value_fn gave, at or near the parameters
+    extra: Mapping[str, Any] = {}  # further arguments of the optimizer's update, such as `value_fn`
+    # (optimizer state after the update) -> losses that it evaluated, at or near the parameters
     losses: Callable[[PyTree], Array] | None = None
 
     def after(self, opt_state: PyTree) -> "Estimate":
@@ -145,7 +145,8 @@ def forward_only(
         # Nothing else of this evaluation is used, so that nothing else of it is compiled.
         _, (weight, _) = measured(loss, params, batch, key)
         # What is frozen is a hole in `params`, which the loss fills.
-        return Estimate(None, weight, {}, None, fill_masked(mean, params), losses)
+        extra = {"value_fn": fill_masked(mean, params)}
+        return Estimate(None, weight, {}, None, extra, losses)
 
     return estimate
 

@@ -129,11 +129,11 @@ class Step:
         return new, metrics | {"finite": finite, "skipped": new.skipped}
 
     def _updates(self, state: TrainState, found: Estimate) -> tuple[PyTree, PyTree]:
-        update = optax.with_extra_args_support(self.tx).update
-        given: Any = found.grads
-        if found.value_fn is not None:
-            return update(given, state.opt_state, state.params, value_fn=found.value_fn)
-        return update(given, state.opt_state, state.params, value=found.metrics["loss"])
+        tx = optax.with_extra_args_support(self.tx)
+        # Without gradients the loss is not known yet.
+        value = {} if found.grads is None else {"value": found.metrics["loss"]}
+        grads: Any = found.grads
+        return tx.update(grads, state.opt_state, state.params, **value, **found.extra)
 
 
 def _finite(x: Array | None) -> Bool[Array, ""]:

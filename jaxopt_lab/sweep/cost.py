@@ -137,14 +137,13 @@ def _received(
     """
     key = jax.random.wrap_key_data(state.key)
     found, _ = step_of(task, build, rate, key).received(state, batch)
-    value_fn = found.value_fn
-    if value_fn is None:
+    if found.grads is not None:
         return found.metrics["loss"], found.grads
 
     def value(number: Array) -> Array:
         # Or one evaluation would serve for all.
         params, _ = jax.lax.optimization_barrier((state.params, number))
-        return value_fn(params)
+        return found.extra["value_fn"](params)
 
     return jnp.sum(jax.lax.map(value, jnp.arange(recorded(opt_state).size))), old
 
