@@ -1,6 +1,6 @@
 """Tables and figures of both checks, from results/*.json.
 
-python experiments/zeroth_order/report.py
+python experiments/zeroth_order/known_answers/report.py
 """
 
 import json

@@ -1,6 +1,6 @@
 """Runs both checks; see README.md for the protocol.
 
-python experiments/zeroth_order/run.py
+python experiments/zeroth_order/known_answers/run.py
 """
 
 import json
