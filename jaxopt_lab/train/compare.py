@@ -4,11 +4,13 @@ import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from jaxopt_lab import data, models
 from jaxopt_lab.report.files import read_json, write_json
@@ -130,11 +132,12 @@ def _task(
 
 
 def _builder(config: CompareConfig, entrant: Entrant, vocab_size: int) -> BuildOptimizer:
-    """(rate) -> the optimizer as `pretrain` builds it."""
+    """(rate, key) -> the optimizer as `pretrain` builds it."""
     info = ModelInfo.of(config.model, vocab_size=vocab_size)
 
-    def build(rate: Any) -> Any:
-        return build_rule(entrant.with_rate(rate), config.schedule, info, config.steps).tx
+    def build(rate: Any, key: Array) -> Any:
+        model = info._replace(key=key)
+        return build_rule(entrant.with_rate(rate), config.schedule, model, config.steps).tx
 
     return build
 
@@ -143,6 +146,7 @@ def _run(
     config: CompareConfig, task: Task, entrant: Entrant, vocab_size: int, lines: "_ProgressLines"
 ) -> Outcome:
     build = _builder(config, entrant, vocab_size)
+    task = replace(task, gradient=entrant.optimizer.gradient(1), keyed=True)
     middle = entrant.rates[len(entrant.rates) // 2]
     lines.say(f"{entrant.label}: timing one run alone")
     cost = measure_step(task, build, middle, seed=config.sweep_seed, steps=config.timing_steps)

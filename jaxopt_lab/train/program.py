@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from jaxopt_lab import models, optim
 from jaxopt_lab.report.hlo import CollectiveTotal, collectives
 from jaxopt_lab.report.tables import format_table
-from jaxopt_lab.step import TrainState, accumulated
+from jaxopt_lab.step import TrainState
 from jaxopt_lab.tasks import Task, Text, language_model
 from jaxopt_lab.train.config.optimizer_base import ModelInfo
 from jaxopt_lab.train.config.run import PretrainConfig
@@ -51,7 +51,7 @@ class Cost:
     temporary_bytes: int
     output_bytes: int
     flops: float  # of one device, as counted by the compiler; 0 where it does not count
-    model_flops: float  # of the whole step: 6 N tokens + attention
+    model_flops: float  # of the whole step, see `step_flops`
     optimizer_flops: float  # of the whole step, averaged over the kinds of steps
     collectives: Mapping[str, CollectiveTotal]
 
@@ -95,7 +95,7 @@ def build_program(
     )
     shardings = param_shardings(mesh, task.param_specs)
     vocab_size = model.vocab_size if text is None else text.corpus.tokenizer.vocab_size
-    info = ModelInfo.of(model, shardings, vocab_size)
+    info = ModelInfo.of(model, shardings, vocab_size, jax.random.key(config.seed))
     rule = build_rule(config.optimizer, config.schedule, info, config.steps)
     ema = None if config.ema is None else optim.track_params_ema(config.ema)
     tx = rule.tx if ema is None else optax.chain(rule.tx, ema)
@@ -106,7 +106,7 @@ def build_program(
         tx,
         mesh=mesh,
         param_specs=task.param_specs,
-        gradient=accumulated(config.accumulation),
+        gradient=config.optimizer.gradient(config.accumulation),
         clip=config.clip,
         rates=rule.rates,
         compiler_options=options,
@@ -145,9 +145,13 @@ def cost_of(config: PretrainConfig, compiled: jax.stages.Compiled) -> Cost:
 
 
 def step_flops(config: PretrainConfig) -> tuple[float, float]:
-    """FLOPs of a step: of the model (6 N tokens + attention) and, on average, of the optimizer."""
-    model = config.model
-    of_model = models.flops_per_token(model) * config.batch_size * model.context
+    """FLOPs of a step: of the model and, on average, of the optimizer.
+
+    Those of the model are 6 N tokens + attention with a backward pass, a third of it for each
+    forward pass without.
+    """
+    model, passes = config.model, config.optimizer.forward_passes
+    of_model = models.flops_per_token(model) * config.batch_size * model.context * passes / 3
     shapes, axes = models.abstract_params(model), models.matrix_axes(model)
     return of_model, config.optimizer.mean_flops(shapes, axes)
 

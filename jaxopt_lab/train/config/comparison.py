@@ -12,7 +12,7 @@ from jaxopt_lab.train.config.choices import choose
 from jaxopt_lab.train.config.decode import decode
 from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
 from jaxopt_lab.train.config.optimizers import OPTIMIZERS
-from jaxopt_lab.train.config.run import RunConfig, validate_run
+from jaxopt_lab.train.config.run import RunConfig, check_optimizer, validate_run
 from jaxopt_lab.train.config.sections import HeldOutConfig
 from jaxopt_lab.train.config.tuned import default_optimizer
 from jaxopt_lab.train.errors import ConfigError, within
@@ -98,6 +98,7 @@ def _entrant(text: str, config: CompareConfig, given: Mapping[str, tuple[float, 
     default, place = default_optimizer(config.preset, name), f"optimizers.{name}"
     optimizer = decode(kind, default, _settings(text, settings), place)
     optimizer.validate()
+    check_optimizer(config, optimizer)
     rates = given.get(text)
     if rates is None:
         first = -(config.cells // 2)

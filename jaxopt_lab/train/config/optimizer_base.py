@@ -14,6 +14,7 @@ from jaxopt_lab import optim
 from jaxopt_lab.core.dual_norms import DualNorms
 from jaxopt_lab.core.flops import total_flops
 from jaxopt_lab.models import DecoderConfig, matrix_axes, roles
+from jaxopt_lab.step import Estimator, accumulated
 from jaxopt_lab.train.config.bounds import Positive, PositiveOrZero, check_bounds
 
 # Operations per element: a momentum and its sign, AdamW.
@@ -27,19 +28,25 @@ class ModelInfo(NamedTuple):
     param_shardings: PyTree = None  # of NamedSharding
     vocab_size: int | None = None
     decays: PyTree = None  # of bools: no norm, bias or embedding; None: every parameter
+    key: Array | None = None  # of the run, for an optimizer that draws
 
     @classmethod
     def of(
-        cls, model: DecoderConfig, param_shardings: PyTree = None, vocab_size: int | None = None
+        cls,
+        model: DecoderConfig,
+        param_shardings: PyTree = None,
+        vocab_size: int | None = None,
+        key: Array | None = None,
     ) -> "ModelInfo":
-        """What there is to know about a decoder.
+        """What there is to know about a decoder, and the key of a run.
 
         >>> from jaxopt_lab.models import PRESETS
         >>> ModelInfo.of(PRESETS["tiny"]).decays["final_norm"]
         {'scale': False}
         """
         decays = jax.tree.map(lambda role: role in ("matrix", "head"), roles(model))
-        return cls(matrix_axes(model), param_shardings, vocab_size or model.vocab_size, decays)
+        size = vocab_size or model.vocab_size
+        return cls(matrix_axes(model), param_shardings, size, decays, key)
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,15 @@ class OptimizerConfig:
         taken = inspect.signature(self._factory).parameters
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name in taken}
         return self._factory(**own | {"learning_rate": rate} | self._common_arguments(model))
+
+    @property
+    def forward_passes(self) -> int:
+        """What a step costs in forward passes of the batch; a backward pass counts as two."""
+        return 3
+
+    def gradient(self, microbatches: int) -> Estimator:
+        """How a step learns from a batch that is cut into microbatches."""
+        return accumulated(microbatches)
 
     def rates(self, rate: Array) -> dict[str, Array]:
         """Learning rates to report while the scheduled one is `rate`."""

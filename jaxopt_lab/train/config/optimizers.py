@@ -22,6 +22,7 @@ from jaxopt_lab.train.config.optimizer_base import (
     WholeMatrixConfig,
 )
 from jaxopt_lab.train.config.optimizers_kronecker import DyKAFConfig, ShampooConfig, SoapConfig
+from jaxopt_lab.train.config.optimizers_zeroth_order import ZEROTH_ORDER
 from jaxopt_lab.train.errors import ConfigError
 
 Period = Count | Literal["inf"]
@@ -187,4 +188,5 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "soap": SoapConfig,
     "dykaf": DyKAFConfig,
     "shampoo": ShampooConfig,
+    **ZEROTH_ORDER,
 }

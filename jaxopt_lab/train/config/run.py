@@ -14,7 +14,7 @@ from jaxopt_lab.data import (
     TokenizerConfig,
     sets_from_text,
 )
-from jaxopt_lab.models import PRESETS, DecoderConfig
+from jaxopt_lab.models import PRESETS, DecoderConfig, abstract_params
 from jaxopt_lab.train.config.bounds import (
     Count,
     CountOrZero,
@@ -27,7 +27,12 @@ from jaxopt_lab.train.config.bounds import (
 from jaxopt_lab.train.config.choices import choose, name_of
 from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
 from jaxopt_lab.train.config.optimizers import LionMuonConfig
-from jaxopt_lab.train.config.schedules import CosineConfig, ScheduleConfig
+from jaxopt_lab.train.config.optimizers_zeroth_order import ZerothOrderConfig
+from jaxopt_lab.train.config.schedules import (
+    AdaptiveWarmupConfig,
+    CosineConfig,
+    ScheduleConfig,
+)
 from jaxopt_lab.train.config.sections import (
     CheckpointConfig,
     DiagnosticsConfig,
@@ -39,6 +44,7 @@ from jaxopt_lab.train.config.sections import (
 from jaxopt_lab.train.config.tuned import default_optimizer
 from jaxopt_lab.train.errors import ConfigError, within
 from jaxopt_lab.train.profile import profiled_steps
+from jaxopt_lab.zeroth_order.losses import check_eps
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,8 @@ class RunConfig:
     batch_size: Count = 8
     """Windows of `model.context` tokens per step, over all devices and microbatches."""
     clip: Positive | None = 0.5
-    """Largest global norm of the gradient; None does not clip."""
+    """Largest global norm of the gradient; None does not clip. Without effect on zero-order
+    optimizers, which have no gradient."""
     z_loss: PositiveOrZero = 0.0
     """Weight of the squared log-partition in the training loss."""
     head_chunks: Count = 1
@@ -158,6 +165,7 @@ def validate(config: PretrainConfig, device_count: int) -> None:
     """
     validate_run(config)
     config.optimizer.validate()
+    check_optimizer(config, config.optimizer)
     config.diagnostics.validate(config.optimizer)
     profiled_steps(config.profile, config.steps)
     with within("eval.sets"):
@@ -191,6 +199,26 @@ def validate_run(config: RunConfig) -> None:
     context, chunks = config.model.context, config.head_chunks
     if context % chunks:
         raise ConfigError("head_chunks", chunks, f"expected a divisor of model.context = {context}")
+
+
+def check_optimizer(config: RunConfig, optimizer: OptimizerConfig) -> None:
+    """Checks what an optimizer without gradients cannot work with.
+
+    Raises:
+      ConfigError: Names the field, the value and what would be right.
+    """
+    if not isinstance(optimizer, ZerothOrderConfig):
+        return
+    if config.z_loss:
+        wanted = f"expected 0: {name_of(optimizer)} sees one number, which is logged as the loss"
+        raise ConfigError("z_loss", config.z_loss, wanted)
+    if isinstance(config.schedule, AdaptiveWarmupConfig):
+        wanted = f"expected another: it reads the loss before a step of {name_of(optimizer)} has it"
+        raise ConfigError("schedule", name_of(config.schedule), wanted)
+    try:
+        check_eps(optimizer.eps, abstract_params(config.model))
+    except ValueError as error:
+        raise ConfigError.inside("optimizer", error) from error
 
 
 def check_vocabulary(model: DecoderConfig, tokenizer: Tokenizer) -> str | None:

@@ -17,6 +17,7 @@ from jaxopt_lab.train.config.bounds import (
 from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
 from jaxopt_lab.train.config.optimizers import LionMuonConfig
 from jaxopt_lab.train.config.optimizers_kronecker import EigenbasisConfig
+from jaxopt_lab.train.config.optimizers_zeroth_order import ZerothOrderConfig
 from jaxopt_lab.train.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
@@ -68,7 +69,7 @@ class DiagnosticsConfig:
     record: tuple[Literal["norms", "fisher", "smoothness"], ...] = ()
     """`norms`: norm ratios of gradients, weights and updates, for the LionMuon family. `fisher`:
     errors of the Kronecker factors, for SOAP and DyKAF. `smoothness`: change of the gradient over
-    the length of the step in three pairs of norms, for every optimizer."""
+    the length of the step in three pairs of norms, for every optimizer that has gradients."""
     every: Count = 50
     """Steps between two records of one residue."""
     residues: tuple[int, ...] = (0, 1)
@@ -94,6 +95,9 @@ class DiagnosticsConfig:
         if not self.residues or min(self.residues) < 0:
             wanted = "expected numbers of at least 0"
             raise ConfigError("diagnostics.residues", self.residues, wanted)
+        if self.record and isinstance(optimizer, ZerothOrderConfig):
+            wanted = f"expected nothing: {type(optimizer).__name__} has no gradient"
+            raise ConfigError("diagnostics.record", self.record, wanted)
         families = {
             "norms": (LionMuonConfig, "an optimizer of the LionMuon family"),
             "fisher": (EigenbasisConfig, "SOAP or DyKAF"),
