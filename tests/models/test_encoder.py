@@ -246,21 +246,16 @@ def test_dropout_of_attention_keeps_the_mean():
     np.testing.assert_allclose(plain, 1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("approximate", [False, True])
-def test_gelu_keeps_one_array_and_has_the_right_slopes(approximate):
+def test_gelu_keeps_one_array_and_has_the_right_slopes():
     x = jnp.linspace(-6.0, 6.0, 25)
 
     def plain(x):
-        return jax.nn.gelu(x, approximate=approximate)
+        return jax.nn.gelu(x, approximate=False)
 
-    def ours(x):
-        return encoder.gelu(x, approximate)
-
-    np.testing.assert_array_equal(ours(x), plain(x))
-    for wrap in (jax.grad, lambda f: jax.grad(jax.grad(f))):
-        found, wanted = (jax.vmap(wrap(f))(x) for f in (ours, plain))
+    for wrap in (lambda f: f, jax.grad, lambda f: jax.grad(jax.grad(f))):
+        found, wanted = (jax.vmap(wrap(f))(x) for f in (encoder.gelu, plain))
         np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-15)
-    kept = jax.eval_shape(lambda x: jax.vjp(ours, x)[1], x)
+    kept = jax.eval_shape(lambda x: jax.vjp(encoder.gelu, x)[1], x)
     assert sum(leaf.size for leaf in jax.tree.leaves(kept)) == x.size
 
 
