@@ -301,3 +301,14 @@ def test_a_task_without_rows_can_still_be_compiled():
     objective, weight, metrics = jax.eval_shape(task.loss, abstract, task.abstract_batch(4), key)
     assert objective.shape == weight.shape == metrics["accuracy"].shape == ()
     assert "head" in abstract and task.heads == ("head",)
+
+
+def test_results_of_rows_do_not_depend_on_the_mesh(rows, params):
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    specs = models.partition_specs(CONFIG, mesh)
+    there = jax.device_put(params, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+    few = rows["test"]._replace(**{k: v[:6] for k, v in rows["test"]._asdict().items()})
+    found = tasks.row_results(tasks.encoder_logits(CONFIG, mesh), there, few, batch_size=8)
+    wanted = tasks.row_results(tasks.encoder_logits(CONFIG), params, few, batch_size=8)
+    np.testing.assert_allclose(found.nats, wanted.nats, rtol=1e-5)
+    assert found.answers.tolist() == wanted.answers.tolist() and len(found.answers) == 6
