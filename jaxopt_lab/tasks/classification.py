@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from jaxopt_lab import data, models
@@ -185,18 +186,24 @@ def row_results(
       logits: Scores of the classes.
       params: Of the model.
       rows: In every process.
-      batch_size: Rows at a time.
+      batch_size: Rows at a time; the devices of the mesh's batch axes divide it.
       side: What stands beside the kernels of linear layers.
     """
 
-    @jax.jit
     def of_batch(params: PyTree, batch: Batch, side: Any) -> tuple[Array, Array]:
         return _of_rows(logits(params, batch, None, side=side), batch["label"])
 
-    batch_size = min(batch_size, len(rows.label))
+    # Every process reads all results.
+    of_batch = jax.jit(of_batch, out_shardings=_replicated(params))
     found = [jax.device_get(of_batch(params, batch, side)) for batch in _batches(rows, batch_size)]
     nats, answers = (np.concatenate(x)[: len(rows.label)] for x in zip(*found, strict=True))
     return RowResults(answers, answers == rows.label, nats)
+
+
+def _replicated(params: PyTree) -> NamedSharding | None:
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
+    meshes = [each.mesh for each in shardings if isinstance(each, NamedSharding)]
+    return NamedSharding(meshes[0], PartitionSpec()) if meshes else None
 
 
 def check_sizes(
