@@ -3,7 +3,6 @@
 python experiments/weight_lora/planted/run.py && python experiments/weight_lora/planted/report.py
 """
 
-import functools
 import json
 import pathlib
 import time
@@ -22,7 +21,24 @@ KERNELS, PLANTED, WIDTH, RANK = 16, 4, 16, 2
 STEPS, FREEZE, BATCH, HELD_OUT, RECORDS = 400, 200, 64, 512, 40
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TUNING_SEED, FINAL_SEEDS = 0, tuple(range(1, 11))
-METHODS = ("WeightLoRA", "WeightLoRA, every 100", "4 random", "the 4 planted", "all 16")
+
+
+class Method(NamedTuple):
+    """LoRA on some kernels, whose weights move or not."""
+
+    kernels: str  # all, or a field of the task
+    keep: float = KERNELS
+    weight_rate: float = 0.0  # without one the weights stay: LoRA where they are one
+    every: float = 1
+
+
+METHODS = {
+    "WeightLoRA": Method("all", PLANTED, 5.0),
+    "WeightLoRA, every 100": Method("all", PLANTED, 5.0, 100),
+    "4 random": Method("random"),
+    "the 4 planted": Method("planted"),
+    "all 16": Method("all"),
+}
 AXES = {"kernel": MuonDimensionNumbers(1, 2)}
 CONFIG = jol.lora.LoraConfig(rank=RANK, alpha=RANK, weights=True)
 
@@ -40,19 +56,39 @@ class Task(NamedTuple):
 def main() -> None:
     """Tunes every method on one seed, then runs it on the others."""
     started = time.process_time()
+    names = tuple(METHODS)
+    # One program for all methods: what they differ in is numbers.
+    program = jax.jit(jax.vmap(train))
+    cells = [(name, rate, TUNING_SEED) for name in names for rate in RATES]
+    tuning = program(*lanes(cells))["loss"][:, -1].reshape(len(names), -1)
+    best = np.nanargmin(tuning, axis=1)
+    cells = [
+        (name, RATES[b], seed) for name, b in zip(names, best, strict=True) for seed in FINAL_SEEDS
+    ]
+    found = program(*lanes(cells))
     methods = {}
-    for method in METHODS:
-        tune = jax.jit(jax.vmap(functools.partial(train, method), (0, None)))
-        tuning = tune(jnp.asarray(RATES), TUNING_SEED)["loss"][:, -1]
-        best = int(np.argmin(np.nan_to_num(tuning, nan=np.inf)))
-        final = jax.jit(jax.vmap(functools.partial(train, method), (None, 0)))
-        found = final(RATES[best], jnp.asarray(FINAL_SEEDS))
-        methods[method] = {"rate": RATES[best], "tuning": tuning, **found}
+    for i, name in enumerate(names):
+        rows = slice(i * len(FINAL_SEEDS), (i + 1) * len(FINAL_SEEDS))
+        runs = {key: value[rows] for key, value in found.items()}
+        methods[name] = {"rate": RATES[best[i]], "tuning": tuning[i], **runs}
     steps = (np.arange(RECORDS) + 1) * (STEPS // RECORDS)
     result = {"seeds": FINAL_SEEDS, "rates": RATES, "steps": steps, "methods": methods}
     result["cpu_seconds"] = time.process_time() - started
     (HERE / "results.json").write_text(json.dumps(rounded(result), allow_nan=False) + "\n")
     print(f"{result['cpu_seconds']:.0f} s of CPU")
+
+
+def lanes(cells: list[tuple[str, float, int]]) -> tuple[Any, ...]:
+    """Arrays for `train`, one entry a run."""
+    methods = [METHODS[name] for name, _, _ in cells]
+    kernels = [("all", "random", "planted").index(method.kernels) for method in methods]
+    numbers = [[float(number) for number in method[1:]] for method in methods]
+    return (
+        jnp.asarray(kernels),
+        jnp.asarray(numbers),
+        jnp.asarray([rate for _, rate, _ in cells]),
+        jnp.asarray([seed for _, _, seed in cells]),
+    )
 
 
 def task(seed: jax.Array) -> Task:
@@ -73,22 +109,22 @@ def outputs(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     return jax.lax.scan(lambda h, w: (h + 0.5 * jnp.tanh(h @ w), None), x, params["kernel"])[0]
 
 
-def train(method: str, rate: jax.Array, seed: jax.Array) -> dict[str, jax.Array]:
+def train(
+    kernels: jax.Array, numbers: jax.Array, rate: jax.Array, seed: jax.Array
+) -> dict[str, jax.Array]:
     """Held-out loss over steps, as a part of the base's, and the weights at the end."""
     this = task(seed)
     spec = jol.lora.resolve(CONFIG, this.base, AXES)
     of_init, of_data, of_test = jax.random.split(this.key, 3)
     adapters = jol.lora.init(of_init, spec, this.base)
-    chosen = {"4 random": this.random, "the 4 planted": this.planted}
-    weights = chosen.get(method, jnp.ones(KERNELS, bool)).astype(jnp.float32)
-    adapters["kernel"]["weight"] = weights
-    # Without a rate of their own the weights stay: LoRA on the kernels whose weight is one.
-    searches = method.startswith("WeightLoRA")
+    choices = jnp.stack([jnp.ones(KERNELS, bool), this.random, this.planted])
+    adapters["kernel"]["weight"] = choices[kernels].astype(jnp.float32)
+    keep, weight_rate, every = numbers
     tx = jol.lora.weight_lora(
         rate,
-        keep=PLANTED if searches else KERNELS,
-        weight_learning_rate=5.0 if searches else 0.0,
-        every=100 if method.endswith("every 100") else 1,
+        keep=keep,
+        weight_learning_rate=weight_rate,
+        every=every,
         freeze_after=FREEZE,
     )
 
