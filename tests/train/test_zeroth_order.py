@@ -16,7 +16,9 @@ from jaxopt_lab.models import PRESETS, abstract_params, flops_per_token, matrix_
 from jaxopt_lab.report.hlo import collectives
 from jaxopt_lab.report.tracker import read_metrics
 from jaxopt_lab.step import Step, backprop, forward_only
+from jaxopt_lab.sweep.cost import measure_step
 from jaxopt_lab.sweep.program import Program, Run
+from jaxopt_lab.train.arguments import parse_config
 from jaxopt_lab.train.config.comparison import CompareConfig, validate_comparison
 from jaxopt_lab.train.config.optimizers import AdamWConfig, ModelInfo
 from jaxopt_lab.train.config.optimizers_zeroth_order import (
@@ -86,6 +88,8 @@ def test_there_is_no_backward_pass_and_no_gradient_in_the_program():
     both = compiled(optax.sgd(1e-2), backprop)
     assert "transpose(jvp" in both.as_text()
     assert "transpose(jvp" not in forward.as_text() and "jvp" not in forward.as_text()
+    # One evaluation in the loop over both sides; that of the weight is gone.
+    assert forward.as_text().count(" dot(") == len(params)
     # A gradient beside the copy would make it 2.
     assert forward.memory_analysis().temp_size_in_bytes < 1.1 * size
 
@@ -256,6 +260,27 @@ def test_lanes_of_one_seed_share_their_draws():
     state = program.begin(np.float32([1e-2, 3e-2, 1e-2]), np.int32([1, 1, 2]))
     keys, count = probes(state.opt_state).key, probes(state.opt_state).count
     assert (keys[0] == keys[1]).all() and (keys[0] != keys[2]).any() and count.shape == ()
+    cost = measure_step(task, build, 1e-2, steps=2, rounds=1)
+    assert cost.step_seconds > 0 and cost.gradient_seconds > 0
+
+
+def test_the_losses_alone_are_as_many_as_a_step_evaluates():
+    """What a comparison subtracts to find the cost of the update."""
+    seen = []
+
+    def loss(params, batch, key):
+        jax.debug.callback(lambda: seen.append(1))
+        return stand_in.loss_fn(params, batch)
+
+    task = replace(TASK, loss=loss, gradient=forward_only(), keyed=True)
+
+    def build(rate, key):
+        return LdsdConfig().build(lambda count: rate, INFO._replace(key=key))
+
+    measure_step(task, build, 1e-2, steps=1, rounds=1)
+    jax.effects_barrier()
+    # A warm-up and a round, of a step and of its losses, and the weight of each.
+    assert len(seen) == 4 * (LdsdConfig().forward_passes + 1)
 
 
 def test_work_is_counted_in_forward_passes():
@@ -306,6 +331,16 @@ def test_a_run_logs_resumes_and_is_compared_by_forward_passes(text, tmp_path):
     assert figure.stat().st_size > 5_000
     manifest = json.loads((halves / "config.json").read_text())
     assert manifest["optimizer"]["name"] == "mezo"
+
+
+def test_flags_choose_engine_and_distribution():
+    words = (
+        "--optimizer ldsd --optimizer.engine chunked --optimizer.chunk 5 --optimizer.start random"
+    )
+    found = parse_config(words.split(), "pretrain").optimizer
+    assert found == LdsdConfig(engine="chunked", chunk=5, start="random")
+    with pytest.raises(ConfigError, match="optimizer.distribution: got 'cauchy', expected normal"):
+        parse_config("--optimizer mezo --optimizer.distribution cauchy".split(), "pretrain")
 
 
 MEZO = PretrainConfig(optimizer=MeZOConfig())
