@@ -64,6 +64,13 @@ def best_cell(result: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def paired(result: dict[str, Any], reference: dict[str, Any]) -> str:
+    """Difference of the training losses at equal seeds, with the standard error of its mean."""
+    assert result["seeds"] == reference["seeds"]
+    by_seed = np.subtract(result["train_last_100"], reference["train_last_100"])
+    return f"{by_seed.mean():+.3f} ± {by_seed.std(ddof=1) / math.sqrt(len(by_seed)):.3f}"
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """The comparison as Markdown."""
     noise = seed_noise(results)
@@ -84,6 +91,8 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{loss.std(ddof=1):.3f}",
                 f"{bits:.3f}",
                 "" if result is reference else f"{difference:+.3f} ({difference / error:+.1f})",
+                f"{np.mean(result['train_last_100']):.3f}",
+                "" if result is reference else paired(result, reference),
                 f"{result['optimizer_flops_per_step'] * steps:.2e}",
                 f"{100 * share:.1f} %",
             ]
@@ -95,6 +104,8 @@ def table(results: list[dict[str, Any]]) -> str:
         "std of seeds",
         "bits/byte",
         f"minus {REFERENCE} (in standard errors)",
+        "training, last 100 steps",
+        "minus, by seed ± s.e.",
         "optimizer FLOPs",
         "of the model's",
     ]
