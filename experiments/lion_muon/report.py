@@ -1,4 +1,4 @@
-"""Draws the figures and writes the table of the LionMuon comparison from results/*.json.
+"""Draws the figure and writes the table of the LionMuon comparison from results/*.json.
 
 python experiments/lion_muon/report.py --scale gpu
 """
@@ -10,8 +10,10 @@ import pathlib
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from jaxopt_lab.report import Curve, curves_figure, format_table
+from jaxopt_lab.report import format_table
+from jaxopt_lab.report.figures import save_figure
 
 HERE = pathlib.Path(__file__).parent
 ORDER = (
@@ -64,6 +66,13 @@ def best_cell(result: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def paired(result: dict[str, Any], reference: dict[str, Any]) -> str:
+    """Difference of the training losses at equal seeds, with the standard error of its mean."""
+    assert result["seeds"] == reference["seeds"]
+    by_seed = np.subtract(result["train_last_100"], reference["train_last_100"])
+    return f"{by_seed.mean():+.3f} ± {by_seed.std(ddof=1) / math.sqrt(len(by_seed)):.3f}"
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """The comparison as Markdown."""
     noise = seed_noise(results)
@@ -84,6 +93,8 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{loss.std(ddof=1):.3f}",
                 f"{bits:.3f}",
                 "" if result is reference else f"{difference:+.3f} ({difference / error:+.1f})",
+                f"{np.mean(result['train_last_100']):.3f}",
+                "" if result is reference else paired(result, reference),
                 f"{result['optimizer_flops_per_step'] * steps:.2e}",
                 f"{100 * share:.1f} %",
             ]
@@ -95,30 +106,37 @@ def table(results: list[dict[str, Any]]) -> str:
         "std of seeds",
         "bits/byte",
         f"minus {REFERENCE} (in standard errors)",
+        "training, last 100 steps",
+        "minus, by seed ± s.e.",
         "optimizer FLOPs",
         "of the model's",
     ]
     return format_table(headers, rows, markdown=True)
 
 
-def curves(results: list[dict[str, Any]], x_of) -> list[Curve]:
-    """Mean held-out loss with the range over seeds."""
-    drawn = []
+def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """One point a method: its training loss over the work of its optimizer."""
+    first = results[0]
+    figure = Figure(figsize=(7, 4.2), layout="constrained", dpi=150)
+    axes = figure.add_subplot()
     for result in results:
-        losses = np.array(result["held_out"])
-        every = result["scale"]["evaluate_every"]
-        steps = every * np.arange(1, losses.shape[1] + 1)
-        drawn.append(
-            Curve(
-                label=result["name"],
-                x=x_of(result, steps),
-                y=losses.mean(axis=0),
-                low=losses.min(axis=0),
-                high=losses.max(axis=0),
-                final_value=False,
-            )
-        )
-    return drawn
+        losses = np.asarray(result["train_last_100"])
+        flops = result["optimizer_flops_per_step"] * result["scale"]["steps"]
+        error = 2 * losses.std(ddof=1) / math.sqrt(len(losses))
+        axes.errorbar(flops, losses.mean(), yerr=error, marker="o", capsize=3)
+        place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+        axes.annotate(result["name"], (flops, losses.mean()), **place)
+    axes.set_xscale("log")
+    axes.set_xlim(right=6e14)
+    axes.set_xlabel("FLOPs of the optimizer in the whole run")
+    axes.set_ylabel("training loss, last 100 steps [nats/token]")
+    axes.set_title(
+        f"{first['parameters'] / 1e6:.1f}M parameters, {first['scale']['steps']} steps, mean of "
+        f"{len(first['seeds'])} seeds ± 2 standard errors; lower is better",
+        fontsize=10,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -130,23 +148,7 @@ def main() -> None:
     (HERE / "results" / f"{scale}-table.md").write_text(text + "\n")
     print(text)
     print(f"\npooled standard deviation between seeds: {seed_noise(results):.4f}")
-    first = results[0]
-    size = f"{first['parameters'] / 1e6:.1f}M parameters, {first['device']}, 3 seeds"
-    curves_figure(
-        curves(results, lambda r, steps: steps),
-        HERE / "figures" / f"{scale}-steps.png",
-        x_label="steps",
-        y_label="held-out loss [nats/token]",
-        title=size,
-    )
-    curves_figure(
-        curves(results, lambda r, steps: steps * r["optimizer_flops_per_step"]),
-        HERE / "figures" / f"{scale}-optimizer-flops.png",
-        x_label="optimizer FLOPs",
-        y_label="held-out loss [nats/token]",
-        title=size,
-        log_x=True,
-    )
+    draw(results, HERE / "figures" / f"{scale}-final.png")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def agreement(files: dict[str, Any]) -> str:
     headers = [
         "run", "loss", "gradient norm", "replicas x steps", "η", "directions", "P2 log-corr.",
         "P2 median m/p", "P2 sharp log-corr.", "P1 log-corr.", "P1 median m/p", "flat Π/(η²dn)",
-        "all, noiseless too",
+        "all, noiseless too", "s.d. of ln m/p: P2", "η²dn alone", "of sampling", "η²dn log-corr.",
     ]  # fmt: skip
     rows = []
     for name, file in files.items():
@@ -82,10 +82,26 @@ def agreement(files: dict[str, Any]) -> str:
                     p2["directions"], p2["log_correlation"], p2["median_ratio"],
                     run["comparisons"]["P2, sharp"]["log_correlation"],
                     p1["log_correlation"], p1["median_ratio"], run["flat_growth_median"],
-                    run["log_correlation_with_noiseless"],
+                    run["log_correlation_with_noiseless"], *scatter(run),
                 ]
             )  # fmt: skip
     return format_table(headers, rows, markdown=True)
+
+
+def scatter(run: dict[str, Any]) -> list[Any]:
+    """How far ln(measured / predicted) scatters over the directions with noise.
+
+    Of the finite-time prediction, and of a walk without curvature, η² d n. A variance over R
+    replicas has a sampling error of √(2/(R − 1)) of its own.
+    """
+    noisy = noise_of(run)
+    measured, predicted, noise = (
+        np.asarray(run[name])[noisy] for name in ("measured", "finite_time", "gradient_variance")
+    )
+    logs = np.log([measured / predicted, measured / noise])  # η² n is the same for all of them
+    sampling = np.sqrt(2 / (run["replicas"] - 1))
+    correlation = np.corrcoef(np.log(measured), np.log(noise))[0, 1]
+    return [f"{x:.3f}" for x in (*logs.std(axis=1), sampling)] + [f"{correlation:.4f}"]
 
 
 def sweep(file: dict[str, Any]) -> str:

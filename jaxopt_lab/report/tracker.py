@@ -126,7 +126,7 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
       One dict per row, with `step`, `time` and the metrics; non-finite values are floats again.
 
     Raises:
-      ValueError: If the directory holds no metrics, or a complete line is not a JSON object.
+      ValueError: If the directory holds no metrics, or a complete line is no row of numbers.
     """
     path = Path(run_dir)
     path = path / METRICS_FILE if path.is_dir() else path
@@ -145,9 +145,11 @@ def _complete_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON: {line[:80]!r}") from error
-            if not isinstance(row, dict) or "step" not in row:
+            row = _from_json(row) if isinstance(row, dict) else {}
+            numbers = all(isinstance(value, int | float) for value in row.values())
+            if type(row.get("step")) is not int or not numbers:
                 raise ValueError(f"{path}, line {number}: not a metrics row: {line[:80]!r}")
-            yield line, {name: _from_json(value) for name, value in row.items()}
+            yield line, row
 
 
 def _repair(path: Path, resume_step: int | None) -> float:
@@ -186,5 +188,5 @@ def _to_json(value: float | int) -> float | int | str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _from_json(value: Any) -> Any:
-    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+def _from_json(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in row.items()}

@@ -64,6 +64,13 @@ def test_a_broken_line_in_the_middle_is_an_error_with_its_number(tmp_path):
         read_metrics(tmp_path)
 
 
+@pytest.mark.parametrize("row", ["5", "{}", '{"step": "3"}', '{"step": 3, "loss": {}}'])
+def test_a_line_that_is_no_row_of_numbers_is_an_error(tmp_path, row):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": "NaN"}}\n{row}\n')
+    with pytest.raises(ValueError, match="line 2: not a metrics row"):
+        read_metrics(tmp_path)
+
+
 def test_bad_input_is_named(tmp_path):
     with pytest.raises(ValueError, match="no metrics.jsonl here"):
         read_metrics(tmp_path)

@@ -83,6 +83,14 @@ BAD = {
     "rate zero": (with_optimizer(learning_rate=0.0), "optimizer.learning_rate: got 0.0"),
     "decay negative": (with_optimizer(weight_decay=-0.1), "optimizer.weight_decay: got -0.1"),
     "average": (with_optimizer(b2=1.0), "optimizer.b2: got 1.0"),
+    "average of one on the device": (
+        with_optimizer(b2=1 - 1e-9),
+        "optimizer.b2: got 0.999999999, expected at least 0 and below 1, and it is 1.0 in float32",
+    ),
+    "rate of zero on the device": (
+        with_optimizer(learning_rate=1e-40),
+        "optimizer.learning_rate: got 1e-40, expected a positive number, and it is 0.0 in float32",
+    ),
     "two averages in sign-muon": (
         replace(DEFAULT, optimizer=SignMuonConfig(b2=0.99)),
         "optimizer.b2: got 0.99, expected b1 = 0.9",

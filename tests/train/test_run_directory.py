@@ -218,6 +218,8 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
         ("config.json", b"\xff\xfe{}", "config.json: not UTF-8"),
         ("config.json", b"{", "config.json: .*expected JSON"),
         ("metrics.jsonl", b'{"step": 1}\n{"st\xff\n{"step": 3}\n', "metrics.jsonl, line 2"),
+        ("metrics.jsonl", b'{"step": null}\n', "metrics.jsonl, line 1: not a metrics row"),
+        ("metrics.jsonl", b'{"step": 1, "loss": "abc"}\n', "line 1: not a metrics row"),
     ],
 )
 def test_a_damaged_file_is_named_before_anything_is_compiled(
@@ -231,6 +233,17 @@ def test_a_damaged_file_is_named_before_anything_is_compiled(
     assert cli.main(resume(tmp_path / "run")) in (1, 2)
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and name in error[0]
+
+
+def test_a_directory_in_place_of_the_log_is_named_before_anything_is_compiled(
+    settings, finished, tmp_path, monkeypatch
+):
+    nothing_is_compiled(monkeypatch)
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").unlink()
+    (tmp_path / "run/metrics.jsonl").mkdir()
+    with pytest.raises((CheckpointError, OSError), match="metrics.jsonl"):
+        pretrain(replace(settings[0], run_directory=str(tmp_path / "run"), resume=True))
 
 
 def test_a_damaged_tokenizer_is_named(finished, tmp_path, capsys):

@@ -4,6 +4,8 @@ import math
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
+import numpy as np
+
 from jaxopt_lab.train.errors import ConfigError
 
 # Counters on the device are 32 bits wide, rates float32. An interval that ends may end higher:
@@ -50,7 +52,8 @@ Average = Annotated[float, Bound(0, 1, open_high=True)]
 def check_bounds(config: Any, prefix: str = "") -> None:
     """Checks every number in a configuration, sections included.
 
-    A number without a bound must be finite, and an integer fit into 32 bits.
+    A number without a bound must be finite, and an integer fit into 32 bits. A bound is one for the
+    float32 that a number becomes.
 
     >>> from jaxopt_lab.train.config.sections import EvalConfig
     >>> check_bounds(EvalConfig(every=0), "eval.")
@@ -78,11 +81,15 @@ def check_bounds(config: Any, prefix: str = "") -> None:
 def _check(name: str, value: float, hint: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(name, value, "expected a finite number")
-    bound = _bound(hint) or Bound(-math.inf)
-    if not bound.holds(value):
+    bound, held = _bound(hint) or Bound(-math.inf), value
+    if isinstance(value, float) and abs(value) <= _LARGEST_FLOAT:
+        # What the device makes of it: 1 - 1e-9 is 1 there, and 1e-40 is 0.
+        held = 0.0 if abs(value) < np.finfo(np.float32).tiny else float(np.float32(value))
+    if not bound.holds(held):
         words = [a for option in get_args(hint) for a in get_args(option) if isinstance(a, str)]
         words += ["None"] if type(None) in get_args(hint) else []
-        raise ConfigError(name, value, ", or ".join([str(bound), *words]))
+        rounded = f", and it is {held} in float32" if bound.holds(value) else ""
+        raise ConfigError(name, value, ", or ".join([str(bound), *words]) + rounded)
     largest = _LARGEST_FLOAT if isinstance(value, float) else _LARGEST_COUNT
     if bound.high == math.inf and abs(value) > largest:
         raise ConfigError(name, value, f"expected at most {largest}")

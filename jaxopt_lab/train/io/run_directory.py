@@ -141,7 +141,7 @@ def _check_files(directory: Path) -> None:
     """
     try:
         read_manifest(directory)
-        if (directory / METRICS_FILE).is_file():
+        if (directory / METRICS_FILE).exists():
             read_metrics(directory)
     except ValueError as error:
         raise CheckpointError(f"{error}; repair or remove that file") from error
