@@ -3,7 +3,12 @@
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.cross_entropy import loss
 from jaxopt_lab.models.decoder import Decoder, Params, apply, bind, init_params
-from jaxopt_lab.models.huggingface import export_huggingface, load_huggingface, matrix_names
+from jaxopt_lab.models.huggingface import (
+    export_huggingface,
+    huggingface_config_of,
+    load_huggingface,
+    matrix_names,
+)
 from jaxopt_lab.models.layout import (
     abstract_params,
     flops_per_token,
@@ -29,6 +34,7 @@ __all__ = [
     "export_huggingface",
     "flops_per_token",
     "generate",
+    "huggingface_config_of",
     "init_params",
     "load_huggingface",
     "logical_axes",

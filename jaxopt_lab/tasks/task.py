@@ -38,13 +38,16 @@ class Task:
 
     Args:
       init: (key) -> parameters.
-      loss: (params, batch, key) -> (objective, weight, metrics), see `jaxopt_lab.step.Loss`.
+      loss: (params, batch, key) -> (objective, weight, metrics), see `jaxopt_lab.step.Loss`. It
+        and those of the evaluations take `side=`, what stands beside the kernels of linear layers,
+        where adapters are to be trained.
       param_specs: Tree of PartitionSpec, like the parameters.
       batch_spec: Shape and dtype of one row of every entry of a batch.
       batch: (numbers of rows) -> these rows on the host. A row is a function of its number, which
         counts the rows that a run consumes. None where a task is only compiled.
       evaluations: Held-out sets by name. What one of them reports first ranks checkpoints, by
         default the first.
+      heads: Modules that start from random values, and are trained whole beside adapters.
     """
 
     init: Callable[[Array], PyTree]
@@ -53,6 +56,7 @@ class Task:
     batch_spec: Mapping[str, jax.ShapeDtypeStruct]
     batch: Callable[[Sequence[int]], Mapping[str, np.ndarray]] | None = None
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
+    heads: tuple[str, ...] = ()
 
     def abstract_batch(self, rows: int, sharding: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a batch of so many rows."""

@@ -39,7 +39,7 @@ def summary_of(
         "skipped": int(state.skipped),
         "parameters": models.parameter_count(run.config.model),
         "seconds": round(seconds, 1),
-        "optimizer_share_of_flops": optimizer_share(run.config),
+        "optimizer_share_of_flops": optimizer_share(run.program),
         "training_loss": loop.last_metrics.get("loss"),
         **_schedule_outcome(run, state, say),
         **loop.last_evaluation,

@@ -1,5 +1,6 @@
 """From a configuration to compiled programs, and what a compiled program will cost."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,18 +13,23 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxopt_lab import models, optim
+from jaxopt_lab.lora import LoraSpec
 from jaxopt_lab.report.hlo import CollectiveTotal, collectives
 from jaxopt_lab.report.tables import format_table
-from jaxopt_lab.step import TrainState, accumulated
+from jaxopt_lab.step import Estimator, TrainState, accumulated
 from jaxopt_lab.tasks import Task, Text, language_model
+from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.optimizer_base import ModelInfo
+from jaxopt_lab.train.config.optimizers_pairs import PairConfig
 from jaxopt_lab.train.config.run import PretrainConfig
+from jaxopt_lab.train.config.trainable import LoraAdaptersConfig
 from jaxopt_lab.train.diagnostics import diagnostic_hook, make_recorders
 from jaxopt_lab.train.dist.mesh import batch_sharding, flag_sharding, make_mesh
 from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.hooks import Hook
 from jaxopt_lab.train.rule import build_rule
 from jaxopt_lab.train.step import SIGNALS, PlacedStep, make_step, param_shardings
+from jaxopt_lab.train.trainable import Trained, adapted, everything, part, with_taps
 
 KERNEL_CHOICES = "kernel-choices"
 """Directory below a deterministic run that keeps the choice of GPU kernels."""
@@ -35,12 +41,26 @@ class Program:
 
     mesh: Mesh
     task: Task
+    tx: optax.GradientTransformation
     step: PlacedStep
     held_out: HeldOut
     hooks: Sequence[Hook]  # the diagnostics of the configuration
     compiler_options: Mapping[str, Any]
+    trained: Trained  # what of the task moves
+    flops: tuple[float, float]  # of a step: of the model, and on average of the optimizer
     # (optimizer state at the end) -> how the schedule went, as numbers and in a sentence
     outcome: Callable[[PyTree], tuple[dict[str, Any], str]] | None = None
+
+    @property
+    def moves_all(self) -> bool:
+        """Whether every parameter moves."""
+        return self.trained.moves is None and self.trained.spec is None
+
+    @property
+    def trained_count(self) -> int:
+        """Number of parameters that move."""
+        leaves = jax.tree.leaves(self.step.abstract_state.params)
+        return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 @dataclass(frozen=True)
@@ -76,7 +96,10 @@ class Cost:
 
 
 def build_program(
-    config: PretrainConfig, text: Text | None = None, run_directory: Path | None = None
+    config: PretrainConfig,
+    text: Text | None = None,
+    run_directory: Path | None = None,
+    spec: LoraSpec | None = None,
 ) -> Program:
     """Builds mesh, task, optimizer, step and evaluations of a run; compiles nothing.
 
@@ -84,9 +107,10 @@ def build_program(
       config: The run.
       text: What it learns from; None where only the parameters or the cost are wanted.
       run_directory: Where a deterministic run keeps the choice of kernels.
+      spec: The adapters, where they are not those of the start any more.
 
     Raises:
-      ConfigError: If the mesh does not fit the devices.
+      ConfigError: If the mesh does not fit the devices, or what is to move cannot.
     """
     model = decoder_of(config)
     mesh = make_mesh(config.mesh)
@@ -95,7 +119,9 @@ def build_program(
     )
     shardings = param_shardings(mesh, task.param_specs)
     vocab_size = model.vocab_size if text is None else text.corpus.tokenizer.vocab_size
-    info = ModelInfo.of(model, shardings, vocab_size)
+    info = ModelInfo.of(model, shardings, vocab_size)._replace(clip=config.clip)
+    trained = _trained(config, task, info, spec)
+    task, info = trained.task, trained.info
     rule = build_rule(config.optimizer, config.schedule, info, config.steps)
     ema = None if config.ema is None else optim.track_params_ema(config.ema)
     tx = rule.tx if ema is None else optax.chain(rule.tx, ema)
@@ -106,15 +132,42 @@ def build_program(
         tx,
         mesh=mesh,
         param_specs=task.param_specs,
-        gradient=accumulated(config.accumulation),
-        clip=config.clip,
+        gradient=_estimator(config, trained),
+        # Those that need taps clip by the norm of the kernels' gradients.
+        clip=None if _needs_taps(config) else config.clip,
+        trainable=trained.moves,
         rates=rule.rates,
         compiler_options=options,
     )
-    held_out = HeldOut(task.evaluations, mesh, shardings, options, config.eval.best)
+    placed = param_shardings(mesh, task.param_specs)
+    held_out = HeldOut(task.evaluations, mesh, placed, options, config.eval.best)
     recorders = make_recorders(config.diagnostics, config.optimizer, info, ema)
     hooks = () if recorders is None else (diagnostic_hook(recorders, step),)
-    return Program(mesh, task, step, held_out, hooks, options, rule.outcome)
+    flops = _step_flops(config, trained, step.abstract_state)
+    return Program(mesh, task, tx, step, held_out, hooks, options, trained, flops, rule.outcome)
+
+
+def _trained(config: PretrainConfig, task: Task, info: ModelInfo, spec: LoraSpec | None) -> Trained:
+    if not isinstance(config, FinetuneConfig):
+        return everything(task, info)
+    if not isinstance(config.trainable, LoraAdaptersConfig):
+        return part(config.trainable, task, info, models.roles(config.model))
+    optimizer = config.optimizer
+    weights = isinstance(optimizer, PairConfig) and optimizer.needs_weights
+    names = models.matrix_names(config.model)
+    return adapted(config.trainable, task, info, names, weights=weights, spec=spec)
+
+
+def _estimator(config: PretrainConfig, trained: Trained) -> Estimator:
+    """How gradients are estimated, by what the optimizer needs."""
+    if _needs_taps(config):
+        assert trained.spec is not None
+        return with_taps(trained.spec, config.accumulation)
+    return accumulated(config.accumulation)
+
+
+def _needs_taps(config: PretrainConfig) -> bool:
+    return isinstance(config.optimizer, PairConfig) and config.optimizer.needs_taps
 
 
 def compile_step(config: PretrainConfig, program: Program) -> jax.stages.Compiled:
@@ -128,11 +181,11 @@ def compile_step(config: PretrainConfig, program: Program) -> jax.stages.Compile
     return program.step.update.lower(program.step.abstract_state, batch).compile()
 
 
-def cost_of(config: PretrainConfig, compiled: jax.stages.Compiled) -> Cost:
+def cost_of(program: Program, compiled: jax.stages.Compiled) -> Cost:
     """Reads memory, FLOPs and collectives off the compiled step."""
     memory: Any = compiled.memory_analysis()
     analysis: Any = compiled.cost_analysis() or {}
-    of_model, of_optimizer = step_flops(config)
+    of_model, of_optimizer = program.flops
     return Cost(
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
@@ -144,18 +197,24 @@ def cost_of(config: PretrainConfig, compiled: jax.stages.Compiled) -> Cost:
     )
 
 
-def step_flops(config: PretrainConfig) -> tuple[float, float]:
-    """FLOPs of a step: of the model (6 N tokens + attention) and, on average, of the optimizer."""
+def optimizer_share(program: Program) -> float:
+    """Share of a step's FLOPs that the optimizer takes."""
+    of_model, of_optimizer = program.flops
+    return of_optimizer / (of_model + of_optimizer)
+
+
+def _step_flops(
+    config: PretrainConfig, trained: Trained, abstract: TrainState
+) -> tuple[float, float]:
+    """FLOPs of a step: of the model (6 N tokens + attention) and, on average, of the optimizer.
+
+    Beside a frozen base no gradient of a kernel is formed, which saves a third.
+    """
     model = config.model
     of_model = models.flops_per_token(model) * config.batch_size * model.context
-    shapes, axes = models.abstract_params(model), models.matrix_axes(model)
-    return of_model, config.optimizer.mean_flops(shapes, axes)
-
-
-def optimizer_share(config: PretrainConfig) -> float:
-    """Share of a step's FLOPs that the optimizer takes."""
-    of_model, of_optimizer = step_flops(config)
-    return of_optimizer / (of_model + of_optimizer)
+    if trained.spec is not None:
+        of_model *= 2 / 3
+    return of_model, config.optimizer.mean_flops(abstract.params, trained.info.matrix_axes)
 
 
 def averaged_params(config: PretrainConfig, state: TrainState) -> PyTree | None:

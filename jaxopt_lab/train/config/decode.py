@@ -116,7 +116,7 @@ def _section(
     kind = choose(place, choices, chosen)
     if chosen == same:
         return decode(kind, default, values, name, preset)
-    return decode(kind, None, TUNED[preset].get(chosen, {}) | values, name, preset)
+    return decode(kind, None, TUNED.get(preset, {}).get(chosen, {}) | values, name, preset)
 
 
 def _plain(options: tuple[Any, ...], value: Any, name: str) -> Any:

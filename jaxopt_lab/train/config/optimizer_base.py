@@ -26,6 +26,7 @@ class ModelInfo(NamedTuple):
     param_shardings: PyTree = None  # of NamedSharding
     vocab_size: int | None = None
     decays: PyTree = None  # of bools: no norm, bias or embedding; None: every parameter
+    clip: float | None = None  # largest norm, for those that clip by themselves
 
     @classmethod
     def of(
