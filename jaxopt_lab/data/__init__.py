@@ -1,4 +1,4 @@
-"""Corpora, tokenizers and batches."""
+"""Corpora, tokenizers and batches; labelled rows; packages of data and weights."""
 
 from jaxopt_lab.data.batches import Batch, TrainBatches, train_batches, train_rows
 from jaxopt_lab.data.corpora import Corpus, CorpusPart, SetError, TokenSplit, list_corpora, prepare
@@ -11,6 +11,16 @@ from jaxopt_lab.data.evaluation import (
     validation_batches,
     windows_of,
 )
+from jaxopt_lab.data.labelled import (
+    LabelledCorpus,
+    LabelledFiles,
+    LabelledSource,
+    LabelledSplit,
+    MovieSentences,
+    Topics,
+    prepare_labelled,
+)
+from jaxopt_lab.data.packages import PACKAGES, Package, fetch, find, list_packages
 from jaxopt_lab.data.sources import (
     CORPORA,
     VALIDATION,
@@ -26,11 +36,18 @@ from jaxopt_lab.data.windows import Windows, draw_windows
 
 __all__ = [
     "CORPORA",
+    "PACKAGES",
     "VALIDATION",
     "Batch",
     "Corpus",
     "CorpusPart",
+    "LabelledCorpus",
+    "LabelledFiles",
+    "LabelledSource",
+    "LabelledSplit",
     "Mixture",
+    "MovieSentences",
+    "Package",
     "PreparedTfds",
     "PythonSource",
     "SetError",
@@ -39,14 +56,19 @@ __all__ = [
     "TokenSplit",
     "Tokenizer",
     "TokenizerConfig",
+    "Topics",
     "TrainBatches",
     "Windows",
     "bits_per_byte",
     "count_targets",
     "draw_windows",
+    "fetch",
+    "find",
     "list_corpora",
+    "list_packages",
     "nats_under",
     "prepare",
+    "prepare_labelled",
     "sets_from_text",
     "train_batches",
     "train_rows",

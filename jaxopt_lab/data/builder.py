@@ -1,11 +1,12 @@
 """Documents on disk: a TensorFlow Datasets builder in array_record format, without TensorFlow."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
+from jaxopt_lab.data.labelled import LabelledText
 from jaxopt_lab.data.sources import Document
 
 _ROWS_PER_READ = 256
@@ -16,7 +17,17 @@ class _LocalInfo(tfds.core.DatasetInfo):
         """Asks no server for facts about our dataset, and leaves no directory for them behind."""
 
 
-class TextDocuments(tfds.core.GeneratorBasedBuilder):
+class _QuietBuilder(tfds.core.GeneratorBasedBuilder):
+    """Without the two messages that TFDS prints to standard output."""
+
+    def _log_download_bytes(self) -> None:
+        pass
+
+    def _log_download_done(self) -> None:
+        pass
+
+
+class TextDocuments(_QuietBuilder):
     """Text documents that the caller hands over; one split per entry of `documents`.
 
     The key of a row is the hash of its text, which TFDS hashes again to order the rows.
@@ -53,12 +64,41 @@ class TextDocuments(tfds.core.GeneratorBasedBuilder):
         for key, document in self._documents[split]:
             yield key, {"id": key, "name": document.name, "text": document.text}
 
-    # TFDS prints these two messages to standard output.
-    def _log_download_bytes(self) -> None:
-        pass
 
-    def _log_download_done(self) -> None:
-        pass
+class LabelledTexts(_QuietBuilder):
+    """Texts of several classes that the caller hands over; one split per entry of `rows`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(
+        self,
+        *,
+        rows: Mapping[str, Iterable[LabelledText]] | None = None,
+        classes: Sequence[str] = (),
+        **kwargs: Any,
+    ):
+        """Keeps the rows for `download_and_prepare`.
+
+        Args:
+            rows: split -> rows, whose identifiers are unique within it; read once.
+            classes: their names.
+            **kwargs: for the TFDS builder.
+        """
+        self._rows, self._classes = rows or {}, list(classes)
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text, label = tfds.features.Text, tfds.features.ClassLabel(names=self._classes)
+        features = tfds.features.FeaturesDict({"id": text(), "text": text(), "label": label})
+        return _LocalInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        del dl_manager
+        return {split: self._generate_examples(split) for split in self._rows}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for row in self._rows[split]:
+            yield row.id, row._asdict()
 
 
 def write_documents(
@@ -70,8 +110,40 @@ def write_documents(
         directory: an existing directory; the dataset is the only thing in it.
         documents: split -> (key, document) pairs, no split empty.
     """
+    _write(TextDocuments(documents=documents, data_dir=directory, file_format="array_record"))
+
+
+def write_labelled(
+    directory: Path, rows: Mapping[str, Iterable[LabelledText]], classes: Sequence[str]
+) -> None:
+    """Prepares a TFDS dataset of labelled texts below `directory`.
+
+    Args:
+        directory: an existing directory; the dataset is the only thing in it.
+        rows: split -> rows, no split empty.
+        classes: their names.
+    """
+    _write(
+        LabelledTexts(rows=rows, classes=classes, data_dir=directory, file_format="array_record")
+    )
+
+
+def read_labelled(directory: Path) -> dict[str, list[LabelledText]]:
+    """The rows of every split, in the order of their identifiers."""
+    builder: Any = tfds.builder_from_directory(
+        directory / LabelledTexts.name / str(LabelledTexts.VERSION)
+    )
+    splits = {}
+    for split in builder.info.splits:
+        source = builder.as_data_source(split=split)
+        found = source.__getitems__(range(len(source)))
+        rows = (LabelledText(r["id"].decode(), r["text"].decode(), int(r["label"])) for r in found)
+        splits[split] = sorted(rows)
+    return splits
+
+
+def _write(builder: Any) -> None:
     tfds.disable_progress_bar()
-    builder = TextDocuments(documents=documents, data_dir=directory, file_format="array_record")
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(try_download_gcs=False)
     )

@@ -3,12 +3,14 @@
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.cross_entropy import loss
 from jaxopt_lab.models.decoder import Decoder, Params, apply, bind, init_params
+from jaxopt_lab.models.encoder_config import EncoderConfig
 from jaxopt_lab.models.huggingface import (
     export_huggingface,
     huggingface_config_of,
     load_huggingface,
     matrix_names,
 )
+from jaxopt_lab.models.huggingface_bert import load_bert
 from jaxopt_lab.models.layout import (
     abstract_params,
     flops_per_token,
@@ -27,6 +29,7 @@ __all__ = [
     "PRESETS",
     "Decoder",
     "DecoderConfig",
+    "EncoderConfig",
     "Params",
     "abstract_params",
     "apply",
@@ -36,6 +39,7 @@ __all__ = [
     "generate",
     "huggingface_config_of",
     "init_params",
+    "load_bert",
     "load_huggingface",
     "logical_axes",
     "loss",

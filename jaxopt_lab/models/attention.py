@@ -1,4 +1,4 @@
-"""Rotary positions and causal attention on arrays (batch, positions, heads, head width)."""
+"""Rotary positions and attention on arrays (batch, positions, heads, head width)."""
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,13 @@ def rotate(x_BxTxHxE: jax.Array, base: float) -> jax.Array:
     return jnp.concatenate(turned, axis=-1).astype(x_BxTxHxE.dtype)
 
 
+def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Entries zeroed with probability ``rate``, the others divided by 1 - rate; no key: x."""
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
 def attend(
     q_BxTxHxE: jax.Array,
     k_BxTxKxE: jax.Array,
@@ -32,8 +39,10 @@ def attend(
     segment_ids_BxT: jax.Array | None = None,
     *,
     kernel: str = "auto",
+    causal: bool = True,
+    dropout: tuple[float, jax.Array | None] = (0.0, None),
 ) -> jax.Array:
-    """Causal attention with grouped key and value heads, optionally within documents.
+    """Attention with grouped key and value heads, optionally within documents.
 
     Args:
         q_BxTxHxE: queries.
@@ -41,6 +50,9 @@ def attend(
         v_BxTxKxE: values.
         segment_ids_BxT: document of each position; a position sees its own document only.
         kernel: "xla", "cudnn", or "auto" for cuDNN where it applies.
+        causal: whether a position sees only those before it and itself.
+        dropout: of the attention weights: rate and key; no key, no dropout. No kernel has it: it
+            forms the weights.
 
     Returns:
         The mixed values, (B, T, H, E).
@@ -48,8 +60,9 @@ def attend(
     mask_Bx1xTxT = None
     if segment_ids_BxT is not None:
         mask_Bx1xTxT = (segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :])[:, None]
-    if q_BxTxHxE.dtype == jnp.float64:
-        return _attend_float64(q_BxTxHxE, k_BxTxKxE, v_BxTxKxE, mask_Bx1xTxT)
+    drops = dropout[0] > 0 and dropout[1] is not None
+    if q_BxTxHxE.dtype == jnp.float64 or drops:
+        return _attend_plain(q_BxTxHxE, k_BxTxKxE, v_BxTxKxE, mask_Bx1xTxT, causal, dropout)
     if kernel == "auto":
         kernel = "cudnn" if _cudnn_applies(q_BxTxHxE) else "xla"
     return jax.nn.dot_product_attention(
@@ -57,7 +70,7 @@ def attend(
         k_BxTxKxE,
         v_BxTxKxE,
         mask=mask_Bx1xTxT,
-        is_causal=True,
+        is_causal=causal,
         implementation="cudnn" if kernel == "cudnn" else "xla",
     )
 
@@ -70,20 +83,29 @@ def _cudnn_applies(q_BxTxHxE: jax.Array) -> bool:
     return half and shapes and jax.default_backend() == "gpu"
 
 
-def _attend_float64(
+def _attend_plain(
     q_BxTxHxE: jax.Array,
     k_BxTxKxE: jax.Array,
     v_BxTxKxE: jax.Array,
     mask_Bx1xTxT: jax.Array | None,
+    causal: bool,
+    dropout: tuple[float, jax.Array | None],
 ) -> jax.Array:
     """The definition; `jax.nn.dot_product_attention` takes its softmax in float32 always."""
     B, T, H, E = q_BxTxHxE.shape
     K = k_BxTxKxE.shape[2]
     q_BxTxKxGxE = q_BxTxHxE.reshape(B, T, K, H // K, E)
-    scores_BxKxGxTxS = jnp.einsum("btkge,bske->bkgts", q_BxTxKxGxE, k_BxTxKxE) / E**0.5
-    visible = jnp.tril(jnp.ones((T, T), bool))
+    scores_BxKxGxTxS = jnp.einsum(
+        "btkge,bske->bkgts",
+        q_BxTxKxGxE,
+        k_BxTxKxE,
+        preferred_element_type=jnp.promote_types(q_BxTxHxE.dtype, jnp.float32),
+    )
+    visible = jnp.ones((T, T), bool)
+    visible = jnp.tril(visible) if causal else visible
     if mask_Bx1xTxT is not None:
         visible = visible & mask_Bx1xTxT[:, :, None]
-    scores_BxKxGxTxS = jnp.where(visible, scores_BxKxGxTxS, -jnp.inf)
-    weights_BxKxGxTxS = jax.nn.softmax(scores_BxKxGxTxS, axis=-1)
+    scores_BxKxGxTxS = jnp.where(visible, scores_BxKxGxTxS / E**0.5, -jnp.inf)
+    weights_BxKxGxTxS = dropped(jax.nn.softmax(scores_BxKxGxTxS, axis=-1), *dropout)
+    weights_BxKxGxTxS = weights_BxKxGxTxS.astype(v_BxTxKxE.dtype)
     return jnp.einsum("bkgts,bske->btkge", weights_BxKxGxTxS, v_BxTxKxE).reshape(B, T, H, E)

@@ -68,21 +68,20 @@ class DecoderConfig:
 
     def __post_init__(self):
         """Checks every field."""
-        for field in dataclasses.fields(self):
-            _check_literal(field, getattr(self, field.name))
+        check_choices(self)
         for name in ("vocab_size", "width", "depth", "heads", "context"):
-            _require(self, name, getattr(self, name) >= 1, "at least 1")
+            require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("rope_base", "norm_eps"):
-            _require(self, name, getattr(self, name) > 0, "greater than 0")
-        _require(self, "heads", self.width % self.heads == 0, f"a divisor of width = {self.width}")
+            require(self, name, getattr(self, name) > 0, "greater than 0")
+        require(self, "heads", self.width % self.heads == 0, f"a divisor of width = {self.width}")
         if self.kv_heads is not None:
             divides = self.kv_heads >= 1 and self.heads % self.kv_heads == 0
-            _require(self, "kv_heads", divides, f"a divisor of heads = {self.heads}")
+            require(self, "kv_heads", divides, f"a divisor of heads = {self.heads}")
         if self.hidden is not None:
-            _require(self, "hidden", self.hidden >= 1, "at least 1")
+            require(self, "hidden", self.hidden >= 1, "at least 1")
         if self.positions == "rope":
             wanted = f"such that the head width is even (width = {self.width})"
-            _require(self, "heads", self.head_width % 2 == 0, wanted)
+            require(self, "heads", self.head_width % 2 == 0, wanted)
 
     @property
     def head_width(self) -> int:
@@ -129,7 +128,7 @@ def check_tokens(config: DecoderConfig, tokens_BxT: jax.Array, segment_ids_BxT: 
         )
 
 
-def check_dtypes(config: DecoderConfig) -> None:
+def check_dtypes(config: Any) -> None:
     """Checks that JAX will keep the requested precisions.
 
     Raises:
@@ -140,12 +139,23 @@ def check_dtypes(config: DecoderConfig) -> None:
             raise ValueError(f"{name}: got float64, which needs jax_enable_x64 to be on")
 
 
-def _check_literal(field: dataclasses.Field, value: Any) -> None:
-    choices = get_args(field.type)
-    if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
-        raise ValueError(f"{field.name}: got {value!r}, wanted one of {', '.join(choices)}")
+def check_choices(config: Any) -> None:
+    """Checks that every field with a list of choices has one of them.
+
+    Raises:
+        ValueError: names the field and the choices.
+    """
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), get_args(field.type)
+        if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
+            raise ValueError(f"{field.name}: got {value!r}, wanted one of {', '.join(choices)}")
 
 
-def _require(config: DecoderConfig, name: str, condition: bool, wanted: str) -> None:
+def require(config: Any, name: str, condition: bool, wanted: str) -> None:
+    """Checks one field.
+
+    Raises:
+        ValueError: names the field, its value and what was wanted.
+    """
     if not condition:
         raise ValueError(f"{name}: got {getattr(config, name)}, wanted {wanted}")

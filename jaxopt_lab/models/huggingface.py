@@ -22,6 +22,8 @@ from safetensors.flax import load_file, save_file
 
 from jaxopt_lab.models.config import DecoderConfig, check_dtypes
 from jaxopt_lab.models.decoder import Params
+from jaxopt_lab.models.encoder_config import EncoderConfig, ModelConfig
+from jaxopt_lab.models.huggingface_bert import bert_names
 from jaxopt_lab.models.huggingface_config import from_huggingface_config, to_huggingface_config
 from jaxopt_lab.models.layout import abstract_params
 
@@ -110,7 +112,7 @@ def export_huggingface(
         (partial / _CONFIG).write_text(json.dumps(theirs, indent=2) + "\n")
 
 
-def matrix_names(config: DecoderConfig) -> dict[str, Any]:
+def matrix_names(config: ModelConfig) -> dict[str, Any]:
     """Hugging Face module names of the matrices of each kernel of the layers.
 
     In the order of the kernel's batch axes: for a fused projection (L, d, 3, d) the queries, keys
@@ -126,7 +128,10 @@ def matrix_names(config: DecoderConfig) -> dict[str, Any]:
     for path, leaf in _leaves(abstract_params(config)):
         if path[0] != "layers" or path[-1] != "kernel":
             continue
-        names, _ = _names(config, path)
+        if isinstance(config, EncoderConfig):
+            names = bert_names(path)
+        else:
+            names, _ = _names(config, path)
         matrices = math.prod(leaf.shape[2:-1]) if config.fused_qkv_as == "three" else 1
         each = names if len(names) == matrices else names * matrices
         modules = [name.removesuffix(".weight") for name in each]

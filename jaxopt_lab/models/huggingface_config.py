@@ -80,9 +80,9 @@ def _llama(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _from_gpt2(fields: Mapping[str, Any]) -> DecoderConfig:
-    _expect(fields, "activation_function", "gelu_new", "gelu_pytorch_tanh")
+    expect(fields, "activation_function", "gelu_new", "gelu_pytorch_tanh")
     for name in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
-        _expect(fields, name, False)
+        expect(fields, name, False)
     return DecoderConfig(
         vocab_size=fields["vocab_size"],
         width=fields["n_embd"],
@@ -103,11 +103,11 @@ def _from_llama(fields: Mapping[str, Any]) -> DecoderConfig:
     bias = fields.get("attention_bias", False)
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
     rope = fields.get("rope_parameters") or {}
-    _expect(fields, "hidden_act", "silu")
-    _expect(fields, "mlp_bias", bias)
-    _expect(fields, "rope_scaling", None)
-    _expect(rope, "rope_type", "default")
-    _expect({"head_dim": fields.get("head_dim") or width // heads}, "head_dim", width // heads)
+    expect(fields, "hidden_act", "silu")
+    expect(fields, "mlp_bias", bias)
+    expect(fields, "rope_scaling", None)
+    expect(rope, "rope_type", "default")
+    expect({"head_dim": fields.get("head_dim") or width // heads}, "head_dim", width // heads)
     return DecoderConfig(
         vocab_size=fields["vocab_size"],
         width=width,
@@ -132,7 +132,12 @@ def _demand(config: DecoderConfig, architecture: str, **wanted: Any) -> None:
             )
 
 
-def _expect(fields: Mapping[str, Any], name: str, *allowed: Any) -> None:
+def expect(fields: Mapping[str, Any], name: str, *allowed: Any) -> None:
+    """Checks one field, which may be absent.
+
+    Raises:
+        ValueError: it has a value that is not allowed.
+    """
     value = fields.get(name, allowed[0])
     if value not in allowed:
         raise ValueError(f"{name}: got {value!r}, wanted {' or '.join(map(repr, allowed))}")

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from jaxopt_lab.models.attention import attend, rotate
 from jaxopt_lab.models.config import DecoderConfig
+from jaxopt_lab.models.encoder_config import ModelConfig
 from jaxopt_lab.models.sharding import constrain
 from jaxopt_lab.models.side import Side
 
@@ -27,13 +28,13 @@ def parameter(value: jax.Array, role: str, axes: tuple[str | None, ...]) -> nnx.
 
 
 def normal(
-    config: DecoderConfig, rngs: nnx.Rngs, shape: tuple[int, ...], std: float = INIT_STD
+    config: ModelConfig, rngs: nnx.Rngs, shape: tuple[int, ...], std: float = INIT_STD
 ) -> jax.Array:
     """Draws N(0, std^2) in the parameters' precision."""
     return std * jax.random.normal(rngs.params(), shape, config.param_dtype)
 
 
-def zeros(config: DecoderConfig, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+def zeros(config: ModelConfig, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
     """A bias."""
     return parameter(jnp.zeros(shape, config.param_dtype), "bias", axes)
 
@@ -50,7 +51,7 @@ def residual_std(config: DecoderConfig) -> float:
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the last axis, in float32 or wider."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: ModelConfig):
         """Starts as the identity scale."""
         self.config = config
         self.scale = parameter(jnp.ones(config.width, config.param_dtype), "norm", ("stream",))
@@ -76,7 +77,7 @@ class Linear(nnx.Module):
 
     def __init__(
         self,
-        config: DecoderConfig,
+        config: ModelConfig,
         shape: tuple[int, ...],
         axes: tuple[str | None, ...],
         *,

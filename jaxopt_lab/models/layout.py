@@ -15,15 +15,17 @@ from optax.contrib import MuonDimensionNumbers
 
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.decoder import abstract_decoder
+from jaxopt_lab.models.encoder import abstract_encoder
+from jaxopt_lab.models.encoder_config import ModelConfig
 from jaxopt_lab.models.sharding import DEFAULT_RULES, Rules, spec_for
 
 
-def abstract_params(config: DecoderConfig) -> dict[str, Any]:
+def abstract_params(config: ModelConfig) -> dict[str, Any]:
     """Shapes and dtypes of the parameters (`jax.ShapeDtypeStruct`)."""
     return _map(config, lambda leaf, axes: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
 
 
-def roles(config: DecoderConfig) -> dict[str, Any]:
+def roles(config: ModelConfig) -> dict[str, Any]:
     """Role of each parameter: embedding, head, position, norm, bias or matrix.
 
     >>> from jaxopt_lab.models import PRESETS
@@ -34,7 +36,7 @@ def roles(config: DecoderConfig) -> dict[str, Any]:
 
 
 def matrix_axes(
-    config: DecoderConfig, *, position_embedding: Literal["matrix", "adamw"] = "matrix"
+    config: ModelConfig, *, position_embedding: Literal["matrix", "adamw"] = "matrix"
 ) -> dict[str, Any]:
     """Which axes of each parameter form a matrix; None where a matrix optimizer has no business.
 
@@ -43,7 +45,7 @@ def matrix_axes(
     them, as when the released code of most papers sees a fused projection.
 
     Args:
-        config: of the decoder.
+        config: of the model.
         position_embedding: whether a learned position table counts as a matrix, as in the
             released LionMuon code, or goes to the fallback.
 
@@ -66,7 +68,7 @@ def matrix_axes(
     return _map(config, describe)
 
 
-def logical_axes(config: DecoderConfig) -> dict[str, Any]:
+def logical_axes(config: ModelConfig) -> dict[str, Any]:
     """Name of each axis of each parameter, as the sharding rules know them.
 
     >>> from jaxopt_lab.models import PRESETS
@@ -77,12 +79,12 @@ def logical_axes(config: DecoderConfig) -> dict[str, Any]:
 
 
 def partition_specs(
-    config: DecoderConfig, mesh: Mesh | Mapping[str, int], rules: Rules = DEFAULT_RULES
+    config: ModelConfig, mesh: Mesh | Mapping[str, int], rules: Rules = DEFAULT_RULES
 ) -> dict[str, Any]:
     """PartitionSpec of each parameter on a mesh with axes among data, fsdp and tensor.
 
     Args:
-        config: of the decoder.
+        config: of the model.
         mesh: the mesh, or the size of each of its axes.
         rules: logical axis name to mesh axis. A mesh axis that does not divide the parameter
             axis is dropped; heads are never cut.
@@ -93,7 +95,9 @@ def partition_specs(
     (None, 'tensor', 'fsdp')
     """
     sizes = mesh if isinstance(mesh, Mapping) else dict(mesh.shape)
-    heads: dict[str | None, int] = {"heads": config.heads, "kv_heads": config.num_kv_heads}
+    heads: dict[str | None, int] = {"heads": config.heads}
+    if isinstance(config, DecoderConfig):
+        heads["kv_heads"] = config.num_kv_heads
 
     def place(leaf: nnx.Variable, axes: tuple[str | None, ...]) -> jax.sharding.PartitionSpec:
         counts = tuple(heads.get(name, n) for name, n in zip(axes, leaf.shape, strict=True))
@@ -102,7 +106,7 @@ def partition_specs(
     return _map(config, place)
 
 
-def parameter_count(config: DecoderConfig) -> int:
+def parameter_count(config: ModelConfig) -> int:
     """Number of parameters, a tied embedding counted once."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
 
@@ -128,10 +132,12 @@ def flops_per_token(config: DecoderConfig, context: int | None = None) -> float:
 
 
 def _map(
-    config: DecoderConfig, describe: Callable[[nnx.Variable, tuple[str | None, ...]], Any]
+    config: ModelConfig, describe: Callable[[nnx.Variable, tuple[str | None, ...]], Any]
 ) -> dict[str, Any]:
     """Maps (abstract parameter, logical axes) to a plain nested dict."""
-    state = nnx.state(abstract_decoder(config), nnx.Param)
+    decoder = isinstance(config, DecoderConfig)
+    model = abstract_decoder(config) if decoder else abstract_encoder(config)
+    state = nnx.state(model, nnx.Param)
 
     def walk(node: Any, inside: tuple[str | None, ...]) -> Any:
         if isinstance(node, nnx.Variable):

@@ -2,10 +2,12 @@ import doctest
 
 import pytest
 
-from jaxopt_lab.data import batches, corpora, tokenizer
+from jaxopt_lab.data import archives, batches, corpora, labelled, tokenizer
 
 
-@pytest.mark.parametrize("module", [batches, corpora, tokenizer], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [archives, batches, corpora, labelled, tokenizer], ids=lambda m: m.__name__
+)
 def test_examples_of_the_docstrings(module):
     results = doctest.testmod(module)
     assert results.attempted and not results.failed
