@@ -33,6 +33,7 @@ from jaxopt_lab.data.sources import (
 )
 from jaxopt_lab.data.tokenizer import Tokenizer, TokenizerConfig
 from jaxopt_lab.data.windows import Windows, draw_windows
+from jaxopt_lab.data.wordpiece import Encoded, WordPiece
 
 __all__ = [
     "CORPORA",
@@ -45,6 +46,7 @@ __all__ = [
     "LabelledFiles",
     "LabelledSource",
     "LabelledSplit",
+    "Encoded",
     "Mixture",
     "MovieSentences",
     "Package",
@@ -59,6 +61,7 @@ __all__ = [
     "Topics",
     "TrainBatches",
     "Windows",
+    "WordPiece",
     "bits_per_byte",
     "count_targets",
     "draw_windows",

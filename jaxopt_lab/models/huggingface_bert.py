@@ -52,7 +52,7 @@ def load_bert(directory: str | pathlib.Path) -> tuple[EncoderConfig, Params]:
     Args:
         directory: with ``config.json`` and one ``model.safetensors``, its names with or without
             ``bert.``; ``1_Pooling/config.json`` of a sentence encoder says what is pooled, without
-            it the first token is.
+            it the mean is.
 
     Returns:
         The configuration, dropout rates among it, and the parameters in float32.
@@ -80,7 +80,7 @@ def load_bert(directory: str | pathlib.Path) -> tuple[EncoderConfig, Params]:
     return config, params
 
 
-def from_bert_config(fields: Mapping[str, Any], pooling: Any = "cls") -> EncoderConfig:
+def from_bert_config(fields: Mapping[str, Any], pooling: Any = "mean") -> EncoderConfig:
     """Reads a BertConfig.
 
     Args:
@@ -134,7 +134,7 @@ def bert_names(path: tuple[str, ...]) -> tuple[str, ...]:
 def _pooling(directory: pathlib.Path) -> str:
     path = directory / _POOLING
     if not path.exists():
-        return "cls"
+        return "mean"
     fields = json.loads(path.read_text())
     modes = [n for n, value in fields.items() if n.startswith("pooling_mode_") and value is True]
     if len(modes) != 1 or modes[0] not in _POOLINGS:
