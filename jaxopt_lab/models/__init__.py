@@ -10,7 +10,7 @@ from jaxopt_lab.models.huggingface import (
     load_huggingface,
     matrix_names,
 )
-from jaxopt_lab.models.huggingface_bert import load_bert
+from jaxopt_lab.models.huggingface_bert import bert_config_of, load_bert
 from jaxopt_lab.models.layout import (
     abstract_params,
     flops_per_token,
@@ -33,6 +33,7 @@ __all__ = [
     "Params",
     "abstract_params",
     "apply",
+    "bert_config_of",
     "bind",
     "export_huggingface",
     "flops_per_token",

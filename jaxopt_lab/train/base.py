@@ -1,7 +1,6 @@
 """The model that is fine-tuned: read from its source, on the host, and known by a digest."""
 
 import hashlib
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -9,9 +8,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxopt_lab import models
-from jaxopt_lab.core.keys import path_names
-from jaxopt_lab.models import PRESETS
-from jaxopt_lab.train.config.finetune import FinetuneConfig
+from jaxopt_lab.core.keys import path_names, purpose_key
+from jaxopt_lab.models import PRESETS, DecoderConfig, EncoderConfig, encoder
+from jaxopt_lab.models.encoder_config import ModelConfig
+from jaxopt_lab.train.config.finetune import FinetuneConfig, model_directory
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.io.leaves import describe_leaves, first_difference
 
@@ -20,21 +20,27 @@ class Base(NamedTuple):
     """The parameters of a model as they were found."""
 
     params: PyTree  # NumPy arrays
-    digest: str  # SHA-256 of paths, dtypes, shapes and values
+    digest: str  # SHA-256 of paths, dtypes, shapes and values, without a fresh head
 
 
-def read_base(config: FinetuneConfig) -> Base:
-    """Reads the model of a run; a preset has the random weights of the run's seed.
+def read_base(config: FinetuneConfig, model: ModelConfig) -> Base:
+    """Reads the model of a run; a preset has the random weights of the run's seed, as has a head.
+
+    Args:
+      config: The run.
+      model: That of the run, with the classes of its task.
 
     Raises:
       ConfigError: If it cannot be read, or its arrays are not those of `config.model`.
     """
-    if config.preset in PRESETS:
-        params = models.init_params(config.model, jax.random.key(config.seed))
+    key = jax.random.key(config.seed)
+    if isinstance(config.model, DecoderConfig) and config.preset in PRESETS:
+        params = models.init_params(config.model, key)
     else:
-        directory = Path(config.preset).expanduser()
+        directory = model_directory(config.preset)
+        load = models.load_bert if isinstance(model, EncoderConfig) else models.load_huggingface
         try:
-            _, params = models.load_huggingface(directory)
+            _, params = load(directory)
         except (OSError, ValueError) as error:
             raise ConfigError("model", config.preset, f"which cannot be read: {error}") from error
         positions = params["embedding"].get("positions")
@@ -44,7 +50,11 @@ def read_base(config: FinetuneConfig) -> Base:
     if difference := first_difference(wanted, describe_leaves(params)):
         raise ConfigError("model", config.preset, f"which has other arrays: {difference}")
     host = jax.tree.map(np.asarray, params)
-    return Base(host, digest(host))
+    found = digest(host)
+    if isinstance(model, EncoderConfig) and model.classes is not None:
+        _, params = encoder.with_head(model, host, model.classes, purpose_key(key, "head"))
+        host = jax.tree.map(np.asarray, params)
+    return Base(host, found)
 
 
 def digest(params: PyTree) -> str:

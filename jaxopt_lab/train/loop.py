@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, PyTree
 from jaxopt_lab import data
 from jaxopt_lab.lora import LoraSpec, spec_to_json
 from jaxopt_lab.step import TrainState, merged
-from jaxopt_lab.tasks import Text
 from jaxopt_lab.train.base import Base
+from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.run import PretrainConfig
 from jaxopt_lab.train.dist.agreement import agreed, gather
 from jaxopt_lab.train.dist.mesh import flags, rows_of_process, to_global
@@ -24,9 +24,10 @@ from jaxopt_lab.train.hooks import Hook, Hooks, View
 from jaxopt_lab.train.interrupts import INTERRUPTED, TERMINATED, StopRequests
 from jaxopt_lab.train.io.checkpoints import Checkpoints
 from jaxopt_lab.train.io.run_log import RESERVED, RunLog, logged_at
+from jaxopt_lab.train.labelled import Labels
 from jaxopt_lab.train.meter import Meter
 from jaxopt_lab.train.profile import PROFILE_DIRECTORY, Trace, profiled_steps
-from jaxopt_lab.train.program import Program, averaged_params, build_program
+from jaxopt_lab.train.program import Material, Program, averaged_params, build_program
 from jaxopt_lab.train.step import SIGNALS
 
 Status = Literal["finished", "terminated", "interrupted"]
@@ -46,20 +47,15 @@ class Run:
 
     config: PretrainConfig
     directory: Path
-    text: Text
+    material: Material
     program: Program
     checkpoints: Checkpoints
     base: Base | None = None  # the model that is fine-tuned
 
     def with_spec(self, spec: LoraSpec) -> "Run":
         """The run with other adapters."""
-        program = build_program(self.config, self.text, self.directory, spec)
+        program = build_program(self.config, self.material, self.directory, spec)
         return replace(self, program=program)
-
-    @property
-    def corpus(self) -> data.Corpus:
-        """What is read."""
-        return self.text.corpus
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -67,15 +63,20 @@ class Run:
 
         By the names of the settings, so that a change can be refused by name.
         """
-        of_base = {} if self.base is None else {"model": self.base.digest}
-        return of_base | {
-            "seed": self.config.seed,
-            "corpus": self.corpus.hash,
-            "corpus.weights": [part.weight for part in self.corpus.parts],
-            "validation_fraction": self.config.validation_fraction,
-            "tokenizer": self.corpus.tokenizer.hash,
-            "model.context": self.config.model.context,
-            "eval.best": self.config.eval.best,
+        config, corpus = self.config, self.material.corpus
+        common = {"seed": config.seed, "corpus": corpus.hash, "eval.best": config.eval.best}
+        if self.base is not None:
+            common["model"] = self.base.digest
+        if isinstance(self.material, Labels):
+            assert isinstance(config, FinetuneConfig)
+            tokenizer, prompt = self.material.tokenizer_hash, config.prompt
+            of_labels = {"tokenizer": tokenizer, "length": config.length}
+            return common | of_labels | {"prompt": [prompt.template, *prompt.words]}
+        return common | {
+            "corpus.weights": [part.weight for part in self.material.corpus.parts],
+            "validation_fraction": config.validation_fraction,
+            "tokenizer": self.material.corpus.tokenizer.hash,
+            "model.context": config.model.context,
         }
 
 
@@ -181,6 +182,12 @@ class Loop:
         # On all processes: one that went on would wait for the one that failed.
         agreed(lambda: self._hooks.raise_failure(f"saved after step {step}"))
         return state, self._status()
+
+    @property
+    def step_bytes(self) -> int:
+        """Memory of the compiled step on one device: what it is given, and its temporaries."""
+        memory: Any = self._compiled.memory_analysis()
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
     def _take_up(self, start: int) -> None:
         """What was measured at `start` is not measured again: the state is the same bit for bit."""

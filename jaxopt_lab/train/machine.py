@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab.models import PRESETS, parameter_count
+from jaxopt_lab.models import parameter_count
 from jaxopt_lab.models.config import check_dtypes
 from jaxopt_lab.train.config.run import RunConfig
 from jaxopt_lab.train.errors import ConfigError
@@ -50,7 +50,7 @@ def check_memory(
     needed, available = smallest_bytes(config, rows, fsdp * tensor), memory_bytes()
     if available is None or sum(needed.values()) <= available:
         return
-    preset, model = PRESETS[config.preset], config.model
+    (preset, _), model = config.named_model(config.preset), config.model
     growth = {n: getattr(model, n) / getattr(preset, n) for n in _SIZES}
     growth["batch_size"] = config.batch_size / RunConfig.batch_size
     name = max(growth, key=lambda name: growth[name])
@@ -79,8 +79,8 @@ def smallest_bytes(config: RunConfig, rows: int, parts: int) -> dict[str, int]:
     """
     model = config.model
     stored, computed = (jnp.dtype(d).itemsize for d in (model.param_dtype, model.compute_dtype))
-    tokens = rows * model.context
-    logits = tokens * model.vocab_size * computed // config.head_chunks // parts
+    tokens = rows * config.row_tokens
+    logits = config.row_logits * rows * computed // config.head_chunks // parts
     return {
         "weights": 2 * stored * parameter_count(model) // parts,
         "activations": tokens * (4 + model.width * computed) + logits,

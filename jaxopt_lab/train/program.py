@@ -16,7 +16,7 @@ from jaxopt_lab import models, optim
 from jaxopt_lab.lora import LoraSpec
 from jaxopt_lab.report.hlo import CollectiveTotal, collectives
 from jaxopt_lab.report.tables import format_table
-from jaxopt_lab.step import Estimator, TrainState, accumulated
+from jaxopt_lab.step import Adapted, Estimator, TrainState, accumulated, merged
 from jaxopt_lab.tasks import Task, Text, language_model
 from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.optimizer_base import ModelInfo
@@ -27,9 +27,13 @@ from jaxopt_lab.train.diagnostics import diagnostic_hook, make_recorders
 from jaxopt_lab.train.dist.mesh import batch_sharding, flag_sharding, make_mesh
 from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.hooks import Hook
+from jaxopt_lab.train.labelled import Labels
 from jaxopt_lab.train.rule import build_rule
 from jaxopt_lab.train.step import SIGNALS, PlacedStep, make_step, param_shardings
 from jaxopt_lab.train.trainable import Trained, adapted, everything, part, with_taps
+
+Material = Text | Labels
+"""What a run learns from."""
 
 KERNEL_CHOICES = "kernel-choices"
 """Directory below a deterministic run that keeps the choice of GPU kernels."""
@@ -57,10 +61,15 @@ class Program:
         return self.trained.moves is None and self.trained.spec is None
 
     @property
+    def parameters(self) -> int:
+        """Number of parameters of the model, without adapters."""
+        params = merged(self.step.abstract_state.params, self.step.abstract_state.frozen)
+        return _size(params.base if isinstance(params, Adapted) else params)
+
+    @property
     def trained_count(self) -> int:
         """Number of parameters that move."""
-        leaves = jax.tree.leaves(self.step.abstract_state.params)
-        return sum(math.prod(leaf.shape) for leaf in leaves)
+        return _size(self.step.abstract_state.params)
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class Cost:
 
 def build_program(
     config: PretrainConfig,
-    text: Text | None = None,
+    material: Material | None = None,
     run_directory: Path | None = None,
     spec: LoraSpec | None = None,
 ) -> Program:
@@ -105,22 +114,22 @@ def build_program(
 
     Args:
       config: The run.
-      text: What it learns from; None where only the parameters or the cost are wanted.
+      material: What it learns from; None where only the parameters or the cost are wanted, which
+        for labelled texts depend on the number of classes.
       run_directory: Where a deterministic run keeps the choice of kernels.
       spec: The adapters, where they are not those of the start any more.
 
     Raises:
       ConfigError: If the mesh does not fit the devices, or what is to move cannot.
     """
-    model = decoder_of(config)
     mesh = make_mesh(config.mesh)
-    task = language_model(
-        model, mesh, text, seed=config.seed, z_loss=config.z_loss, head_chunks=config.head_chunks
-    )
+    model = model_of(config, material)
+    task = _task(config, model, mesh, material)
     shardings = param_shardings(mesh, task.param_specs)
-    vocab_size = model.vocab_size if text is None else text.corpus.tokenizer.vocab_size
+    is_text = isinstance(material, Text)
+    vocab_size = material.corpus.tokenizer.vocab_size if is_text else model.vocab_size
     info = ModelInfo.of(model, shardings, vocab_size)._replace(clip=config.clip)
-    trained = _trained(config, task, info, spec)
+    trained = _trained(config, model, task, info, spec)
     task, info = trained.task, trained.info
     rule = build_rule(config.optimizer, config.schedule, info, config.steps)
     ema = None if config.ema is None else optim.track_params_ema(config.ema)
@@ -143,18 +152,34 @@ def build_program(
     held_out = HeldOut(task.evaluations, mesh, placed, options, config.eval.best)
     recorders = make_recorders(config.diagnostics, config.optimizer, info, ema)
     hooks = () if recorders is None else (diagnostic_hook(recorders, step),)
-    flops = _step_flops(config, trained, step.abstract_state)
+    flops = _step_flops(config, model, trained, step.abstract_state)
     return Program(mesh, task, tx, step, held_out, hooks, options, trained, flops, rule.outcome)
 
 
-def _trained(config: PretrainConfig, task: Task, info: ModelInfo, spec: LoraSpec | None) -> Trained:
+def _task(config: PretrainConfig, model: Any, mesh: Mesh, material: Material | None) -> Task:
+    if isinstance(material, Labels):
+        assert isinstance(config, FinetuneConfig)
+        return material.task(config, model, mesh)
+    return language_model(
+        model,
+        mesh,
+        material,
+        seed=config.seed,
+        z_loss=config.z_loss,
+        head_chunks=config.head_chunks,
+    )
+
+
+def _trained(
+    config: PretrainConfig, model: Any, task: Task, info: ModelInfo, spec: LoraSpec | None
+) -> Trained:
     if not isinstance(config, FinetuneConfig):
         return everything(task, info)
     if not isinstance(config.trainable, LoraAdaptersConfig):
-        return part(config.trainable, task, info, models.roles(config.model))
+        return part(config.trainable, task, info, models.roles(model))
     optimizer = config.optimizer
     weights = isinstance(optimizer, PairConfig) and optimizer.needs_weights
-    names = models.matrix_names(config.model)
+    names = models.matrix_names(model)
     return adapted(config.trainable, task, info, names, weights=weights, spec=spec)
 
 
@@ -204,14 +229,14 @@ def optimizer_share(program: Program) -> float:
 
 
 def _step_flops(
-    config: PretrainConfig, trained: Trained, abstract: TrainState
+    config: PretrainConfig, model: Any, trained: Trained, abstract: TrainState
 ) -> tuple[float, float]:
     """FLOPs of a step: of the model (6 N tokens + attention) and, on average, of the optimizer.
 
     Beside a frozen base no gradient of a kernel is formed, which saves a third.
     """
-    model = config.model
-    of_model = models.flops_per_token(model) * config.batch_size * model.context
+    length = config.row_tokens
+    of_model = models.flops_per_token(model, length) * config.batch_size * length
     if trained.spec is not None:
         of_model *= 2 / 3
     return of_model, config.optimizer.mean_flops(abstract.params, trained.info.matrix_axes)
@@ -222,15 +247,21 @@ def averaged_params(config: PretrainConfig, state: TrainState) -> PyTree | None:
     return None if config.ema is None else optim.params_ema(state.opt_state)
 
 
-def decoder_of(config: PretrainConfig) -> models.DecoderConfig:
-    """The decoder of a run, with an attention kernel that repeats its bits where that is asked for.
+def model_of(config: PretrainConfig, material: Material | None = None) -> Any:
+    """The model of a run, with the classes of its task.
 
-    cuDNN's backward pass sums in no fixed order, and XLA (jax 0.11.2) fails at run time when it is
-    asked for deterministic operations together with that kernel.
+    It has an attention kernel that repeats its bits where that is asked for: cuDNN's backward pass
+    sums in no fixed order, and XLA (jax 0.11.2) fails at run time when it is asked for
+    deterministic operations together with that kernel.
     """
-    if config.deterministic and config.model.attention == "auto":
-        return replace(config.model, attention="xla")
-    return config.model
+    model = material.model if isinstance(material, Labels) else config.model
+    if config.deterministic and model.attention == "auto":
+        return replace(model, attention="xla")
+    return model
+
+
+def _size(tree: PyTree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def _compiler_options(

@@ -24,7 +24,7 @@ from jaxopt_lab.train.io.run_directory import open_run, resume_command
 from jaxopt_lab.train.io.run_log import RunLog
 from jaxopt_lab.train.loop import Loop, Run, Status
 from jaxopt_lab.train.outcome import summary_of, write_report
-from jaxopt_lab.train.program import Cost, build_program, cost_of
+from jaxopt_lab.train.program import Cost, Material, build_program, cost_of, model_of
 from jaxopt_lab.train.stages import changed, stage_ends
 from jaxopt_lab.train.start import check, compiled_step, first_state, prepare_text, record_start
 
@@ -125,7 +125,7 @@ def _run(
             program = agreed(lambda: build_program(config, text, directory))
         with _checkpoints(config, directory, say) as checkpoints:
             with interrupt_by_the_end(say):
-                base = agreed(lambda: _base(config))
+                base = agreed(lambda: _base(config, text))
                 new = Run(config, directory, text, program, checkpoints, base)
                 run, state, position = agreed(lambda: first_state(new, say))
                 agreed(lambda: record_start(run, position.step, say))
@@ -153,14 +153,18 @@ def _run(
 
 def _dry_run(config: PretrainConfig, say: Message) -> RunResult:
     with compiled_once(config.compilation_cache, say):
-        program = build_program(config)
+        # The number of classes is a part of the program.
+        is_labelled = isinstance(config, FinetuneConfig) and config.is_labelled
+        program = build_program(config, prepare_text(config, say) if is_labelled else None)
         compiled = compiled_step(config, program, say)
     return RunResult("dry-run", cost=cost_of(program, compiled))
 
 
-def _base(config: PretrainConfig) -> Base | None:
+def _base(config: PretrainConfig, material: Material) -> Base | None:
     """The model that is fine-tuned."""
-    return read_base(config) if isinstance(config, FinetuneConfig) else None
+    if not isinstance(config, FinetuneConfig):
+        return None
+    return read_base(config, model_of(config, material))
 
 
 def _checkpoints(config: PretrainConfig, directory: Path, say: Message) -> Checkpoints:

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 from jaxtyping import Array, PyTree
 
-from jaxopt_lab import models
 from jaxopt_lab.lora import spec_from_json
 from jaxopt_lab.step import Adapted, TrainState, merged, split
 from jaxopt_lab.tasks import Text
 from jaxopt_lab.train.base import Base, placed
+from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.run import PretrainConfig, validate
 from jaxopt_lab.train.config.sections import axis_sizes
 from jaxopt_lab.train.dist.agreement import agreed, same_everywhere
@@ -20,10 +20,11 @@ from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.checkpoints import Restored
 from jaxopt_lab.train.io.manifest import add_session, describe_session, samples_before
 from jaxopt_lab.train.io.run_directory import as_stored, other_text, read_config, write_config
+from jaxopt_lab.train.labelled import Labels, open_labels
 from jaxopt_lab.train.loop import Position, Run
 from jaxopt_lab.train.machine import check_machine, check_memory
 from jaxopt_lab.train.meter import peak_of
-from jaxopt_lab.train.program import Program, compile_step, optimizer_share
+from jaxopt_lab.train.program import Material, Program, compile_step, optimizer_share
 from jaxopt_lab.train.step import param_shardings
 from jaxopt_lab.train.text import open_text
 from jaxopt_lab.train.trained import forked_params
@@ -52,12 +53,14 @@ def check(config: PretrainConfig, say: Message) -> None:
     same_everywhere(as_stored(config) | {name: getattr(config, name) for name in of_one_start})
 
 
-def prepare_text(config: PretrainConfig, say: Message) -> Text:
-    """Opens the corpus; process 0 first, so that the others find it in the cache."""
+def prepare_text(config: PretrainConfig, say: Message) -> Material:
+    """Opens what is learnt; process 0 first, so that the others find it in the cache."""
     rows, leads = config.batch_size // config.accumulation, jax.process_index() == 0
 
-    def opened() -> Text:
+    def opened() -> Material:
         with interrupt_by_the_end():
+            if isinstance(config, FinetuneConfig) and config.is_labelled:
+                return open_labels(config, say)
             return open_text(config, config.eval, rows, say, config.eval.sets)
 
     text = agreed(lambda: opened() if leads else None)
@@ -148,9 +151,12 @@ def record_start(run: Run, start: int, say: Message) -> None:
     """Writes what a resumed run replaces, now that nothing will refuse it any more."""
     if jax.process_index() != 0:
         return
-    run.corpus.tokenizer.save(run.directory)  # the model is of no use without it
+    material = run.material
+    if isinstance(material, Text):
+        material.corpus.tokenizer.save(run.directory)  # the model is of no use without it
+    about = material.summary() if isinstance(material, Labels) else material.corpus.summary()
     options = run.program.compiler_options
-    session = describe_session(run.program.mesh, start, run.corpus.summary(), options)
+    session = describe_session(run.program.mesh, start, about, options)
     peak = peak_of(jax.devices()[0].device_kind, run.config.peak_tflops)
     session |= {"peak": None if peak is None else peak._asdict()}
     before = as_stored(read_config(run.directory))
@@ -158,11 +164,21 @@ def record_start(run: Run, start: int, say: Message) -> None:
     if run.config.resume:
         write_config(run.directory, run.config)
     for name, each in run.program.task.evaluations.items():
-        say(
-            f"held out, {name}: {each.about['tokens']:,} tokens; a unigram model reaches "
-            f"{each.about['unigram_nats']:.4f} nats/token, "
-            f"{each.about['unigram_bits_per_byte']:.4f} bits/byte"
+        say(f"held out, {name}: {_described(each.about)}")
+
+
+def _described(about: Mapping[str, float]) -> str:
+    """What a held-out set is, and what is reached without learning."""
+    if "rows" in about:
+        cut = "" if about["filled"] < 0.5 else "; most texts fill a row, whose length may be short"
+        return (
+            f"{about['rows']:,} rows; the most frequent label is right for "
+            f"{100 * about['majority_accuracy']:.1f} %{cut}"
         )
+    return (
+        f"{about['tokens']:,} tokens; a unigram model reaches {about['unigram_nats']:.4f} "
+        f"nats/token, {about['unigram_bits_per_byte']:.4f} bits/byte"
+    )
 
 
 def compiled_step(config: PretrainConfig, program: Program, say: Message) -> jax.stages.Compiled:
@@ -176,8 +192,8 @@ def compiled_step(config: PretrainConfig, program: Program, say: Message) -> jax
     moving = "" if program.moves_all else f", of which {count:,} move,"
     sizes = " x ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
     say(
-        f"{config.preset}: {models.parameter_count(config.model) / 1e6:.2f}M parameters{moving} "
-        f"on mesh {sizes}, {config.batch_size * config.model.context:,} tokens per step, "
+        f"{config.preset}: {program.parameters / 1e6:.2f}M parameters{moving} "
+        f"on mesh {sizes}, {config.batch_size * config.row_tokens:,} tokens per step, "
         f"{100 * optimizer_share(program):.2g} % of its FLOPs in the optimizer; "
         f"compiled in {time.monotonic() - before:.1f} s"
     )

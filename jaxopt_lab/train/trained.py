@@ -58,14 +58,18 @@ def load_params(
       CheckpointError: If there is no such checkpoint, or it cannot be read.
     """
     config = read_config(run_directory)
+    if isinstance(config, FinetuneConfig) and config.is_labelled:
+        wanted = "which has learnt labels: expected a run on text (its adapters are in adapter/)"
+        raise ConfigError("run_directory", str(run_directory), wanted)
     found = _read(run_directory, config, MeshConfig(1, 1, 1), step, average)
     params = found.params
     if isinstance(config, FinetuneConfig):
-        base = read_base(config)
+        base = read_base(config, config.model)
         if base.digest != found.stored["model"]:
             raise other_base(base, found.stored["model"])
         params = whole(base.params, params, found.trained)
-    return config.model, params, found.tokenizer
+    model: Any = config.model
+    return model, params, found.tokenizer
 
 
 class _Read(NamedTuple):
@@ -104,16 +108,19 @@ def forked_params(run: Run) -> Params:
         config = read_config(source)
     except ConfigError as error:
         raise ConfigError.inside("fork_from", error) from error
+    wanted = run.program.step.abstract_state.params
+    if isinstance(config, FinetuneConfig):
+        found: Any = read_leaves(source, select_step(source, None), {"params": _host(wanted)})
+        return placed(found["params"], jax.tree.map(lambda leaf: leaf.sharding, wanted))
     found = _read(source, config, run.config.mesh, None, average=False)
     params, tokenizer = found.params, found.tokenizer
-    if tokenizer.hash != run.corpus.tokenizer.hash:
+    if tokenizer.hash != run.identity["tokenizer"]:
         raise ConfigError(
             "tokenizer",
             run.config.tokenizer,
             f"but the weights of {source} know its own tokens: expected "
             f"TokenizerConfig(kind='saved', directory={source!r})",
         )
-    wanted = run.program.step.abstract_state.params
     if difference := first_difference(describe_leaves(wanted), describe_leaves(params)):
         raise CheckpointError(f"{source} has another model: {difference}")
     return placed(params, jax.tree.map(lambda leaf: leaf.sharding, wanted))
@@ -224,19 +231,20 @@ def continue_text(
     return tokenizer.decode(np.asarray(drawn)[len(ids) :])
 
 
+def _host(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
+
+
 def _target(abstract: TrainState, average: bool) -> dict[str, PyTree]:
     """Fields of the state, with host arrays where something is to be read."""
 
-    def host(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
-
     def only_average(node: Any) -> Any:
         if isinstance(node, ParamsEmaState):
-            return ParamsEmaState(_UNREAD, host(node.ema))
+            return ParamsEmaState(_UNREAD, _host(node.ema))
         return _UNREAD
 
     if not average:
-        return {"params": host(abstract.params)}
+        return {"params": _host(abstract.params)}
     opt_state = jax.tree.map(
         only_average, abstract.opt_state, is_leaf=lambda node: isinstance(node, ParamsEmaState)
     )

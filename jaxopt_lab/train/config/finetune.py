@@ -3,11 +3,13 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from jaxopt_lab import models
-from jaxopt_lab.data import Source, TextFiles, TokenizerConfig
-from jaxopt_lab.models import PRESETS, DecoderConfig
+from jaxopt_lab import data, models
+from jaxopt_lab.data import LabelledSource, Source, TextFiles, TokenizerConfig
+from jaxopt_lab.models import PRESETS, EncoderConfig
+from jaxopt_lab.models.encoder_config import ModelConfig
+from jaxopt_lab.tasks import Prompt
 from jaxopt_lab.train.config.bounds import Count, Positive
 from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
 from jaxopt_lab.train.config.optimizers import AdamWConfig
@@ -33,8 +35,11 @@ class FinetuneConfig(PretrainConfig):
 
     verb: ClassVar[str] = "finetune"
 
-    corpus: Source = TextFiles()
-    """What is learnt, `--task NAME` on the command line: the next token of a text."""
+    model: ModelConfig = PRESETS["tiny"]  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Shape and numerics of the model, as its directory says."""
+    corpus: Source | LabelledSource = TextFiles()  # pyright: ignore[reportIncompatibleVariableOverride]
+    """What is learnt, `--task NAME` on the command line: the next token of a text, or the label of
+    labelled texts, by a head on an encoder or the next word of a decoder."""
     trainable: TrainableConfig = LoraAdaptersConfig()
     """What moves: everything, the head, or low-rank adapters."""
     optimizer: OptimizerConfig = AdamWConfig(learning_rate=1e-3, b2=0.999, weight_decay=0.0)
@@ -42,36 +47,54 @@ class FinetuneConfig(PretrainConfig):
     clip: Positive | None = 1.0
     """Largest global norm of the gradient; None does not clip. LoRSum clips by the norm of the
     kernels' gradients instead of the factors'."""
+    length: Count = 64
+    """Tokens of a row of labelled text; a longer text loses its end."""
+    prompt: Prompt = Prompt()
+    """How a decoder reads labelled text, and the word that stands for each class."""
     eval: EvalConfig = EvalConfig(sample_tokens=0)
     """Held-out evaluation."""
     batch_size: Count = 16
     """Rows per step, over all devices and microbatches."""
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether labels are learnt."""
+        return isinstance(self.corpus, LabelledSource)
+
+    @property
+    def row_tokens(self) -> int:
+        """See the base class."""
+        return self.length if self.is_labelled else self.model.context
+
+    @property
+    def row_logits(self) -> int:
+        """Labels need the scores of their classes alone."""
+        return 0 if self.is_labelled else super().row_logits
+
     @staticmethod
-    def named_model(name: str) -> tuple[DecoderConfig, TokenizerConfig]:
-        """A directory in Hugging Face's layout, or a preset with random weights."""
+    def named_model(name: str) -> tuple[Any, TokenizerConfig]:
+        """A directory in Hugging Face's layout, a fetched package, or a preset, random weights."""
         if name in PRESETS:
             return PretrainConfig.named_model(name)
-        directory = Path(name).expanduser()
-        if not (directory / "config.json").is_file():
-            raise ConfigError(
-                "model", name,
-                f"expected a directory with config.json and weights, or {' or '.join(PRESETS)}",
-            )  # fmt: skip
+        directory = model_directory(name)
         try:
-            model = models.huggingface_config_of(directory)
-        except (ValueError, KeyError, json.JSONDecodeError) as error:
+            model = _model_of(directory)
+        except (OSError, ValueError, KeyError) as error:
             raise ConfigError("model", name, f"which cannot be read: {error}") from error
-        # One module in peft, so one matrix with one adapter.
-        one = "one" if model.positions == "learned" else "three"
-        model = replace(model, context=min(model.context, _WINDOW), fused_qkv_as=one)
-        if (directory / "tokenizer.json").is_file() or not (directory / "merges.txt").is_file():
-            return model, TokenizerConfig("saved", model.vocab_size, str(directory))
-        return model, TokenizerConfig("gpt2", model.vocab_size, str(directory))
+        is_bpe = (directory / "merges.txt").is_file() and not (
+            directory / "tokenizer.json"
+        ).exists()
+        return model, TokenizerConfig(
+            "gpt2" if is_bpe else "saved", model.vocab_size, str(directory)
+        )
 
     def check_what_moves(self) -> None:
-        """Checks what moves, and that the optimizer can move it."""
+        """Checks what moves, that the optimizer can move it, and that the model can learn it."""
         self.trainable.validate()
+        if isinstance(self.model, EncoderConfig) and not self.is_labelled:
+            raise ConfigError("model", self.preset, "which is an encoder: expected a labelled task")
+        if self.is_labelled and self.length > self.model.context:
+            raise ConfigError("length", self.length, f"expected at most {self.model.context}")
         optimizer = self.optimizer
         if not isinstance(optimizer, PairConfig):
             return
@@ -84,3 +107,33 @@ class FinetuneConfig(PretrainConfig):
                 "schedule", "adaptive-warmup",
                 "expected another one: it scales updates, and those of LoRSum are whole moves",
             )  # fmt: skip
+
+
+def model_directory(name: str) -> Path:
+    """The directory of a model, by its path or the name of a package that was fetched.
+
+    Raises:
+      ConfigError: If there is none; names the command that fetches it.
+    """
+    if name in data.PACKAGES:
+        try:
+            return data.find(name)
+        except ValueError as error:
+            raise ConfigError.inside("model", error) from error
+    directory = Path(name).expanduser()
+    if not (directory / "config.json").is_file():
+        raise ConfigError(
+            "model", name,
+            "expected a directory with config.json and weights, or one of "
+            f"{', '.join(['minilm', *PRESETS])}",
+        )  # fmt: skip
+    return directory
+
+
+def _model_of(directory: Path) -> ModelConfig:
+    if json.loads((directory / "config.json").read_text()).get("model_type") == "bert":
+        return models.bert_config_of(directory)
+    model = models.huggingface_config_of(directory)
+    # One module in peft, so one matrix with one adapter.
+    one = "one" if model.positions == "learned" else "three"
+    return replace(model, context=min(model.context, _WINDOW), fused_qkv_as=one)

@@ -75,6 +75,16 @@ class RunConfig:
     run_directory: str | None = None
     """Where everything is written; by default a new directory below `runs/`."""
 
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row of a batch."""
+        return self.model.context
+
+    @property
+    def row_logits(self) -> int:
+        """Logits of a row: of every token at every position."""
+        return self.row_tokens * self.model.vocab_size
+
     @staticmethod
     def named_model(name: str) -> tuple[DecoderConfig, TokenizerConfig]:
         """A model that the flag `--model` can name, and a tokenizer for it.

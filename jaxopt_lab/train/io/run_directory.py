@@ -109,6 +109,8 @@ def _refuse_other_text(directory: Path, config: PretrainConfig) -> None:
     for name in ("seed", "validation_fraction"):
         if getattr(config, name) != getattr(before, name):
             raise other_text(name, getattr(config, name), getattr(before, name))
+    if isinstance(config, FinetuneConfig) and config.is_labelled:
+        return  # compared when it has been read
     if not _is_tokenizer_of(directory, config.tokenizer, before.tokenizer):
         raise other_text("tokenizer", config.tokenizer, before.tokenizer)
     if config.model.context != before.model.context:

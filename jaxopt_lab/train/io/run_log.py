@@ -54,9 +54,9 @@ class RunLog:
         start_sample: int = 0,
     ):
         """Opens the files and starts the live line."""
-        self._tokens_per_step = config.batch_size * config.model.context
+        self._tokens_per_step = config.batch_size * config.row_tokens
         # Batches may have had another size before.
-        self._tokens_before = start_sample * config.model.context
+        self._tokens_before = start_sample * config.row_tokens
         self._start_step = start_step
         of_model, self._flops_per_step = program.flops
         self._optimizer_share = self._flops_per_step / (of_model + self._flops_per_step)
