@@ -12,7 +12,7 @@ import jaxopt_lab
 ROOT = pathlib.Path(jaxopt_lab.__file__).parent
 PACKAGES = (
     *("core", "optim", "parity", "schedules", "diagnostics", "report", "models", "sweep", "train"),
-    *("bench", "dynamics", "lora", "zeroth_order"),
+    *("bench", "dynamics", "lora", "tasks", "zeroth_order"),
 )
 MODULES = sorted(
     ".".join(("jaxopt_lab", *path.relative_to(ROOT).with_suffix("").parts))

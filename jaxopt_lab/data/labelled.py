@@ -48,11 +48,6 @@ class LabelledCorpus:
     repeated: Mapping[str, int]
     """Rows of the other parts whose text is a training text as well."""
 
-    def majority(self, split: str) -> float:
-        """Accuracy on a part of always answering the class that is most frequent in training."""
-        answer = np.bincount(self.train.labels, minlength=len(self.classes)).argmax()
-        return float(np.mean(getattr(self, split).labels == answer))
-
 
 class Labelled(NamedTuple):
     """What a source says: names of classes, and rows by the names of the parts."""

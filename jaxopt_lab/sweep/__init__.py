@@ -6,7 +6,15 @@ are installed. `sweep.decoder_runs`, imported by its name, has those of the stud
 
 from jaxopt_lab.sweep.cost import StepCost, lanes_that_fit, measure_step
 from jaxopt_lab.sweep.program import Curves, Program, Run
-from jaxopt_lab.sweep.significance import RULE, Difference, difference, seed_noise
+from jaxopt_lab.sweep.significance import (
+    RULE,
+    Difference,
+    Interval,
+    accuracy_interval,
+    difference,
+    paired_accuracy,
+    seed_noise,
+)
 from jaxopt_lab.sweep.task import Task
 from jaxopt_lab.sweep.tuning import Tuned, tune
 
@@ -14,14 +22,17 @@ __all__ = [
     "RULE",
     "Curves",
     "Difference",
+    "Interval",
     "Program",
     "Run",
     "StepCost",
     "Task",
     "Tuned",
+    "accuracy_interval",
     "difference",
     "lanes_that_fit",
     "measure_step",
+    "paired_accuracy",
     "seed_noise",
     "tune",
 ]

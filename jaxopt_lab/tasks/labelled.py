@@ -1,10 +1,9 @@
 """Labelled texts with an encoder and a fresh classification head."""
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
@@ -14,16 +13,6 @@ from jaxopt_lab.models import encoder
 from jaxopt_lab.step import Batch
 from jaxopt_lab.tasks.classification import Logits, Rows, check_sizes, classification
 from jaxopt_lab.tasks.task import Task
-
-
-class PaddingTokenizer(Protocol):
-    """A tokenizer that cuts and pads."""
-
-    vocab_size: int
-
-    def encode(self, texts: Sequence[str], *, length: int) -> Any:
-        """`tokens` and `mask` (texts, length), with what the model wants around a text."""
-        ...
 
 
 def labelled(
@@ -94,7 +83,7 @@ def encoder_logits(config: models.EncoderConfig, mesh: Mesh | None = None) -> Lo
 def encoder_rows(
     config: models.EncoderConfig,
     corpus: data.LabelledCorpus,
-    tokenizer: PaddingTokenizer,
+    tokenizer: data.WordPiece,
     *,
     length: int = 64,
 ) -> dict[str, Rows]:
@@ -118,6 +107,6 @@ def encoder_rows(
 
     def read(split: data.LabelledSplit) -> Rows:
         found = tokenizer.encode(split.texts, length=length)
-        return Rows(np.asarray(found.tokens), np.asarray(found.mask, bool), split.labels)
+        return Rows(found.tokens, found.mask, split.labels)
 
     return {name: read(getattr(corpus, name)) for name in SPLITS}

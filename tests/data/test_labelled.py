@@ -86,7 +86,6 @@ def test_files_with_a_given_split(place):
     assert corpus.train.labels.tolist() == [1, 0, 1]
     assert corpus.validation.texts == ("five", "ü")
     assert corpus.repeated == {"validation": 0, "test": 1}
-    assert corpus.majority("validation") == 0.5 and corpus.majority("test") == 0.0
     again = data.prepare_labelled(
         LabelledFiles(train, str(validation), test, classes=("10", "9", "8"))
     )
