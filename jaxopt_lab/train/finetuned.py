@@ -1,6 +1,5 @@
 """What a fine-tuning run leaves: adapters of its best checkpoint, and its test, read once."""
 
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from jaxtyping import PyTree
 from jaxopt_lab import lora
 from jaxopt_lab.report.files import write_json
 from jaxopt_lab.step import Adapted, TrainState, merged
+from jaxopt_lab.sweep import accuracy_interval
 from jaxopt_lab.tasks import row_results
 from jaxopt_lab.train.base import digest, placed
 from jaxopt_lab.train.io.stored import checkpoint_path, read_item, read_leaves, select_step
@@ -25,7 +25,6 @@ Message = Callable[[str], None]
 
 ADAPTER_DIRECTORY = "adapter"
 TEST_FILE = "test.json"
-_Z = 1.959964  # of the normal distribution, for 95 %
 
 
 class Best(NamedTuple):
@@ -70,20 +69,6 @@ def report(run: Run, state: TrainState, say: Message) -> dict[str, Any]:
     return summary
 
 
-def interval(right: int, rows: int) -> tuple[float, float]:
-    """The 95 % interval of an accuracy by Wilson's score.
-
-    >>> [round(bound, 3) for bound in interval(90, 100)]
-    [0.826, 0.945]
-
-    Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", 1927.
-    """
-    share, z = right / rows, _Z**2 / rows
-    middle = (share + z / 2) / (1 + z)
-    half = math.sqrt(z * (share * (1 - share) + z / 4)) / (1 + z)
-    return middle - half, middle + half
-
-
 def _best(run: Run, state: TrainState) -> Best:
     step = select_step(run.directory, "best")
     if step == int(state.step):
@@ -109,16 +94,15 @@ def _test(found: Best, frozen: PyTree, labels: Labels, say: Message) -> dict[str
     rows = labels.rows["test"]
     logits = labels.logits(model_of(config, labels), program.mesh)
     results = row_results(logits, params, rows, side=side)
-    right, count = int(results.correct.sum()), len(results.correct)
-    low, high = interval(right, count)
+    count, (share, low, high) = len(results.correct), accuracy_interval(results.correct)
     majority = labels.corpus.majority("test")
     say(
-        f"test: {100 * right / count:.2f} % of {count:,} rows right, 95 % interval "
+        f"test: {100 * share:.2f} % of {count:,} rows right, 95 % interval "
         f"{100 * low:.2f} to {100 * high:.2f} (most frequent label: {100 * majority:.2f})"
     )
     _write_rows(found.run.directory, labels, results)
     return {
-        "test_accuracy": right / count,
+        "test_accuracy": share,
         "test_accuracy_low": low,
         "test_accuracy_high": high,
         "test_loss": float(results.nats.mean()),

@@ -105,7 +105,6 @@ def _resumed(run: Run, say: Message) -> tuple[Run, TrainState, Position]:
         return run if spec == run.program.trained.spec else run.with_spec(spec)
 
     def abstract(stored: Mapping[str, Any]) -> TrainState:
-        _refuse_change(run, stored)
         return of_checkpoint(stored).program.step.abstract_state._replace(frozen=())
 
     restored = run.checkpoints.restore(abstract)
@@ -113,6 +112,7 @@ def _resumed(run: Run, say: Message) -> tuple[Run, TrainState, Position]:
         raise CheckpointError(
             f"checkpoint {restored.step} holds a state after {int(restored.state.step)} steps"
         )
+    _refuse_change(run, restored.data)
     say(f"resuming after step {restored.step} of {run.config.steps}")
     run, state = of_checkpoint(restored.data), restored.state
     if run.base is not None:

@@ -67,7 +67,7 @@ def load_params(
         base = read_base(config, config.model)
         if base.digest != found.stored["model"]:
             raise other_base(base, found.stored["model"])
-        params = whole(base.params, params, found.trained)
+        params = jax.tree.map(np.asarray, whole(base.params, params, found.trained))
     model: Any = config.model
     return model, params, found.tokenizer
 
@@ -84,6 +84,7 @@ class _Read(NamedTuple):
 def whole(base: Params, moving: PyTree, trained: Trained) -> Params:
     """A model that needs nothing beside its parameters."""
     if trained.spec is not None:
+        base, moving = (jax.tree.map(jnp.asarray, tree) for tree in (base, moving))
         found: Any = lora.merge(whole_leaves(base, moving, trained.spec), moving, trained.spec)
         return found
     return merged(moving, split(base, trained.moves)[1])
