@@ -11,6 +11,7 @@ from jaxopt_lab.data.evaluation import (
     validation_batches,
     windows_of,
 )
+from jaxopt_lab.data.gguf_tokenizer import gguf_tokenizer
 from jaxopt_lab.data.labelled import (
     LabelledCorpus,
     LabelledFiles,
@@ -67,6 +68,7 @@ __all__ = [
     "draw_windows",
     "fetch",
     "find",
+    "gguf_tokenizer",
     "list_corpora",
     "list_packages",
     "nats_under",

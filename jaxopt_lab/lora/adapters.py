@@ -13,6 +13,7 @@ from jaxtyping import Array
 from jaxopt_lab.core.keys import path_names
 from jaxopt_lab.core.matrices import batch_first
 from jaxopt_lab.core.numerics import widened
+from jaxopt_lab.core.packed import is_packed, unpacked
 from jaxopt_lab.lora.config import AdapterSpec, LoraSpec, as_array
 from jaxopt_lab.lora.inits import START
 from jaxopt_lab.lora.pairs import Names, stacked
@@ -48,7 +49,8 @@ def init(key: Array, spec: LoraSpec, params: optax.Params) -> Adapters:
       params: The parameters; only the last two inits, DoRA and leaves trained whole read values.
     """
     adapters: Adapters = {}
-    leaves = {path_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    found = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_packed)
+    leaves = {path_names(path): leaf for path, leaf in found}
     for entry in spec.adapters:
         kernel = leaves[entry.path]
         a, b = START[spec.config.init](key, entry, kernel)
@@ -62,14 +64,14 @@ def init(key: Array, spec: LoraSpec, params: optax.Params) -> Adapters:
             node = {name: x[0] for name, x in node.items()}
         put(adapters, entry.path, node)
     for path in spec.full:
-        put(adapters, path, jnp.array(leaves[path], copy=True))
+        put(adapters, path, jnp.array(unpacked(leaves[path]), copy=True))
     return adapters
 
 
 def matrices(kernel: Array, entry: AdapterSpec) -> Array:
     """The matrices of a kernel that have an adapter, (adapters, inputs, outputs)."""
     count, n, m = entry.matrix_shape
-    found = batch_first(kernel, entry.axes).reshape(count, n, m)
+    found = batch_first(unpacked(kernel), entry.axes).reshape(count, n, m)
     return found if len(entry.kept) == count else found[as_array(entry.kept)]
 
 
@@ -97,7 +99,8 @@ def merge(
 ) -> optax.Params:
     """Parameters that need no adapter any more, in the dtypes of the kernels.
 
-    Sums are formed in float32 or wider and rounded once.
+    Sums are formed in float32 or wider and rounded once. Packed kernels, with an adapter or without
+    one, become floating-point arrays: packing them again would round the increments away.
 
     Args:
       params: The base.
@@ -108,7 +111,7 @@ def merge(
     Raises:
       ValueError: A merged kernel is not finite; the message names it.
     """
-    merged = effective(params, adapters, spec)
+    merged = unpacked(effective(params, adapters, spec))
     if check_finite:
         for path, leaf in jax.tree_util.tree_leaves_with_path(merged):
             if not bool(jnp.all(jnp.isfinite(leaf))):
@@ -141,11 +144,12 @@ def _changed(params: Any, adapters: Adapters, spec: LoraSpec, sign: float) -> An
             return x
         return _adapted(x, get(adapters, names), entries[names], sign)
 
-    return tree_map_with_path(leaf, params)
+    return tree_map_with_path(leaf, params, is_leaf=is_packed)
 
 
 def _adapted(kernel: Array, node: Mapping[str, Array], entry: AdapterSpec, sign: float) -> Array:
     count, n, m = entry.matrix_shape
+    kernel = unpacked(kernel)
     view = widened(batch_first(kernel, entry.axes)).reshape(count, n, m)
     old = view if len(entry.kept) == count else view[as_array(entry.kept)]
     new = old + sign * increments(node, entry)

@@ -15,6 +15,7 @@ from jax.tree_util import tree_leaves_with_path
 
 from jaxopt_lab.core.keys import path_names
 from jaxopt_lab.core.matrices import MatrixAxes
+from jaxopt_lab.core.packed import as_shapes
 from jaxopt_lab.lora.options import require
 from jaxopt_lab.lora.pairs import Names
 from jaxopt_lab.optim.roles import module_names, names_a_table, role_by_name
@@ -187,6 +188,7 @@ def resolve(
     up.kernel  16x32  1 of 1 matrices 16x32  rank 4  scale 2
     192 parameters in adapters
     """
+    params = as_shapes(params)
     given = {path_names(path): value for path, value in _leaves_of(names)}
     candidates = []
     for r, leaf in zip(route(params, matrix_axes), jax.tree.leaves(params), strict=True):

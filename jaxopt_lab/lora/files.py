@@ -20,6 +20,7 @@ import optax
 
 from jaxopt_lab.core.keys import path_names
 from jaxopt_lab.core.matrices import MatrixAxes
+from jaxopt_lab.core.packed import is_packed, unpacked
 from jaxopt_lab.lora.adapters import Adapters, get, nodes, put
 from jaxopt_lab.lora.config import AdapterSpec, LoraConfig, LoraSpec, resolve
 from jaxopt_lab.lora.resize import fold
@@ -153,12 +154,12 @@ def load(
 
 
 def digest(params: optax.Params, spec: LoraSpec) -> str:
-    """SHA-256 of the adapted kernels, values and dtypes."""
+    """SHA-256 of the adapted kernels, values and dtypes; packed or not makes no difference."""
     wanted = {entry.path for entry in spec.adapters}
     total = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_packed):
         if path_names(path) in wanted:
-            array = np.asarray(leaf)
+            array = np.asarray(unpacked(leaf))
             total.update(f"{'.'.join(path_names(path))} {array.dtype} {array.shape} ".encode())
             total.update(np.ascontiguousarray(array).tobytes())
     return total.hexdigest()

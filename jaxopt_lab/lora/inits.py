@@ -11,6 +11,7 @@ from jaxtyping import Array
 from jaxopt_lab.core.keys import leaf_key
 from jaxopt_lab.core.matrices import batch_first
 from jaxopt_lab.core.numerics import widened
+from jaxopt_lab.core.packed import unpacked
 from jaxopt_lab.lora.config import AdapterSpec, as_array
 
 Start = Callable[[Array, AdapterSpec, Any], tuple[Array, Array]]
@@ -38,7 +39,7 @@ def _of_kernel(split: Callable[[Array, int, float], tuple[Array, Array]]) -> Sta
     def start(key: Array, entry: AdapterSpec, kernel: Any) -> tuple[Array, Array]:
         del key
         count, n, m = entry.matrix_shape
-        found = widened(batch_first(kernel, entry.axes).reshape(count, n, m))
+        found = widened(batch_first(unpacked(kernel), entry.axes).reshape(count, n, m))
         return split(found[as_array(entry.kept)], entry.rank, entry.scale)
 
     return start

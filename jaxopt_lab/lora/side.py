@@ -12,6 +12,7 @@ from jaxtyping import Array
 from jaxopt_lab.core.keys import leaf_key
 from jaxopt_lab.core.matrices import MatrixAxes, batch_first
 from jaxopt_lab.core.numerics import widened
+from jaxopt_lab.core.packed import linear, unpacked
 from jaxopt_lab.lora.adapters import Adapters, magnitude_over_norm, nodes, put
 from jaxopt_lab.lora.config import LoraSpec, as_array
 from jaxopt_lab.lora.pairs import stacked
@@ -39,7 +40,7 @@ class Adapter:
 
     def product(self, x: Array, kernel: Array) -> Array:
         """`x @ kernel` and the adapters' part of it, in the dtype of `x`."""
-        y = jnp.tensordot(x, kernel, axes=1)
+        y = linear(x, kernel)
         lead, out = x.shape[:-1], [axis - 1 for axis in self.axes.batch + self.axes.output]
         order = [*range(len(lead)), *(len(lead) + axis for axis in out)]
         moved = y.transpose(order)
@@ -101,7 +102,7 @@ class Adapter:
 
     def _norm_factor(self, kernel: Array) -> Array:
         matrices, n, m = self.axes.matrix_shape(self.shape)
-        base = widened(batch_first(kernel, self.axes)).reshape(matrices, n, m)
+        base = widened(batch_first(unpacked(kernel), self.axes)).reshape(matrices, n, m)
         product = jnp.einsum("knr,krm->knm", widened(self.a), widened(self.b))
         if self.weight is not None:
             product = product * widened(self.weight)[:, None, None]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxopt_lab.core.packed import linear
 from jaxopt_lab.lora.adapters import Adapters, get, put
 from jaxopt_lab.lora.config import AdapterSpec, LoraSpec, as_array
 from jaxopt_lab.lora.pairs import Names
@@ -56,7 +57,7 @@ class _Measured:
     shapes: list[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]
 
     def product(self, x: Array, kernel: Array) -> Array:
-        y = jnp.tensordot(x, kernel, axes=1)
+        y = linear(x, kernel)
         self.shapes.append(jax.eval_shape(lambda *both: both, x, y))
         return y
 

@@ -4,6 +4,7 @@ from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.cross_entropy import loss
 from jaxopt_lab.models.decoder import Decoder, Params, apply, bind, init_params
 from jaxopt_lab.models.encoder_config import EncoderConfig
+from jaxopt_lab.models.gguf import load_gguf
 from jaxopt_lab.models.huggingface import (
     export_huggingface,
     huggingface_config_of,
@@ -41,6 +42,7 @@ __all__ = [
     "huggingface_config_of",
     "init_params",
     "load_bert",
+    "load_gguf",
     "load_huggingface",
     "logical_axes",
     "loss",

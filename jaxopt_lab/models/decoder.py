@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxopt_lab.core.packed import is_packed, unpacked
 from jaxopt_lab.models.config import DecoderConfig, check_dtypes, check_tokens
 from jaxopt_lab.models.layers import Block, Norm, attach, normal, parameter
 from jaxopt_lab.models.sharding import constrain
@@ -41,7 +42,7 @@ class Embedding(nnx.Module):
         # Rows are gathered before the cast: the gradient of a frequent token is a sum of
         # thousands of terms, which bfloat16 would truncate.
         tokens_VxD = constrain(self.tokens[...], mesh, ("vocab", None))
-        x_BxTxD = constrain(tokens_VxD[tokens_BxT], mesh, ("batch", None, None))
+        x_BxTxD = constrain(unpacked(tokens_VxD[tokens_BxT]), mesh, ("batch", None, None))
         if self.config.positions == "learned":
             index = jnp.arange(tokens_BxT.shape[1])
             if segment_ids_BxT is not None:
@@ -105,7 +106,8 @@ class Decoder(nnx.Module):
 
     def head_kernel(self) -> jax.Array:
         """The output matrix (D, V) in the compute dtype."""
-        kernel_DxV = self.embedding.tokens[...].T if self.config.tied else self.head[...]
+        tied = self.config.tied
+        kernel_DxV = unpacked(self.embedding.tokens[...]).T if tied else unpacked(self.head[...])
         return kernel_DxV.astype(self.config.compute_dtype)
 
     def _through_layers(
@@ -120,7 +122,9 @@ class Decoder(nnx.Module):
         # One cast of whole stacks is cheaper than one per layer. Vectors stay: their gradients
         # are long sums, and the norms work in float32 anyway.
         stacked = jax.tree.map(
-            lambda w: w.astype(config.compute_dtype) if w.ndim > 2 else w, stacked
+            lambda w: w.astype(config.compute_dtype) if w.ndim > 2 else w,
+            stacked,
+            is_leaf=is_packed,
         )
 
         def layer(x_BxTxD: jax.Array, weights: Any, sides: Any) -> jax.Array:

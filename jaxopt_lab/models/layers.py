@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxopt_lab.core.packed import linear
 from jaxopt_lab.models.attention import attend, rotate
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.encoder_config import ModelConfig
@@ -94,10 +95,8 @@ class Linear(nnx.Module):
     def __call__(self, x_BxTxI: jax.Array) -> jax.Array:
         """Applies the map to the last axis."""
         kernel = self.kernel[...].astype(x_BxTxI.dtype)
-        if self.side is None:
-            y = jnp.tensordot(x_BxTxI, kernel, axes=1)
-        else:
-            y = self.side.product(x_BxTxI, kernel)
+        product = linear if self.side is None else self.side.product
+        y = product(x_BxTxI, kernel)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 

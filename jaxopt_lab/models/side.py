@@ -20,7 +20,8 @@ class Side(Protocol):
 
         Args:
             x: inputs (..., in), in the compute dtype.
-            kernel: (in, *out), in the compute dtype.
+            kernel: (in, *out), in the compute dtype. It may be packed: multiply it by
+                `jaxopt_lab.core.packed.linear`.
         """
         ...
 

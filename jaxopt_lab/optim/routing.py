@@ -19,6 +19,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from jaxopt_lab.core.checks import DTYPES, NO_TREE, check_tree
 from jaxopt_lab.core.matrices import MatrixAxes, MatrixLayout, resolve_layout
+from jaxopt_lab.core.packed import refuse_packed
 from jaxopt_lab.optim.options import Routing
 from jaxopt_lab.optim.roles import module_names, names_a_table, role_by_name
 
@@ -43,6 +44,7 @@ def float_leaves(params: optax.Params) -> optax.Params:
     Raises:
       TypeError: A leaf is no array of real floating-point numbers; the message names it.
     """
+    refuse_packed(params)
 
     def checked(path: KeyPath, x: Any) -> Any:
         if isinstance(x, float | np.ndarray | np.generic):

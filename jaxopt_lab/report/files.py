@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -90,3 +91,23 @@ def write_json(path: Path, value: Any) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def open_gguf(path: str | os.PathLike[str]) -> Any:
+    """Opens a file with weights as `gguf.GGUFReader`: metadata in `fields`, and `tensors`.
+
+    Raises:
+      ModuleNotFoundError: Without the package gguf.
+      OSError: If it cannot be read.
+      ValueError: If it is no GGUF file, or a damaged one; names the file.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ModuleNotFoundError(
+            f"{path}: reading it needs the package gguf: pip install 'jaxopt-lab[finetune]'"
+        )
+    import gguf
+
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"{path}: not a GGUF file, or a damaged one: {error}") from error

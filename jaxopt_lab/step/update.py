@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
+from jaxopt_lab.core.packed import refuse_packed
 from jaxopt_lab.step.gradients import Batch, Estimate, Estimator, Loss, backprop
 from jaxopt_lab.step.state import TrainState, merged, split
 
@@ -68,8 +69,12 @@ class Step:
           params: All parameters.
           key: Typed PRNG key of the run; may be the one that the parameters were drawn with.
           trainable: Tree of bools, False where a parameter is frozen; None lets everything move.
+
+        Raises:
+          TypeError: If packed weights are to move.
         """
         moving, frozen = split(params, trainable)
+        refuse_packed(moving)
         zero, of_steps = jnp.zeros((), jnp.int32), jax.random.fold_in(key, _OF_STEPS)
         state = self.tx.init(moving)
         return TrainState(zero, zero, moving, frozen, state, jax.random.key_data(of_steps))
