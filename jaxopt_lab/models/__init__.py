@@ -4,7 +4,7 @@ from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.cross_entropy import loss
 from jaxopt_lab.models.decoder import Decoder, Params, apply, bind, init_params
 from jaxopt_lab.models.encoder_config import EncoderConfig
-from jaxopt_lab.models.gguf import load_gguf
+from jaxopt_lab.models.gguf import gguf_config_of, load_gguf
 from jaxopt_lab.models.huggingface import (
     export_huggingface,
     huggingface_config_of,
@@ -39,6 +39,7 @@ __all__ = [
     "export_huggingface",
     "flops_per_token",
     "generate",
+    "gguf_config_of",
     "huggingface_config_of",
     "init_params",
     "load_bert",

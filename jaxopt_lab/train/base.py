@@ -1,6 +1,7 @@
 """The model that is fine-tuned: read from its source, on the host, and known by a digest."""
 
 import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from jaxopt_lab import models
 from jaxopt_lab.core.keys import path_names, purpose_key
 from jaxopt_lab.models import PRESETS, DecoderConfig, EncoderConfig, encoder
 from jaxopt_lab.models.encoder_config import ModelConfig
-from jaxopt_lab.train.config.finetune import FinetuneConfig, model_directory
+from jaxopt_lab.train.config.finetune import FinetuneConfig, gguf_file, model_directory
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.io.leaves import describe_leaves, first_difference
 
@@ -38,9 +39,8 @@ def read_base(config: FinetuneConfig, model: ModelConfig) -> Base:
         params = models.init_params(config.model, key)
     else:
         directory = model_directory(config.preset)
-        load = models.load_bert if isinstance(model, EncoderConfig) else models.load_huggingface
         try:
-            _, params = load(directory)
+            params = _read(directory, model)
         except (OSError, ValueError) as error:
             raise ConfigError("model", config.preset, f"which cannot be read: {error}") from error
         positions = params["embedding"].get("positions")
@@ -55,6 +55,14 @@ def read_base(config: FinetuneConfig, model: ModelConfig) -> Base:
         _, params = encoder.with_head(model, host, model.classes, purpose_key(key, "head"))
         host = jax.tree.map(np.asarray, params)
     return Base(host, found)
+
+
+def _read(directory: Path, model: ModelConfig) -> PyTree:
+    if isinstance(model, EncoderConfig):
+        return models.load_bert(directory)[1]
+    if (file := gguf_file(directory)) is not None:
+        return models.load_gguf(file)[1]
+    return models.load_huggingface(directory)[1]
 
 
 def digest(params: PyTree) -> str:

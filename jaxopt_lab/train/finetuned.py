@@ -95,7 +95,8 @@ def _test(found: Best, frozen: PyTree, labels: Labels, say: Message) -> dict[str
     logits = labels.logits(model_of(config, labels), program.mesh)
     results = row_results(logits, params, rows, side=side)
     count, (share, low, high) = len(results.correct), accuracy_interval(results.correct)
-    majority = labels.corpus.majority("test")
+    most_frequent = np.bincount(labels.rows["train"].label).argmax()
+    majority = float(np.mean(rows.label == most_frequent))
     say(
         f"test: {100 * share:.2f} % of {count:,} rows right, 95 % interval "
         f"{100 * low:.2f} to {100 * high:.2f} (most frequent label: {100 * majority:.2f})"

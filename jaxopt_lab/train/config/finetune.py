@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from jaxopt_lab import data, models
 from jaxopt_lab.data import LabelledSource, Source, TextFiles, TokenizerConfig
-from jaxopt_lab.models import PRESETS, EncoderConfig
+from jaxopt_lab.models import PRESETS, DecoderConfig, EncoderConfig
 from jaxopt_lab.models.encoder_config import ModelConfig
 from jaxopt_lab.tasks import Prompt
 from jaxopt_lab.train.config.bounds import Count, Positive
@@ -79,7 +79,7 @@ class FinetuneConfig(PretrainConfig):
         directory = model_directory(name)
         try:
             model = _model_of(directory)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, ModuleNotFoundError) as error:
             raise ConfigError("model", name, f"which cannot be read: {error}") from error
         is_bpe = (directory / "merges.txt").is_file() and not (
             directory / "tokenizer.json"
@@ -121,19 +121,30 @@ def model_directory(name: str) -> Path:
         except ValueError as error:
             raise ConfigError.inside("model", error) from error
     directory = Path(name).expanduser()
-    if not (directory / "config.json").is_file():
+    if not (directory / "config.json").is_file() and gguf_file(directory) is None:
         raise ConfigError(
             "model", name,
-            "expected a directory with config.json and weights, or one of "
-            f"{', '.join(['minilm', *PRESETS])}",
+            "expected a directory with config.json and weights or one GGUF file, or one of "
+            f"{', '.join(['minilm', 'smollm2', *PRESETS])}",
         )  # fmt: skip
     return directory
 
 
+def gguf_file(directory: Path) -> Path | None:
+    """The one GGUF file of a directory."""
+    found = list(directory.glob("*.gguf"))
+    return found[0] if len(found) == 1 else None
+
+
 def _model_of(directory: Path) -> ModelConfig:
+    if (file := gguf_file(directory)) is not None:
+        return _windowed(models.gguf_config_of(file))
     if json.loads((directory / "config.json").read_text()).get("model_type") == "bert":
         return models.bert_config_of(directory)
-    model = models.huggingface_config_of(directory)
+    return _windowed(models.huggingface_config_of(directory))
+
+
+def _windowed(model: DecoderConfig) -> DecoderConfig:
     # One module in peft, so one matrix with one adapter.
     one = "one" if model.positions == "learned" else "three"
     return replace(model, context=min(model.context, _WINDOW), fused_qkv_as=one)
