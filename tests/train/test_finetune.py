@@ -3,6 +3,7 @@ was never stopped, and what is refused."""
 
 import json
 import os
+import pathlib
 import signal
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ from jaxopt_lab.train.program import build_program, compile_step
 from tests.train.tiny_finetune import MODEL, finetune_config, write_base
 from tests.train.tiny_run import Killed
 
+BERT = pathlib.Path(__file__).parents[1] / "models" / "data" / "bert"
 LORA = "--trainable lora --trainable.rank 2 --trainable.target q_proj v_proj"
 
 
@@ -279,3 +281,64 @@ def test_the_configuration_comes_back(base, text, tmp_path):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "config.json").write_text(to_json(config))
         parse_config(["--resume", "--run-directory", str(tmp_path / "run")], "pretrain")
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory):
+    """A BERT with a vocabulary of a few words, and texts whose first word says the label."""
+    directory = tmp_path_factory.mktemp("labels")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "a", "film", "plot", "cast"]
+    for name in ("config.json", "model.safetensors"):
+        (directory / name).write_bytes((BERT / name).read_bytes())
+    (directory / "vocab.txt").write_text("\n".join(words) + "\n")
+    rng = np.random.default_rng(0)
+    rows = [
+        {"text": " ".join([("bad", "good")[n % 2], *rng.choice(words[6:], 5)]), "label": n % 2}
+        for n in range(300)
+    ]
+    rows = {row["text"]: row for row in rows}.values()
+    (directory / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXOPT_LAB_CACHE", str(directory / "cache"))
+        yield directory
+
+
+def test_labels_are_learnt_and_tested_once(labels, tmp_path):
+    flags = (
+        f"--model {labels} --task labelled-files --task.train {labels / 'rows.jsonl'} --steps 40 "
+        "--length 10 --batch-size 8 --mesh.data 1 --eval.every 10 --checkpoint.every-steps 10 "
+        "--trainable.target up --trainable.rank 2 --optimizer.learning-rate 3e-2 --no-tensorboard"
+    )
+    config = parse_config(flags.split(), "finetune", FinetuneConfig)
+    directory = str(tmp_path / "run")
+    half = finetune(replace(config, steps=20, run_directory=directory)).summary
+    again = parse_config(
+        ["--resume", "--run-directory", directory, "--steps", "40"], "finetune", FinetuneConfig
+    )
+    summary = finetune(again).summary
+    # The head and three adapters beside kernels of 16 x 24.
+    assert summary["trainable_parameters"] == 3 * 2 * (16 + 24) + 2 * 16 + 2
+    assert summary["model_hash"] == half["model_hash"]
+    told = [summary[f"test_{n}"] for n in ("majority_accuracy", "accuracy_low", "accuracy")]
+    assert told == sorted(told) and told[-1] < summary["test_accuracy_high"]
+    answers = json.loads((tmp_path / "run" / "test.json").read_text())
+    assert np.mean(answers["correct"]) == summary["test_accuracy"]
+    assert len(answers["ids"]) == summary["test_rows"]
+    rows = read_metrics(tmp_path / "run")
+    losses = {r["step"]: r["validation_loss"] for r in rows if "validation_loss" in r}
+    assert summary["best_step"] == min(losses, key=losses.get) and len(losses) == 5
+    assert not any(name.startswith("test") for row in rows for name in row)
+    with pytest.raises(ConfigError, match="^run_directory: .*learnt labels"):
+        load_params(tmp_path / "run")
+
+
+def test_labels_that_a_model_cannot_read(labels, base, tmp_path):
+    task = f"--task labelled-files --task.train {labels / 'rows.jsonl'}"
+    for flags, message in {
+        f"--model {labels} --task text-files": "^model: got .*which is an encoder",
+        f"--model {labels} {task} --length 13": "^length: got 13, expected at most 12",
+        f"--model {base} {task}": "^model: .*' terrible' is 9 tokens",
+    }.items():
+        config = parse_config(flags.split(), "finetune", FinetuneConfig)
+        with pytest.raises(ConfigError, match=message), no_compilation():
+            finetune(replace(config, run_directory=str(tmp_path / "run")))
