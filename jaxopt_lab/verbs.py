@@ -196,7 +196,9 @@ def _plot(arguments: list[str]) -> int:
     parser.add_argument("run_directories", nargs="+", help="directories that pretrain wrote")
     parser.add_argument("--output", default="loss.png", help="where the figure goes")
     parser.add_argument(
-        "--x", choices=("step", "tokens", "time", "optimizer_flops"), default="step"
+        "--x",
+        choices=("step", "tokens", "time", "forward_passes", "optimizer_flops"),
+        default="step",
     )
     options = parser.parse_args(arguments)
 

@@ -19,6 +19,9 @@ HEADER = [
     "preset", "optimizer", "rates", "best", "its loss", "default before", "its loss", "default now"
 ]  # fmt: skip
 
+CHOSEN = "sign rate 1/60"
+CELL_HEADER = ["setting", "held out, three seeds", "mean", "largest rise", "largest jump"]
+
 
 def main() -> None:
     results = [
@@ -31,6 +34,9 @@ def main() -> None:
     (RESULTS / "table.md").write_text(table + "\n")
     print(table)
     figure(results)
+    cells = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("smooth-*.json"))]
+    print(format_table(CELL_HEADER, [cell_row(cell) for cell in cells], markdown=True))
+    figure_of_jump({cell["cell"]: cell for cell in cells})
 
 
 def fresh(result: dict[str, Any], rate: float) -> list[float]:
@@ -83,6 +89,32 @@ def figure(results: list[dict[str, Any]]) -> None:
     axes[0][0].legend(fontsize=8, ncols=2)
     fig.tight_layout()
     fig.savefig(HERE / "figures" / "rates.png", dpi=150)
+
+
+def cell_row(cell: dict[str, Any]) -> list[str]:
+    """One line of the table of LionMuon's settings."""
+    losses = [run["held_out"] for run in cell["runs"]]
+    return [
+        cell["cell"],
+        " ".join(f"{loss:.3f}" for loss in losses),
+        f"{np.mean(losses):.3f}",
+        *(" ".join(f"{run[name]:.2f}" for run in cell["runs"]) for name in ("rise", "jump")),
+    ]
+
+
+def figure_of_jump(cells: dict[str, dict[str, Any]]) -> None:
+    """The first steps of LionMuon at the default of before and at the chosen setting."""
+    fig, axis = plt.subplots(figsize=(6.5, 3.8))
+    for color, (name, cell) in enumerate((name, cells[name]) for name in ("default", CHOSEN)):
+        for run in cell["runs"]:
+            label = name if run is cell["runs"][0] else None
+            axis.plot(range(1, 61), run["train"][:60], f"C{color}", label=label, linewidth=1.2)
+    axis.set(
+        xlabel="step", ylabel="training loss, nats/token", title="gpt2-124m, LionMuon, 3 seeds"
+    )
+    axis.legend()
+    fig.tight_layout()
+    fig.savefig(HERE / "figures" / "jump.png", dpi=150)
 
 
 def _losses(losses: list[float]) -> str:

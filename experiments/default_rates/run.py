@@ -19,6 +19,7 @@ from jaxopt_lab.sweep.program import Program, Run
 from jaxopt_lab.sweep.task import Task
 from jaxopt_lab.tasks import language_model_loss
 from jaxopt_lab.train.config.optimizers import OPTIMIZERS, ModelInfo
+from jaxopt_lab.train.config.optimizers_zeroth_order import ZEROTH_ORDER
 from jaxopt_lab.train.config.run import PretrainConfig, from_preset
 from jaxopt_lab.train.config.tuned import default_optimizer
 from jaxopt_lab.train.rule import build_rule
@@ -174,7 +175,8 @@ def _windows(config: PretrainConfig, scale: Scale, saved: pathlib.Path | None) -
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=SCALES, default="tiny")
-    parser.add_argument("--optimizers", nargs="*", default=list(OPTIMIZERS), choices=OPTIMIZERS)
+    names = [name for name in OPTIMIZERS if name not in ZEROTH_ORDER]
+    parser.add_argument("--optimizers", nargs="*", default=names, choices=names)
     parser.add_argument("--tokens", type=pathlib.Path, help="windows written by --save-tokens")
     parser.add_argument("--save-tokens", type=pathlib.Path, help="write the windows and stop")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)

@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_collectives(verbs)
     _add_scaling(verbs)
     _add_dynamics(verbs)
+    _add_zeroth_order(verbs)
     return parser
 
 
@@ -178,6 +179,33 @@ def _run_dynamics(options: argparse.Namespace) -> Any:
     from jaxopt_lab.bench.dynamics import run_dynamics
 
     return run_dynamics(options.only, on_progress=to_stderr)
+
+
+def _add_zeroth_order(verbs: Any) -> None:
+    description = "time zero-order steps against the forward passes that they consist of"
+    parser = verbs.add_parser("zeroth-order", help=description, description=description)
+    parser.add_argument("--model", choices=tuple(shapes.SHAPES), help="default: 124M, CPU: tiny")
+    parser.add_argument("--batch", type=int, help="sequences; default: 16, CPU: 4")
+    parser.add_argument("--context", type=int, help="tokens a sequence; default: 512, CPU: 128")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on GPU")
+    parser.add_argument("--rows", metavar="A;B", help="names from the first column; default: all")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds")
+    _add_json(parser)
+    parser.set_defaults(run=_run_zeroth_order)
+
+
+def _run_zeroth_order(options: argparse.Namespace) -> Any:
+    from jaxopt_lab.bench.zeroth_order import run_zeroth_order
+
+    return run_zeroth_order(
+        options.model,
+        batch=options.batch,
+        context=options.context,
+        compute_dtype=options.dtype,
+        rows=options.rows and [name.strip() for name in options.rows.split(";")],
+        repeats=options.repeats,
+        on_progress=to_stderr,
+    )
 
 
 def _divide_cpu(devices: int | None) -> None:

@@ -1,6 +1,6 @@
 """Corpora, tokenizers and batches; labelled rows; packages of data and weights."""
 
-from jaxopt_lab.data.batches import Batch, TrainBatches, train_batches, train_rows
+from jaxopt_lab.data.batches import Batch, RowsOnDemand, TrainBatches, train_batches, train_rows
 from jaxopt_lab.data.corpora import Corpus, CorpusPart, SetError, TokenSplit, list_corpora, prepare
 from jaxopt_lab.data.evaluation import (
     bits_per_byte,
@@ -53,6 +53,7 @@ __all__ = [
     "Package",
     "PreparedTfds",
     "PythonSource",
+    "RowsOnDemand",
     "SetError",
     "Source",
     "TextFiles",

@@ -2,7 +2,8 @@
 
 import collections
 import concurrent.futures
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -14,6 +15,35 @@ from jaxopt_lab.data.corpora import Corpus, CorpusPart
 Batch = dict[str, np.ndarray]
 
 _GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True)
+class RowsOnDemand(Mapping[str, np.ndarray]):
+    """A batch of which only those rows are built that are asked for.
+
+    >>> batch = RowsOnDemand(4, lambda numbers: {"x": 10 * np.asarray(numbers)})
+    >>> batch.build([1, 3])["x"], batch["x"]
+    (array([10, 30]), array([ 0, 10, 20, 30]))
+
+    Args:
+        size: rows of the batch.
+        build: (numbers of rows, from 0 on) -> these rows of every entry.
+    """
+
+    size: int
+    build: Callable[[Sequence[int] | np.ndarray], Batch]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """All rows of an entry."""
+        return self.build(range(self.size))[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the entries."""
+        return iter(self.build(range(0)))
+
+    def __len__(self) -> int:
+        """Number of entries."""
+        return len(self.build(range(0)))
 
 
 class TrainBatches(Iterator[Batch]):

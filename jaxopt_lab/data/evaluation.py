@@ -1,14 +1,17 @@
 """Held-out text: fixed batches, exact token and byte counts, and the unigram model for scale."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
 
-from jaxopt_lab.data.batches import Batch, segments
+from jaxopt_lab.data.batches import Batch, RowsOnDemand, segments
 from jaxopt_lab.data.corpora import Corpus, TokenSplit
 from jaxopt_lab.data.tokenizer import Tokenizer
+
+Batches = Sequence[Mapping[str, np.ndarray]]
 
 _CHUNK = 1 << 22
 _GOLDEN = 0.6180339887498949
@@ -41,7 +44,7 @@ def validation_batches(
             f"the corpus {corpus.name} has no validation documents; prepare it with a "
             "validation_fraction above 0"
         )
-    return windows_of(
+    windows = windows_of(
         corpus.validation,
         corpus.tokenizer.end_of_text,
         batch_size=batch_size,
@@ -49,6 +52,7 @@ def validation_batches(
         max_windows=None if max_batches is None else max_batches * batch_size,
         segment_ids=segment_ids,
     )
+    return [batch.build(range(batch_size)) for batch in windows]
 
 
 def windows_of(
@@ -59,7 +63,7 @@ def windows_of(
     context: int,
     max_windows: int | None = None,
     segment_ids: bool = False,
-) -> list[Batch]:
+) -> list[RowsOnDemand]:
     """Windows of a split to evaluate on, the same on every call.
 
     The tokens, with an end-of-text in front so that the first one is a target as well, are cut into
@@ -80,8 +84,9 @@ def windows_of(
         segment_ids: adds the document index per input token, as `train_batches` does.
 
     Returns:
-        Batches of `tokens` (B, T + 1) int32 and `mask` (B, T) float32, 1 where the target
-        `tokens[:, 1:]` counts and 0 on the padding of the last batch.
+        Batches, whose rows are read when they are asked for, of `tokens` (B, T + 1) int32 and
+        `mask` (B, T) float32, 1 where the target `tokens[:, 1:]` counts and 0 on the padding of the
+        last batch.
 
     Raises:
         ValueError: a number is below 1.
@@ -89,20 +94,22 @@ def windows_of(
     for field, value in {"batch_size": batch_size, "context": context}.items():
         if value < 1:
             raise ValueError(f"{field} = {value}; wanted at least 1")
-    chosen, batches = _spread(split.num_tokens, context, max_windows), []
-    for first in range(0, len(chosen), batch_size):
-        starts = context * chosen[first : first + batch_size, None]
-        at = starts + np.arange(-1, context)  # of the inputs and the last target
-        tokens = np.full((batch_size, context + 1), end_of_text, np.int32)
+    chosen = _spread(split.num_tokens, context, max_windows)
+    padding = np.full(-len(chosen) % batch_size, split.num_tokens // context + 2)
+    starts = context * np.concatenate([chosen, padding]).reshape(-1, batch_size)
+
+    def rows(of_batch: np.ndarray, numbers: Sequence[int] | np.ndarray) -> Batch:
+        # Positions of the inputs and the last target; those of the padding lie beyond the end.
+        at = of_batch[np.asarray(numbers, int), None] + np.arange(-1, context)
         there = (at >= 0) & (at < split.num_tokens)
-        tokens[: len(at)][there] = split.tokens[at[there]]
-        mask = np.zeros((batch_size, context), np.float32)
-        mask[: len(at)] = there[:, 1:]
-        batch = {"tokens": tokens, "mask": mask}
+        tokens = np.full(at.shape, end_of_text, np.int32)
+        tokens[there] = split.tokens[at[there]]
+        batch = {"tokens": tokens, "mask": there[:, 1:].astype(np.float32)}
         if segment_ids:
             batch["segment_ids"] = segments(tokens[:, :-1], end_of_text)
-        batches.append(batch)
-    return batches
+        return batch
+
+    return [RowsOnDemand(batch_size, functools.partial(rows, of_batch)) for of_batch in starts]
 
 
 def _spread(num_tokens: int, context: int, max_windows: int | None) -> np.ndarray:
@@ -114,7 +121,7 @@ def _spread(num_tokens: int, context: int, max_windows: int | None) -> np.ndarra
     return np.sort(order[:max_windows])
 
 
-def count_targets(batches: Sequence[Batch], tokenizer: Tokenizer) -> tuple[int, int]:
+def count_targets(batches: Batches, tokenizer: Tokenizer) -> tuple[int, int]:
     """Target tokens under the mask, and the bytes of text they stand for.
 
     End-of-text is a target of no bytes.
@@ -123,7 +130,7 @@ def count_targets(batches: Sequence[Batch], tokenizer: Tokenizer) -> tuple[int, 
     return len(targets), int(tokenizer.bytes_per_token[targets].sum(dtype=np.int64))
 
 
-def bits_per_byte(nats_per_token: float, batches: Sequence[Batch], tokenizer: Tokenizer) -> float:
+def bits_per_byte(nats_per_token: float, batches: Batches, tokenizer: Tokenizer) -> float:
     r"""A loss on these batches per byte of text: $\ell N / (\ln 2 \cdot \text{bytes})$.
 
     Unlike nats per token it can be compared between tokenizers.
@@ -142,7 +149,7 @@ def bits_per_byte(nats_per_token: float, batches: Sequence[Batch], tokenizer: To
     return nats_per_token * tokens / (math.log(2) * num_bytes)
 
 
-def unigram_nats(corpus: Corpus, batches: Sequence[Batch]) -> tuple[float, float]:
+def unigram_nats(corpus: Corpus, batches: Batches) -> tuple[float, float]:
     """Loss on held-out targets of a model that knows how often tokens occur and nothing else.
 
     Args:
@@ -173,12 +180,12 @@ def unigram_model(corpus: Corpus) -> Float[np.ndarray, " vocabulary"]:
 
 
 def nats_under(
-    probability: Float[np.ndarray, " vocabulary"], batches: Sequence[Batch], tokenizer: Tokenizer
+    probability: Float[np.ndarray, " vocabulary"], batches: Batches, tokenizer: Tokenizer
 ) -> tuple[float, float]:
     """Loss of a unigram model: nats per token, and bits per byte."""
     nats = float(-np.log(probability[_targets(batches)]).mean())
     return nats, bits_per_byte(nats, batches, tokenizer)
 
 
-def _targets(batches: Sequence[Batch]) -> np.ndarray:
+def _targets(batches: Batches) -> np.ndarray:
     return np.concatenate([batch["tokens"][:, 1:][batch["mask"] > 0] for batch in batches])

@@ -45,10 +45,13 @@ def scan_documents(sources: Sequence[SinglePart], report: OnProgress) -> list[Sc
         report(f"reading {source.name}")
         keys: set[str] = set()
         count = num_bytes = 0
+        replaced: dict[str, int] = {}
         for document in source.documents():
             if not document.text:
                 continue
             count += 1
+            if document.replaced:
+                replaced[document.name] = document.replaced
             data = document.text.encode()
             key = hashlib.sha256(data).hexdigest()
             if key not in seen:
@@ -61,6 +64,12 @@ def scan_documents(sources: Sequence[SinglePart], report: OnProgress) -> list[Sc
         content = hashlib.sha256("".join(sorted(keys)).encode()).hexdigest()
         scans.append(Scan(source, frozenset(keys), content, num_bytes, count - len(keys)))
         report(f"{len(keys):,} documents, {num_bytes / 1e6:.1f} MB, {count - len(keys)} duplicates")
+        if replaced:
+            worst = max(replaced, key=lambda name: replaced[name])
+            report(
+                f"{sum(replaced.values()):,} sequences of bytes in {len(replaced):,} documents are "
+                f"no UTF-8 and became replacement characters, most of them in {worst}"
+            )
     return scans
 
 

@@ -1,5 +1,6 @@
 """Where documents come from: Python source, text files, prepared TFDS directories, mixtures."""
 
+import fnmatch
 import glob
 import gzip
 import json
@@ -12,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+
+from jaxopt_lab.data.decoding import decode, printable
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 # The standard library's own tests are generated tables for a good part; installed packages may
@@ -26,6 +29,7 @@ class Document(NamedTuple):
 
     name: str
     text: str
+    replaced: int = 0  # sequences of bytes that were no text, each a replacement character now
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def _python_files(label: str, directory: Path, skip: frozenset[str]) -> Iterator
             if path.suffix == ".py" and path.is_file():
                 found = True
                 name = f"{label}/{path.relative_to(directory).as_posix()}"
-                yield Document(name, path.read_bytes().decode("utf-8", "replace"))
+                yield Document(printable(name), *decode(path.read_bytes()))
     if not found:
         raise ValueError(f"PythonSource.roots: no *.py file below {directory}")
 
@@ -120,46 +124,89 @@ class TextFiles:
                     if _text_suffix(path) == ".jsonl":
                         yield from self._rows(path, stream)
                     else:
-                        yield Document(str(path), stream.read().decode("utf-8", "replace"))
+                        yield Document(printable(path), *decode(stream.read()))
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 raise ValueError(
-                    f"TextFiles: {path} is not a complete gzip file: {error}"
+                    f"TextFiles: {printable(path)} is not a complete gzip file: {error}"
                 ) from None
 
     def _files(self) -> list[Path]:
-        files: set[Path] = set()
+        files: dict[str, Path] = {}
         for pattern in self.paths:
-            full = os.path.expanduser(pattern)
-            if os.path.isdir(full):
-                full = os.path.join(glob.escape(full), "**")
-            matches = [Path(m) for m in glob.glob(full, recursive=True) if os.path.isfile(m)]
+            matches = list(_matches(os.path.expanduser(pattern)))
             readable = [path for path in matches if _text_suffix(path) in _TEXT_SUFFIXES]
             if not readable:
                 count = f"{len(matches)} files, none of them" if matches else "no file"
                 raise ValueError(
-                    f"TextFiles.paths: {pattern!r} matches {count} with one of the suffixes "
-                    f"{' '.join(_TEXT_SUFFIXES)} (or these with .gz)"
+                    f"TextFiles.paths: {printable(pattern)!r} matches {count} with one of the "
+                    f"suffixes {' '.join(_TEXT_SUFFIXES)} (or these with .gz)"
                 )
-            files.update(readable)
+            for path in sorted(readable):
+                # Links give a file several paths; it is read once.
+                files.setdefault(os.path.realpath(path), path)
         if not files:
             raise ValueError("TextFiles.paths is empty; give files, directories or globs")
-        return sorted(files)
+        return sorted(files.values())
 
     def _rows(self, path: Path, stream: IO[bytes]) -> Iterator[Document]:
         for line, row in enumerate(stream, start=1):
             if not row.strip():
                 continue
+            where = f"{printable(path)}, line {line}"
+            decoded = decode(row)
             try:
-                fields = json.loads(row.decode("utf-8", "replace"))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"TextFiles: {path}, line {line}: not JSON: {error}") from None
+                fields = json.loads(decoded.text)
+            except (ValueError, RecursionError) as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"TextFiles: {where}: not JSON: {reason}") from None
             text = fields.get(self.text_field) if isinstance(fields, dict) else None
             if not isinstance(text, str):
                 raise ValueError(
-                    f"TextFiles: {path}, line {line}: wanted an object with a string in the field "
+                    f"TextFiles: {where}: wanted an object with a string in the field "
                     f"{self.text_field!r}, got {_describe_row(fields)}"
                 )
-            yield Document(f"{path}:{line}", _encodable(text))
+            yield Document(f"{printable(path)}:{line}", _encodable(text), decoded.replaced)
+
+
+def _matches(pattern: str) -> Iterator[Path]:
+    """Files at a path, below a directory or of a glob; a path that exists is no glob."""
+    if os.path.isfile(pattern):
+        yield Path(pattern)
+        return
+    parts = Path(glob.escape(pattern) if os.path.isdir(pattern) else pattern).parts
+    # The library's `**` does not end where links form rings.
+    first = parts.index("**") if "**" in parts else len(parts)
+    rest = parts[first:] or (("**",) if os.path.isdir(pattern) else ())
+    for base in glob.glob(str(Path(*parts[:first]))):
+        if os.path.isfile(base) and not rest:
+            yield Path(base)
+        elif os.path.isdir(base) and rest:
+            below = _below(base, set())
+            yield from (path for path in below if _fits(path.relative_to(base).parts, rest))
+
+
+def _fits(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether the components of a path are those of a glob; `**` stands for any number of them."""
+    if not patterns or (not parts and patterns[0] != "**"):
+        return not patterns and not parts
+    if patterns[0] == "**":
+        return any(_fits(parts[i:], patterns[1:]) for i in range(len(parts) + 1))
+    return fnmatch.fnmatch(parts[0], patterns[0]) and _fits(parts[1:], patterns[1:])
+
+
+def _below(directory: str, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """Files below a directory, hidden ones excepted; links are followed, but nowhere twice."""
+    found = os.stat(directory)
+    if (found.st_dev, found.st_ino) in seen:
+        return
+    seen.add((found.st_dev, found.st_ino))
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _below(entry.path, seen)
+        elif entry.is_file():
+            yield Path(entry.path)
 
 
 def _describe_row(fields: object) -> str:

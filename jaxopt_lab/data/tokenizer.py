@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 _FILE = "tokenizer.json"
 _SMALLEST_VOCABULARY = 257  # the bytes and end-of-text
+_LONG_WORD, _PIECE = 10_000, 1000  # characters
+_LONG_RUN = re.compile(rf"((?<!\S)\S{{{_LONG_WORD},}}|(?<!\s)\s{{{_LONG_WORD},}})")
 _GPT2_FILES = (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt"))
 
 
@@ -224,8 +227,24 @@ def _train(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    model.train_from_iterator(texts, trainer)
+    model.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
     return Tokenizer(model)
+
+
+def _pieces(text: str) -> list[str]:
+    """The text for training a BPE, in one piece unless a word or a gap is extremely long.
+
+    Each merge passes over every word that has the pair, so that one word of megabytes takes hours.
+    """
+    words = text.split()
+    gaps = len(text) - sum(map(len, words)) - len(words)
+    if max([gaps, *map(len, words)]) < _LONG_WORD:
+        return [text]
+    pieces = []
+    for number, run in enumerate(_LONG_RUN.split(text)):
+        size = _PIECE if number % 2 else max(len(run), 1)  # every second one is extremely long
+        pieces += [run[start : start + size] for start in range(0, len(run), size)]
+    return pieces
 
 
 def _byte_level(model: Any, *, special: bool = True) -> "tokenizers.Tokenizer":

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxopt_lab.models.config import DecoderConfig
@@ -72,7 +71,7 @@ def loss(
         raise ValueError(
             f"head_chunks: got {head_chunks}, wanted a divisor of {targets_BxT.shape[1]} positions"
         )
-    mask_BxT = batch.get("mask", np.ones(targets_BxT.shape, bool))
+    mask_BxT = batch.get("mask", jnp.ones(targets_BxT.shape, bool))
     if mask_BxT.shape != targets_BxT.shape:
         raise ValueError(f"mask: got shape {mask_BxT.shape}, wanted {targets_BxT.shape}")
     decoder = bind(config, params)

@@ -24,6 +24,7 @@ X_LABELS = {
     "step": "optimizer step",
     "tokens": "training tokens",
     "time": "time [min]",
+    "forward_passes": "forward passes",
     "optimizer_flops": "optimizer FLOPs",
 }
 
@@ -138,8 +139,8 @@ def loss_figure(
     Args:
       run_dirs: One run directory, or several to compare.
       out_path: File to write; the suffix (png, svg, pdf) decides the format.
-      x: Horizontal axis: "step", "tokens", "time" or "optimizer_flops". All but "step" are read
-        from the metric of that name.
+      x: Horizontal axis: "step", "tokens", "time", "forward_passes" or "optimizer_flops". All
+        but "step" are read from the metric of that name.
       labels: Names of the runs; the directories' names by default.
       train_key: Metric of the training loss, in nats/token.
       held_out_key: Metric of the held-out loss, in nats/token.

@@ -7,6 +7,7 @@ from jaxopt_lab.step.gradients import (
     Loss,
     accumulated,
     backprop,
+    forward_only,
     measured,
 )
 from jaxopt_lab.step.state import Adapted, TrainState, merged, split, state_layout
@@ -23,6 +24,7 @@ __all__ = [
     "accumulated",
     "apply_updates",
     "backprop",
+    "forward_only",
     "measured",
     "merged",
     "split",

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxopt_lab.zeroth_order.losses import fill_masked
+from jaxopt_lab.zeroth_order.replay import recorded
+
 Batch = Mapping[str, Array]
 Loss = Callable[[PyTree, Batch, Array], tuple[Array, Array, Mapping[str, Array]]]
 """(params, batch, key) -> (objective, weight, metrics), means over what the weight counts.
@@ -20,13 +23,31 @@ compared, such as the z-loss, `metrics["loss"]` is the loss without them."""
 
 
 class Estimate(NamedTuple):
-    """What an estimator found out about one batch. Everything is a mean weighted by `weight`."""
+    """What an estimator found out about one batch. Everything is a mean weighted by `weight`.
 
-    loss: Float[Array, ""]  # the objective
+    Either there are gradients, or there is a `value_fn` among `extra` for an optimizer that makes
+    its own; loss and metrics are then known `after` its update, from `losses`.
+    """
+
+    loss: Float[Array, ""] | None  # the objective
     weight: Float[Array, ""]  # what the means are over, such as the number of tokens
     metrics: Mapping[str, Array]  # of the task; "loss" among them
-    grads: PyTree  # in the dtype of the parameters, at least float32
-    extra: Mapping[str, Any] = {}  # further arguments of the optimizer's update, such as `taps`
+    grads: PyTree  # in the dtype of the parameters, at least float32; None: there are none
+    extra: Mapping[str, Any] = {}  # further arguments of the optimizer's update, such as `value_fn`
+    # (optimizer state after the update) -> losses that it evaluated, at or near the parameters
+    losses: Callable[[PyTree], Array] | None = None
+
+    def after(self, opt_state: PyTree) -> "Estimate":
+        """With what the optimizer's update found out: the mean of the losses that are finite.
+
+        NaN where none of them is.
+        """
+        if self.losses is None:
+            return self
+        losses = self.losses(opt_state)
+        finite = jnp.isfinite(losses)
+        loss = jnp.sum(jnp.where(finite, losses, 0)) / jnp.sum(finite)
+        return self._replace(loss=loss, metrics={"loss": loss})
 
 
 Estimator = Callable[[Loss, PyTree, Batch, Array], Estimate]
@@ -72,8 +93,7 @@ def accumulated(
     Raises:
       ValueError: Below 1.
     """
-    if microbatches < 1:
-        raise ValueError(f"microbatches: got {microbatches}, expected at least 1")
+    _check(microbatches)
     if microbatches == 1:
         return part
 
@@ -96,6 +116,53 @@ def accumulated(
         return _times(total, share)._replace(weight=weight, extra=joined(extra, share * weights))
 
     return estimate
+
+
+def forward_only(
+    microbatches: int = 1, *, losses: Callable[[PyTree], Array] = recorded
+) -> Estimator:
+    """No gradient and no backward pass: the optimizer evaluates the objective itself.
+
+    So do zero-order methods. Their update is called as `update(None, state, params, value_fn=...)`.
+    Every evaluation of a step sees the same batch and the same keys. Of the metrics there is the
+    loss alone: the mean of those that the optimizer has evaluated, which is that at the parameters
+    up to the square of its perturbation, or exact where `losses` picks it out.
+
+    Args:
+      microbatches: Number of parts of the batch, evaluated one after the other; as for
+        `accumulated`, with its keys and weights.
+      losses: (optimizer state after the update) -> losses at or near the parameters.
+
+    Raises:
+      ValueError: Below 1 part.
+    """
+    _check(microbatches)
+
+    def estimate(loss: Loss, params: PyTree, batch: Batch, key: Array) -> Estimate:
+        def mean(params: PyTree) -> Array:
+            def one(part: tuple[Array, Batch]) -> tuple[Array, Array]:
+                number, micro = part
+                value, (weight, _) = measured(loss, params, micro, jax.random.fold_in(key, number))
+                return _wide(value), weight
+
+            if microbatches == 1:
+                return measured(loss, params, batch, key)[0]
+            parts = (jnp.arange(microbatches), _split(batch, microbatches))
+            values, weights = jax.lax.map(one, parts)
+            return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+
+        # Nothing else of this evaluation is used, so that nothing else of it is compiled.
+        _, (weight, _) = measured(loss, params, batch, key)
+        # What is frozen is a hole in `params`, which the loss fills.
+        extra = {"value_fn": fill_masked(mean, params)}
+        return Estimate(None, weight, {}, None, extra, losses)
+
+    return estimate
+
+
+def _check(microbatches: int) -> None:
+    if microbatches < 1:
+        raise ValueError(f"microbatches: got {microbatches}, expected at least 1")
 
 
 def _times(found: Estimate, factor: Array) -> Estimate:

@@ -1,7 +1,7 @@
 """The step: estimate the gradient, clip, update, guard. Pure functions of a state and a batch."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ class Preview(NamedTuple):
     """What a step would do, without doing it."""
 
     loss: Float[Array, ""]  # of the batch, as it is reported
-    grads: PyTree  # as the optimizer receives them
+    grads: PyTree  # as the optimizer receives them; None where it receives none
     updates: PyTree  # to be added to the parameters
 
 
@@ -39,6 +39,9 @@ class Step:
     count steps, and selecting between old and new counters would batch the predicates that
     transforms branch on. A transform that counts for each matrix, such as SOAP, refuses gradients
     that are not finite by itself; every leaf is NaN to it then. Such a step adds one to `skipped`.
+
+    With `forward_only` there is no gradient: nothing is clipped, `tx` receives `value_fn` in place
+    of gradient and `value`, and a step is dropped if no loss that it evaluated is finite.
 
     >>> def loss(params, batch, key):
     ...     return jnp.mean((batch["x"] - params["w"]) ** 2), batch["x"].size, {}
@@ -88,9 +91,11 @@ class Step:
 
         return self.gradient(loss, state.params, batch, key)
 
-    def received(self, state: TrainState, batch: Batch) -> tuple[Estimate, Float[Array, ""]]:
+    def received(self, state: TrainState, batch: Batch) -> tuple[Estimate, Float[Array, ""] | None]:
         """The estimate with gradients as the optimizer receives them, and their norm before."""
         found = self.estimate(state, batch)
+        if found.grads is None:
+            return found, None
         norm = optax.tree.norm(found.grads)
         grads = found.grads
         if self.clip is not None:
@@ -103,47 +108,62 @@ class Step:
     def preview(self, state: TrainState, batch: Batch) -> Preview:
         """Loss, gradients and updates of the step that would be taken."""
         found, _ = self.received(state, batch)
-        updates, _ = self._updates(state, found)
-        return Preview(found.metrics["loss"], found.grads, updates)
+        updates, opt_state = self._updates(state, found)
+        return Preview(found.after(opt_state).metrics["loss"], found.grads, updates)
 
     def take(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         """The state after the step, and its metrics.
 
         Returns:
-          The state; the metrics of the task, and `grad_norm` before clipping, `weight`, `finite`
-          and `skipped`.
+          The state; the metrics of the task, and `grad_norm` before clipping (where there is a
+          gradient), `weight`, `finite` and `skipped`.
         """
         found, norm = self.received(state, batch)
         # The norm is finite only if every gradient is, and it is at hand already.
-        finite = jnp.isfinite(found.loss) & jnp.isfinite(norm)
-        new = self._guarded(state, found, finite) if self.guarded else self._moved(state, found)
-        metrics = {**found.metrics, "grad_norm": norm, "weight": found.weight}
+        finite = _finite(found.loss) & _finite(norm)
+        if self.guarded and norm is not None:
+            found = _wholly(found, finite)
+        updates, opt_state = self._updates(state, found)
+        found = found.after(opt_state)
+        finite &= _finite(found.loss)
+        params = apply_updates(state.params, updates)
+        new = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+        if self.guarded:
+            new = _guarded(state, new, finite)
+        norms = {} if norm is None else {"grad_norm": norm}
+        metrics = {**found.metrics, **norms, "weight": found.weight}
         return new, metrics | {"finite": finite, "skipped": new.skipped}
 
     def _updates(self, state: TrainState, found: Estimate) -> tuple[PyTree, PyTree]:
         tx = optax.with_extra_args_support(self.tx)
-        extra = {"value": found.metrics["loss"], **found.extra}
-        return tx.update(found.grads, state.opt_state, state.params, **extra)
+        # Without gradients the loss is not known yet.
+        value = {} if found.grads is None else {"value": found.metrics["loss"]}
+        grads: Any = found.grads
+        return tx.update(grads, state.opt_state, state.params, **value, **found.extra)
 
-    def _moved(self, state: TrainState, found: Estimate) -> TrainState:
-        updates, opt_state = self._updates(state, found)
-        params = apply_updates(state.params, updates)
-        return state._replace(step=state.step + 1, params=params, opt_state=opt_state)
 
-    def _guarded(self, state: TrainState, found: Estimate, finite: Bool[Array, ""]) -> TrainState:
-        # Leaves that are finite in a dropped step must not be taken for seen: a counter of theirs
-        # would advance without the moments that it corrects.
-        grads = jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), found.grads)
-        new = self._moved(state, found._replace(grads=grads))
+def _finite(x: Array | None) -> Bool[Array, ""]:
+    return jnp.ones((), bool) if x is None else jnp.isfinite(x)
 
-        def keep_if_bad(new: Array, old: Array) -> Array:
-            return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
 
-        return new._replace(
-            skipped=state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32),
-            params=jax.tree.map(keep_if_bad, new.params, state.params),
-            opt_state=jax.tree.map(keep_if_bad, new.opt_state, state.opt_state),
-        )
+def _wholly(found: Estimate, finite: Bool[Array, ""]) -> Estimate:
+    """Gradients of which either all are used or none."""
+    # Leaves that are finite in a dropped step must not be taken for seen: a counter of theirs
+    # would advance without the moments that it corrects.
+    return found._replace(grads=jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), found.grads))
+
+
+def _guarded(old: TrainState, new: TrainState, finite: Bool[Array, ""]) -> TrainState:
+    """The new state, or of a step that is dropped only its counters and keys."""
+
+    def keep_if_bad(new: Array, old: Array) -> Array:
+        return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
+
+    return new._replace(
+        skipped=old.skipped + jnp.where(finite, 0, 1).astype(jnp.int32),
+        params=jax.tree.map(keep_if_bad, new.params, old.params),
+        opt_state=jax.tree.map(keep_if_bad, new.opt_state, old.opt_state),
+    )
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:

@@ -4,6 +4,12 @@ Models and text come in as functions and arrays, so that a study runs wherever j
 are installed. `sweep.decoder_runs`, imported by its name, has those of the studies on text.
 """
 
+from jaxopt_lab.sweep.blocks import (
+    PAIRED_RULE,
+    PairedNoise,
+    paired_differences,
+    paired_noise,
+)
 from jaxopt_lab.sweep.cost import StepCost, lanes_that_fit, measure_step
 from jaxopt_lab.sweep.program import Curves, Program, Run
 from jaxopt_lab.sweep.significance import (
@@ -19,10 +25,12 @@ from jaxopt_lab.sweep.task import Task
 from jaxopt_lab.sweep.tuning import Tuned, tune
 
 __all__ = [
+    "PAIRED_RULE",
     "RULE",
     "Curves",
     "Difference",
     "Interval",
+    "PairedNoise",
     "Program",
     "Run",
     "StepCost",
@@ -33,6 +41,8 @@ __all__ = [
     "lanes_that_fit",
     "measure_step",
     "paired_accuracy",
+    "paired_differences",
+    "paired_noise",
     "seed_noise",
     "tune",
 ]

@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 
 from jaxopt_lab.step import TrainState
 from jaxopt_lab.sweep.task import Batch, BuildOptimizer, Task, start, step, step_of
+from jaxopt_lab.zeroth_order import recorded
 
 # Part of the memory that runs side by side may fill: what a program of several lanes needs is
 # estimated from the program of one.
@@ -28,7 +29,8 @@ class StepCost:
     """Median over rounds of a whole step."""
 
     gradient_seconds: float
-    """The same for the loss and its clipped gradient alone."""
+    """The same for the loss and its clipped gradient alone; for an optimizer that has none, for as
+    many losses as it evaluates."""
 
     tokens_per_second: float
     """Tokens of a batch over the whole step."""
@@ -69,7 +71,9 @@ def measure_step(
     whole = jax.jit(lambda s, b: step(task, build, jnp.float32(rate), s, b), donate_argnums=0)
     # The previous gradient is donated, so that both programs write where they read.
     alone = jax.jit(
-        functools.partial(_received, task, build, rate), donate_argnums=1, keep_unused=True
+        functools.partial(_received, task, build, rate, jax.eval_shape(lambda: state.opt_state)),
+        donate_argnums=1,
+        keep_unused=True,
     )
     before = time.perf_counter()
     compiled = whole.lower(state, batch).compile()
@@ -119,12 +123,29 @@ def device_memory() -> int:
 
 
 def _received(
-    task: Task, build: BuildOptimizer, rate: float, state: TrainState, old: PyTree, batch: Batch
+    task: Task,
+    build: BuildOptimizer,
+    rate: float,
+    opt_state: PyTree,
+    state: TrainState,
+    old: PyTree,
+    batch: Batch,
 ) -> tuple[Array, PyTree]:
-    """Loss and gradient as the optimizer receives it, written where the last one was."""
-    del old
-    found, _ = step_of(task, build, rate).received(state, batch)
-    return found.metrics["loss"], found.grads
+    """Loss and gradient as the optimizer receives it, written where the last one was.
+
+    Or the losses that it would evaluate, without its perturbations.
+    """
+    key = jax.random.wrap_key_data(state.key)
+    found, _ = step_of(task, build, rate, key).received(state, batch)
+    if found.grads is not None:
+        return found.metrics["loss"], found.grads
+
+    def value(number: Array) -> Array:
+        # Or one evaluation would serve for all.
+        params, _ = jax.lax.optimization_barrier((state.params, number))
+        return found.extra["value_fn"](params)
+
+    return jnp.sum(jax.lax.map(value, jnp.arange(recorded(opt_state).size))), old
 
 
 def _time(f: Callable[[Any], Any], carry: Any, times: int) -> tuple[Any, float]:

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxopt_lab.step import Loss, Step, TrainState, measured
+from jaxopt_lab.step import Estimator, Loss, Step, TrainState, backprop, measured
 
 Batch = Mapping[str, Any]  # of arrays on the host or a device
-BuildOptimizer = Callable[[Any], optax.GradientTransformation]
-"""(learning rate, a number or a traced scalar) -> optimizer whose updates are added."""
+BuildOptimizer = Callable[..., optax.GradientTransformation]
+"""(learning rate, a number or a traced scalar) -> optimizer whose updates are added; of a task with
+`keyed`, (learning rate, key of the run)."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Task:
       evaluate_every: Steps between evaluations; the last step is always evaluated.
       tokens_per_step: Tokens of a training batch.
       clip: Largest global norm of the gradient; None does not clip.
+      gradient: How the gradient is estimated; `forward_only()` for optimizers that do it.
+      keyed: Whether the optimizer draws and is built with the key of the run. Runs of one seed
+        then share their draws.
     """
 
     init_params: Callable[[Array], PyTree]
@@ -40,6 +44,8 @@ class Task:
     evaluate_every: int
     tokens_per_step: int
     clip: float | None = None
+    gradient: Estimator = backprop
+    keyed: bool = False
 
     def evaluated_steps(self) -> list[int]:
         """Numbers of steps after which a run is evaluated.
@@ -51,22 +57,31 @@ class Task:
         return [*inner, self.steps]
 
 
-def step_of(task: Task, build: BuildOptimizer, rate: Any) -> Step:
-    """The training step of a run; a run that diverges is to show it, so nothing is guarded."""
-    return Step(task.loss, build(rate), clip=task.clip, guarded=False)
+def step_of(task: Task, build: BuildOptimizer, rate: Any, key: Array) -> Step:
+    """The training step of a run; a run that diverges is to show it, so nothing is guarded.
+
+    Args:
+      task: What every run shares.
+      build: The optimizer.
+      rate: The learning rate.
+      key: The key that the state begins with; any other one later.
+    """
+    tx = build(rate, key) if task.keyed else build(rate)
+    return Step(task.loss, tx, task.gradient, clip=task.clip, guarded=False)
 
 
 def start(task: Task, build: BuildOptimizer, rate: Any, seed: Int[Array, " "]) -> TrainState:
     """The first state of a seed; under vmap, leaves that no run changes alone stay unbatched."""
     key = jax.random.key(seed)
-    return step_of(task, build, rate).start(task.init_params(key), key)
+    return step_of(task, build, rate, key).start(task.init_params(key), key)
 
 
 def step(
     task: Task, build: BuildOptimizer, rate: Any, state: TrainState, batch: Batch
 ) -> tuple[TrainState, Float[Array, " "]]:
     """One optimizer step; returns the training loss before it."""
-    state, metrics = step_of(task, build, rate).take(state, batch)
+    key = jax.random.wrap_key_data(state.key)
+    state, metrics = step_of(task, build, rate, key).take(state, batch)
     return state, metrics["loss"]
 
 

@@ -63,7 +63,7 @@ class Text(NamedTuple):
 
     corpus: data.Corpus
     # What `data.windows_of` returned, by the names of the sets; `validation` is the first.
-    held_out: Mapping[str, Sequence[data.Batch]]
+    held_out: Mapping[str, Sequence[data.RowsOnDemand]]
 
 
 def language_model(
@@ -121,13 +121,14 @@ def _evaluations(text: Text, loss: Loss) -> dict[str, Evaluation]:
 
 def _evaluation(
     name: str,
-    held_out: Sequence[data.Batch],
+    held_out: Sequence[data.RowsOnDemand],
     tokenizer: data.Tokenizer,
     unigram: np.ndarray,
     loss: Loss,
 ) -> Evaluation:
     tokens, _ = data.count_targets(held_out, tokenizer)
     nats, bits = data.nats_under(unigram, held_out, tokenizer)
+    bits_per_nat = data.bits_per_byte(1.0, held_out, tokenizer)
     in_nats, in_bits = (
         ("validation_loss", "bits_per_byte")
         if name == data.VALIDATION
@@ -138,7 +139,7 @@ def _evaluation(
         loss=loss,
         report={
             in_nats: lambda means: means["loss"],
-            in_bits: lambda means: data.bits_per_byte(means["loss"], held_out, tokenizer),
+            in_bits: lambda means: means["loss"] * bits_per_nat,
         },
         about={"tokens": tokens, "unigram_nats": nats, "unigram_bits_per_byte": bits},
     )

@@ -19,7 +19,7 @@ class Evaluation:
     """One held-out set, and what is measured on it.
 
     Args:
-      batches: All of it, in every process.
+      batches: All of it. Of `data.RowsOnDemand` a process builds only the rows of its devices.
       loss: Its metrics are averaged over the batches by their weights; the objective is not used.
       report: What is logged, by its name in the log. The first one may rank checkpoints; lower is
         better.

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 from jaxopt_lab.report.files import read_text
 from jaxopt_lab.train.config.bounds import check_bounds
@@ -18,7 +18,7 @@ from jaxopt_lab.train.config.decode import Words, only_word
 from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.run import PretrainConfig
 from jaxopt_lab.train.config.serialize import from_json, with_values
-from jaxopt_lab.train.errors import ArgumentError, ConfigError
+from jaxopt_lab.train.errors import ArgumentError, ConfigError, within
 from jaxopt_lab.train.io.run_directory import read_config
 
 Settings = TypeVar("Settings")
@@ -40,15 +40,11 @@ _HELP = {
 }
 
 
-@overload
-def parse_config(arguments: Sequence[str], verb: str) -> PretrainConfig: ...
-
-
-@overload
-def parse_config(arguments: Sequence[str], verb: str, kind: type[Settings]) -> Settings: ...
-
-
-def parse_config(arguments: Sequence[str], verb: str, kind: type[Any] = PretrainConfig) -> Any:
+def parse_config(
+    arguments: Sequence[str],
+    verb: str,
+    kind: type[Settings] = PretrainConfig,  # pyright: ignore[reportArgumentType]
+) -> Settings:
     """Reads a configuration off the command line.
 
     `--config FILE`, `--resume` and `--fork-from RUN` say where settings come from that no flag
@@ -63,7 +59,7 @@ def parse_config(arguments: Sequence[str], verb: str, kind: type[Any] = Pretrain
       ConfigError, ArgumentError: For names and values that cannot work.
       SystemExit: After `--help`.
     """
-    known = {field.name for field in fields(kind)}
+    known = {field.name for field in fields(kind)}  # pyright: ignore[reportArgumentType]
     asked = [argument for argument in arguments if argument not in ("-h", "--help")]
     values = _values(asked, known)
     config = with_values(_default(values, known, kind), values)
@@ -122,7 +118,13 @@ def _default(values: dict[str, Any], known: set[str], kind: type[Any]) -> Any:
             raise ConfigError("fork_from", fork, "which starts a new run: leave out --resume")
         return _of_verb("run_directory", directory, read_config(directory), kind)
     if "config" in given:
-        return from_json(_config_text(given["config"]), kind)
+        path = given["config"]
+        try:
+            with within("config"):
+                text = read_text(Path(path))
+        except OSError as error:
+            raise ConfigError("config", path, f"expected a file: {error.strerror}") from error
+        return from_json(text, kind)
     if fork is not None and "fork_from" in known:
         return _forked(fork, kind)
     return kind()
@@ -138,21 +140,10 @@ def _of_verb(name: str, directory: str, config: PretrainConfig, kind: type[Any])
     raise ConfigError(name, directory, f"which is a run of {config.verb}{hint}")
 
 
-def _config_text(path: str) -> str:
-    try:
-        return read_text(Path(path))
-    except OSError as error:
-        raise ConfigError("config", path, f"expected a file: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError.inside("config", error) from error
-
-
 def _forked(directory: str, kind: type[Any]) -> PretrainConfig:
     """The configuration of another run, with the tokens that its weights know."""
-    try:
+    with within("fork_from"):
         config = read_config(directory)
-    except ConfigError as error:
-        raise ConfigError.inside("fork_from", error) from error
     config = _of_verb("fork_from", directory, config, kind)
     tokenizer = config.tokenizer
     if tokenizer.kind in ("bpe", "saved"):

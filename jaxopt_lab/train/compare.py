@@ -4,16 +4,18 @@ import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from jaxopt_lab import data, models
 from jaxopt_lab.report.files import read_json, write_json
 from jaxopt_lab.report.progress import to_stderr
-from jaxopt_lab.sweep import RULE, StepCost, Task, Tuned, lanes_that_fit, measure_step, tune
+from jaxopt_lab.sweep import PAIRED_RULE, StepCost, Task, Tuned, lanes_that_fit, measure_step, tune
 from jaxopt_lab.sweep.task import BuildOptimizer
 from jaxopt_lab.tasks import language_model_loss
 from jaxopt_lab.train.compare_report import CompareResult, Outcome, write_report
@@ -24,7 +26,7 @@ from jaxopt_lab.train.config.optimizer_base import ModelInfo
 from jaxopt_lab.train.config.sections import MeshConfig
 from jaxopt_lab.train.config.serialize import to_json
 from jaxopt_lab.train.dist.mesh import make_mesh
-from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.errors import ConfigError, within
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.manifest import add_session, describe_session
 from jaxopt_lab.train.io.run_directory import open_comparison
@@ -81,7 +83,7 @@ def compare(config: CompareConfig, *, message: Message | None = None) -> Compare
     if missing:
         mesh = make_mesh(MeshConfig(data=1))
         add_session(directory, describe_session(mesh, 0, corpus.summary(), {}))
-    say(f"stated before the runs: {RULE}")
+    say(f"stated before the runs: {PAIRED_RULE}")
     lines = _ProgressLines(config, len(missing), say)
     try:
         with compiled_once(config.compilation_cache, say):
@@ -97,7 +99,7 @@ def compare(config: CompareConfig, *, message: Message | None = None) -> Compare
 
 
 def _task(
-    config: CompareConfig, corpus: data.Corpus, held_out: Sequence[data.Batch]
+    config: CompareConfig, corpus: data.Corpus, held_out: Sequence[data.RowsOnDemand]
 ) -> tuple[Task, Callable[[], None]]:
     """The run without its optimizer, and what closes its readers."""
     model = config.model
@@ -130,11 +132,12 @@ def _task(
 
 
 def _builder(config: CompareConfig, entrant: Entrant, vocab_size: int) -> BuildOptimizer:
-    """(rate) -> the optimizer as `pretrain` builds it."""
+    """(rate, key) -> the optimizer as `pretrain` builds it."""
     info = ModelInfo.of(config.model, vocab_size=vocab_size)
 
-    def build(rate: Any) -> Any:
-        return build_rule(entrant.with_rate(rate), config.schedule, info, config.steps).tx
+    def build(rate: Any, key: Array) -> Any:
+        model = info._replace(key=key)
+        return build_rule(entrant.with_rate(rate), config.schedule, model, config.steps).tx
 
     return build
 
@@ -143,6 +146,7 @@ def _run(
     config: CompareConfig, task: Task, entrant: Entrant, vocab_size: int, lines: "_ProgressLines"
 ) -> Outcome:
     build = _builder(config, entrant, vocab_size)
+    task = replace(task, gradient=entrant.optimizer.gradient(1), keyed=True)
     middle = entrant.rates[len(entrant.rates) // 2]
     lines.say(f"{entrant.label}: timing one run alone")
     cost = measure_step(task, build, middle, seed=config.sweep_seed, steps=config.timing_steps)
@@ -181,10 +185,8 @@ def _read(path: Path, entrant: Entrant, common: Mapping[str, Any]) -> Outcome | 
     """An earlier result, if it answers the same question."""
     if not path.is_file():
         return None
-    try:
+    with within("run_directory"):
         values = read_json(path)
-    except ValueError as error:
-        raise ConfigError.inside("run_directory", error) from error
     expected = {"optimizer": encode(entrant.optimizer), "rates": list(entrant.rates), **common}
     found = {"optimizer": values["optimizer"], "rates": values["rates"], **values["common"]}
     for name, value in expected.items():
@@ -229,5 +231,5 @@ class _ProgressLines:
         self._finished += 1
 
 
-def _stacked(batches: Sequence[data.Batch]) -> dict[str, np.ndarray]:
+def _stacked(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}

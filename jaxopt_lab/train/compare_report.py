@@ -1,5 +1,6 @@
 """What a comparison says: table, figure and JSON."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,15 @@ from jaxopt_lab import models
 from jaxopt_lab.report.figures import Curve, curves_figure
 from jaxopt_lab.report.files import write_json
 from jaxopt_lab.report.tables import format_table
-from jaxopt_lab.sweep import RULE, Difference, StepCost, Tuned, difference, seed_noise
+from jaxopt_lab.sweep import (
+    PAIRED_RULE,
+    Difference,
+    PairedNoise,
+    StepCost,
+    Tuned,
+    paired_differences,
+    paired_noise,
+)
 from jaxopt_lab.train.config.comparison import CompareConfig
 
 TABLE_FILE = "table.md"
@@ -67,16 +76,15 @@ class CompareResult:
     outcomes: tuple[Outcome, ...]
     """In the order of the configuration; the first is the reference."""
 
-    noise: float | None
-    """Standard deviation between seeds, pooled; None if no optimizer has two finite seeds."""
+    noise: PairedNoise | None
+    """Of a loss, seeds taken out; None where fewer than two optimizers can be compared."""
 
     table: str
     """Markdown."""
 
     def difference(self, label: str, other: str) -> Difference | None:
         """One optimizer's mean loss minus another's; None where one of them diverged."""
-        by_label = {outcome.label: outcome for outcome in self.outcomes}
-        return _difference(by_label[label], by_label[other], self.noise)
+        return _differences(self.outcomes).get((label, other))
 
 
 def write_report(
@@ -93,13 +101,12 @@ def write_report(
       outcomes: One for each optimizer, the reference first.
       bits_per_byte_of_a_nat: Bits per byte of held-out text for one nat per token.
     """
-    finite = [list(o.tuned.final_losses) for o in outcomes]
-    several = any(sum(map(math.isfinite, losses)) > 1 for losses in finite)
-    noise = seed_noise(finite) if several else None
+    losses = _comparable_losses(outcomes)
+    noise = paired_noise(list(losses.values())) if len(losses) > 1 else None
     table = "\n\n".join(
         [
             _headline(config),
-            _table(outcomes, noise, bits_per_byte_of_a_nat),
+            _table(outcomes, bits_per_byte_of_a_nat),
             "\n".join(f"- {note}" for note in _notes(outcomes, noise)),
         ]
     )
@@ -119,7 +126,7 @@ def _headline(config: CompareConfig) -> str:
     )
 
 
-def _table(outcomes: Sequence[Outcome], noise: float | None, bits: float) -> str:
+def _table(outcomes: Sequence[Outcome], bits: float) -> str:
     headers = [
         "optimizer",
         "best rate",
@@ -133,15 +140,16 @@ def _table(outcomes: Sequence[Outcome], noise: float | None, bits: float) -> str
         "optimizer share",
         "peak MiB",
     ]
-    rows = [_row(outcome, outcomes[0], noise, bits) for outcome in outcomes]
+    found = _differences(outcomes)
+    against = [found.get((outcome.label, outcomes[0].label)) for outcome in outcomes]
+    rows = [_row(outcome, each, bits) for outcome, each in zip(outcomes, against, strict=True)]
     return format_table(headers, rows, markdown=True)
 
 
-def _row(outcome: Outcome, reference: Outcome, noise: float | None, bits: float) -> list[Any]:
+def _row(outcome: Outcome, against: Difference | None, bits: float) -> list[Any]:
     tuned, cost = outcome.tuned, outcome.cost
     losses = np.asarray(tuned.final_losses)
     mean = float(losses.mean()) if outcome.comparable else None
-    against = None if outcome is reference else _difference(outcome, reference, noise)
     rate = "diverged" if tuned.best_rate is None else f"{tuned.best_rate:.3g}"
     peak = cost.peak_bytes
     return [
@@ -159,10 +167,13 @@ def _row(outcome: Outcome, reference: Outcome, noise: float | None, bits: float)
     ]
 
 
-def _notes(outcomes: Sequence[Outcome], noise: float | None) -> list[str]:
-    notes = [f"Rule, stated before the runs: {RULE}"]
+def _notes(outcomes: Sequence[Outcome], noise: PairedNoise | None) -> list[str]:
+    notes = [f"Rule, stated before the runs: {PAIRED_RULE}"]
     if noise is not None:
-        notes.append(f"Noise between seeds, s: {noise:.4f} nats/token.")
+        notes.append(
+            f"Noise of a loss, seeds taken out: {noise.deviation:.4f} nats/token, "
+            f"{noise.freedom} degrees of freedom."
+        )
     for outcome in outcomes:
         tuned = outcome.tuned
         if tuned.rim is not None:
@@ -214,26 +225,22 @@ def _draw(config: CompareConfig, outcomes: Sequence[Outcome], path: Path) -> Non
     )
 
 
-def _verdict(outcomes: Sequence[Outcome], noise: float | None) -> dict[str, Any]:
-    pairs = []
-    for index, first in enumerate(outcomes):
-        for second in outcomes[index + 1 :]:
-            found = _difference(first, second, noise)
-            if found is not None:
-                errors = found.standard_errors
-                pairs.append(
-                    {
-                        "optimizer": first.label,
-                        "minus": second.label,
-                        "difference": found.value,
-                        "standard_error": found.standard_error,
-                        "standard_errors": errors if math.isfinite(errors) else None,
-                        "counts": found.counts,
-                    }
-                )
+def _verdict(outcomes: Sequence[Outcome], noise: PairedNoise | None) -> dict[str, Any]:
+    found = _differences(outcomes)
+    pairs = [
+        {
+            "optimizer": first,
+            "minus": second,
+            "difference": found[first, second].value,
+            "standard_error": found[first, second].standard_error,
+            "standard_errors": _finite(found[first, second].standard_errors),
+            "counts": found[first, second].counts,
+        }
+        for first, second in itertools.combinations(_comparable_losses(outcomes), 2)
+    ]
     return {
-        "rule": RULE,
-        "seed_noise": noise,
+        "rule": PAIRED_RULE,
+        "noise": None if noise is None else noise._asdict(),
         "reference": outcomes[0].label,
         "optimizers": [
             {
@@ -254,7 +261,15 @@ def _verdict(outcomes: Sequence[Outcome], noise: float | None) -> dict[str, Any]
     }
 
 
-def _difference(first: Outcome, second: Outcome, noise: float | None) -> Difference | None:
-    if noise is None or not (first.comparable and second.comparable):
-        return None
-    return difference(first.tuned.final_losses, second.tuned.final_losses, noise)
+def _differences(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], Difference]:
+    """Of all pairs that can be compared, in both orders."""
+    losses = _comparable_losses(outcomes)
+    return paired_differences(losses) if len(losses) > 1 else {}
+
+
+def _comparable_losses(outcomes: Sequence[Outcome]) -> dict[str, tuple[float, ...]]:
+    return {each.label: each.tuned.final_losses for each in outcomes if each.comparable}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

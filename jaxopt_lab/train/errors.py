@@ -1,5 +1,7 @@
 """What goes wrong for reasons the user can act on; the command line prints these as one line."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -25,6 +27,19 @@ class ConfigError(ValueError):
         wrapped = cls.__new__(cls)
         ValueError.__init__(wrapped, f"{section}: {error}")
         return wrapped
+
+
+@contextmanager
+def within(section: str) -> Iterator[None]:
+    """Puts a section in front of what is said inside about a value.
+
+    Raises:
+      ConfigError: For every ValueError.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError.inside(section, error) from error
 
 
 class ArgumentError(ValueError):

@@ -8,9 +8,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from jaxopt_lab.data import RowsOnDemand
 from jaxopt_lab.step import Batch, Loss, measured
 from jaxopt_lab.tasks import Evaluation
-from jaxopt_lab.train.dist.mesh import BATCH_AXES, to_global
+from jaxopt_lab.train.dist.mesh import BATCH_AXES, rows_of_process, to_global
 
 
 class HeldOut:
@@ -37,7 +38,7 @@ class HeldOut:
         self._best = best
         self.names = tuple(name for each in evaluations.values() for name in each.report)
         self._batches = {
-            name: [to_global(mesh, batch, _rows(batch)) for batch in each.batches]
+            name: [_placed(mesh, batch) for batch in each.batches]
             for name, each in evaluations.items()
         }
         options: dict[str, Any] = {"mesh": mesh, "param_shardings": param_shardings}
@@ -92,5 +93,10 @@ def _total(values: Iterable[Any]) -> float:
     return float(np.asarray(list(values), np.float64).sum())
 
 
-def _rows(batch: Mapping[str, np.ndarray]) -> int:
-    return len(next(iter(batch.values())))
+def _placed(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+    """A batch on the mesh; this process builds the rows of its devices alone."""
+    on_demand = isinstance(batch, RowsOnDemand)
+    size = batch.size if on_demand else len(next(iter(batch.values())))
+    rows = rows_of_process(mesh.devices, size, jax.process_index())
+    own = batch.build(rows) if on_demand else {name: x[rows] for name, x in batch.items()}
+    return to_global(mesh, own, size, rows)

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 from jaxopt_lab.models import parameter_count
 from jaxopt_lab.models.config import check_dtypes
 from jaxopt_lab.train.config.run import RunConfig
-from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.errors import ConfigError, within
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-
-
+_LARGEST_DEVICE = 2**40  # a TiB, more than any has; the compiler fails at sizes not far above
 _SIZES = ("vocab_size", "width", "depth", "hidden_width", "context")
 
 
@@ -23,24 +22,31 @@ def check_machine(config: RunConfig) -> None:
     Raises:
       ConfigError: Names the setting and what there is.
     """
-    try:
+    with within("model"):
         check_dtypes(config.model)
-    except ValueError as error:
-        raise ConfigError.inside("model", error) from error
     platform = jax.default_backend()
     if config.model.attention == "cudnn" and platform != "gpu":
         raise ConfigError("model.attention", "cudnn", f"expected auto or xla on a {platform}")
 
 
 def check_memory(
-    config: RunConfig, sizes: tuple[int, int, int] = (1, 1, 1), accumulation: int = 1
-) -> None:
+    config: RunConfig,
+    sizes: tuple[int, int, int] = (1, 1, 1),
+    accumulation: int = 1,
+    *,
+    dry_run: bool = False,
+) -> str | None:
     """Refuses arrays larger than the memory, by arithmetic alone: nothing is allocated or compiled.
 
     Args:
       config: The run.
       sizes: Of the axes data, fsdp and tensor of the mesh.
       accumulation: Microbatches of a step.
+      dry_run: It will only be compiled, for another machine perhaps: what a larger device could
+        hold is not refused.
+
+    Returns:
+      What is not refused, in a sentence.
 
     Raises:
       ConfigError: Names the setting that is the largest multiple of the preset's own.
@@ -49,20 +55,22 @@ def check_memory(
     rows = config.batch_size // (accumulation * data * fsdp)
     needed, available = smallest_bytes(config, rows, fsdp * tensor), memory_bytes()
     if available is None or sum(needed.values()) <= available:
-        return
-    (preset, _), model = config.named_model(config.preset), config.model
-    growth = {n: getattr(model, n) / getattr(preset, n) for n in _SIZES}
-    growth["batch_size"] = config.batch_size / RunConfig.batch_size
-    name = max(growth, key=lambda name: growth[name])
-    if growth[name] <= 1:
+        return None
+    usual_model, _ = config.named_model(config.preset)
+    grown = {"batch_size": (config.batch_size, RunConfig.batch_size)}
+    for size in _SIZES:
+        sizes_of = (getattr(model, size) for model in (config.model, usual_model))
+        grown[f"model.{size.removesuffix('_width')}"] = tuple(sizes_of)
+    name = max(grown, key=lambda name: grown[name][0] / grown[name][1])
+    value, usual = grown[name]
+    if value <= usual:
         name, value = "model", config.preset
-    elif name == "batch_size":
-        value = config.batch_size
-    else:
-        name, value = f"model.{name.removesuffix('_width')}", getattr(model, name)
     parts = " and ".join(f"{_text(size)} for {what}" for what, size in needed.items())
     wanted = f"expected less: a device needs at least {parts}, and has {_text(available)}"
-    raise ConfigError(name, value, wanted)
+    shortage = ConfigError(name, value, wanted)
+    if dry_run and sum(needed.values()) <= _LARGEST_DEVICE:
+        return f"this machine could not train it: {shortage}"
+    raise shortage
 
 
 def smallest_bytes(config: RunConfig, rows: int, parts: int) -> dict[str, int]:

@@ -16,7 +16,7 @@ from jaxopt_lab import models, optim
 from jaxopt_lab.lora import LoraSpec
 from jaxopt_lab.report.hlo import CollectiveTotal, collectives
 from jaxopt_lab.report.tables import format_table
-from jaxopt_lab.step import Adapted, Estimator, TrainState, accumulated, merged
+from jaxopt_lab.step import Adapted, Estimator, TrainState, merged
 from jaxopt_lab.tasks import Task, Text, language_model
 from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.optimizer_base import ModelInfo
@@ -80,7 +80,7 @@ class Cost:
     temporary_bytes: int
     output_bytes: int
     flops: float  # of one device, as counted by the compiler; 0 where it does not count
-    model_flops: float  # of the whole step: 6 N tokens + attention
+    model_flops: float  # of the whole step, see `_step_flops`
     optimizer_flops: float  # of the whole step, averaged over the kinds of steps
     collectives: Mapping[str, CollectiveTotal]
 
@@ -128,8 +128,8 @@ def build_program(
     shardings = param_shardings(mesh, task.param_specs)
     is_text = isinstance(material, Text)
     vocab_size = material.corpus.tokenizer.vocab_size if is_text else model.vocab_size
-    info = ModelInfo.of(model, shardings, vocab_size)._replace(clip=config.clip)
-    trained = _trained(config, model, task, info, spec)
+    info = ModelInfo.of(model, shardings, vocab_size, jax.random.key(config.seed))
+    trained = _trained(config, model, task, info._replace(clip=config.clip), spec)
     task, info = trained.task, trained.info
     rule = build_rule(config.optimizer, config.schedule, info, config.steps)
     ema = None if config.ema is None else optim.track_params_ema(config.ema)
@@ -188,7 +188,7 @@ def _estimator(config: PretrainConfig, trained: Trained) -> Estimator:
     if _needs_taps(config):
         assert trained.spec is not None
         return with_taps(trained.spec, config.accumulation)
-    return accumulated(config.accumulation)
+    return config.optimizer.gradient(config.accumulation)
 
 
 def _needs_taps(config: PretrainConfig) -> bool:
@@ -231,13 +231,16 @@ def optimizer_share(program: Program) -> float:
 def _step_flops(
     config: PretrainConfig, model: Any, trained: Trained, abstract: TrainState
 ) -> tuple[float, float]:
-    """FLOPs of a step: of the model (6 N tokens + attention) and, on average, of the optimizer.
+    """FLOPs of a step: of the model and, on average, of the optimizer.
 
-    Beside a frozen base no gradient of a kernel is formed, which saves a third.
+    Those of the model are 6 N tokens + attention with a backward pass, a third of it for each
+    forward pass without. Beside a frozen base no gradient of a kernel is formed, which saves a
+    third.
     """
     length = config.row_tokens
-    of_model = models.flops_per_token(model, length) * config.batch_size * length
-    if trained.spec is not None:
+    passes = config.optimizer.forward_passes
+    of_model = models.flops_per_token(model, length) * config.batch_size * length * passes / 3
+    if trained.spec is not None and passes == 3:
         of_model *= 2 / 3
     return of_model, config.optimizer.mean_flops(abstract.params, trained.info.matrix_axes)
 

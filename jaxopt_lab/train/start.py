@@ -15,7 +15,7 @@ from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.run import PretrainConfig, validate
 from jaxopt_lab.train.config.sections import axis_sizes
 from jaxopt_lab.train.dist.agreement import agreed, same_everywhere
-from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
+from jaxopt_lab.train.errors import CheckpointError
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.checkpoints import Restored
 from jaxopt_lab.train.io.manifest import add_session, describe_session, samples_before
@@ -35,18 +35,15 @@ Message = Callable[[str], None]
 def check(config: PretrainConfig, say: Message) -> None:
     """Refuses what cannot work, on all processes alike, before anything is read or compiled.
 
-    A dry run allocates nothing: that the memory will not do is only said there.
+    A dry run allocates nothing: that this machine's memory will not do is only said there.
     """
 
     def on_this_machine() -> None:
         validate(config, jax.device_count())
         check_machine(config)
-        try:
-            check_memory(config, axis_sizes(config.mesh, jax.device_count()), config.accumulation)
-        except ConfigError as shortage:
-            if not config.dry_run:
-                raise
-            say(f"this machine could not train it: {shortage}")
+        sizes = axis_sizes(config.mesh, jax.device_count())
+        if note := check_memory(config, sizes, config.accumulation, dry_run=config.dry_run):
+            say(note)
 
     agreed(on_this_machine)
     of_one_start = ("run_directory", "resume", "dry_run")
@@ -184,10 +181,7 @@ def _described(about: Mapping[str, float]) -> str:
 def compiled_step(config: PretrainConfig, program: Program, say: Message) -> jax.stages.Compiled:
     """Compiles the training step and says what it is."""
     before = time.monotonic()
-    try:
-        compiled = compile_step(config, program)
-    except MemoryError as error:  # of a dry run
-        raise TrainingError(f"not even compiled: {error}") from error
+    compiled = compile_step(config, program)
     count = program.trained_count
     moving = "" if program.moves_all else f", of which {count:,} move,"
     sizes = " x ".join(f"{name} {size}" for name, size in program.mesh.shape.items())

@@ -20,7 +20,7 @@ from jaxopt_lab.train.base import Base, placed, read_base
 from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.run import PretrainConfig
 from jaxopt_lab.train.config.sections import MeshConfig
-from jaxopt_lab.train.errors import CheckpointError, ConfigError
+from jaxopt_lab.train.errors import CheckpointError, ConfigError, within
 from jaxopt_lab.train.io.leaves import describe_leaves, first_difference
 from jaxopt_lab.train.io.run_directory import TOKENIZER_FILE, read_config
 from jaxopt_lab.train.io.stored import checkpoint_path, read_item, read_leaves, select_step
@@ -105,10 +105,8 @@ def forked_params(run: Run) -> Params:
     """
     source = run.config.fork_from
     assert source is not None
-    try:
+    with within("fork_from"):
         config = read_config(source)
-    except ConfigError as error:
-        raise ConfigError.inside("fork_from", error) from error
     wanted = run.program.step.abstract_state.params
     if isinstance(config, FinetuneConfig):
         found: Any = read_leaves(source, select_step(source, None), {"params": _host(wanted)})

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from jaxopt_lab import cli
 from jaxopt_lab.data import TextFiles, TokenizerConfig
 from jaxopt_lab.report.tracker import read_metrics
-from jaxopt_lab.sweep import RULE, StepCost, Tuned
+from jaxopt_lab.sweep import PAIRED_RULE, StepCost, Tuned
 from jaxopt_lab.train import compare as public_compare
 from jaxopt_lab.train.arguments import parse_config
 from jaxopt_lab.train.compare import compare
@@ -64,7 +65,7 @@ def test_it_leaves_a_complete_directory(config, finished):
     assert saved == replace(config, run_directory=None)
     session = json.loads((result.directory / "manifest.json").read_text())["sessions"][0]
     assert session["corpus"]["hash"] and session["versions"]["jax"]
-    stated = next(i for i, note in enumerate(notes) if RULE in note)
+    stated = next(i for i, note in enumerate(notes) if PAIRED_RULE in note)
     assert stated < next(i for i, note in enumerate(notes) if note.startswith("adamw: "))
     assert any("sweep, step" in note or "seeds, step" in note for note in notes)
 
@@ -93,22 +94,27 @@ def test_results_hold_every_run_and_what_a_step_costs(finished):
 def test_the_verdict_is_that_of_the_curves(finished):
     result = finished[0]
     adamw, signum = (outcome.tuned.held_out[:, -1] for outcome in result.outcomes)
-    noise = math.sqrt((np.var(adamw, ddof=1) + np.var(signum, ddof=1)) / 2)
-    assert result.noise == pytest.approx(noise)
+    # Of two optimizers it is the paired t-test.
+    error = np.std(signum - adamw, ddof=1) / math.sqrt(len(adamw))
+    assert result.noise is not None
+    assert result.noise.deviation == pytest.approx(error * math.sqrt(len(adamw) / 2))
+    assert result.noise.freedom == len(adamw) - 1
     found = result.difference(SIGNUM, ADAMW)
     assert found is not None
     assert found.value == pytest.approx(signum.mean() - adamw.mean())
-    assert found.counts == (abs(found.value) > 2 * noise)
+    assert found.standard_error == pytest.approx(error)
+    chance = stats.ttest_rel(signum, adamw).pvalue
+    assert found.counts == (abs(found.value) > 2 * error and chance < 0.05)
     summary = json.loads((result.directory / "summary.json").read_text())
-    assert summary["rule"] == RULE and summary["reference"] == ADAMW
-    assert summary["seed_noise"] == pytest.approx(noise)
+    assert summary["rule"] == PAIRED_RULE and summary["reference"] == ADAMW
+    assert summary["noise"]["deviation"] == pytest.approx(result.noise.deviation)
     assert summary["differences"][0]["difference"] == pytest.approx(-found.value)
     assert [row["mean_final_loss"] for row in summary["optimizers"]] == pytest.approx(
         [adamw.mean(), signum.mean()]
     )
     table = (result.directory / "table.md").read_text()
     assert table == result.table + "\n"
-    for words in (f"{adamw.mean():.4f}", f"{signum.mean():.4f}", f"{found.value:+.4f}", RULE,
+    for words in (f"{adamw.mean():.4f}", f"{signum.mean():.4f}", f"{found.value:+.4f}", PAIRED_RULE,
                   "tokens/s", "optimizer share", "peak MiB", "of its grid"):  # fmt: skip
         assert words in table
 
@@ -176,7 +182,7 @@ def test_what_diverged_takes_no_part(config, tmp_path):
         outcome("better", [1.0, 1.2]),
     )
     result = write_report(config, tmp_path, outcomes, 1.0)
-    assert result.noise == pytest.approx(math.sqrt(0.02))
+    assert result.noise is not None and result.noise.deviation == pytest.approx(0, abs=1e-12)
     assert result.difference("bad", "good") is None
     found = result.difference("better", "good")
     assert found is not None and found.counts and found.value == pytest.approx(-1.0)

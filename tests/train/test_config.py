@@ -215,7 +215,7 @@ def test_json_holds_everything(optimizer, schedule, corpus, preset, steps, rate,
 def test_json_may_be_partial_and_takes_the_rest_from_the_preset():
     config = from_json('{"preset": "gpt2-124m", "model": {"depth": 2}, "optimizer": {"period": 5}}')
     assert config.model == replace(PRESETS["gpt2-124m"], depth=2)
-    assert config.optimizer == LionMuonConfig(learning_rate=1e-3, period=5)
+    assert config.optimizer == LionMuonConfig(1e-3, period=5, sign_lr_ratio=1 / 60)
     assert config.tokenizer.vocab_size == 50304
 
 
@@ -223,7 +223,7 @@ def test_an_optimizer_that_json_names_has_the_rate_of_the_preset_until_it_is_giv
     config = from_json('{"preset": "gpt2-124m", "optimizer": {"name": "adamw", "b1": 0.8}}')
     assert config.optimizer == AdamWConfig(5e-4, b1=0.8)
     config = from_json('{"preset": "gpt2-124m", "optimizer": {"learning_rate": 0.5}}')
-    assert config.optimizer == LionMuonConfig(learning_rate=0.5)
+    assert config.optimizer == LionMuonConfig(0.5, sign_lr_ratio=1 / 60)
 
 
 @dataclass(frozen=True)
@@ -334,6 +334,23 @@ def test_norms_biases_and_embeddings_decay_only_where_that_is_asked_for(name):
 
     same = jax.tree.map(lambda a, b: bool(np.all(a == b)), *updated(ones))
     assert same == jax.tree.map(lambda role: role in ("matrix", "head"), roles(model))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_setting_of_an_optimizer_is_used(name):
+    read = set()
+
+    class Watched(OPTIMIZERS[name]):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    config, params = Watched(), {"a": np.ones((4, 4), np.float32)}
+    read.clear()
+    tx = config.build(lambda count: 0.1, ModelInfo({"a": MuonDimensionNumbers(0, 1)}))
+    jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
+    # The rate comes as a schedule.
+    assert {field.name for field in fields(config)} - read <= {"learning_rate"}
 
 
 def test_every_optimizer_is_documented_and_muon_is_spectral_at_every_step():

@@ -8,9 +8,12 @@ import pytest
 from jaxopt_lab import data, models
 from jaxopt_lab.data import TextFiles
 from jaxopt_lab.report.tracker import read_metrics
+from jaxopt_lab.tasks import Evaluation
 from jaxopt_lab.train.config.run import PretrainConfig, validate
-from jaxopt_lab.train.config.sections import EvalConfig
+from jaxopt_lab.train.config.sections import EvalConfig, MeshConfig
+from jaxopt_lab.train.dist.mesh import make_mesh
 from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.run import pretrain
 from jaxopt_lab.train.text import open_text
 from jaxopt_lab.train.trained import load_params
@@ -131,3 +134,27 @@ def test_the_ranking_set_must_be_there(text):
         config = tiny_config(text, None, corpus=TextFiles((text,)))
         open_text(config, config.eval, 4, silent, ("none=text-files:/nowhere/*.txt",))
     assert data.sets_from_text([]) == {}
+
+
+def test_a_process_builds_the_held_out_rows_of_its_devices_alone(monkeypatch):
+    built, placed = [], {}
+
+    def build(numbers):
+        built.extend(int(number) for number in numbers)
+        return {"x": 10 * np.asarray(numbers)}
+
+    def place(shape, sharding, at):
+        assert shape == (16,)
+        placed.update({start: at((slice(start, start + 2),)).tolist() for start in own[::2]})
+
+    # As in a process whose devices are these.
+    own = [0, 1, 4, 5, 10, 11]
+    monkeypatch.setattr("jaxopt_lab.train.evaluation.rows_of_process", lambda *_: np.asarray(own))
+    monkeypatch.setattr(jax, "make_array_from_callback", place)
+    mesh = make_mesh(MeshConfig(4, 2, 1))
+    batches = [data.RowsOnDemand(16, build), {"x": 10 * np.arange(16)}]
+    for batch in batches:
+        placed.clear()
+        HeldOut({"set": Evaluation([batch], None, {})}, mesh, None)
+        assert placed == {start: [10 * start, 10 * start + 10] for start in own[::2]}
+    assert built == own

@@ -1,5 +1,6 @@
 """Two processes, one of which fails or is stopped where the other is not: both end, and say why."""
 
+import itertools
 import shutil
 import signal
 from dataclasses import replace
@@ -95,13 +96,19 @@ SAVING = "orbax.checkpoint.experimental.v1._src.saving.execution"
 FAILURES = {
     "digests": 'change("jaxopt_lab.train.io.digests", "seal", fail)',
     "files": f'change("{SAVING}", "_SaveResponse._finalize_save", fail_later)',
+    # The part in which the loop waits, before and after the processes have met in it.
+    "start": f'change("{SAVING}", "_run_blocking_save", fail_later)',
+    "arrays": f'change("{SAVING}", "_SaveResponse.create", fail)',
 }
 
 
 @pytest.mark.parametrize(
     ("where", "number"),
-    [("files", 1), *(pytest.param(*case, marks=pytest.mark.slow)
-                     for case in [("files", 0), ("digests", 0), ("digests", 1)])],
+    [("files", 1), ("start", 1), *(
+        pytest.param(where, number, marks=pytest.mark.slow)
+        for where, number in itertools.product(FAILURES, (0, 1))
+        if (where, number) not in (("files", 1), ("start", 1))
+    )],
 )  # fmt: skip
 def test_a_save_that_fails_on_one_ends_both(settings, tmp_path, where, number):
     processes = start_two(settings, tmp_path / "run", program=changed(number, FAILURES[where]))

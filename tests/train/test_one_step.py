@@ -201,7 +201,11 @@ def test_nobody_else_applies_updates():
 
 
 @pytest.mark.parametrize(
-    "module", ["sweep/task.py", "bench/training.py", "bench/scaling.py", "train/step.py"]
+    "module",
+    [
+        *("sweep/task.py", "bench/training.py", "bench/scaling.py", "bench/zeroth_order.py"),
+        "train/step.py",
+    ],
 )
 def test_sweep_benchmarks_and_trainer_take_the_one_step(module):
     tree = ast.parse((PACKAGE / module).read_text())

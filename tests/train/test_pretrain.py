@@ -475,13 +475,18 @@ def test_norm_ratios_of_both_kinds_of_steps_and_the_run_is_unchanged(finished, t
 def test_dry_run_prints_costs_and_writes_nothing(text, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "config.json"
-    config = tiny_config(text, None, mesh=MeshConfig(1, 2), optimizer=AdamWConfig())
-    path.write_text(to_json(config))
     # It allocates nothing: that there is too little memory to train is said, no more.
-    monkeypatch.setattr("jaxopt_lab.train.machine.memory_bytes", lambda: 10)
+    rows = {"batch_size": 10**8}
+    config = tiny_config(text, None, mesh=MeshConfig(1, 2), optimizer=AdamWConfig(), **rows)
+    path.write_text(to_json(config))
     assert cli.main(["pretrain", "--config", str(path), "--dry-run"]) == 0
     out, err = capsys.readouterr()
-    assert "this machine could not train it: model: got 'tiny'" in err
+    assert "this machine could not train it: batch_size: got 100000000" in err
     for word in ("arguments", "temporaries", "output", "FLOPs of the model", "all-reduce"):
         assert word in out
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    # What no machine can train is refused as without a dry run, with the bytes that it needs.
+    flags = ("--batch-size", "1000000000", "--dry-run")
+    assert cli.main(["pretrain", "--config", str(path), *flags]) == 2
+    err = capsys.readouterr().err
+    assert "batch_size: got 1000000000" in err and "(4,656,000,000,000 bytes)" in err

@@ -13,6 +13,7 @@ from jaxopt_lab.report.tracker import Tracker, read_metrics
 from jaxopt_lab.step import accumulated
 from jaxopt_lab.train import fit_run
 from jaxopt_lab.train.config.optimizers import OPTIMIZERS, AdamWConfig, LionMuonConfig, ModelInfo
+from jaxopt_lab.train.config.optimizers_zeroth_order import ZEROTH_ORDER
 from jaxopt_lab.train.config.sections import DiagnosticsConfig, EvalConfig, MeshConfig
 from jaxopt_lab.train.config.serialize import to_json
 from jaxopt_lab.train.diagnostics import make_recorders, take_record
@@ -95,9 +96,13 @@ def test_the_compiled_step_is_the_same_with_and_without():
     assert lowered[0] == lowered[1]
 
 
-def test_every_optimizer_can_be_recorded():
+def test_every_optimizer_with_gradients_can_be_recorded():
     config = DiagnosticsConfig(record=("smoothness",), every=10)
-    for optimizer in OPTIMIZERS.values():
+    for name, optimizer in OPTIMIZERS.items():
+        if name in ZEROTH_ORDER:
+            with pytest.raises(ConfigError, match="diagnostics.record: .* has no gradient"):
+                config.validate(optimizer())
+            continue
         config.validate(optimizer())
         recorders = make_recorders(config, optimizer(), ModelInfo({}), None)
         assert [step for step in range(1, 22) if recorders.due(step)] == [1, 10, 11, 20, 21]

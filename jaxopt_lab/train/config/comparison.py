@@ -1,5 +1,6 @@
 """What a comparison is: one run, several optimizers, the same number of learning rates for each."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,10 +12,10 @@ from jaxopt_lab.train.config.choices import choose
 from jaxopt_lab.train.config.decode import decode
 from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
 from jaxopt_lab.train.config.optimizers import OPTIMIZERS
-from jaxopt_lab.train.config.run import RunConfig, validate_run
+from jaxopt_lab.train.config.run import RunConfig, check_optimizer, validate_run
 from jaxopt_lab.train.config.sections import HeldOutConfig
 from jaxopt_lab.train.config.tuned import default_optimizer
-from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.errors import ConfigError, within
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,15 @@ def validate_comparison(config: CompareConfig) -> list[Entrant]:
       ConfigError: Names the field, the value and what would be right.
     """
     validate_run(config)
-    try:
+    with within("compare"):
         check_seeds(config.sweep_seed, config.seeds)
-    except ValueError as error:
-        raise ConfigError.inside("compare", error) from error
     if not config.optimizers:
         raise ConfigError("optimizers", config.optimizers, "expected at least one name")
     given = _given_rates(config)
     entrants = [_entrant(text, config, given) for text in config.optimizers]
     names = [entrant.file_name for entrant in entrants]
-    for entrant, name in zip(entrants, names, strict=True):
-        if names.count(name) > 1:
+    for entrant in entrants:
+        if names.count(entrant.file_name) > 1:
             raise ConfigError("optimizers", entrant.label, "which is there twice")
     return entrants
 
@@ -99,6 +98,7 @@ def _entrant(text: str, config: CompareConfig, given: Mapping[str, tuple[float, 
     default, place = default_optimizer(config.preset, name), f"optimizers.{name}"
     optimizer = decode(kind, default, _settings(text, settings), place)
     optimizer.validate()
+    check_optimizer(config, optimizer)
     rates = given.get(text)
     if rates is None:
         first = -(config.cells // 2)
@@ -119,10 +119,9 @@ def _settings(text: str, settings: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         if not equals:
             raise ConfigError("optimizers", text, "expected NAME or NAME:setting=value,...")
-        try:
-            values[key.replace("-", "_")] = json.loads(value)
-        except json.JSONDecodeError:
-            values[key.replace("-", "_")] = value
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
+        values[key.replace("-", "_")] = value
     return values
 
 
@@ -132,8 +131,8 @@ def _given_rates(config: CompareConfig) -> dict[str, tuple[float, ...]]:
         # The last sign: settings of the optimizer hold some as well.
         label, _, numbers = text.rpartition("=")
         if label not in config.optimizers:
-            known = ", ".join(config.optimizers)
-            raise ConfigError("rates", text, f"expected OPTIMIZER=rate,rate,... of one of {known}")
+            wanted = f"expected OPTIMIZER=rate,rate,... of one of {', '.join(config.optimizers)}"
+            raise ConfigError("rates", text, wanted)
         try:
             rates = tuple(float(number) for number in numbers.split(","))
             check_rates(rates)

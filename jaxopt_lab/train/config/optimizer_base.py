@@ -1,8 +1,9 @@
 """What every optimizer of the trainer has: rates, checks, a `build` method, a count of its work."""
 
+import inspect
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -11,8 +12,9 @@ from jaxtyping import Array, PyTree
 
 from jaxopt_lab import optim
 from jaxopt_lab.core.dual_norms import DualNorms
-from jaxopt_lab.core.flops import matrix_shapes
+from jaxopt_lab.core.flops import total_flops
 from jaxopt_lab.models import DecoderConfig, matrix_axes, roles
+from jaxopt_lab.step import Estimator, accumulated
 from jaxopt_lab.train.config.bounds import Positive, PositiveOrZero, check_bounds
 
 # Operations per element: a momentum and its sign, AdamW.
@@ -26,20 +28,26 @@ class ModelInfo(NamedTuple):
     param_shardings: PyTree = None  # of NamedSharding
     vocab_size: int | None = None
     decays: PyTree = None  # of bools: no norm, bias or embedding; None: every parameter
+    key: Array | None = None  # of the run, for an optimizer that draws
     clip: float | None = None  # largest norm, for those that clip by themselves
 
     @classmethod
     def of(
-        cls, model: DecoderConfig, param_shardings: PyTree = None, vocab_size: int | None = None
+        cls,
+        model: DecoderConfig,
+        param_shardings: PyTree = None,
+        vocab_size: int | None = None,
+        key: Array | None = None,
     ) -> "ModelInfo":
-        """What there is to know about a decoder.
+        """What there is to know about a decoder, and the key of a run.
 
         >>> from jaxopt_lab.models import PRESETS
         >>> ModelInfo.of(PRESETS["tiny"]).decays["final_norm"]
         {'scale': False}
         """
         decays = jax.tree.map(lambda role: role in ("matrix", "head"), roles(model))
-        return cls(matrix_axes(model), param_shardings, vocab_size or model.vocab_size, decays)
+        size = vocab_size or model.vocab_size
+        return cls(matrix_axes(model), param_shardings, size, decays, key)
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,8 @@ class OptimizerConfig:
 
     # Operations per element, of matrices and of everything else.
     _element_flops: ClassVar[tuple[int, int]] = (SIGN_FLOPS, SIGN_FLOPS)
+    # What `build` calls, for those that do not build themselves.
+    _factory: ClassVar[Callable[..., optax.GradientTransformation]]
 
     def validate(self) -> None:
         """Checks the values.
@@ -68,11 +78,24 @@ class OptimizerConfig:
     def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
         """Builds the transformation; its updates are added to the parameters.
 
+        Settings that the factory has under the same name go there.
+
         Args:
           rate: Schedule of the learning rate, or a constant where the schedule scales afterwards.
           model: Facts about the model.
         """
-        raise NotImplementedError
+        taken = inspect.signature(self._factory).parameters
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name in taken}
+        return self._factory(**own | {"learning_rate": rate} | self._common_arguments(model))
+
+    @property
+    def forward_passes(self) -> int:
+        """What a step costs in forward passes of the batch; a backward pass counts as two."""
+        return 3
+
+    def gradient(self, microbatches: int) -> Estimator:
+        """How a step learns from a batch that is cut into microbatches."""
+        return accumulated(microbatches)
 
     def rates(self, rate: Array) -> dict[str, Array]:
         """Learning rates to report while the scheduled one is `rate`."""
@@ -97,13 +120,13 @@ class OptimizerConfig:
           params: Tree of arrays or shapes.
           matrix_axes: Tree of MuonDimensionNumbers, None for leaves that are not matrices.
         """
-        products = elements = 0.0
-        for count, m, n in matrix_shapes(params, matrix_axes):
-            products += count * self._product_flops(m, n)
-            elements += count * m * n
-        rest = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) - elements
         of_matrices, elsewhere = self._element_flops
-        return products + of_matrices * elements + elsewhere * rest
+
+        def beyond_elsewhere(m: int, n: int) -> float:
+            return self._product_flops(m, n) + (of_matrices - elsewhere) * m * n
+
+        size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+        return total_flops(params, matrix_axes, beyond_elsewhere) + elsewhere * size
 
     def _product_flops(self, m: int, n: int) -> float:
         """Mean FLOPs of the products of one m x n matrix in a step."""
@@ -115,18 +138,12 @@ class OptimizerConfig:
 
     def _decay(self, model: ModelInfo) -> dict[str, Any]:
         """How much decays and where, as arguments; no mask where all parameters do."""
-        if self.decay == "all" or model.decays is None:
-            return {"weight_decay": self.weight_decay, "mask": None}
-        named = jax.tree_util.tree_leaves_with_path(model.decays)
-        decays = {jax.tree_util.keystr(path): value for path, value in named}
-
-        # By name: Optax's Muon asks with only a part of the parameters.
-        def mask(params: PyTree) -> PyTree:
-            return jax.tree_util.tree_map_with_path(
-                lambda path, _: decays[jax.tree_util.keystr(path)], params
-            )
-
+        mask = None if self.decay == "all" else model.decays
         return {"weight_decay": self.weight_decay, "mask": mask}
+
+    def _common_arguments(self, model: ModelInfo) -> dict[str, Any]:
+        """Arguments of the factory that the model decides or several settings make up."""
+        return self._decay(model)
 
 
 @dataclass(frozen=True)
@@ -138,7 +155,7 @@ class WholeMatrixConfig(OptimizerConfig):
     _element_flops: ClassVar[tuple[int, int]] = (ADAM_FLOPS, ADAM_FLOPS)
 
     def _common_arguments(self, model: ModelInfo) -> dict[str, Any]:
-        return self._decay(model) | {
+        return super()._common_arguments(model) | {
             "matrix_axes": model.matrix_axes,
             "routing": optim.Routing(on_uncovered="error"),
             "mesh": optim.MeshWork(model.param_shardings, self.replicated_work),

@@ -1,4 +1,4 @@
-"""The optimizers a run can name: one frozen dataclass each, with a `build` method.
+"""The optimizers a run can name: one frozen dataclass each, with a factory or a `build` method.
 
 A new optimizer joins the trainer and the command line by one class and one row of `OPTIMIZERS`.
 """
@@ -22,6 +22,7 @@ from jaxopt_lab.train.config.optimizer_base import (
     WholeMatrixConfig,
 )
 from jaxopt_lab.train.config.optimizers_kronecker import DyKAFConfig, ShampooConfig, SoapConfig
+from jaxopt_lab.train.config.optimizers_zeroth_order import ZEROTH_ORDER
 from jaxopt_lab.train.errors import ConfigError
 
 Period = Count | Literal["inf"]
@@ -98,7 +99,6 @@ class MuonConfig(SignMuonConfig):
     """Muon with an averaged momentum: SignMuon that is spectral at every step."""
 
     period: Period = 1
-    """A spectral step every so many steps."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,6 @@ class AdamWConfig(OptimizerConfig):
     """Optax AdamW on every parameter."""
 
     learning_rate: Positive = 3e-3
-    """Peak learning rate."""
     b1: Average = 0.9
     """Average of the gradient."""
     b2: Average = 0.95
@@ -114,10 +113,7 @@ class AdamWConfig(OptimizerConfig):
     eps: PositiveOrZero = 1e-8
     """Added to the root of the second average."""
     _element_flops: ClassVar[tuple[int, int]] = (ADAM_FLOPS, ADAM_FLOPS)
-
-    def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
-        """See the base class."""
-        return optax.adamw(rate, self.b1, self.b2, self.eps, **self._decay(model))
+    _factory = staticmethod(optax.adamw)
 
 
 @dataclass(frozen=True)
@@ -128,10 +124,7 @@ class LionConfig(OptimizerConfig):
     """Average that forms the direction."""
     b2: Average = 0.99
     """Average that is stored."""
-
-    def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
-        """See the base class."""
-        return optax.lion(rate, self.b1, self.b2, **self._decay(model))
+    _factory = staticmethod(optax.lion)
 
 
 @dataclass(frozen=True)
@@ -140,10 +133,7 @@ class SignumConfig(OptimizerConfig):
 
     momentum: Average = 0.9
     """Decay of the momentum."""
-
-    def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
-        """See the base class."""
-        return optim.signum(rate, momentum=self.momentum, **self._decay(model))
+    _factory = staticmethod(optim.signum)
 
 
 @dataclass(frozen=True)
@@ -151,7 +141,6 @@ class OptaxMuonConfig(OptimizerConfig):
     """The Muon that comes with Optax, with its AdamW for everything else."""
 
     learning_rate: Positive = 1e-2
-    """Peak learning rate."""
     beta: Average = 0.95
     """Decay of the momentum."""
     ns_steps: Iterations = 5
@@ -199,4 +188,5 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "soap": SoapConfig,
     "dykaf": DyKAFConfig,
     "shampoo": ShampooConfig,
+    **ZEROTH_ORDER,
 }

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import optax
-
 from jaxopt_lab import optim
 from jaxopt_lab.core.flops import newton_root_flops, power_iteration_flops, two_sided_flops
 from jaxopt_lab.optim.kronecker.blocks import Blocks
@@ -31,17 +29,12 @@ class KroneckerConfig(WholeMatrixConfig):
     stagger: bool = False
     """Refresh a share of the matrices at every step, so that no step pays for all of them."""
 
-    def _common_arguments(self, model: ModelInfo) -> dict[str, Any]:
-        names = ("b1", "b2", "eps", "precondition_frequency")
-        return super()._common_arguments(model) | {name: getattr(self, name) for name in names}
-
 
 @dataclass(frozen=True)
 class EigenbasisConfig(KroneckerConfig):
     """Adam in Kronecker eigenbases: SOAP and DyKAF."""
 
     learning_rate: Positive = 3e-3
-    """Peak learning rate."""
     b2: Average = 0.95
     """Average of the gradient's square, and of the factors."""
     eps: PositiveOrZero = 1e-8
@@ -52,10 +45,12 @@ class EigenbasisConfig(KroneckerConfig):
     def _eigenbasis(self) -> optim.Eigenbasis:
         return optim.Eigenbasis(stagger=self.stagger, max_precond_dim=self.max_precond_dim)
 
-    @property
+    def _common_arguments(self, model: ModelInfo) -> dict[str, Any]:
+        return super()._common_arguments(model) | {"eigenbasis": self._eigenbasis()}
+
     def _factor_products(self) -> int:
         """Two-sided products that bring both factors up to date."""
-        raise NotImplementedError
+        return 1
 
     def _product_flops(self, m: int, n: int) -> float:
         """Mean FLOPs of a matrix.
@@ -70,7 +65,7 @@ class EigenbasisConfig(KroneckerConfig):
         power = rows * power_iteration_flops(m) + columns * power_iteration_flops(n)
         refresh = power + 2 * rotation
         # One side alone averages its Gram matrix, whatever the method.
-        products = self._factor_products if rows and columns else 1
+        products = self._factor_products() if rows and columns else 1
         return (2 + products) * rotation + refresh / self.precondition_frequency
 
 
@@ -78,13 +73,7 @@ class EigenbasisConfig(KroneckerConfig):
 class SoapConfig(EigenbasisConfig):
     """Adam in the eigenbases of the averaged Gram matrices of the gradient."""
 
-    def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
-        """See the base class."""
-        return optim.soap(rate, eigenbasis=self._eigenbasis(), **self._common_arguments(model))
-
-    @property
-    def _factor_products(self) -> int:
-        return 1
+    _factory = staticmethod(optim.soap)
 
 
 @dataclass(frozen=True)
@@ -95,15 +84,12 @@ class DyKAFConfig(EigenbasisConfig):
     """How a gradient enters the factors; `parallel` is that of the released code."""
     rank1_second_moment: bool = False
     """Keep the second average as a product of a column and a row; less memory."""
+    _factory = staticmethod(optim.dykaf)
 
-    def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
-        """See the base class."""
+    def _eigenbasis(self) -> optim.Eigenbasis:
         kind = "rank_one" if self.rank1_second_moment else "full"
-        basis = replace(self._eigenbasis(), second_moment=kind)
-        arguments = self._common_arguments(model)
-        return optim.dykaf(rate, integrator=self.integrator, eigenbasis=basis, **arguments)
+        return replace(super()._eigenbasis(), second_moment=kind)
 
-    @property
     def _factor_products(self) -> int:
         return 2 if self.integrator == "ksl" else 3
 
@@ -124,12 +110,14 @@ class ShampooConfig(KroneckerConfig):
     """Method whose step size every block takes; None: that of Shampoo itself."""
     max_precond_dim: Count = 1024
     """Longest edge of a block; longer sides are cut."""
+    _factory = staticmethod(optim.shampoo)
 
-    def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
-        """See the base class."""
+    def _common_arguments(self, model: ModelInfo) -> dict[str, Any]:
         roots = optim.InverseRoot(stagger=self.stagger, max_precond_dim=self.max_precond_dim)
-        graft, arguments = optim.Graft(self.graft), self._common_arguments(model)
-        return optim.shampoo(rate, inverse_root=roots, graft=graft, **arguments)
+        return super()._common_arguments(model) | {
+            "inverse_root": roots,
+            "graft": optim.Graft(self.graft),
+        }
 
     def _product_flops(self, m: int, n: int) -> float:
         """Mean FLOPs of a matrix.

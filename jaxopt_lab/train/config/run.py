@@ -14,7 +14,7 @@ from jaxopt_lab.data import (
     TokenizerConfig,
     sets_from_text,
 )
-from jaxopt_lab.models import PRESETS, DecoderConfig
+from jaxopt_lab.models import PRESETS, DecoderConfig, abstract_params
 from jaxopt_lab.train.config.bounds import (
     Count,
     CountOrZero,
@@ -28,7 +28,12 @@ from jaxopt_lab.train.config.choices import choose, name_of
 from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
 from jaxopt_lab.train.config.optimizers import LionMuonConfig
 from jaxopt_lab.train.config.optimizers_pairs import PairConfig
-from jaxopt_lab.train.config.schedules import CosineConfig, ScheduleConfig
+from jaxopt_lab.train.config.optimizers_zeroth_order import ZerothOrderConfig
+from jaxopt_lab.train.config.schedules import (
+    AdaptiveWarmupConfig,
+    CosineConfig,
+    ScheduleConfig,
+)
 from jaxopt_lab.train.config.sections import (
     CheckpointConfig,
     DiagnosticsConfig,
@@ -38,8 +43,9 @@ from jaxopt_lab.train.config.sections import (
     axis_sizes,
 )
 from jaxopt_lab.train.config.tuned import default_optimizer
-from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.errors import ConfigError, within
 from jaxopt_lab.train.profile import profiled_steps
+from jaxopt_lab.zeroth_order.losses import check_eps
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,8 @@ class RunConfig:
     batch_size: Count = 8
     """Windows of `model.context` tokens per step, over all devices and microbatches."""
     clip: Positive | None = 0.5
-    """Largest global norm of the gradient; None does not clip."""
+    """Largest global norm of the gradient; None does not clip. Without effect on zero-order
+    optimizers, which have no gradient."""
     z_loss: PositiveOrZero = 0.0
     """Weight of the squared log-partition in the training loss."""
     head_chunks: Count = 1
@@ -199,33 +206,22 @@ def validate(config: PretrainConfig, device_count: int) -> None:
     validate_run(config)
     config.optimizer.validate()
     config.check_what_moves()
+    check_optimizer(config, config.optimizer)
     config.diagnostics.validate(config.optimizer)
     profiled_steps(config.profile, config.steps)
-    _check_sets(config.eval)
+    with within("eval.sets"):
+        sets = dict.fromkeys((VALIDATION, *sets_from_text(config.eval.sets)))
+    choose("eval.best", sets, config.eval.best)
     if config.deterministic and config.model.attention == "cudnn":
-        raise ConfigError(
-            "model.attention", "cudnn", "expected auto or xla: cuDNN's kernel is not deterministic"
-        )
+        wanted = "expected auto or xla: cuDNN's kernel is not deterministic"
+        raise ConfigError("model.attention", "cudnn", wanted)
     data, fsdp, _ = axis_sizes(config.mesh, device_count)
     rows = config.accumulation * data * fsdp
     if config.batch_size % rows:
-        raise ConfigError(
-            "batch_size",
-            config.batch_size,
-            f"expected a multiple of accumulation {config.accumulation} x data {data} "
-            f"x fsdp {fsdp} = {rows}",
-        )
+        parts = f"accumulation {config.accumulation} x data {data} x fsdp {fsdp} = {rows}"
+        raise ConfigError("batch_size", config.batch_size, f"expected a multiple of {parts}")
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb", True, "needs a package: pip install 'jaxopt-lab[wandb]'")
-
-
-def _check_sets(evaluation: EvalConfig) -> None:
-    try:
-        names = [VALIDATION, *sets_from_text(evaluation.sets)]
-    except ValueError as error:
-        raise ConfigError.inside("eval.sets", error) from error
-    if evaluation.best not in names:
-        raise ConfigError("eval.best", evaluation.best, f"expected one of {', '.join(names)}")
 
 
 def validate_run(config: RunConfig) -> None:
@@ -246,6 +242,26 @@ def validate_run(config: RunConfig) -> None:
         raise ConfigError("head_chunks", chunks, f"expected a divisor of model.context = {context}")
 
 
+def check_optimizer(config: RunConfig, optimizer: OptimizerConfig) -> None:
+    """Checks what an optimizer without gradients cannot work with.
+
+    Raises:
+      ConfigError: Names the field, the value and what would be right.
+    """
+    if not isinstance(optimizer, ZerothOrderConfig):
+        return
+    if config.z_loss:
+        wanted = f"expected 0: {name_of(optimizer)} sees one number, which is logged as the loss"
+        raise ConfigError("z_loss", config.z_loss, wanted)
+    if isinstance(config.schedule, AdaptiveWarmupConfig):
+        wanted = f"expected another: it reads the loss before a step of {name_of(optimizer)} has it"
+        raise ConfigError("schedule", name_of(config.schedule), wanted)
+    try:
+        check_eps(optimizer.eps, abstract_params(config.model))
+    except ValueError as error:
+        raise ConfigError.inside("optimizer", error) from error
+
+
 def check_vocabulary(model: DecoderConfig, tokenizer: Tokenizer) -> str | None:
     """Compares the tokenizer with the model.
 
@@ -257,13 +273,10 @@ def check_vocabulary(model: DecoderConfig, tokenizer: Tokenizer) -> str | None:
     """
     rows, tokens = model.vocab_size, tokenizer.vocab_size
     if tokens > rows:
-        raise ConfigError(
-            "model.vocab_size", rows, f"expected at least the {tokens} entries of the tokenizer"
-        )
+        wanted = f"expected at least the {tokens} entries of the tokenizer"
+        raise ConfigError("model.vocab_size", rows, wanted)
     # Up to 128 spare rows are the usual padding to a multiple that devices divide well.
-    if rows - tokens >= 128:
-        return (
-            f"model.vocab_size is {rows}, the tokenizer has {tokens} entries: "
-            f"{rows - tokens} rows of the embedding are never used"
-        )
-    return None
+    if rows - tokens < 128:
+        return None
+    sizes = f"model.vocab_size is {rows}, the tokenizer has {tokens} entries"
+    return f"{sizes}: {rows - tokens} rows of the embedding are never used"

@@ -14,7 +14,7 @@ from jaxopt_lab.diagnostics import find_state
 from jaxopt_lab.parity.warmup import official_warmup
 from jaxopt_lab.schedules import DecayShape
 from jaxopt_lab.train.config.bounds import CountOrZero, PositiveOrZero, Share
-from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.errors import ConfigError, within
 
 
 class Follower(NamedTuple):
@@ -76,9 +76,8 @@ class _WarmupConfig(ScheduleConfig):
 
     def warmup(self, steps: int) -> int:
         """Number of warm-up steps of a run of `steps`."""
-        if self.warmup_steps is not None:
-            return self.warmup_steps
-        return round(self.warmup_fraction * steps)
+        given = self.warmup_steps
+        return round(self.warmup_fraction * steps) if given is None else given
 
 
 @dataclass(frozen=True)
@@ -109,18 +108,14 @@ class WsdConfig(_WarmupConfig):
     def validate(self, steps: int) -> None:
         """Also checks the decay."""
         super().validate(steps)
-        try:
+        with within("schedule"):
             self.rate(1.0, steps)
-        except ValueError as error:
-            raise ConfigError.inside("schedule", error) from error
 
     def rate(self, peak: float, steps: int) -> optax.Schedule:
         """See the base class."""
-        return schedules.warmup_stable_decay(
-            peak, steps, self.warmup(steps),
-            decay_fraction=self.decay_fraction, decay_shape=self.decay_shape,
-            final_fraction=self.final_fraction,
-        )  # fmt: skip
+        names = ("decay_fraction", "decay_shape", "final_fraction")
+        options = {name: getattr(self, name) for name in names}
+        return schedules.warmup_stable_decay(peak, steps, self.warmup(steps), **options)
 
 
 @dataclass(frozen=True)
@@ -146,13 +141,10 @@ class AdaptiveWarmupConfig(ScheduleConfig):
     def validate(self, steps: int) -> None:
         """Checks the values."""
         if self.target_loss is None:
-            raise ConfigError(
-                "schedule.target_loss", None, "expected the loss that the run should end at"
-            )
-        try:
+            wanted = "expected the loss that the run should end at"
+            raise ConfigError("schedule.target_loss", None, wanted)
+        with within("schedule"):
             self._transform(1.0, steps, "spectral", None)
-        except ValueError as error:
-            raise ConfigError.inside("schedule", error) from error
 
     def follower(
         self, peak: float, steps: int, norm: Mapping[DualNorms, float], matrix_axes: PyTree
@@ -171,11 +163,9 @@ class AdaptiveWarmupConfig(ScheduleConfig):
         self, peak: float, steps: int, norm: Any, matrix_axes: PyTree
     ) -> optax.GradientTransformationExtraArgs:
         assert self.target_loss is not None
-        options = dict(
-            norm=norm, matrix_axes=matrix_axes, smoothing=self.smoothing,
-            fallback_after=self.fallback_after, final_div_factor=self.final_div_factor,
-            relative=True,
-        )  # fmt: skip
+        names = ("smoothing", "fallback_after", "final_div_factor")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        options |= {"norm": norm, "matrix_axes": matrix_axes, "relative": True}
         run = (peak, steps, self.target_loss, self.div_factor)
         if self.delta_star_rule == "official":
             return official_warmup(*run, official_first_step=False, **options)
@@ -195,23 +185,17 @@ class AdaptiveWarmupConfig(ScheduleConfig):
             "losses_ignored": int(state.ignored),
         }
         wanted = f"a training loss of {target + float(state.peak_gap):.3f}"
+        after, remedy = f"{switch} of {steps} steps", "choose a higher schedule.target_loss"
         if state.peak_gap <= 0:
-            sentence = (
-                f"the first loss was at or below the target {target}; there was no "
-                "warm-up, the rate decayed from its peak over the whole run"
-            )
+            sentence = f"the first loss was at or below the target {target}; there was no warm-up, "
+            sentence += "the rate decayed from its peak over the whole run"
         elif switch < 0:
-            sentence = (
-                f"{wanted} was not reached, the rate never came to its peak; choose a higher "
-                "schedule.target_loss"
-            )
+            sentence = f"{wanted} was not reached, the rate never came to its peak; {remedy}"
         elif decay_from < (1 - 1e-6) * peak:
-            sentence = (
-                f"{wanted} was not reached within {switch} of {steps} steps; the rate decayed from "
-                f"{decay_from:.3g}, where it was; choose a higher schedule.target_loss"
-            )
+            sentence = f"{wanted} was not reached within {after}; the rate decayed from "
+            sentence += f"{decay_from:.3g}, where it was; {remedy}"
         else:
-            sentence = f"peak reached after {switch} of {steps} steps, at {wanted}"
+            sentence = f"peak reached after {after}, at {wanted}"
         return numbers, f"adaptive warm-up: {sentence}"
 
 

@@ -1,10 +1,9 @@
 """The sections of a run that are not chosen by name."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Annotated, Literal
-
-import numpy as np
 
 from jaxopt_lab.data import VALIDATION
 from jaxopt_lab.train.config.bounds import (
@@ -18,6 +17,7 @@ from jaxopt_lab.train.config.bounds import (
 from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
 from jaxopt_lab.train.config.optimizers import LionMuonConfig
 from jaxopt_lab.train.config.optimizers_kronecker import EigenbasisConfig
+from jaxopt_lab.train.config.optimizers_zeroth_order import ZerothOrderConfig
 from jaxopt_lab.train.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
@@ -69,7 +69,7 @@ class DiagnosticsConfig:
     record: tuple[Literal["norms", "fisher", "smoothness"], ...] = ()
     """`norms`: norm ratios of gradients, weights and updates, for the LionMuon family. `fisher`:
     errors of the Kronecker factors, for SOAP and DyKAF. `smoothness`: change of the gradient over
-    the length of the step in three pairs of norms, for every optimizer."""
+    the length of the step in three pairs of norms, for every optimizer that has gradients."""
     every: Count = 50
     """Steps between two records of one residue."""
     residues: tuple[int, ...] = (0, 1)
@@ -93,27 +93,23 @@ class DiagnosticsConfig:
         """
         check_bounds(self, "diagnostics.")
         if not self.residues or min(self.residues) < 0:
-            raise ConfigError(
-                "diagnostics.residues", self.residues, "expected numbers of at least 0"
-            )
-        if "norms" in self.record and not isinstance(optimizer, LionMuonConfig):
-            raise ConfigError(
-                "diagnostics.record", self.record,
-                f"expected an optimizer of the LionMuon family, not {type(optimizer).__name__}",
-            )  # fmt: skip
-        if "fisher" in self.record:
-            self._validate_fisher(optimizer)
-
-    def _validate_fisher(self, optimizer: OptimizerConfig) -> None:
-        if not isinstance(optimizer, EigenbasisConfig):
-            raise ConfigError(
-                "diagnostics.record", self.record,
-                f"expected SOAP or DyKAF, not {type(optimizer).__name__}",
-            )  # fmt: skip
-        if not 0 < self.window < self.every:
-            raise ConfigError(
-                "diagnostics.window", self.window, f"expected 1 to {self.every - 1} gradients"
-            )
+            wanted = "expected numbers of at least 0"
+            raise ConfigError("diagnostics.residues", self.residues, wanted)
+        if self.record and isinstance(optimizer, ZerothOrderConfig):
+            wanted = f"expected nothing: {type(optimizer).__name__} has no gradient"
+            raise ConfigError("diagnostics.record", self.record, wanted)
+        families = {
+            "norms": (LionMuonConfig, "an optimizer of the LionMuon family"),
+            "fisher": (EigenbasisConfig, "SOAP or DyKAF"),
+            "smoothness": (OptimizerConfig, "an optimizer"),
+        }
+        for family, words in map(families.__getitem__, self.record):
+            if not isinstance(optimizer, family):
+                wanted = f"expected {words}, not {type(optimizer).__name__}"
+                raise ConfigError("diagnostics.record", self.record, wanted)
+        if "fisher" in self.record and self.window >= self.every:
+            wanted = f"expected 1 to {self.every - 1} gradients"
+            raise ConfigError("diagnostics.window", self.window, wanted)
 
 
 @dataclass(frozen=True)
@@ -150,21 +146,17 @@ def axis_sizes(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
     >>> axis_sizes(MeshConfig(data=-1, fsdp=4), 8)
     (2, 4, 1)
     """
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = astuple(config)
     for name, size in zip(AXES, sizes, strict=True):
         if size < 1 and size != -1:
             raise ConfigError(f"mesh.{name}", size, "expected at least 1, or -1 for what is left")
     if sizes.count(-1) > 1:
         raise ConfigError("mesh", sizes_as_text(sizes), "expected at most one axis of size -1")
-    fixed = int(np.prod([size for size in sizes if size != -1]))
+    fixed = math.prod(size for size in sizes if size != -1)
     if fixed > device_count or (-1 in sizes and device_count % fixed):
         relation = "divide" if -1 in sizes else "be at most"
-        raise ConfigError(
-            "mesh",
-            sizes_as_text(sizes),
-            f"expected a product that fits: {fixed} must {relation} "
-            f"the number of devices, {device_count}",
-        )
+        wanted = f"{fixed} must {relation} the number of devices, {device_count}"
+        raise ConfigError("mesh", sizes_as_text(sizes), f"expected a product that fits: {wanted}")
     data, fsdp, tensor = (device_count // fixed if size == -1 else size for size in sizes)
     return data, fsdp, tensor
 

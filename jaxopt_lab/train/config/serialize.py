@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 from jaxopt_lab.train.config.decode import decode, encode, only_word
 from jaxopt_lab.train.config.run import PretrainConfig, RunConfig, with_preset
@@ -58,15 +58,7 @@ def to_json(config: RunConfig) -> str:
     return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
 
-@overload
-def from_json(text: str) -> PretrainConfig: ...
-
-
-@overload
-def from_json(text: str, kind: type[Settings]) -> Settings: ...
-
-
-def from_json(text: str, kind: type[Any] = PretrainConfig) -> Any:
+def from_json(text: str, kind: type[Settings] = PretrainConfig) -> Settings:  # pyright: ignore
     """Reads what `to_json` wrote, or a part of it; missing fields keep their defaults.
 
     Args:

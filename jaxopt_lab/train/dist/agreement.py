@@ -1,5 +1,6 @@
 """What several processes agree on before they compute together: settings, failures, signals."""
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -7,13 +8,15 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed  # the client has no public name
 from jax.experimental import multihost_utils
 
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, Terminated, TrainingError
 
 Result = TypeVar("Result")
-_LAST_SECONDS = 1.0
-
+_LAST_SECONDS, _POLL_SECONDS = 1.0, 0.05
+# Of what processes tell through the coordinator, and the number of the next topic on all of them.
+_PLACE, _TOPICS = "jaxopt-lab/outcomes", itertools.count()
 
 # Raised again as what it was; anything else as a TrainingError.
 _KINDS: dict[str, Callable[[str], BaseException]] = {
@@ -112,6 +115,35 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = isinstance(value, Mapping)
         flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
     return flat
+
+
+def told_by_all(outcome: Callable[[], str | None]) -> dict[int, str]:
+    """Waits for an outcome on every process, or until it is a failure on one.
+
+    Meanwhile the work may compute together with that of other processes: these tell each other
+    through the coordinator, and not through their devices. All processes must come here.
+
+    Args:
+      outcome: None while there is none yet, "" for success, otherwise why it failed.
+
+    Returns:
+      The outcomes by number of the process; of all, or with at least one failure.
+    """
+    client, topic = distributed.global_state.client, next(_TOPICS)
+    assert client is not None
+    own, told = None, {}
+    while True:
+        if own is None and (own := outcome()) is not None:
+            client.key_value_set(f"{_PLACE}/{topic}/{jax.process_index()}", own)
+        found = client.key_value_dir_get(f"{_PLACE}/{topic}/")
+        told = {int(key.rpartition("/")[2]): text for key, text in found}
+        if any(told.values()):
+            return told
+        if len(told) == jax.process_count():
+            # Whoever tells about this topic is done with the one before.
+            client.key_value_delete(f"{_PLACE}/{topic - 1}/")
+            return told
+        time.sleep(_POLL_SECONDS)
 
 
 def gather(text: str) -> list[str]:

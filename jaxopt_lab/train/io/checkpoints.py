@@ -23,15 +23,13 @@ import numpy as np
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from jaxopt_lab.train.dist.agreement import agreed, from_first, gather, leave_last
+from jaxopt_lab.train.dist.agreement import agreed, from_first, leave_last, told_by_all
 from jaxopt_lab.train.errors import CheckpointError
 from jaxopt_lab.train.io import digests, retention, stored
 from jaxopt_lab.train.io.leaves import describe_leaves
 from jaxopt_lab.train.io.restoring import DAMAGED, Restored, restore
 from jaxopt_lab.train.io.retention import committed_steps, labels
 from jaxopt_lab.train.io.stored import DIRECTORY, reason
-
-_PENDING, _POLL_SECONDS = "pending", 0.05
 
 
 class Checkpoints:
@@ -114,13 +112,14 @@ class Checkpoints:
         items = {"state": state, "data": dict(data), "leaves": describe_leaves(state)}
         if doubtful or (held_out_loss is not None and not np.isfinite(held_out_loss)):
             doubtful, held_out_loss = True, None
-        started: Future[Any] = Future()
-        try:
+        path = str(self.directory / str(step))
+
+        def start() -> Any:
             with stored.context():
-                path = str(self.directory / str(step))
-                started.set_result(ocp.save_checkpointables_async(path, items, overwrite=True))
-        except Exception as error:
-            started.set_exception(error)
+                return ocp.save_checkpointables_async(path, items, overwrite=True)
+
+        # Not in this thread: orbax waits for the other processes, of which one may fail.
+        started = self._worker.submit(start)
         self._must_not_fail(step, started)
         self._unverified[step] = doubtful
         commit = self._worker.submit(self._commit, step, started.result(), held_out_loss)
@@ -249,15 +248,15 @@ def _failures(work: Future[Any]) -> list[str]:
 
     Where it failed on one, it may never end on the others, which wait for that one.
     """
-    alone = jax.process_count() == 1
-    while True:
-        ended = concurrent.futures.wait([work], None if alone else _POLL_SECONDS).done
-        error = work.exception() if ended else None
-        texts = gather(reason(error) if error else "" if ended else _PENDING)
-        failed = [
-            text if alone else f"process {process}: {text}"
-            for process, text in enumerate(texts)
-            if text not in ("", _PENDING)
-        ]
-        if failed or _PENDING not in texts:
-            return failed
+
+    def outcome() -> str | None:
+        if not work.done():
+            return None
+        error = work.exception()
+        return reason(error) if error else ""
+
+    if jax.process_count() == 1:
+        concurrent.futures.wait([work])
+        return list(filter(None, [outcome()]))
+    told = told_by_all(outcome)
+    return [f"process {process}: {text}" for process, text in sorted(told.items()) if text]

@@ -23,7 +23,7 @@ from jaxopt_lab.train.config.run import PretrainConfig
 from jaxopt_lab.train.config.sections import DistributedConfig
 from jaxopt_lab.train.config.serialize import from_json, to_json
 from jaxopt_lab.train.dist.agreement import agreed, from_first
-from jaxopt_lab.train.errors import CheckpointError, ConfigError
+from jaxopt_lab.train.errors import CheckpointError, ConfigError, within
 from jaxopt_lab.train.io.lock import LOCK_FILE, only_writer
 from jaxopt_lab.train.io.manifest import MANIFEST_FILE, read_manifest
 from jaxopt_lab.train.io.retention import labels
@@ -122,10 +122,8 @@ def _is_tokenizer_of(directory: Path, config: TokenizerConfig, before: Tokenizer
     if config.kind == "bpe" or not (directory / TOKENIZER_FILE).is_file():
         # One that is yet to be trained on the text is compared when it has been.
         return replace(config, directory=before.directory) == before
-    try:
+    with within("tokenizer"):
         return make_tokenizer(config, ()).hash == Tokenizer.load(directory).hash
-    except ValueError as error:
-        raise ConfigError.inside("tokenizer", error) from error
 
 
 def other_text(name: str, value: Any, before: Any) -> ConfigError:
@@ -204,13 +202,10 @@ def read_config(directory: str | os.PathLike[str]) -> PretrainConfig:
     if not path.is_file():
         state = "is empty" if _is_empty(Path(directory)) else f"has no {CONFIG_FILE}"
         raise ConfigError("run_directory", str(directory), f"which {state}: there is no run there")
-    try:
+    with within("run_directory"):
         text = read_text(path)
+    with within(str(path)):
         config = from_json(text, _kind_of(text))
-    except ConfigError as error:
-        raise ConfigError.inside(str(path), error) from error
-    except ValueError as error:
-        raise ConfigError.inside("run_directory", error) from error
     if config.tokenizer.kind == "saved" and (Path(directory) / TOKENIZER_FILE).is_file():
         # The run has a copy; where it came from may be gone.
         tokenizer = replace(config.tokenizer, directory=str(directory))

@@ -15,7 +15,7 @@ from jaxopt_lab.train.meter import peak_of
 from jaxopt_lab.train.program import Program
 
 # What `RunLog` adds to every row by itself.
-_ADDED = ("step", "time", "tokens", "optimizer_flops")
+_ADDED = ("step", "time", "tokens", "forward_passes", "optimizer_flops")
 # And what a hook must not be called: the log's own names, and those of every step.
 RESERVED = (
     *_ADDED, "loss", "grad_norm", "skipped", "step_seconds", "data_wait_seconds",
@@ -58,6 +58,7 @@ class RunLog:
         # Batches may have had another size before.
         self._tokens_before = start_sample * config.row_tokens
         self._start_step = start_step
+        self._passes_per_step = config.optimizer.forward_passes
         of_model, self._flops_per_step = program.flops
         self._optimizer_share = self._flops_per_step / (of_model + self._flops_per_step)
         peak = peak_of(jax.devices()[0].device_kind, config.peak_tflops)
@@ -122,6 +123,7 @@ class RunLog:
     def _spent(self, step: int) -> dict[str, float]:
         return {
             "tokens": self._tokens_before + (step - self._start_step) * self._tokens_per_step,
+            "forward_passes": step * self._passes_per_step,
             "optimizer_flops": step * self._flops_per_step,
         }
 
