@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 _INTERRUPTED = 130
-_CONTINUED = ("pretrain", "compare")
+_CONTINUED = ("pretrain", "finetune", "compare")
 
 
 def sigterm_exit(arguments: Sequence[str]) -> int:
@@ -27,8 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
       0 on success, 1 when a run failed, 2 for a mistake in the arguments, 130 after Ctrl-C, 141
       where the reader of the output has gone, as `head` does. After SIGTERM, or SIGHUP from a
-      terminal that was closed, 143, but 0 for `pretrain` and `compare`, which the next start
-      continues.
+      terminal that was closed, 143, but 0 for `pretrain`, `finetune` and `compare`, which the
+      next start continues.
     """
     words = sys.argv[1:] if arguments is None else arguments
     stopped = sigterm_exit(words)

@@ -91,8 +91,18 @@ def _pretrain(arguments: list[str]) -> int:
     from jaxopt_lab.train import pretrain
     from jaxopt_lab.train.arguments import parse_config
 
-    config = parse_config(arguments, "pretrain")
-    result = pretrain(config)
+    return _ended(pretrain(parse_config(arguments, "pretrain")))
+
+
+def _finetune(arguments: list[str]) -> int:
+    from jaxopt_lab.train import FinetuneConfig, finetune
+    from jaxopt_lab.train.arguments import parse_config
+
+    return _ended(finetune(parse_config(arguments, "finetune", FinetuneConfig)))
+
+
+def _ended(result: Any) -> int:
+    """What a run says on standard output, and its exit status."""
     if result.cost is not None:
         sys.stdout.write(f"{result.cost}\n")
     return _SIGINT_EXIT if result.status == "interrupted" else 0
@@ -317,6 +327,7 @@ def _dynamics(arguments: list[str]) -> int:
 
 _VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "pretrain": ("train a transformer on text, with any optimizer, on a mesh", _pretrain),
+    "finetune": ("train a given model, or low-rank adapters beside it, on text", _finetune),
     "compare": ("several optimizers, equal tuning, several seeds: a table and a figure", _compare),
     "describe": ("which parameter gets which rule, and the bytes of state", _describe),
     "export": ("the model of a run as a Hugging Face directory", _export),

@@ -30,13 +30,14 @@ class TokenizerConfig:
 
     kind: Literal["bpe", "gpt2", "bytes", "saved"] = "bpe"
     """`bpe`: byte-level BPE trained on the training documents. `gpt2`: byte-level BPE read from
-    the files of GPT-2. `bytes`: one token per byte. `saved`: the tokenizer.json of a run."""
+    the files of GPT-2. `bytes`: one token per byte. `saved`: the tokenizer.json of a run or of a
+    model, or what a GGUF file carries."""
     vocab_size: int = 4096
     """Entries of the trained vocabulary with end-of-text, at least 257. A corpus with few distinct
     words can give fewer. The other kinds have their own size and ignore this."""
     directory: str | None = None
     """For `gpt2`: holds encoder.json (or vocab.json) and vocab.bpe (or merges.txt). For `saved`:
-    holds tokenizer.json."""
+    holds tokenizer.json, or one file of the kind gguf."""
 
     def __post_init__(self) -> None:
         """Checks the fields before anything is read."""
@@ -131,7 +132,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Tokenizer":
-        """Reads what `save` wrote.
+        """Reads what `save` wrote, or what the one GGUF file of a directory carries.
 
         Raises:
             OSError: the file cannot be read.
@@ -140,6 +141,10 @@ class Tokenizer:
         import tokenizers
 
         path = Path(directory, _FILE)
+        if not path.exists() and len(found := list(Path(directory).glob("*.gguf"))) == 1:
+            from jaxopt_lab.data.gguf_tokenizer import gguf_tokenizer
+
+            return gguf_tokenizer(found[0])
         content = path.read_bytes()
         try:
             return cls(tokenizers.Tokenizer.from_buffer(content))

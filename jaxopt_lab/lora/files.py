@@ -67,7 +67,7 @@ def save(
             for kind, suffix in _SUFFIXES.items():
                 if kind in node:
                     leaf = node[kind] if entry.axes.batch else node[kind][None]
-                    tensor = leaf[position].T
+                    tensor = jnp.asarray(leaf[position].T)  # NumPy only turns its view
                     key = f"{_PREFIX}{name}.{suffix}"
                     if key in tensors:
                         raise ValueError(

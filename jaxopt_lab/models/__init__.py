@@ -5,9 +5,14 @@ from jaxopt_lab.models.cross_entropy import loss
 from jaxopt_lab.models.decoder import Decoder, Params, apply, bind, init_params
 from jaxopt_lab.models.encoder_config import EncoderConfig
 from jaxopt_lab.models.forward_only import probe_loss
-from jaxopt_lab.models.gguf import load_gguf
-from jaxopt_lab.models.huggingface import export_huggingface, load_huggingface, matrix_names
-from jaxopt_lab.models.huggingface_bert import load_bert
+from jaxopt_lab.models.gguf import gguf_config_of, load_gguf
+from jaxopt_lab.models.huggingface import (
+    export_huggingface,
+    huggingface_config_of,
+    load_huggingface,
+    matrix_names,
+)
+from jaxopt_lab.models.huggingface_bert import bert_config_of, load_bert
 from jaxopt_lab.models.layout import (
     abstract_params,
     flops_per_token,
@@ -30,10 +35,13 @@ __all__ = [
     "Params",
     "abstract_params",
     "apply",
+    "bert_config_of",
     "bind",
     "export_huggingface",
     "flops_per_token",
     "generate",
+    "gguf_config_of",
+    "huggingface_config_of",
     "init_params",
     "load_bert",
     "load_gguf",

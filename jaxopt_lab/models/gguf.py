@@ -84,6 +84,18 @@ def load_gguf(
     return config, jax.tree_util.tree_map_with_path(build, abstract)
 
 
+def gguf_config_of(path: str | pathlib.Path) -> DecoderConfig:
+    """The configuration of such a file, unpacked; weights are not read.
+
+    Raises:
+        ModuleNotFoundError: without the package gguf.
+        FileNotFoundError: without the file.
+        ValueError: as for `load_gguf`.
+    """
+    reader = open_gguf(path)
+    return _config(reader.fields, {t.name: t for t in reader.tensors}, False, "float32")
+
+
 def _config(
     fields: Mapping[str, Any], tensors: Mapping[str, Any], packed: bool, dtype: DType
 ) -> DecoderConfig:

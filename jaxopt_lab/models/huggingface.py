@@ -172,9 +172,7 @@ def load_huggingface(directory: str | pathlib.Path) -> tuple[DecoderConfig, Para
         ValueError: for an architecture, field or tensor that the decoder cannot represent.
     """
     directory = pathlib.Path(directory)
-    theirs = json.loads((directory / "config.json").read_text())
-    ours = theirs.get(_OUR_KEY)
-    config = from_huggingface_config(theirs) if ours is None else DecoderConfig(**ours)
+    config = huggingface_config_of(directory)
     check_dtypes(config)
     if not (directory / "model.safetensors").exists():
         raise FileNotFoundError(f"{directory}: no model.safetensors (one file, not a sharded set)")
@@ -190,6 +188,18 @@ def load_huggingface(directory: str | pathlib.Path) -> tuple[DecoderConfig, Para
         elif np.any(np.asarray(array)):
             raise ValueError(f"{'.'.join(path)}: got a nonzero bias, wanted none with bias = False")
     return config, params
+
+
+def huggingface_config_of(directory: str | pathlib.Path) -> DecoderConfig:
+    """The configuration of such a directory; weights are not read.
+
+    Raises:
+        FileNotFoundError: when there is no ``config.json``.
+        ValueError: for an architecture or field that the decoder cannot represent.
+    """
+    theirs = json.loads((pathlib.Path(directory) / "config.json").read_text())
+    ours = theirs.get(_OUR_KEY)
+    return from_huggingface_config(theirs) if ours is None else DecoderConfig(**ours)
 
 
 def _with_their_biases(config: DecoderConfig) -> DecoderConfig:

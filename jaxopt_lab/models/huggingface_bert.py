@@ -63,7 +63,7 @@ def load_bert(directory: str | pathlib.Path) -> tuple[EncoderConfig, Params]:
             tensors that are missing, unknown, or of another shape or kind: one error lists all.
     """
     directory = pathlib.Path(directory)
-    config = from_bert_config(json.loads((directory / _CONFIG).read_text()), _pooling(directory))
+    config = bert_config_of(directory)
     path = directory / _WEIGHTS
     if not path.exists():
         raise FileNotFoundError(f"{directory}: no {_WEIGHTS} (one file, not a sharded set)")
@@ -78,6 +78,17 @@ def load_bert(directory: str | pathlib.Path) -> tuple[EncoderConfig, Params]:
             node = node.setdefault(name, {})
         node[names[-1]] = _ours(names, leaf, tensors)
     return config, params
+
+
+def bert_config_of(directory: str | pathlib.Path) -> EncoderConfig:
+    """The configuration of such a directory; weights are not read.
+
+    Raises:
+        FileNotFoundError: when there is no ``config.json``.
+        ValueError: as for `load_bert`.
+    """
+    directory = pathlib.Path(directory)
+    return from_bert_config(json.loads((directory / _CONFIG).read_text()), _pooling(directory))
 
 
 def from_bert_config(fields: Mapping[str, Any], pooling: Any = "mean") -> EncoderConfig:

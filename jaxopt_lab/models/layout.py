@@ -111,21 +111,23 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
 
 
-def flops_per_token(config: DecoderConfig, context: int | None = None) -> float:
+def flops_per_token(config: ModelConfig, context: int | None = None) -> float:
     """FLOPs of one training step per token, 6 N + 12 L d T.
 
-    N counts the parameters that multiply activations: all but the position table and, when the
-    head is untied, the token table. Each costs 2 FLOPs forward and 4 backward. The second term is
-    the attention products over T positions, without a discount for causality (the convention of
-    Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B). Rematerialisation is not counted.
+    N counts the parameters that multiply activations: all but tables of positions and of tokens,
+    unless the latter is the head as well. Each costs 2 FLOPs forward and 4 backward. The second
+    term is the attention products over T positions, without a discount for causality (the
+    convention of Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B). Rematerialisation is not
+    counted.
 
     Args:
-        config: of the decoder.
+        config: of the model.
         context: sequence length T; None: ``config.context``.
     """
-    lookups = 0 if config.tied else config.vocab_size * config.width
-    if config.positions == "learned":
-        lookups += config.context * config.width
+    tied = isinstance(config, DecoderConfig) and config.tied
+    tables = ("position",) if tied else ("position", "embedding")
+    sizes = _map(config, lambda leaf, _: math.prod(leaf.shape) * (leaf.role in tables))
+    lookups = sum(jax.tree.leaves(sizes))
     length = config.context if context is None else context
     attention = 12 * config.depth * config.width * length
     return float(6 * (parameter_count(config) - lookups) + attention)

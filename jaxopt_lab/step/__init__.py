@@ -10,10 +10,11 @@ from jaxopt_lab.step.gradients import (
     forward_only,
     measured,
 )
-from jaxopt_lab.step.state import TrainState, merged, split, state_layout
+from jaxopt_lab.step.state import Adapted, TrainState, merged, split, state_layout
 from jaxopt_lab.step.update import Step, apply_updates
 
 __all__ = [
+    "Adapted",
     "Batch",
     "Estimate",
     "Estimator",

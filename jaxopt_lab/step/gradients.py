@@ -75,36 +75,45 @@ def backprop(loss: Loss, params: PyTree, batch: Batch, key: Array) -> Estimate:
     return Estimate(_wide(value), weight, metrics, jax.tree.map(_wide, grads))
 
 
-def accumulated(microbatches: int) -> Estimator:
+def accumulated(
+    microbatches: int,
+    part: Estimator = backprop,
+    joined: Callable[[Any, Array], Mapping[str, Any]] = lambda extra, shares: extra,
+) -> Estimator:
     """Backprop over one part of the batch after the other: memory of a part, gradient of the whole.
 
     Parts are weighted by their weights, so that the means are those of the whole batch. Part i has
     the key that is folded with i.
 
     Args:
-      microbatches: Number of parts; divides the rows of the batch. 1 is `backprop`.
+      microbatches: Number of parts; divides the rows of the batch. 1 is `part`.
+      part: The estimator of a part.
+      joined: (the parts' `extra`, stacked; their shares of the weight) -> that of the batch.
 
     Raises:
       ValueError: Below 1.
     """
     _check(microbatches)
     if microbatches == 1:
-        return backprop
+        return part
 
     def estimate(loss: Loss, params: PyTree, batch: Batch, key: Array) -> Estimate:
-        def sums(number: Array, micro: Batch) -> tuple[Array, Estimate]:
-            found = backprop(loss, params, micro, jax.random.fold_in(key, number))
-            return found.weight, _times(found, found.weight)
+        def sums(number: Array, micro: Batch) -> tuple[tuple[Array, Estimate], Any]:
+            found = part(loss, params, micro, jax.random.fold_in(key, number))
+            summed = _times(found._replace(extra={}), found.weight)
+            return (found.weight, summed), (found.extra, found.weight)
 
-        def add(total: PyTree, part: tuple[Array, Batch]) -> tuple[PyTree, None]:
-            return jax.tree.map(jnp.add, total, sums(*part)), None
+        def add(total: PyTree, given: tuple[Array, Batch]) -> tuple[PyTree, Any]:
+            found, apart = sums(*given)
+            return jax.tree.map(jnp.add, total, found), apart
 
         parts = (jnp.arange(microbatches), _split(batch, microbatches))
-        abstract = jax.eval_shape(sums, *jax.tree.map(lambda x: x[0], parts))
+        abstract, _ = jax.eval_shape(sums, *jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
-        (weight, total), _ = jax.lax.scan(add, zeros, parts)
+        (weight, total), (extra, weights) = jax.lax.scan(add, zeros, parts)
         # A batch without any weight has nothing to learn from: loss and gradient 0.
-        return _times(total, 1.0 / jnp.maximum(weight, 1.0))._replace(weight=weight)
+        share = 1.0 / jnp.maximum(weight, 1.0)
+        return _times(total, share)._replace(weight=weight, extra=joined(extra, share * weights))
 
     return estimate
 

@@ -10,13 +10,20 @@ from jaxtyping import Array, Int, PyTree, UInt32
 from jaxopt_lab.optim.shardings import state_shardings
 
 
+class Adapted(NamedTuple):
+    """Parameters that stay as they are, and what is trained beside them."""
+
+    base: PyTree
+    beside: PyTree  # such as low-rank adapters
+
+
 class TrainState(NamedTuple):
     """Everything that a run needs to go on; what a checkpoint holds."""
 
     step: Int[Array, ""]  # optimizer steps taken, skipped ones included
     skipped: Int[Array, ""]  # steps whose update was dropped because something was not finite
     params: PyTree  # what moves; `MaskedNode` where a parameter is frozen
-    frozen: PyTree  # what does not, `MaskedNode` elsewhere; () if everything moves
+    frozen: PyTree  # what does not, `MaskedNode` elsewhere; () if everything moves; see `split`
     opt_state: PyTree  # of `params` alone
     key: UInt32[Array, " words"]  # data of the key that every step's key is derived from
 
@@ -25,7 +32,8 @@ def split(params: PyTree, trainable: PyTree | None) -> tuple[PyTree, PyTree]:
     """Parameters that move, and parameters that are frozen.
 
     Both keep the structure around their leaves, with `optax.MaskedNode` in place of the others, so
-    that transforms see what they see inside of `optax.masked`.
+    that transforms see what they see inside of `optax.masked`. Of `Adapted` parameters the part
+    beside them moves, and the base is frozen.
 
     >>> split({"a": 1.0, "b": 2.0}, {"a": True, "b": False})
     ({'a': 1.0, 'b': MaskedNode()}, {'a': MaskedNode(), 'b': 2.0})
@@ -37,6 +45,8 @@ def split(params: PyTree, trainable: PyTree | None) -> tuple[PyTree, PyTree]:
     Raises:
       ValueError: If the trees do not match.
     """
+    if isinstance(params, Adapted):
+        return params.beside, params._replace(beside=())
     if trainable is None:
         return params, ()
     moving = jax.tree.map(lambda moves, x: x if moves else optax.MaskedNode(), trainable, params)
@@ -50,6 +60,8 @@ def merged(params: PyTree, frozen: PyTree) -> PyTree:
     >>> merged(*split({"a": 1.0, "b": 2.0}, {"a": True, "b": False}))
     {'a': 1.0, 'b': 2.0}
     """
+    if isinstance(frozen, Adapted):
+        return frozen._replace(beside=params)
     if isinstance(frozen, tuple) and not frozen:
         return params
 

@@ -31,7 +31,8 @@ class Step:
 
     The estimate of the gradient is scaled by $\min(1, \mathrm{clip} / \lVert g \rVert_2)$ over all
     trainable parameters, cast to their dtype and given to `tx`, which also receives the reported
-    loss as `value`: the objective without the terms that only regularise.
+    loss as `value`, the objective without the terms that only regularise, and what else the
+    estimate says that it needs.
 
     A guarded step whose objective or gradient norm is not finite leaves parameters and
     floating-point optimizer state as they were. Integer state and keys advance all the same: they

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +41,14 @@ def language_model_loss(
     """
 
     def loss(
-        params: models.Params, batch: Mapping[str, jax.Array], key: jax.Array | None
+        params: models.Params,
+        batch: Mapping[str, jax.Array],
+        key: jax.Array | None,
+        side: Mapping[str, Any] | None = None,
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         del key  # nothing is drawn
         objective, aux = models.loss(
-            config, params, batch, z_loss=z_loss, head_chunks=head_chunks, mesh=mesh
+            config, params, batch, z_loss=z_loss, head_chunks=head_chunks, mesh=mesh, side=side
         )
         if not z_loss:  # then they are the same, and one sum over the mesh is enough
             return objective, aux["tokens"], {}

@@ -15,6 +15,7 @@ from jaxopt_lab.report.files import read_text
 from jaxopt_lab.train.config.bounds import check_bounds
 from jaxopt_lab.train.config.choices import CHOICES
 from jaxopt_lab.train.config.decode import Words, only_word
+from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.run import PretrainConfig
 from jaxopt_lab.train.config.serialize import from_json, with_values
 from jaxopt_lab.train.errors import ArgumentError, ConfigError, within
@@ -95,6 +96,9 @@ def _path(flag: str, known: set[str]) -> list[str]:
     """Where the value of a flag belongs."""
     if flag == "model" and "preset" in known:
         return ["preset"]
+    if "trainable" in known:  # what is read decides what is learnt
+        section, dot, rest = flag.partition(".")
+        flag = f"corpus{dot}{rest}" if section == "task" else flag
     if flag in CHOICES and flag in known:
         return [flag, "name"]
     return _SHORT_FLAGS.get(flag, flag).split(".")
@@ -112,7 +116,7 @@ def _default(values: dict[str, Any], known: set[str], kind: type[Any]) -> Any:
             raise ConfigError("run_directory", None, "expected the directory of the run to resume")
         if fork is not None:
             raise ConfigError("fork_from", fork, "which starts a new run: leave out --resume")
-        return read_config(directory)
+        return _of_verb("run_directory", directory, read_config(directory), kind)
     if "config" in given:
         path = given["config"]
         try:
@@ -122,14 +126,25 @@ def _default(values: dict[str, Any], known: set[str], kind: type[Any]) -> Any:
             raise ConfigError("config", path, f"expected a file: {error.strerror}") from error
         return from_json(text, kind)
     if fork is not None and "fork_from" in known:
-        return _forked(fork)
+        return _forked(fork, kind)
     return kind()
 
 
-def _forked(directory: str) -> PretrainConfig:
+def _of_verb(name: str, directory: str, config: PretrainConfig, kind: type[Any]) -> PretrainConfig:
+    """A configuration of the verb in use, and no other's."""
+    if type(config) is kind:
+        return config
+    hint = ""
+    if kind is FinetuneConfig and name == "fork_from":
+        hint = ": write its model with jaxopt-lab export and fine-tune that, with --model"
+    raise ConfigError(name, directory, f"which is a run of {config.verb}{hint}")
+
+
+def _forked(directory: str, kind: type[Any]) -> PretrainConfig:
     """The configuration of another run, with the tokens that its weights know."""
     with within("fork_from"):
         config = read_config(directory)
+    config = _of_verb("fork_from", directory, config, kind)
     tokenizer = config.tokenizer
     if tokenizer.kind in ("bpe", "saved"):
         tokenizer = replace(tokenizer, kind="saved", directory=directory)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +12,10 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from jaxopt_lab import data
+from jaxopt_lab.lora import LoraSpec, spec_to_json
 from jaxopt_lab.step import TrainState, merged
+from jaxopt_lab.train.base import Base
+from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.run import PretrainConfig
 from jaxopt_lab.train.dist.agreement import agreed, gather
 from jaxopt_lab.train.dist.mesh import flags, rows_of_process, to_global
@@ -21,9 +24,10 @@ from jaxopt_lab.train.hooks import Hook, Hooks, View
 from jaxopt_lab.train.interrupts import INTERRUPTED, TERMINATED, StopRequests
 from jaxopt_lab.train.io.checkpoints import Checkpoints
 from jaxopt_lab.train.io.run_log import RESERVED, RunLog, logged_at
+from jaxopt_lab.train.labelled import Labels
 from jaxopt_lab.train.meter import Meter
 from jaxopt_lab.train.profile import PROFILE_DIRECTORY, Trace, profiled_steps
-from jaxopt_lab.train.program import Program, averaged_params
+from jaxopt_lab.train.program import Material, Program, averaged_params, build_program
 from jaxopt_lab.train.step import SIGNALS
 
 Status = Literal["finished", "terminated", "interrupted"]
@@ -43,24 +47,36 @@ class Run:
 
     config: PretrainConfig
     directory: Path
-    corpus: data.Corpus
+    material: Material
     program: Program
     checkpoints: Checkpoints
+    base: Base | None = None  # the model that is fine-tuned
+
+    def with_spec(self, spec: LoraSpec) -> "Run":
+        """The run with other adapters."""
+        program = build_program(self.config, self.material, self.directory, spec)
+        return replace(self, program=program)
 
     @property
-    def text(self) -> dict[str, Any]:
-        """What, besides the number of samples consumed, fixes which text is read.
+    def identity(self) -> dict[str, Any]:
+        """What must not change while a run goes on, besides the number of samples consumed.
 
         By the names of the settings, so that a change can be refused by name.
         """
-        return {
-            "seed": self.config.seed,
-            "corpus": self.corpus.hash,
-            "corpus.weights": [part.weight for part in self.corpus.parts],
-            "validation_fraction": self.config.validation_fraction,
-            "tokenizer": self.corpus.tokenizer.hash,
-            "model.context": self.config.model.context,
-            "eval.best": self.config.eval.best,
+        config, corpus = self.config, self.material.corpus
+        common = {"seed": config.seed, "corpus": corpus.hash, "eval.best": config.eval.best}
+        if self.base is not None:
+            common["model"] = self.base.digest
+        if isinstance(self.material, Labels):
+            assert isinstance(config, FinetuneConfig)
+            tokenizer, prompt = self.material.tokenizer_hash, config.prompt
+            of_labels = {"tokenizer": tokenizer, "length": config.length}
+            return common | of_labels | {"prompt": [prompt.template, *prompt.words]}
+        return common | {
+            "corpus.weights": [part.weight for part in self.material.corpus.parts],
+            "validation_fraction": config.validation_fraction,
+            "tokenizer": self.material.corpus.tokenizer.hash,
+            "model.context": config.model.context,
         }
 
 
@@ -113,8 +129,15 @@ class Loop:
         self.last_metrics: dict[str, Any] = {}
         self.last_evaluation: dict[str, float] = {}
 
-    def run(self, state: TrainState, position: Position) -> tuple[TrainState, Status]:
-        """Trains from a position to the configured number of steps, or until asked to stop.
+    def run(
+        self, state: TrainState, position: Position, until: int | None = None
+    ) -> tuple[TrainState, Status]:
+        """Trains from a position to a number of steps, or until asked to stop.
+
+        Args:
+          state: At the position.
+          position: Where to go on.
+          until: Number of steps taken at the end; None: those of the configuration.
 
         Returns:
           The last state, saved and committed, and how the loop ended.
@@ -124,7 +147,7 @@ class Loop:
           TrainingError: If too many steps were skipped, or the parameters are not finite.
         """
         self._start, start = position, position.step
-        steps, step = self._config.steps, start
+        steps, step = until or self._config.steps, start
         taken: _Taken | None = None
         if start:
             self._take_up(start)
@@ -159,6 +182,12 @@ class Loop:
         # On all processes: one that went on would wait for the one that failed.
         agreed(lambda: self._hooks.raise_failure(f"saved after step {step}"))
         return state, self._status()
+
+    @property
+    def step_bytes(self) -> int:
+        """Memory of the compiled step on one device: what it is given, and its temporaries."""
+        memory: Any = self._compiled.memory_analysis()
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
     def _take_up(self, start: int) -> None:
         """What was measured at `start` is not measured again: the state is the same bit for bit."""
@@ -198,11 +227,15 @@ class Loop:
                 f"checkpoints: {self._run.checkpoints.steps() or 'none'}"
             )
         samples = self._start.after(step, self._config.batch_size).samples
-        position = {"step": step, "samples": samples, **self._run.text}
+        position = {"step": step, "samples": samples, **self._run.identity}
+        if (spec := self._run.program.trained.spec) is not None:
+            position["adapters"] = spec_to_json(spec)
         # Normalisation makes the held-out loss of parameters finite whose gradient is not.
         checkpoints, doubtful = self._run.checkpoints, self._last_finite is False
         loss = self._evaluated.get(step)
-        checkpoints.save(step, state, position, held_out_loss=loss, doubtful=doubtful)
+        # What is frozen can be read again, and its digest is compared then.
+        moving = state._replace(frozen=())
+        checkpoints.save(step, moving, position, held_out_loss=loss, doubtful=doubtful)
         # No step will follow the last one.
         if step == self._config.steps and self._last_finite and np.isfinite(loss or np.nan):
             checkpoints.verify(step, finite=True)

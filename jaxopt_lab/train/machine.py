@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab.models import PRESETS, parameter_count
+from jaxopt_lab.models import parameter_count
 from jaxopt_lab.models.config import check_dtypes
 from jaxopt_lab.train.config.run import RunConfig
 from jaxopt_lab.train.errors import ConfigError, within
@@ -56,9 +56,10 @@ def check_memory(
     needed, available = smallest_bytes(config, rows, fsdp * tensor), memory_bytes()
     if available is None or sum(needed.values()) <= available:
         return None
+    usual_model, _ = config.named_model(config.preset)
     grown = {"batch_size": (config.batch_size, RunConfig.batch_size)}
     for size in _SIZES:
-        sizes_of = (getattr(model, size) for model in (config.model, PRESETS[config.preset]))
+        sizes_of = (getattr(model, size) for model in (config.model, usual_model))
         grown[f"model.{size.removesuffix('_width')}"] = tuple(sizes_of)
     name = max(grown, key=lambda name: grown[name][0] / grown[name][1])
     value, usual = grown[name]
@@ -86,8 +87,8 @@ def smallest_bytes(config: RunConfig, rows: int, parts: int) -> dict[str, int]:
     """
     model = config.model
     stored, computed = (jnp.dtype(d).itemsize for d in (model.param_dtype, model.compute_dtype))
-    tokens = rows * model.context
-    logits = tokens * model.vocab_size * computed // config.head_chunks // parts
+    tokens = rows * config.row_tokens
+    logits = config.row_logits * rows * computed // config.head_chunks // parts
     return {
         "weights": 2 * stored * parameter_count(model) // parts,
         "activations": tokens * (4 + model.width * computed) + logits,

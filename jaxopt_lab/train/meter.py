@@ -103,11 +103,12 @@ class Meter:
         now, since, waited = self._clock(), self._since, self._waited
         self._since, self._waited = now, 0.0
         if since is None:
-            return _peak_memory()
-        return {"step_seconds": now - since, "data_wait_seconds": waited, **_peak_memory()}
+            return peak_memory()
+        return {"step_seconds": now - since, "data_wait_seconds": waited, **peak_memory()}
 
 
-def _peak_memory() -> dict[str, float]:
+def peak_memory() -> dict[str, float]:
+    """The most that any device of this process has held so far, where the devices count it."""
     found: list[Any] = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [stats["peak_bytes_in_use"] for stats in found if "peak_bytes_in_use" in stats]
     return {"peak_memory_bytes": max(peaks)} if peaks else {}

@@ -13,12 +13,16 @@ from jaxopt_lab import models
 from jaxopt_lab.report.figures import loss_figure
 from jaxopt_lab.report.files import write_json
 from jaxopt_lab.report.schedule_figure import schedule_figure
-from jaxopt_lab.step import TrainState, merged
+from jaxopt_lab.step import Adapted, TrainState, merged
 from jaxopt_lab.train.errors import TrainingError
+from jaxopt_lab.train.finetuned import report
 from jaxopt_lab.train.io.run_directory import SUMMARY_FILE
+from jaxopt_lab.train.labelled import Labels
 from jaxopt_lab.train.loop import Loop, Run
+from jaxopt_lab.train.meter import peak_memory
 from jaxopt_lab.train.program import averaged_params, optimizer_share
 from jaxopt_lab.train.smoothness import fit_run
+from jaxopt_lab.train.trained import whole
 
 Message = Callable[[str], None]
 
@@ -33,20 +37,28 @@ def summary_of(
     run: Run, loop: Loop, state: TrainState, seconds: float, say: Message
 ) -> dict[str, Any]:
     """What a finished run has come to, as JSON values."""
-    about = run.program.task.evaluations["validation"].about
+    memory = {"step_memory_bytes": loop.step_bytes, **peak_memory()}
     return {
         "steps": int(state.step),
         "skipped": int(state.skipped),
-        "parameters": models.parameter_count(run.config.model),
+        "parameters": run.program.parameters,
         "seconds": round(seconds, 1),
-        "optimizer_share_of_flops": optimizer_share(run.config),
+        "optimizer_share_of_flops": optimizer_share(run.program),
         "training_loss": loop.last_metrics.get("loss"),
         **_schedule_outcome(run, state, say),
         **loop.last_evaluation,
-        "unigram_nats": about["unigram_nats"],
-        "unigram_bits_per_byte": about["unigram_bits_per_byte"],
+        **memory,
+        **_trivial(run),
         "sample": _sample(run, state),
+        **(report(run, state, say) if run.base is not None else {}),
     }
+
+
+def _trivial(run: Run) -> dict[str, float]:
+    """What is reached without learning."""
+    about = run.program.task.evaluations["validation"].about
+    names = ("unigram_nats", "unigram_bits_per_byte", "majority_accuracy")
+    return {name: about[name] for name in names if name in about}
 
 
 def write_report(run: Run, summary: Mapping[str, Any], say: Message) -> dict[str, Any]:
@@ -59,7 +71,7 @@ def write_report(run: Run, summary: Mapping[str, Any], say: Message) -> dict[str
         for name, value in summary.items()
     }
     write_json(run.directory / SUMMARY_FILE, finite)
-    levels = {"unigram": summary["unigram_nats"]}
+    levels = {"unigram": summary["unigram_nats"]} if "unigram_nats" in summary else {}
     (run.directory / FIGURE).parent.mkdir(exist_ok=True)
     try:
         loss_figure(run.directory, run.directory / FIGURE, levels=levels)
@@ -72,14 +84,19 @@ def write_report(run: Run, summary: Mapping[str, Any], say: Message) -> dict[str
     if summary["sample"]:
         sample = summary["sample"]
         say(f"sample\n{sample['prompt']}\N{BLACK RIGHT-POINTING TRIANGLE}{sample['continuation']}")
-    say(
-        f"held-out loss {summary['validation_loss']:.4f} nats/token, "
-        f"{summary['bits_per_byte']:.4f} bits/byte "
-        f"(unigram: {summary['unigram_bits_per_byte']:.4f}) after {summary['steps']} steps"
-    )
+    say(f"held-out loss {_held_out(summary)} after {summary['steps']} steps")
     drawn = [FIGURE] if run.program.outcome is None else [FIGURE, SCHEDULE_FIGURE]
     say("\n".join(f"figure: {run.directory / figure}" for figure in drawn))
     return summary
+
+
+def _held_out(summary: Mapping[str, Any]) -> str:
+    loss = f"{summary['validation_loss']:.4f} nats"
+    if "validation_accuracy" in summary:
+        right, majority = summary["validation_accuracy"], summary["majority_accuracy"]
+        return f"{loss}/row, {100 * right:.2f} % right (most frequent label: {100 * majority:.2f})"
+    bits, unigram = summary["bits_per_byte"], summary["unigram_bits_per_byte"]
+    return f"{loss}/token, {bits:.4f} bits/byte (unigram: {unigram:.4f})"
 
 
 def _schedule_outcome(run: Run, state: TrainState, say: Message) -> dict[str, Any]:
@@ -94,19 +111,25 @@ def _schedule_outcome(run: Run, state: TrainState, say: Message) -> dict[str, An
 def _sample(run: Run, state: TrainState) -> dict[str, str] | None:
     """A continuation of the beginning of the held-out text."""
     config, steps = run.config, run.config.eval.sample_tokens
-    if not steps or jax.process_count() > 1:  # drawing token by token is not worth a network
+    material = run.material
+    if (
+        not steps or jax.process_count() > 1 or isinstance(material, Labels)
+    ):  # drawing token by token is not worth a network
         return None
     average = averaged_params(config, state)
-    prompt = jnp.asarray(run.corpus.validation.tokens[:_PROMPT_TOKENS], jnp.int32)
+    params: Any = merged(state.params if average is None else average, state.frozen)
+    if isinstance(params, Adapted):
+        params = whole(params.base, params.beside, run.program.trained)
+    prompt = jnp.asarray(material.corpus.validation.tokens[:_PROMPT_TOKENS], jnp.int32)
     drawn = models.generate(
         config.model,
-        merged(state.params if average is None else average, state.frozen),
+        params,
         prompt,
         steps=steps,
         temperature=_TEMPERATURE,
         key=jax.random.key(config.seed),
     )
-    decode, start = run.corpus.tokenizer.decode, len(prompt)
+    decode, start = material.corpus.tokenizer.decode, len(prompt)
     tokens = np.asarray(drawn)
     return {"prompt": decode(tokens[:start]), "continuation": decode(tokens[start:])}
 

@@ -1,5 +1,6 @@
 """From a configuration to compiled programs, and what a compiled program will cost."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,18 +13,27 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxopt_lab import models, optim
+from jaxopt_lab.lora import LoraSpec
 from jaxopt_lab.report.hlo import CollectiveTotal, collectives
 from jaxopt_lab.report.tables import format_table
-from jaxopt_lab.step import TrainState
+from jaxopt_lab.step import Adapted, Estimator, TrainState, merged
 from jaxopt_lab.tasks import Task, Text, language_model
+from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.optimizer_base import ModelInfo
+from jaxopt_lab.train.config.optimizers_pairs import PairConfig
 from jaxopt_lab.train.config.run import PretrainConfig
+from jaxopt_lab.train.config.trainable import LoraAdaptersConfig
 from jaxopt_lab.train.diagnostics import diagnostic_hook, make_recorders
 from jaxopt_lab.train.dist.mesh import batch_sharding, flag_sharding, make_mesh
 from jaxopt_lab.train.evaluation import HeldOut
 from jaxopt_lab.train.hooks import Hook
+from jaxopt_lab.train.labelled import Labels
 from jaxopt_lab.train.rule import build_rule
 from jaxopt_lab.train.step import SIGNALS, PlacedStep, make_step, param_shardings
+from jaxopt_lab.train.trainable import Trained, adapted, everything, part, with_taps
+
+Material = Text | Labels
+"""What a run learns from."""
 
 KERNEL_CHOICES = "kernel-choices"
 """Directory below a deterministic run that keeps the choice of GPU kernels."""
@@ -35,12 +45,31 @@ class Program:
 
     mesh: Mesh
     task: Task
+    tx: optax.GradientTransformation
     step: PlacedStep
     held_out: HeldOut
     hooks: Sequence[Hook]  # the diagnostics of the configuration
     compiler_options: Mapping[str, Any]
+    trained: Trained  # what of the task moves
+    flops: tuple[float, float]  # of a step: of the model, and on average of the optimizer
     # (optimizer state at the end) -> how the schedule went, as numbers and in a sentence
     outcome: Callable[[PyTree], tuple[dict[str, Any], str]] | None = None
+
+    @property
+    def moves_all(self) -> bool:
+        """Whether every parameter moves."""
+        return self.trained.moves is None and self.trained.spec is None
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the model, without adapters."""
+        params = merged(self.step.abstract_state.params, self.step.abstract_state.frozen)
+        return _size(params.base if isinstance(params, Adapted) else params)
+
+    @property
+    def trained_count(self) -> int:
+        """Number of parameters that move."""
+        return _size(self.step.abstract_state.params)
 
 
 @dataclass(frozen=True)
@@ -51,7 +80,7 @@ class Cost:
     temporary_bytes: int
     output_bytes: int
     flops: float  # of one device, as counted by the compiler; 0 where it does not count
-    model_flops: float  # of the whole step, see `step_flops`
+    model_flops: float  # of the whole step, see `_step_flops`
     optimizer_flops: float  # of the whole step, averaged over the kinds of steps
     collectives: Mapping[str, CollectiveTotal]
 
@@ -76,26 +105,32 @@ class Cost:
 
 
 def build_program(
-    config: PretrainConfig, text: Text | None = None, run_directory: Path | None = None
+    config: PretrainConfig,
+    material: Material | None = None,
+    run_directory: Path | None = None,
+    spec: LoraSpec | None = None,
 ) -> Program:
     """Builds mesh, task, optimizer, step and evaluations of a run; compiles nothing.
 
     Args:
       config: The run.
-      text: What it learns from; None where only the parameters or the cost are wanted.
+      material: What it learns from; None where only the parameters or the cost are wanted, which
+        for labelled texts depend on the number of classes.
       run_directory: Where a deterministic run keeps the choice of kernels.
+      spec: The adapters, where they are not those of the start any more.
 
     Raises:
-      ConfigError: If the mesh does not fit the devices.
+      ConfigError: If the mesh does not fit the devices, or what is to move cannot.
     """
-    model = decoder_of(config)
     mesh = make_mesh(config.mesh)
-    task = language_model(
-        model, mesh, text, seed=config.seed, z_loss=config.z_loss, head_chunks=config.head_chunks
-    )
+    model = model_of(config, material)
+    task = _task(config, model, mesh, material)
     shardings = param_shardings(mesh, task.param_specs)
-    vocab_size = model.vocab_size if text is None else text.corpus.tokenizer.vocab_size
+    is_text = isinstance(material, Text)
+    vocab_size = material.corpus.tokenizer.vocab_size if is_text else model.vocab_size
     info = ModelInfo.of(model, shardings, vocab_size, jax.random.key(config.seed))
+    trained = _trained(config, model, task, info._replace(clip=config.clip), spec)
+    task, info = trained.task, trained.info
     rule = build_rule(config.optimizer, config.schedule, info, config.steps)
     ema = None if config.ema is None else optim.track_params_ema(config.ema)
     tx = rule.tx if ema is None else optax.chain(rule.tx, ema)
@@ -106,15 +141,58 @@ def build_program(
         tx,
         mesh=mesh,
         param_specs=task.param_specs,
-        gradient=config.optimizer.gradient(config.accumulation),
-        clip=config.clip,
+        gradient=_estimator(config, trained),
+        # Those that need taps clip by the norm of the kernels' gradients.
+        clip=None if _needs_taps(config) else config.clip,
+        trainable=trained.moves,
         rates=rule.rates,
         compiler_options=options,
     )
-    held_out = HeldOut(task.evaluations, mesh, shardings, options, config.eval.best)
+    placed = param_shardings(mesh, task.param_specs)
+    held_out = HeldOut(task.evaluations, mesh, placed, options, config.eval.best)
     recorders = make_recorders(config.diagnostics, config.optimizer, info, ema)
     hooks = () if recorders is None else (diagnostic_hook(recorders, step),)
-    return Program(mesh, task, step, held_out, hooks, options, rule.outcome)
+    flops = _step_flops(config, model, trained, step.abstract_state)
+    return Program(mesh, task, tx, step, held_out, hooks, options, trained, flops, rule.outcome)
+
+
+def _task(config: PretrainConfig, model: Any, mesh: Mesh, material: Material | None) -> Task:
+    if isinstance(material, Labels):
+        assert isinstance(config, FinetuneConfig)
+        return material.task(config, model, mesh)
+    return language_model(
+        model,
+        mesh,
+        material,
+        seed=config.seed,
+        z_loss=config.z_loss,
+        head_chunks=config.head_chunks,
+    )
+
+
+def _trained(
+    config: PretrainConfig, model: Any, task: Task, info: ModelInfo, spec: LoraSpec | None
+) -> Trained:
+    if not isinstance(config, FinetuneConfig):
+        return everything(task, info)
+    if not isinstance(config.trainable, LoraAdaptersConfig):
+        return part(config.trainable, task, info, models.roles(model))
+    optimizer = config.optimizer
+    weights = isinstance(optimizer, PairConfig) and optimizer.needs_weights
+    names = models.matrix_names(model)
+    return adapted(config.trainable, task, info, names, weights=weights, spec=spec)
+
+
+def _estimator(config: PretrainConfig, trained: Trained) -> Estimator:
+    """How gradients are estimated, by what the optimizer needs."""
+    if _needs_taps(config):
+        assert trained.spec is not None
+        return with_taps(trained.spec, config.accumulation)
+    return config.optimizer.gradient(config.accumulation)
+
+
+def _needs_taps(config: PretrainConfig) -> bool:
+    return isinstance(config.optimizer, PairConfig) and config.optimizer.needs_taps
 
 
 def compile_step(config: PretrainConfig, program: Program) -> jax.stages.Compiled:
@@ -128,11 +206,11 @@ def compile_step(config: PretrainConfig, program: Program) -> jax.stages.Compile
     return program.step.update.lower(program.step.abstract_state, batch).compile()
 
 
-def cost_of(config: PretrainConfig, compiled: jax.stages.Compiled) -> Cost:
+def cost_of(program: Program, compiled: jax.stages.Compiled) -> Cost:
     """Reads memory, FLOPs and collectives off the compiled step."""
     memory: Any = compiled.memory_analysis()
     analysis: Any = compiled.cost_analysis() or {}
-    of_model, of_optimizer = step_flops(config)
+    of_model, of_optimizer = program.flops
     return Cost(
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
@@ -144,22 +222,27 @@ def cost_of(config: PretrainConfig, compiled: jax.stages.Compiled) -> Cost:
     )
 
 
-def step_flops(config: PretrainConfig) -> tuple[float, float]:
+def optimizer_share(program: Program) -> float:
+    """Share of a step's FLOPs that the optimizer takes."""
+    of_model, of_optimizer = program.flops
+    return of_optimizer / (of_model + of_optimizer)
+
+
+def _step_flops(
+    config: PretrainConfig, model: Any, trained: Trained, abstract: TrainState
+) -> tuple[float, float]:
     """FLOPs of a step: of the model and, on average, of the optimizer.
 
     Those of the model are 6 N tokens + attention with a backward pass, a third of it for each
-    forward pass without.
+    forward pass without. Beside a frozen base no gradient of a kernel is formed, which saves a
+    third.
     """
-    model, passes = config.model, config.optimizer.forward_passes
-    of_model = models.flops_per_token(model) * config.batch_size * model.context * passes / 3
-    shapes, axes = models.abstract_params(model), models.matrix_axes(model)
-    return of_model, config.optimizer.mean_flops(shapes, axes)
-
-
-def optimizer_share(config: PretrainConfig) -> float:
-    """Share of a step's FLOPs that the optimizer takes."""
-    of_model, of_optimizer = step_flops(config)
-    return of_optimizer / (of_model + of_optimizer)
+    length = config.row_tokens
+    passes = config.optimizer.forward_passes
+    of_model = models.flops_per_token(model, length) * config.batch_size * length * passes / 3
+    if trained.spec is not None and passes == 3:
+        of_model *= 2 / 3
+    return of_model, config.optimizer.mean_flops(abstract.params, trained.info.matrix_axes)
 
 
 def averaged_params(config: PretrainConfig, state: TrainState) -> PyTree | None:
@@ -167,15 +250,21 @@ def averaged_params(config: PretrainConfig, state: TrainState) -> PyTree | None:
     return None if config.ema is None else optim.params_ema(state.opt_state)
 
 
-def decoder_of(config: PretrainConfig) -> models.DecoderConfig:
-    """The decoder of a run, with an attention kernel that repeats its bits where that is asked for.
+def model_of(config: PretrainConfig, material: Material | None = None) -> Any:
+    """The model of a run, with the classes of its task.
 
-    cuDNN's backward pass sums in no fixed order, and XLA (jax 0.11.2) fails at run time when it is
-    asked for deterministic operations together with that kernel.
+    It has an attention kernel that repeats its bits where that is asked for: cuDNN's backward pass
+    sums in no fixed order, and XLA (jax 0.11.2) fails at run time when it is asked for
+    deterministic operations together with that kernel.
     """
-    if config.deterministic and config.model.attention == "auto":
-        return replace(config.model, attention="xla")
-    return config.model
+    model = material.model if isinstance(material, Labels) else config.model
+    if config.deterministic and model.attention == "auto":
+        return replace(model, attention="xla")
+    return model
+
+
+def _size(tree: PyTree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def _compiler_options(

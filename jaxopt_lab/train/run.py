@@ -10,7 +10,9 @@ from typing import Any, Literal
 import jax
 
 from jaxopt_lab.report.progress import to_stderr
+from jaxopt_lab.train.base import Base, read_base
 from jaxopt_lab.train.compilation import compiled_once
+from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.run import PretrainConfig
 from jaxopt_lab.train.dist.agreement import agreed
 from jaxopt_lab.train.dist.processes import initialize_processes
@@ -22,7 +24,8 @@ from jaxopt_lab.train.io.run_directory import open_run, resume_command
 from jaxopt_lab.train.io.run_log import RunLog
 from jaxopt_lab.train.loop import Loop, Run, Status
 from jaxopt_lab.train.outcome import summary_of, write_report
-from jaxopt_lab.train.program import Cost, build_program, cost_of
+from jaxopt_lab.train.program import Cost, Material, build_program, cost_of, model_of
+from jaxopt_lab.train.stages import changed, stage_ends
 from jaxopt_lab.train.start import check, compiled_step, first_state, prepare_text, record_start
 
 Message = Callable[[str], None]
@@ -67,6 +70,46 @@ def pretrain(
       TrainingError: If too many steps were not finite, a step failed across processes, or a hook
         raised; after the latter the run is saved.
     """
+    return _run(config, hooks, callbacks, message)
+
+
+def finetune(
+    config: FinetuneConfig,
+    *,
+    hooks: Sequence[Hook] = (),
+    callbacks: Sequence[Callback] = (),
+    message: Message | None = None,
+) -> RunResult:
+    """Trains a given model, or what stands beside it, and writes a run directory.
+
+    Signals, directories, checkpoints and errors are those of `pretrain`. A checkpoint holds what
+    moves and a digest of the weights that it belongs to; adapters of the best checkpoint are
+    written to `adapter/` in peft's layout.
+
+    Args:
+      config: The run.
+      hooks: As for `pretrain`.
+      callbacks: As for `pretrain`.
+      message: As for `pretrain`.
+
+    Returns:
+      As `pretrain`.
+
+    Raises:
+      ConfigError: As `pretrain`; for a name that matches nothing, a rank that is too large, or an
+        optimizer of adapters without them; for other weights than a resumed run was trained on.
+      CheckpointError: As `pretrain`.
+      TrainingError: As `pretrain`.
+    """
+    return _run(config, hooks, callbacks, message)
+
+
+def _run(
+    config: PretrainConfig,
+    hooks: Sequence[Hook],
+    callbacks: Sequence[Callback],
+    message: Message | None,
+) -> RunResult:
     initialize_processes(config.distributed)
     tell = message or to_stderr
     say = tell if jax.process_index() == 0 else _silent
@@ -81,15 +124,24 @@ def pretrain(
         with interrupt_by_the_end(say):
             program = agreed(lambda: build_program(config, text, directory))
         with _checkpoints(config, directory, say) as checkpoints:
-            run = Run(config, directory, text.corpus, program, checkpoints)
             with interrupt_by_the_end(say):
-                state, position = agreed(lambda: first_state(run, say))
+                base = agreed(lambda: _base(config, text))
+                new = Run(config, directory, text, program, checkpoints, base)
+                run, state, position = agreed(lambda: first_state(new, say))
                 agreed(lambda: record_start(run, position.step, say))
-                compiled = agreed(lambda: compiled_step(config, program, say))
-            before = time.monotonic()
-            with agreed(lambda: RunLog(config, directory, *position)) as log:
-                loop = Loop(run, compiled, log, (*hooks, *map(hook_of, callbacks)))
-                state, status = loop.run(state, position)
+                run, state = changed(run, state, position.step, say)
+                compiled = agreed(lambda: compiled_step(config, run.program, say))
+            before, measurements = time.monotonic(), (*hooks, *map(hook_of, callbacks))
+            with agreed(lambda: RunLog(config, run.program, directory, *position)) as log:
+                for end in stage_ends(config, position.step):
+                    loop = Loop(run, compiled, log, measurements)
+                    state, status = loop.run(state, position, end)
+                    if status != "finished" or end == config.steps:
+                        break
+                    position = position.after(end, config.batch_size)
+                    with interrupt_by_the_end(log.message):
+                        run, state = changed(run, state, end, log.message)
+                        compiled = compiled_step(config, run.program, log.message)
             if status != "finished":
                 say(f"stopped and saved; continue with: {resume_command(directory)}")
                 return RunResult(status, directory)
@@ -101,8 +153,18 @@ def pretrain(
 
 def _dry_run(config: PretrainConfig, say: Message) -> RunResult:
     with compiled_once(config.compilation_cache, say):
-        compiled = compiled_step(config, build_program(config), say)
-    return RunResult("dry-run", cost=cost_of(config, compiled))
+        # The number of classes is a part of the program.
+        is_labelled = isinstance(config, FinetuneConfig) and config.is_labelled
+        program = build_program(config, prepare_text(config, say) if is_labelled else None)
+        compiled = compiled_step(config, program, say)
+    return RunResult("dry-run", cost=cost_of(program, compiled))
+
+
+def _base(config: PretrainConfig, material: Material) -> Base | None:
+    """The model that is fine-tuned."""
+    if not isinstance(config, FinetuneConfig):
+        return None
+    return read_base(config, model_of(config, material))
 
 
 def _checkpoints(config: PretrainConfig, directory: Path, say: Message) -> Checkpoints:

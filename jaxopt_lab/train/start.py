@@ -5,10 +5,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jaxtyping import Array, PyTree
 
-from jaxopt_lab import models
-from jaxopt_lab.step import TrainState
+from jaxopt_lab.lora import spec_from_json
+from jaxopt_lab.step import Adapted, TrainState, merged, split
 from jaxopt_lab.tasks import Text
+from jaxopt_lab.train.base import Base, placed
+from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.run import PretrainConfig, validate
 from jaxopt_lab.train.config.sections import axis_sizes
 from jaxopt_lab.train.dist.agreement import agreed, same_everywhere
@@ -17,10 +20,12 @@ from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.checkpoints import Restored
 from jaxopt_lab.train.io.manifest import add_session, describe_session, samples_before
 from jaxopt_lab.train.io.run_directory import as_stored, other_text, read_config, write_config
+from jaxopt_lab.train.labelled import Labels, open_labels
 from jaxopt_lab.train.loop import Position, Run
 from jaxopt_lab.train.machine import check_machine, check_memory
 from jaxopt_lab.train.meter import peak_of
-from jaxopt_lab.train.program import Program, compile_step, optimizer_share
+from jaxopt_lab.train.program import Material, Program, compile_step, optimizer_share
+from jaxopt_lab.train.step import param_shardings
 from jaxopt_lab.train.text import open_text
 from jaxopt_lab.train.trained import forked_params
 
@@ -45,43 +50,88 @@ def check(config: PretrainConfig, say: Message) -> None:
     same_everywhere(as_stored(config) | {name: getattr(config, name) for name in of_one_start})
 
 
-def prepare_text(config: PretrainConfig, say: Message) -> Text:
-    """Opens the corpus; process 0 first, so that the others find it in the cache."""
+def prepare_text(config: PretrainConfig, say: Message) -> Material:
+    """Opens what is learnt; process 0 first, so that the others find it in the cache."""
     rows, leads = config.batch_size // config.accumulation, jax.process_index() == 0
 
-    def opened() -> Text:
+    def opened() -> Material:
         with interrupt_by_the_end():
+            if isinstance(config, FinetuneConfig) and config.is_labelled:
+                return open_labels(config, say)
             return open_text(config, config.eval, rows, say, config.eval.sets)
 
     text = agreed(lambda: opened() if leads else None)
     return agreed(lambda: opened() if text is None else text)
 
 
-def first_state(run: Run, say: Message) -> tuple[TrainState, Position]:
-    """The state and position of a run that is new, forked or resumed."""
-    step, checkpoints = run.program.step, run.checkpoints
-    key = jax.random.key(run.config.seed)
+def first_state(run: Run, say: Message) -> tuple[Run, TrainState, Position]:
+    """The state and position of a run that is new, forked or resumed; and the run.
+
+    A resumed run has the adapters of its checkpoint, which may have been fewer than at the start.
+    """
+    checkpoints = run.checkpoints
     if run.config.resume and checkpoints.are_all_damaged():
         raise CheckpointError(f"{run.directory}: every checkpoint is damaged, nothing to resume")
     if run.config.resume and checkpoints.exist():
-        restored = checkpoints.restore(step.abstract_state)
-        if int(restored.state.step) != restored.step:
-            raise CheckpointError(
-                f"checkpoint {restored.step} holds a state after {int(restored.state.step)} steps"
-            )
-        _refuse_other_text(run, restored.data)
-        say(f"resuming after step {restored.step} of {run.config.steps}")
-        return restored.state, Position(restored.step, _samples(run, restored))
+        return _resumed(run, say)
     if run.config.resume:
         say("no checkpoint was saved yet: starting from the beginning")
     if run.config.fork_from is not None:
         say(f"starting from the weights of {run.config.fork_from}")
-        return step.init_from(forked_params(run), key), Position(0, 0)
-    return step.init(key), Position(0, 0)
+    return run, _fresh(run), Position(0, 0)
 
 
-def _refuse_other_text(run: Run, stored: Mapping[str, Any]) -> None:
-    for name, value in run.text.items():
+def _fresh(run: Run) -> TrainState:
+    step, key = run.program.step, jax.random.key(run.config.seed)
+    if run.base is None:
+        if run.config.fork_from is None:
+            return step.init(key)
+        return step.init_from(forked_params(run), key)
+    params = all_params(run, run.base, key)
+    if run.config.fork_from is not None:
+        _, frozen = split(params, run.program.trained.moves)
+        params = merged(forked_params(run), frozen)
+    return step.init_from(params, key)
+
+
+def _resumed(run: Run, say: Message) -> tuple[Run, TrainState, Position]:
+    def of_checkpoint(stored: Mapping[str, Any]) -> Run:
+        if "adapters" not in stored:
+            return run
+        spec = spec_from_json(stored["adapters"])
+        return run if spec == run.program.trained.spec else run.with_spec(spec)
+
+    def abstract(stored: Mapping[str, Any]) -> TrainState:
+        return of_checkpoint(stored).program.step.abstract_state._replace(frozen=())
+
+    restored = run.checkpoints.restore(abstract)
+    if int(restored.state.step) != restored.step:
+        raise CheckpointError(
+            f"checkpoint {restored.step} holds a state after {int(restored.state.step)} steps"
+        )
+    _refuse_change(run, restored.data)
+    say(f"resuming after step {restored.step} of {run.config.steps}")
+    run, state = of_checkpoint(restored.data), restored.state
+    if run.base is not None:
+        params = all_params(run, run.base, jax.random.key(run.config.seed))
+        _, frozen = split(params, run.program.trained.moves)
+        state = state._replace(frozen=frozen)
+    return run, state, Position(restored.step, _samples(run, restored))
+
+
+def all_params(run: Run, base: Base, key: Array) -> PyTree:
+    """The parameters of a run before its first step, on the devices."""
+    trained = run.program.trained
+    shardings = param_shardings(run.program.mesh, trained.task.param_specs)
+    if trained.spec is None:
+        return placed(base.params, shardings)
+    params = placed(base.params, shardings.base)
+    make: Any = jax.jit(trained.beside, out_shardings=shardings.beside)
+    return Adapted(params, make(params, key))
+
+
+def _refuse_change(run: Run, stored: Mapping[str, Any]) -> None:
+    for name, value in run.identity.items():
         if name in stored and stored[name] != value:
             raise other_text(name, value, stored[name])
 
@@ -98,9 +148,12 @@ def record_start(run: Run, start: int, say: Message) -> None:
     """Writes what a resumed run replaces, now that nothing will refuse it any more."""
     if jax.process_index() != 0:
         return
-    run.corpus.tokenizer.save(run.directory)  # the model is of no use without it
+    material = run.material
+    if isinstance(material, Text):
+        material.corpus.tokenizer.save(run.directory)  # the model is of no use without it
+    about = material.summary() if isinstance(material, Labels) else material.corpus.summary()
     options = run.program.compiler_options
-    session = describe_session(run.program.mesh, start, run.corpus.summary(), options)
+    session = describe_session(run.program.mesh, start, about, options)
     peak = peak_of(jax.devices()[0].device_kind, run.config.peak_tflops)
     session |= {"peak": None if peak is None else peak._asdict()}
     before = as_stored(read_config(run.directory))
@@ -108,22 +161,34 @@ def record_start(run: Run, start: int, say: Message) -> None:
     if run.config.resume:
         write_config(run.directory, run.config)
     for name, each in run.program.task.evaluations.items():
-        say(
-            f"held out, {name}: {each.about['tokens']:,} tokens; a unigram model reaches "
-            f"{each.about['unigram_nats']:.4f} nats/token, "
-            f"{each.about['unigram_bits_per_byte']:.4f} bits/byte"
+        say(f"held out, {name}: {_described(each.about)}")
+
+
+def _described(about: Mapping[str, float]) -> str:
+    """What a held-out set is, and what is reached without learning."""
+    if "rows" in about:
+        cut = "" if about["filled"] < 0.5 else "; most texts fill a row, whose length may be short"
+        return (
+            f"{about['rows']:,} rows; the most frequent label is right for "
+            f"{100 * about['majority_accuracy']:.1f} %{cut}"
         )
+    return (
+        f"{about['tokens']:,} tokens; a unigram model reaches {about['unigram_nats']:.4f} "
+        f"nats/token, {about['unigram_bits_per_byte']:.4f} bits/byte"
+    )
 
 
 def compiled_step(config: PretrainConfig, program: Program, say: Message) -> jax.stages.Compiled:
     """Compiles the training step and says what it is."""
     before = time.monotonic()
     compiled = compile_step(config, program)
+    count = program.trained_count
+    moving = "" if program.moves_all else f", of which {count:,} move,"
     sizes = " x ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
     say(
-        f"{config.preset}: {models.parameter_count(config.model) / 1e6:.2f}M parameters on mesh "
-        f"{sizes}, {config.batch_size * config.model.context:,} tokens per step, "
-        f"{100 * optimizer_share(config):.2g} % of its FLOPs in the optimizer; "
+        f"{config.preset}: {program.parameters / 1e6:.2f}M parameters{moving} "
+        f"on mesh {sizes}, {config.batch_size * config.row_tokens:,} tokens per step, "
+        f"{100 * optimizer_share(program):.2g} % of its FLOPs in the optimizer; "
         f"compiled in {time.monotonic() - before:.1f} s"
     )
     return compiled

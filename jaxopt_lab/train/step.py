@@ -23,7 +23,9 @@ class PlacedStep(NamedTuple):
     """The programs of a step, and the layouts they were built for."""
 
     init: Callable[[Array], TrainState]  # (key) -> state, jitted
-    init_from: Callable[[PyTree, Array], TrainState]  # (all parameters, key) -> state, jitted
+    init_from: Callable[
+        [PyTree, Array], TrainState
+    ]  # (all parameters, which it donates; key) -> state, jitted
     update: Any  # (state, batch) -> (state, metrics), jitted, donates the state
     preview: Any  # (state, batch) -> (loss, gradients, updates) of that step, jitted
     value_and_grad: Any  # (state, batch) -> (loss, gradients, neither clipped nor cast), jitted
@@ -89,7 +91,12 @@ def make_step(
     of_batch = functools.partial(jit, in_shardings=(state_at, None))
     return PlacedStep(
         init=jit(init, out_shardings=state_at),
-        init_from=jit(init_from, in_shardings=(params_at, everywhere), out_shardings=state_at),
+        init_from=jit(
+            init_from,
+            in_shardings=(params_at, everywhere),
+            out_shardings=state_at,
+            donate_argnums=0,  # a frozen base is there once
+        ),
         update=of_batch(
             functools.partial(_update, step, rates),
             out_shardings=(state_at, everywhere),

@@ -1,29 +1,33 @@
 """What a run leaves behind, used: its parameters, a Hugging Face directory, a continuation."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxopt_lab import models, optim
+from jaxopt_lab import lora, models, optim
 from jaxopt_lab.data import Tokenizer
 from jaxopt_lab.models import DecoderConfig, Params
 from jaxopt_lab.optim.params_ema import ParamsEmaState
+from jaxopt_lab.step import merged, split
+from jaxopt_lab.train.base import Base, placed, read_base
+from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.run import PretrainConfig
 from jaxopt_lab.train.config.sections import MeshConfig
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, within
 from jaxopt_lab.train.io.leaves import describe_leaves, first_difference
 from jaxopt_lab.train.io.run_directory import TOKENIZER_FILE, read_config
-from jaxopt_lab.train.io.stored import read_leaves, select_step
+from jaxopt_lab.train.io.stored import checkpoint_path, read_item, read_leaves, select_step
 from jaxopt_lab.train.loop import Run
 from jaxopt_lab.train.program import build_program
 from jaxopt_lab.train.step import TrainState
+from jaxopt_lab.train.trainable import Trained, whole_leaves
 
 # Stands for a leaf that is not read; orbax's own placeholder.
 _UNREAD: Any = ...
@@ -53,7 +57,42 @@ def load_params(
       ConfigError: If there is no run in the directory, or it keeps no average.
       CheckpointError: If there is no such checkpoint, or it cannot be read.
     """
-    return _read(run_directory, read_config(run_directory), MeshConfig(1, 1, 1), step, average)
+    config = read_config(run_directory)
+    if isinstance(config, FinetuneConfig) and config.is_labelled:
+        wanted = "which has learnt labels: expected a run on text (its adapters are in adapter/)"
+        raise ConfigError("run_directory", str(run_directory), wanted)
+    found = _read(run_directory, config, MeshConfig(1, 1, 1), step, average)
+    params = found.params
+    if isinstance(config, FinetuneConfig):
+        base = read_base(config, config.model)
+        if base.digest != found.stored["model"]:
+            raise other_base(base, found.stored["model"])
+        params = jax.tree.map(np.asarray, whole(base.params, params, found.trained))
+    model: Any = config.model
+    return model, params, found.tokenizer
+
+
+class _Read(NamedTuple):
+    """What a checkpoint holds of a model."""
+
+    params: PyTree  # what moves, NumPy arrays
+    tokenizer: Tokenizer
+    stored: Mapping[str, Any]  # what stands beside the state
+    trained: Trained
+
+
+def whole(base: Params, moving: PyTree, trained: Trained) -> Params:
+    """A model that needs nothing beside its parameters."""
+    if trained.spec is not None:
+        base, moving = (jax.tree.map(jnp.asarray, tree) for tree in (base, moving))
+        found: Any = lora.merge(whole_leaves(base, moving, trained.spec), moving, trained.spec)
+        return found
+    return merged(moving, split(base, trained.moves)[1])
+
+
+def other_base(base: Base, stored: str) -> ConfigError:
+    """The refusal of other weights than a run was trained on."""
+    return ConfigError("model", base.digest, f"but the run was trained on weights of {stored}")
 
 
 def forked_params(run: Run) -> Params:
@@ -68,24 +107,22 @@ def forked_params(run: Run) -> Params:
     assert source is not None
     with within("fork_from"):
         config = read_config(source)
-    _, params, tokenizer = _read(source, config, run.config.mesh, None, average=False)
-    if tokenizer.hash != run.corpus.tokenizer.hash:
+    wanted = run.program.step.abstract_state.params
+    if isinstance(config, FinetuneConfig):
+        found: Any = read_leaves(source, select_step(source, None), {"params": _host(wanted)})
+        return placed(found["params"], jax.tree.map(lambda leaf: leaf.sharding, wanted))
+    found = _read(source, config, run.config.mesh, None, average=False)
+    params, tokenizer = found.params, found.tokenizer
+    if tokenizer.hash != run.identity["tokenizer"]:
         raise ConfigError(
             "tokenizer",
             run.config.tokenizer,
             f"but the weights of {source} know its own tokens: expected "
             f"TokenizerConfig(kind='saved', directory={source!r})",
         )
-    wanted = run.program.step.abstract_state.params
     if difference := first_difference(describe_leaves(wanted), describe_leaves(params)):
         raise CheckpointError(f"{source} has another model: {difference}")
-    return jax.tree.map(
-        lambda x, leaf: jax.make_array_from_callback(
-            x.shape, leaf.sharding, lambda index, x=x: x[index]
-        ),
-        params,
-        wanted,
-    )
+    return placed(params, jax.tree.map(lambda leaf: leaf.sharding, wanted))
 
 
 def _read(
@@ -94,7 +131,7 @@ def _read(
     mesh: MeshConfig,
     step: Step,
     average: bool,
-) -> tuple[DecoderConfig, Params, Tokenizer]:
+) -> _Read:
     if average and config.ema is None:
         raise ConfigError("average", True, "but the run kept no average of its weights (--ema)")
     tokenizer_file = Path(run_directory) / TOKENIZER_FILE
@@ -105,10 +142,13 @@ def _read(
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     label = select_step(run_directory, step)
-    abstract = build_program(replace(config, mesh=mesh)).step.abstract_state
+    stored = read_item(checkpoint_path(run_directory, label), "data")
+    spec = lora.spec_from_json(stored["adapters"]) if "adapters" in stored else None
+    program = build_program(replace(config, mesh=mesh), spec=spec)
+    abstract = program.step.abstract_state._replace(frozen=())
     state = read_leaves(run_directory, label, _target(abstract, average))
     params: Any = optim.params_ema(state["opt_state"]) if average else state["params"]
-    return config.model, params, tokenizer
+    return _Read(params, tokenizer, stored, program.trained)
 
 
 def export_run(
@@ -190,19 +230,20 @@ def continue_text(
     return tokenizer.decode(np.asarray(drawn)[len(ids) :])
 
 
+def _host(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
+
+
 def _target(abstract: TrainState, average: bool) -> dict[str, PyTree]:
     """Fields of the state, with host arrays where something is to be read."""
 
-    def host(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
-
     def only_average(node: Any) -> Any:
         if isinstance(node, ParamsEmaState):
-            return ParamsEmaState(_UNREAD, host(node.ema))
+            return ParamsEmaState(_UNREAD, _host(node.ema))
         return _UNREAD
 
     if not average:
-        return {"params": host(abstract.params)}
+        return {"params": _host(abstract.params)}
     opt_state = jax.tree.map(
         only_average, abstract.opt_state, is_leaf=lambda node: isinstance(node, ParamsEmaState)
     )

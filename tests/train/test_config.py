@@ -37,7 +37,7 @@ from jaxopt_lab.train.config.serialize import from_json, to_json
 from jaxopt_lab.train.config.tuned import TUNED, default_optimizer
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.machine import check_memory, smallest_bytes
-from jaxopt_lab.train.program import decoder_of
+from jaxopt_lab.train.program import model_of
 
 DEFAULT = PretrainConfig()
 CORPUS_EXAMPLES = {
@@ -368,8 +368,8 @@ def test_every_optimizer_is_documented_and_muon_is_spectral_at_every_step():
 
 def test_a_deterministic_run_avoids_the_kernel_that_is_not():
     config = replace(from_preset("tiny"), deterministic=True)
-    assert decoder_of(config).attention == "xla"
-    assert decoder_of(replace(config, deterministic=False)).attention == "auto"
+    assert model_of(config).attention == "xla"
+    assert model_of(replace(config, deterministic=False)).attention == "auto"
     fixed = replace(config, model=replace(config.model, attention="cudnn"))
     with pytest.raises(ConfigError, match="model.attention"):
         validate(fixed, 1)

@@ -4,6 +4,7 @@ Nothing here touches a device or a file of a run.
 """
 
 from jaxopt_lab.train.config.comparison import CompareConfig
+from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.optimizers import (
     OPTIMIZERS,
     AdamWConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "DistributedConfig",
     "DyKAFConfig",
     "EvalConfig",
+    "FinetuneConfig",
     "HeldOutConfig",
     "LionConfig",
     "LionMuonConfig",

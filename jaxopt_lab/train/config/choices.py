@@ -6,21 +6,34 @@ A method joins by a dataclass that says how it is built, and a row in one of the
 from collections.abc import Mapping
 from typing import Any
 
-from jaxopt_lab.data import CORPORA
+from jaxopt_lab.data import CORPORA, LabelledFiles, MovieSentences, Topics
 from jaxopt_lab.models import PRESETS
 from jaxopt_lab.train.config.optimizers import OPTIMIZERS
+from jaxopt_lab.train.config.optimizers_pairs import PAIR_OPTIMIZERS
 from jaxopt_lab.train.config.schedules import SCHEDULES
+from jaxopt_lab.train.config.trainable import TRAINABLES
 from jaxopt_lab.train.errors import ConfigError
 
 CHOICES: dict[str, Mapping[str, Any]] = {
     "model": PRESETS,
-    "optimizer": OPTIMIZERS,
+    "trainable": TRAINABLES,
+    "optimizer": {**OPTIMIZERS, **PAIR_OPTIMIZERS},
     "schedule": SCHEDULES,
-    "corpus": CORPORA,
+    "corpus": {
+        **CORPORA,
+        "movie-sentences": MovieSentences,
+        "topics": Topics,
+        "labelled-files": LabelledFiles,
+    },
 }
 """What a flag such as `--optimizer NAME` chooses from, and `name` in a section of config.json."""
 
-CLASSES: dict[str, type] = {**OPTIMIZERS, **SCHEDULES, **CORPORA}
+CLASSES: dict[str, type] = {
+    name: kind
+    for field, kinds in CHOICES.items()
+    if field != "model"
+    for name, kind in kinds.items()
+}
 """All of them that are sections of a configuration."""
 
 

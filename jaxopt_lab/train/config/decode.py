@@ -83,7 +83,7 @@ def _decode(hint: Any, default: Any, value: Any, name: str, preset: str) -> Any:
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     classes = tuple(option for option in options if isinstance(option, type))
     choices = {n: kind for n, kind in CLASSES.items() if issubclass(kind, classes)}
-    if choices or is_dataclass(hint):
+    if choices or any(map(is_dataclass, options)):
         return _section(hint, choices, default, value, name, preset)
     item = next((get_args(o)[0] for o in options if get_origin(o) is tuple), None)
     if item is None or (type(None) in options and value in (None, Words(("None",)))):
@@ -116,7 +116,7 @@ def _section(
     kind = choose(place, choices, chosen)
     if chosen == same:
         return decode(kind, default, values, name, preset)
-    return decode(kind, None, TUNED[preset].get(chosen, {}) | values, name, preset)
+    return decode(kind, None, TUNED.get(preset, {}).get(chosen, {}) | values, name, preset)
 
 
 def _plain(options: tuple[Any, ...], value: Any, name: str) -> Any:

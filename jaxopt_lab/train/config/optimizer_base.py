@@ -29,6 +29,7 @@ class ModelInfo(NamedTuple):
     vocab_size: int | None = None
     decays: PyTree = None  # of bools: no norm, bias or embedding; None: every parameter
     key: Array | None = None  # of the run, for an optimizer that draws
+    clip: float | None = None  # largest norm, for those that clip by themselves
 
     @classmethod
     def of(

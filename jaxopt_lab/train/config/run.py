@@ -2,7 +2,7 @@
 
 import importlib.util
 from dataclasses import dataclass, replace
-from typing import Annotated, TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
 import tyro
 
@@ -27,6 +27,7 @@ from jaxopt_lab.train.config.bounds import (
 from jaxopt_lab.train.config.choices import choose, name_of
 from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
 from jaxopt_lab.train.config.optimizers import LionMuonConfig
+from jaxopt_lab.train.config.optimizers_pairs import PairConfig
 from jaxopt_lab.train.config.optimizers_zeroth_order import ZerothOrderConfig
 from jaxopt_lab.train.config.schedules import (
     AdaptiveWarmupConfig,
@@ -81,10 +82,32 @@ class RunConfig:
     run_directory: str | None = None
     """Where everything is written; by default a new directory below `runs/`."""
 
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row of a batch."""
+        return self.model.context
+
+    @property
+    def row_logits(self) -> int:
+        """Logits of a row: of every token at every position."""
+        return self.row_tokens * self.model.vocab_size
+
+    @staticmethod
+    def named_model(name: str) -> tuple[DecoderConfig, TokenizerConfig]:
+        """A model that the flag `--model` can name, and a tokenizer for it.
+
+        Raises:
+          ConfigError: If there is no such model.
+        """
+        model = choose("model", PRESETS, name)
+        return model, TokenizerConfig(vocab_size=model.vocab_size)
+
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
     """One pretraining run. Everything is a flag: `--steps 500 --optimizer.period 5`."""
+
+    verb: ClassVar[str] = "pretrain"
 
     optimizer: OptimizerConfig = LionMuonConfig()
     """The update rule."""
@@ -127,6 +150,24 @@ class PretrainConfig(RunConfig):
     wandb: bool = False
     """Also log to Weights & Biases; needs the package `wandb`."""
 
+    def check_what_moves(self) -> None:
+        """Checks that the optimizer can move what is trained: here, every parameter.
+
+        Raises:
+          ConfigError: For an optimizer that needs something else.
+        """
+        if isinstance(self.optimizer, PairConfig):
+            raise needs_lora(self.optimizer)
+
+
+def needs_lora(optimizer: OptimizerConfig) -> ConfigError:
+    """The refusal of an optimizer of adapters where there are none."""
+    return ConfigError(
+        "optimizer",
+        name_of(optimizer),
+        "which moves pairs of low-rank factors: expected --trainable lora of the verb finetune",
+    )
+
 
 AnyRun = TypeVar("AnyRun", bound=RunConfig)
 
@@ -148,8 +189,7 @@ def with_preset(config: AnyRun, preset: str) -> AnyRun:
     Raises:
       ConfigError: If there is no such preset.
     """
-    model = choose("model", PRESETS, preset)
-    tokenizer = TokenizerConfig(vocab_size=model.vocab_size)
+    model, tokenizer = config.named_model(preset)
     # Not every verb that trains has one optimizer.
     optimizer: OptimizerConfig | None = getattr(config, "optimizer", None)
     if optimizer is not None and optimizer == default_optimizer(config.preset, name_of(optimizer)):
@@ -165,6 +205,7 @@ def validate(config: PretrainConfig, device_count: int) -> None:
     """
     validate_run(config)
     config.optimizer.validate()
+    config.check_what_moves()
     check_optimizer(config, config.optimizer)
     config.diagnostics.validate(config.optimizer)
     profiled_steps(config.profile, config.steps)
@@ -189,7 +230,7 @@ def validate_run(config: RunConfig) -> None:
     Raises:
       ConfigError: Names the field, the value and what would be right.
     """
-    choose("model", PRESETS, config.preset)
+    config.named_model(config.preset)
     check_bounds(config)
     config.schedule.validate(config.steps)
     # One token has nothing before it to be predicted from, one word nothing to be told from.

@@ -11,6 +11,7 @@ embeddings and norms has a rate of its own, here a ratio.
 from dataclasses import replace
 from typing import Any
 
+from jaxopt_lab.train.config.choices import CHOICES
 from jaxopt_lab.train.config.optimizers import OPTIMIZERS, OptimizerConfig
 
 Settings = dict[str, Any]
@@ -75,7 +76,7 @@ def default_optimizer(preset: str, name: str) -> OptimizerConfig:
     0.001
 
     Args:
-      preset: Name of a preset.
+      preset: Name of a preset, or any other model, for which nothing is tuned.
       name: Name of an optimizer.
     """
-    return replace(OPTIMIZERS[name](), **TUNED[preset][name])
+    return replace(CHOICES["optimizer"][name](), **TUNED.get(preset, {}).get(name, {}))

@@ -154,7 +154,7 @@ class Checkpoints:
         for future in marking:
             future.result()
 
-    def restore(self, abstract_state: PyTree) -> Restored:
+    def restore(self, abstract_state: Any) -> Restored:
         """Restores the newest checkpoint that is whole: see `restoring.restore`."""
         self.wait()
         found = restore(self.directory, abstract_state, self._message)

@@ -30,7 +30,7 @@ class Restored(NamedTuple):
     data: dict[str, Any]
 
 
-def restore(directory: Path, abstract_state: PyTree, say: Message) -> Restored:
+def restore(directory: Path, abstract_state: Any, say: Message) -> Restored:
     """Restores the newest checkpoint that is whole.
 
     One that cannot be read is moved to `damaged/`, with a message, and the one before it is taken.
@@ -40,8 +40,8 @@ def restore(directory: Path, abstract_state: PyTree, say: Message) -> Restored:
 
     Args:
       directory: Of the checkpoints.
-      abstract_state: Tree of ShapeDtypeStruct with shardings. The mesh may differ from the one
-        that saved.
+      abstract_state: Tree of ShapeDtypeStruct with shardings, or a function to it from what else
+        the checkpoint holds. The mesh may differ from the one that saved.
       say: Receives plain-language notes.
 
     Raises:
@@ -51,12 +51,12 @@ def restore(directory: Path, abstract_state: PyTree, say: Message) -> Restored:
     while (step := from_first(partial(_choose, directory, say))) is not None:
         path, state = directory / str(step), None
         # One after the other: orbax counts what it loads, the same number on all processes.
-        data, damage = _attempt(path, partial(_read_data, path, step, abstract_state))
+        found, damage = _attempt(path, partial(_read_data, path, step, abstract_state))
         if not damage:
-            state, damage = _attempt(path, partial(stored.load, path, abstract_state))
+            state, damage = _attempt(path, partial(stored.load, path, found[1]))
         if not damage:
             _on_first(partial(_go_on_from, directory, step, say))
-            return Restored(step, state, data)
+            return Restored(step, state, found[0])
         _on_first(partial(_set_aside, directory, step, damage, say))
     if (directory / DAMAGED).is_dir():
         raise CheckpointError(f"{directory}: every checkpoint is damaged")
@@ -107,18 +107,19 @@ def _attempt(path: Path, read: Callable[[], Any]) -> tuple[Any, str]:
     return found, next(filter(None, gather(damage)), "")
 
 
-def _read_data(path: Path, step: int, abstract_state: PyTree) -> dict[str, Any]:
-    """Position of the data, of a checkpoint with such a state."""
+def _read_data(path: Path, step: int, abstract_state: Any) -> tuple[dict[str, Any], PyTree]:
+    """Position of the data, of a checkpoint with such a state, and the state's shapes."""
     data = stored.read_item(path, "data")
     if data.get("step", step) != step:
         raise ValueError(f"it is called {step} and holds step {data['step']}")
-    difference = first_difference(describe_leaves(abstract_state), stored.read_item(path, "leaves"))
+    abstract = abstract_state(data) if callable(abstract_state) else abstract_state
+    difference = first_difference(describe_leaves(abstract), stored.read_item(path, "leaves"))
     if difference:
         raise CheckpointError(
             f"{path} holds the state of another model or optimizer, or of another version of this "
             f"package: {difference}; --fork-from RUN starts a new run from its weights"
         )
-    return data
+    return data, abstract
 
 
 def _go_on_from(directory: Path, step: int, say: Message) -> None:

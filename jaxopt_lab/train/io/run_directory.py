@@ -18,6 +18,7 @@ from jaxopt_lab.report.files import read_text, write_json
 from jaxopt_lab.report.tracker import METRICS_FILE, TENSORBOARD_DIRECTORY, read_metrics
 from jaxopt_lab.train.config.choices import name_of
 from jaxopt_lab.train.config.comparison import CompareConfig
+from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.run import PretrainConfig
 from jaxopt_lab.train.config.sections import DistributedConfig
 from jaxopt_lab.train.config.serialize import from_json, to_json
@@ -85,7 +86,8 @@ def _remove_empty(directory: Path) -> None:
 def _new_name(config: PretrainConfig) -> Path:
     if config.run_directory is not None:
         return Path(config.run_directory)
-    return Path("runs") / f"{config.preset}-{name_of(config.optimizer)}-{_start_time()}"
+    model = Path(config.preset).name  # of fine-tuning, a directory
+    return Path("runs") / f"{model}-{name_of(config.optimizer)}-{_start_time()}"
 
 
 def _refuse_occupied(directory: Path) -> None:
@@ -107,6 +109,8 @@ def _refuse_other_text(directory: Path, config: PretrainConfig) -> None:
     for name in ("seed", "validation_fraction"):
         if getattr(config, name) != getattr(before, name):
             raise other_text(name, getattr(config, name), getattr(before, name))
+    if isinstance(config, FinetuneConfig) and config.is_labelled:
+        return  # compared when it has been read
     if not _is_tokenizer_of(directory, config.tokenizer, before.tokenizer):
         raise other_text("tokenizer", config.tokenizer, before.tokenizer)
     if config.model.context != before.model.context:
@@ -201,12 +205,21 @@ def read_config(directory: str | os.PathLike[str]) -> PretrainConfig:
     with within("run_directory"):
         text = read_text(path)
     with within(str(path)):
-        config = from_json(text)
+        config = from_json(text, _kind_of(text))
     if config.tokenizer.kind == "saved" and (Path(directory) / TOKENIZER_FILE).is_file():
         # The run has a copy; where it came from may be gone.
         tokenizer = replace(config.tokenizer, directory=str(directory))
         config = replace(config, tokenizer=tokenizer)
     return config
+
+
+def _kind_of(text: str) -> type[PretrainConfig]:
+    """Which verb has written a configuration: only fine-tuning says what moves."""
+    try:
+        values = json.loads(text)
+    except ValueError:  # reported where it is decoded
+        return PretrainConfig
+    return FinetuneConfig if isinstance(values, dict) and "trainable" in values else PretrainConfig
 
 
 def _existing_run(config: PretrainConfig) -> Path:
@@ -249,4 +262,5 @@ def _start_time() -> str:
 
 def resume_command(directory: str | os.PathLike[str]) -> str:
     """The command line that continues a run."""
-    return f"jaxopt-lab pretrain --resume --run-directory {shlex.quote(str(directory))}"
+    verb = read_config(directory).verb
+    return f"jaxopt-lab {verb} --resume --run-directory {shlex.quote(str(directory))}"

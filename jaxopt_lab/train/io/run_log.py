@@ -12,7 +12,7 @@ from jaxopt_lab.report.tracker import METRICS_FILE, Tracker, read_metrics
 from jaxopt_lab.train.config.run import PretrainConfig
 from jaxopt_lab.train.config.sections import axis_sizes
 from jaxopt_lab.train.meter import peak_of
-from jaxopt_lab.train.program import step_flops
+from jaxopt_lab.train.program import Program
 
 # What `RunLog` adds to every row by itself.
 _ADDED = ("step", "time", "tokens", "forward_passes", "optimizer_flops")
@@ -39,21 +39,27 @@ class RunLog:
 
     Args:
       config: The run.
+      program: Its program, whose FLOPs are counted.
       directory: The run directory.
       start_step: Steps already taken by the run that is resumed.
       start_sample: Windows consumed by them.
     """
 
     def __init__(
-        self, config: PretrainConfig, directory: Path, start_step: int, start_sample: int = 0
+        self,
+        config: PretrainConfig,
+        program: Program,
+        directory: Path,
+        start_step: int,
+        start_sample: int = 0,
     ):
         """Opens the files and starts the live line."""
-        self._tokens_per_step = config.batch_size * config.model.context
+        self._tokens_per_step = config.batch_size * config.row_tokens
         # Batches may have had another size before.
-        self._tokens_before = start_sample * config.model.context
+        self._tokens_before = start_sample * config.row_tokens
         self._start_step = start_step
         self._passes_per_step = config.optimizer.forward_passes
-        of_model, self._flops_per_step = step_flops(config)
+        of_model, self._flops_per_step = program.flops
         self._optimizer_share = self._flops_per_step / (of_model + self._flops_per_step)
         peak = peak_of(jax.devices()[0].device_kind, config.peak_tflops)
         devices = axis_sizes(config.mesh, jax.device_count())

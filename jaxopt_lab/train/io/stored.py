@@ -87,7 +87,7 @@ def read_leaves(
     Raises:
       CheckpointError: If the checkpoint is damaged, or holds something else.
     """
-    path = Path(run_directory).absolute() / DIRECTORY / str(step)
+    path = checkpoint_path(run_directory, step)
     others = [label for label in labels(path.parent) if label != step]
     if not digests.is_sealed(path):
         warnings.warn(f"{path} has no digests, so its content cannot be checked", stacklevel=2)
@@ -108,6 +108,11 @@ def read_leaves(
     if difference:
         raise CheckpointError(f"{path} does not fit the configuration of its run: {difference}")
     return state
+
+
+def checkpoint_path(run_directory: str | os.PathLike[str], step: int) -> Path:
+    """Where the checkpoint of a label lies."""
+    return Path(run_directory).absolute() / DIRECTORY / str(step)
 
 
 def context() -> ocp.Context:

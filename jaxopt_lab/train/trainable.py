@@ -1,0 +1,229 @@
+"""What moves in a run and what is frozen: all parameters, a part, or adapters beside them.
+
+Adapters are the trainable tree by themselves; the parameters that they stand beside are frozen, and
+no gradient, optimizer state or reduction of a frozen leaf exists in the compiled step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import tree_map_with_path
+from jaxtyping import Array, PyTree
+from optax.contrib import MuonDimensionNumbers
+
+from jaxopt_lab import lora
+from jaxopt_lab.core.keys import path_names, purpose_key
+from jaxopt_lab.lora.adapters import get
+from jaxopt_lab.lora.config import matches
+from jaxopt_lab.step import (
+    Adapted,
+    Batch,
+    Estimate,
+    Estimator,
+    Loss,
+    accumulated,
+    measured,
+    split,
+)
+from jaxopt_lab.tasks import Task
+from jaxopt_lab.train.config.optimizer_base import ModelInfo
+from jaxopt_lab.train.config.trainable import HeadConfig, LoraAdaptersConfig, TrainableConfig
+from jaxopt_lab.train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A task, and what of its parameters moves."""
+
+    task: Task  # its parameters are `Adapted` where adapters move
+    info: ModelInfo  # about what moves
+    moves: PyTree | None = None  # tree of bools; None: everything, or the adapters
+    spec: lora.LoraSpec | None = None  # of the adapters
+
+    def beside(self, base: PyTree, key: Array) -> lora.Adapters:
+        """The adapters at the start of a run."""
+        assert self.spec is not None
+        return _adapters(self.spec, base, key)
+
+
+class WithSides(NamedTuple):
+    """Adapters, and the sides that a loss shall give to the model in place of theirs."""
+
+    adapters: lora.Adapters
+    sides: Mapping[str, Any]
+
+
+def everything(task: Task, info: ModelInfo) -> Trained:
+    """All parameters move."""
+    return Trained(task, info)
+
+
+def part(config: TrainableConfig, task: Task, info: ModelInfo, roles: PyTree) -> Trained:
+    """All parameters move, or the head alone.
+
+    Args:
+      config: `full` or `head`.
+      task: What is learnt.
+      info: About the model.
+      roles: Of the parameters.
+
+    Raises:
+      ConfigError: If nothing is meant by a name, or there is no head.
+    """
+    if not isinstance(config, HeadConfig):
+        return everything(task, info)
+    names = [".".join(path_names(p)) for p, _ in jax.tree_util.tree_leaves_with_path(roles)]
+    for module in config.modules:
+        if not any(_inside(module, name) for name in names):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+            raise ConfigError("trainable.modules", module, f"expected some of {known}")
+
+    def moves(path: Any, role: str) -> bool:
+        if not config.modules:
+            return role == "head"
+        return any(_inside(module, ".".join(path_names(path))) for module in config.modules)
+
+    mask = tree_map_with_path(moves, roles)
+    if not any(jax.tree.leaves(mask)):
+        raise ConfigError(
+            "trainable", "head",
+            "but the head of this model is its token embedding: expected --trainable.modules",
+        )  # fmt: skip
+    kept = {
+        name: split(getattr(info, name), mask)[0]
+        for name in ("matrix_axes", "param_shardings", "decays")
+    }
+    return Trained(task, info._replace(**kept), mask)
+
+
+def adapted(
+    config: LoraAdaptersConfig,
+    task: Task,
+    info: ModelInfo,
+    names: PyTree,
+    *,
+    weights: bool = False,
+    spec: lora.LoraSpec | None = None,
+) -> Trained:
+    """Low-rank adapters move beside frozen parameters.
+
+    Args:
+      config: What is wanted of them.
+      task: What is learnt; its loss takes `side`.
+      info: About the model, `param_shardings` among it.
+      names: Of the matrices, as for `lora.resolve`.
+      weights: Whether each adapter has a weight.
+      spec: What adapters there are, where some have left or grown; None: those of the start.
+
+    Raises:
+      ConfigError: If a pattern matches nothing or a rank is too large.
+    """
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    if spec is None:
+        wanted = config.lora(weights=weights, heads=task.heads)
+        try:
+            spec = lora.resolve(wanted, params, info.matrix_axes, names)
+        except ValueError as error:
+            raise ConfigError.inside("trainable", error) from error
+    found = spec
+    beside = jax.eval_shape(lambda p, key: lora.init(key, found, p), params, jax.random.key(0))
+    placed = lora.shardings(spec, info.param_shardings)
+
+    def axes(path: Any, leaf: Any) -> Any:
+        names = path_names(path)
+        if names[:-1] not in kernels:
+            return get(info.matrix_axes, names)
+        is_factor = names[-1] in ("a", "b")
+        return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if is_factor else None
+
+    def decays(path: Any, leaf: Any) -> bool:
+        names = path_names(path)
+        return get(info.decays, names) if names[:-1] not in kernels else names[-1] in ("a", "b")
+
+    kernels = {entry.path for entry in spec.adapters}
+    of_adapters = info._replace(
+        matrix_axes=tree_map_with_path(axes, beside),
+        decays=tree_map_with_path(decays, beside),
+        param_shardings=placed,
+    )
+
+    def init(key: Array) -> Adapted:
+        base = task.init(key)
+        return Adapted(base, _adapters(found, base, key))
+
+    evaluated: dict[Loss, Loss] = {}  # sets with one loss share a program
+    for each in task.evaluations.values():
+        evaluated.setdefault(each.loss, _beside_base(each.loss, spec, dropout=False))
+    changed = replace(
+        task,
+        init=init,
+        loss=_beside_base(task.loss, spec, dropout=True),
+        param_specs=Adapted(task.param_specs, jax.tree.map(lambda s: s.spec, placed)),
+        evaluations={
+            name: replace(each, loss=evaluated[each.loss])
+            for name, each in task.evaluations.items()
+        },
+    )
+    return Trained(changed, of_adapters, spec=spec)
+
+
+def whole_leaves(params: PyTree, adapters: lora.Adapters, spec: lora.LoraSpec) -> PyTree:
+    """The parameters with the leaves that are trained whole in place of their own."""
+
+    def leaf(path: Any, x: Array) -> Array:
+        names = path_names(path)
+        return get(adapters, names) if names in spec.full else x
+
+    return tree_map_with_path(leaf, params)
+
+
+def with_taps(spec: lora.LoraSpec, microbatches: int) -> Estimator:
+    """Backprop that also gives `taps`: inputs and output gradients of every adapted layer.
+
+    Args:
+      spec: Of the adapters.
+      microbatches: Parts of a batch; the taps of the batch have the rows of all of them.
+    """
+
+    def part(loss: Loss, adapters: PyTree, batch: Batch, key: Array) -> Estimate:
+        def objective(adapters: PyTree, sides: Mapping[str, Any]) -> Any:
+            return measured(loss, WithSides(adapters, sides), batch, key)
+
+        (value, (weight, metrics)), grads, taps = lora.value_grad_and_taps(
+            objective, adapters, spec, key, has_aux=True
+        )
+        wide = jnp.promote_types(value.dtype, jnp.float32)
+        return Estimate(value.astype(wide), weight, metrics, grads, {"taps": taps})
+
+    def joined(parts: Any, shares: Array) -> Any:
+        each = [jax.tree.map(lambda x, i=i: x[i], parts["taps"]) for i in range(microbatches)]
+        return {"taps": lora.joined_taps(each, list(shares))}
+
+    return accumulated(microbatches, part, joined)
+
+
+def _adapters(spec: lora.LoraSpec, base: PyTree, key: Array) -> lora.Adapters:
+    return lora.init(purpose_key(key, "adapters"), spec, base)
+
+
+def _beside_base(loss: Any, spec: lora.LoraSpec, *, dropout: bool) -> Loss:
+    """A loss of base and adapters."""
+
+    def of_both(params: Adapted, batch: Batch, key: Array) -> Any:
+        beside = params.beside
+        if isinstance(beside, WithSides):
+            beside, sides = beside
+        else:
+            sides = lora.side(beside, spec, key if dropout else None)
+        return loss(whole_leaves(params.base, beside, spec), batch, key, side=sides)
+
+    return of_both
+
+
+def _inside(module: str, name: str) -> bool:
+    """Whether a leaf lies inside of a module, named by its path or the end of one."""
+    parts = name.split(".")
+    return any(matches((module,), ".".join(parts[:k])) for k in range(1, len(parts) + 1))
