@@ -1,12 +1,7 @@
-"""A BERT encoder, as an NNX module and as pure functions of a plain dict of arrays.
-
-Array names end in their axes: B batch, T positions, D width, H heads, E head width, F hidden
-units, C classes.
-"""
+"""A BERT encoder, as an NNX module and as pure functions of a plain dict of arrays."""
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,165 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxopt_lab.models.attention import attend, dropped
+from jaxopt_lab.models.attention import dropped
 from jaxopt_lab.models.config import check_dtypes
 from jaxopt_lab.models.encoder_config import EncoderConfig, check_inputs
-from jaxopt_lab.models.layers import Linear, Norm, normal, parameter, zeros
-from jaxopt_lab.models.sharding import constrain
+from jaxopt_lab.models.encoder_layers import Block, Embedding, Head, split
 from jaxopt_lab.models.stack import stacked, through
 
 Params = dict[str, Any]
 Sides = Mapping[str, Any] | None
-
-
-class Embedding(nnx.Module):
-    """Tables of tokens, positions and token types, added and normalised."""
-
-    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
-        """Draws the tables."""
-        self.config = config
-        rows = {"tokens": config.vocab_size, "positions": config.context, "types": config.types}
-        tables = {name: normal(config, rngs, (n, config.width)) for name, n in rows.items()}
-        self.tokens = parameter(tables["tokens"], "embedding", ("vocab", "embed"))
-        self.positions = parameter(tables["positions"], "position", ("position", "embed"))
-        self.types = parameter(tables["types"], "embedding", (None, "embed"))
-        self.norm = Norm(config)
-
-    def __call__(
-        self, tokens_BxT: jax.Array, types_BxT: jax.Array | None, mesh: Mesh | None
-    ) -> jax.Array:
-        """Looks up, adds and normalises."""
-        # Rows are gathered before the cast: the gradient of a frequent token is a sum of
-        # thousands of terms, which bfloat16 would truncate.
-        tokens_VxD = constrain(self.tokens[...], mesh, ("vocab", None))
-        x_BxTxD = constrain(tokens_VxD[tokens_BxT], mesh, ("batch", None, None))
-        positions_CxD, types_2xD = (
-            constrain(table[...], mesh, (None, None)) for table in (self.positions, self.types)
-        )
-        x_BxTxD = x_BxTxD + positions_CxD[: tokens_BxT.shape[1]]
-        x_BxTxD = x_BxTxD + (types_2xD[0] if types_BxT is None else types_2xD[types_BxT])
-        return self.norm(x_BxTxD).astype(self.config.compute_dtype)
-
-
-class Attention(nnx.Module):
-    """Self-attention in both directions, with one fused projection."""
-
-    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
-        """Builds the projections."""
-        self.config = config
-        d = config.width
-        self.qkv = Linear(config, (d, 3, d), ("embed", None, "heads"), rngs=rngs)
-        self.out = Linear(config, (d, d), ("heads", "embed"), rngs=rngs)
-
-    def __call__(
-        self,
-        x_BxTxD: jax.Array,
-        mask_BxT: jax.Array | None,
-        mesh: Mesh | None,
-        key: jax.Array | None,
-    ) -> jax.Array:
-        """Mixes positions."""
-        config = self.config
-        B, T, D = x_BxTxD.shape
-        qkv_BxTx3xD = self.qkv(x_BxTxD)
-        q_BxTxHxE, k_BxTxHxE, v_BxTxHxE = (
-            constrain(
-                qkv_BxTx3xD[:, :, i].reshape(B, T, config.heads, config.head_width),
-                mesh,
-                ("batch", None, "heads", None),
-            )
-            for i in range(3)
-        )
-        # Padding is a document of its own: tokens do not see it, and its rows stay finite.
-        y_BxTxHxE = attend(
-            q_BxTxHxE,
-            k_BxTxHxE,
-            v_BxTxHxE,
-            mask_BxT,
-            kernel=config.attention,
-            causal=False,
-            dropout=(config.attention_dropout, key),
-        )
-        return self.out(y_BxTxHxE.reshape(B, T, D))
-
-
-class MLP(nnx.Module):
-    """down(gelu(up x))."""
-
-    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
-        """Builds the projections."""
-        self.config = config
-        d, f = config.width, config.hidden_width
-        self.up = Linear(config, (d, f), ("embed", "hidden"), rngs=rngs)
-        self.down = Linear(config, (f, d), ("hidden", "embed"), rngs=rngs)
-
-    def __call__(self, x_BxTxD: jax.Array, mesh: Mesh | None) -> jax.Array:
-        """Transforms each position."""
-        exact = self.config.activation == "gelu"
-        h_BxTxF = gelu(self.up(x_BxTxD)) if exact else jax.nn.gelu(self.up(x_BxTxD))
-        return self.down(constrain(h_BxTxF, mesh, ("batch", None, "hidden")))
-
-
-@jax.custom_jvp
-def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU that keeps its slope alone for the backward pass: `jax.nn.gelu` keeps two arrays.
-
-    With a frozen base these are a large part of what a layer keeps.
-    """
-    return x * _normal_cdf(x)
-
-
-@gelu.defjvp
-def _gelu_jvp(at: Any, moved: Any) -> tuple[jax.Array, jax.Array]:
-    (x,), (dx,) = at, moved
-    below = _normal_cdf(x)
-    density = jnp.exp(-0.5 * jnp.square(x)) / math.sqrt(2 * math.pi)
-    return x * below, dx * (below + x * density)
-
-
-def _normal_cdf(x: jax.Array) -> jax.Array:
-    return 0.5 * jax.lax.erfc(-math.sqrt(0.5) * x)
-
-
-class Block(nnx.Module):
-    """One layer: norm(x + attention x), then norm(x + mlp x)."""
-
-    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
-        """Builds both sublayers."""
-        self.config = config
-        self.attention = Attention(config, rngs=rngs)
-        self.attention_norm = Norm(config)
-        self.mlp = MLP(config, rngs=rngs)
-        self.mlp_norm = Norm(config)
-
-    def __call__(
-        self,
-        x_BxTxD: jax.Array,
-        mask_BxT: jax.Array | None,
-        mesh: Mesh | None,
-        key: jax.Array | None,
-    ) -> jax.Array:
-        """Applies the layer."""
-        stream, rate = ("batch", None, None), self.config.dropout
-        of_weights, of_attention, of_mlp = _split(key, 3)
-        y_BxTxD = dropped(self.attention(x_BxTxD, mask_BxT, mesh, of_weights), rate, of_attention)
-        x_BxTxD = self.attention_norm(constrain(x_BxTxD + y_BxTxD, mesh, stream))
-        y_BxTxD = dropped(self.mlp(x_BxTxD, mesh), rate, of_mlp)
-        return self.mlp_norm(constrain(x_BxTxD + y_BxTxD, mesh, stream))
-
-
-class Head(nnx.Module):
-    """A linear classifier, in float32 or wider."""
-
-    def __init__(self, config: EncoderConfig, classes: int, *, rngs: nnx.Rngs):
-        """Draws the kernel; the bias starts at zero."""
-        kernel_DxC = normal(config, rngs, (config.width, classes))
-        self.kernel = parameter(kernel_DxC, "head", ("embed", None))
-        self.bias = zeros(config, (classes,), (None,))
-
-    def __call__(self, x_BxD: jax.Array) -> jax.Array:
-        """Scores of the classes."""
-        return x_BxD @ self.kernel[...].astype(x_BxD.dtype) + self.bias[...].astype(x_BxD.dtype)
 
 
 class Encoder(nnx.Module):
@@ -210,7 +54,7 @@ class Encoder(nnx.Module):
         if sides:
             raise ValueError(f"side: {', '.join(sides)} is not a stack of layers of the model")
         mask_BxT = None if mask_BxT is None else mask_BxT.astype(bool)
-        of_embedding, of_layers = _split(dropout_key, 2)
+        of_embedding, of_layers = split(dropout_key, 2)
         x_BxTxD = self.embedding(tokens_BxT, types_BxT, mesh)
         x_BxTxD = dropped(x_BxTxD, self.config.dropout, of_embedding)
         keys = None if of_layers is None else jax.random.split(of_layers, self.config.depth)
@@ -358,7 +202,7 @@ def logits(
     """
     if config.classes is None:
         raise ValueError("classes: got None, wanted a number: this encoder has no head")
-    of_head, of_encoder = _split(dropout_key, 2)
+    of_head, of_encoder = split(dropout_key, 2)
     encoder = nnx.merge(nnx.graphdef(abstract_encoder(config)), params)
     x_BxTxD = encoder(tokens_BxT, mask_BxT, types_BxT, mesh=mesh, side=side, dropout_key=of_encoder)
     return encoder.head(dropped(pooled(x_BxTxD, mask_BxT, config.pooling), config.dropout, of_head))
@@ -374,7 +218,3 @@ def abstract_encoder(config: EncoderConfig) -> Encoder:
 def _init_params(config: EncoderConfig, key: jax.Array) -> Params:
     encoder = Encoder(config, rngs=nnx.Rngs(params=key))
     return nnx.to_pure_dict(nnx.state(encoder, nnx.Param))
-
-
-def _split(key: jax.Array | None, parts: int) -> list[Any]:
-    return [None] * parts if key is None else list(jax.random.split(key, parts))

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
 from jaxopt_lab import lora, models
-from jaxopt_lab.models import EncoderConfig, attention, encoder
+from jaxopt_lab.models import EncoderConfig, attention, encoder, encoder_layers
 from tests.models.decoders import jit, largest_difference, varied_params
 from tests.models.encoders import (
     BERT,
@@ -216,8 +216,8 @@ def test_each_place_draws_its_own_mask(monkeypatch):
         found.append(jax.random.key_data(key))
         return x
 
-    monkeypatch.setattr(encoder, "dropped", note)
-    monkeypatch.setattr(attention, "dropped", note)
+    for module in (encoder, encoder_layers, attention):
+        monkeypatch.setattr(module, "dropped", note)
 
     @jit
     def keys(key):
@@ -253,9 +253,9 @@ def test_gelu_keeps_one_array_and_has_the_right_slopes():
         return jax.nn.gelu(x, approximate=False)
 
     for wrap in (lambda f: f, jax.grad, lambda f: jax.grad(jax.grad(f))):
-        found, wanted = (jax.vmap(wrap(f))(x) for f in (encoder.gelu, plain))
+        found, wanted = (jax.vmap(wrap(f))(x) for f in (encoder_layers.gelu, plain))
         np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-15)
-    kept = jax.eval_shape(lambda x: jax.vjp(encoder.gelu, x)[1], x)
+    kept = jax.eval_shape(lambda x: jax.vjp(encoder_layers.gelu, x)[1], x)
     assert sum(leaf.size for leaf in jax.tree.leaves(kept)) == x.size
 
 
