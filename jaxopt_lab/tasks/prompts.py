@@ -69,8 +69,14 @@ class Prompt:
         return before, stripped, between[len(stripped) :]
 
 
-PROMPTS: Mapping[str, Prompt] = {"movie-sentences": Prompt()}
-"""Prompts of known corpora, by the name of the source."""
+PROMPTS: Mapping[str, Prompt] = {
+    "movie-sentences": Prompt("Review: {text}\nSentiment: {label}", ("negative", "positive"))
+}
+"""Prompts of known corpora, by the name of the source.
+
+The one of movie sentences is the best of three that were tried with SmolLM2-135M-Instruct, without
+training, on 200 validation rows: 81.5 % right, 57 % with the default prompt (194 times "great"),
+62 % with its template and the words bad and good."""
 
 
 def prompted(
