@@ -305,9 +305,7 @@ class Direction:
           name: Of the leaf.
           rows: Which ones.
         """
-        number, leaf = self._named(name)
-        if not leaf.by_row:
-            raise ValueError(f"leaf {name}: its rows have no keys; only those of embeddings do")
+        number, leaf = self._table(name)
         if self._given is not None or not leaf.moves:
             return self.of(number)[rows]
         part = leaf.one(self._key, ())._replace(rows=rows)
@@ -321,9 +319,7 @@ class Direction:
           start: The first one, a multiple of 32.
           size: How many.
         """
-        number, leaf = self._named(name)
-        if not leaf.by_row:
-            raise ValueError(f"leaf {name}: got a request for columns, wanted an output head")
+        number, leaf = self._table(name)
         if self._given is not None or not leaf.moves:
             return jax.lax.dynamic_slice_in_dim(self.of(number), start, size, 1)
         part = leaf.one(self._key, ())._replace(columns=(start, size))
@@ -357,6 +353,16 @@ class Direction:
         if mean is not None:
             z = mean.astype(z.dtype) + jnp.asarray(self._std, z.dtype) * z
         return z if support is None else jnp.where(support, z, 0)
+
+    def _table(self, name: str) -> tuple[int, Leaf]:
+        number, leaf = self._named(name)
+        if not leaf.by_row:
+            raise ValueError(
+                f"leaf {name}: its rows have no keys; only those of embeddings and heads do. If it "
+                "is one, give it no layout in Probes(matrix_axes=...), as "
+                "models.matrix_axes(config) does"
+            )
+        return number, leaf
 
     def _named(self, name: str) -> tuple[int, Leaf]:
         names = ["/".join(path_names(leaf.path)) for leaf in self.leaves]

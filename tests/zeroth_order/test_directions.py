@@ -102,6 +102,8 @@ def test_a_part_is_asked_for_by_a_name_that_exists():
         direction(zo.gaussian()).slice("kernels", 0)
     with pytest.raises(ValueError, match="leaf kernel: its rows have no keys"):
         direction(zo.gaussian()).rows("kernel", jnp.array([0]))
+    with pytest.raises(ValueError, match="leaf kernel: its rows have no keys"):
+        direction(zo.gaussian()).columns("kernel", 0, 32)
 
 
 @pytest.mark.parametrize("name", ["gaussian", "signs", "sphere"])
