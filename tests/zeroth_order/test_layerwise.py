@@ -99,7 +99,10 @@ def test_other_methods_and_one_side():
         functools.partial(zo.conservative, 1e-2),
         functools.partial(zo.jaguar_signsgd, 1e-2),
         functools.partial(zo.estimate, num_directions=2, two_sided=False, matrix_axes=axes),
-        functools.partial(zo.estimate, zo.sphere(), matrix_axes=axes, engine=zo.vmapped()),
+        functools.partial(
+            *(zo.estimate, zo.sphere()),
+            **{"num_directions": 2, "matrix_axes": axes, "engine": zo.vmapped()},
+        ),
     ):
         options = {} if make.func is zo.estimate else {"probes": zo.Probes(matrix_axes=axes)}
         tx = make(key=KEY, **options)

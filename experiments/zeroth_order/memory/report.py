@@ -83,7 +83,7 @@ def draw(device: str, columns: dict[Any, dict[str, Any]]) -> None:
     axes.set_xlim(0, 1.12 * max(a + t for a, t in zip(arguments, temporaries, strict=True)))
     axes.set_title(f"{model}, 1 × 512 tokens, {dtype} compute, compiler for {device}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
     save_figure(figure, HERE / "figures" / f"{device}-{model}.png")
 
 
