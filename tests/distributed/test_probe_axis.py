@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_lab import zeroth_order as zo
-from tests.zeroth_order.problems import KEY, entries
+from tests.zeroth_order.problems import KEY, entries, mlp
 
 SIZES = {"probe": 2, "data": 2, "fsdp": 2}
 SPECS = {"w1": P("fsdp"), "w2": P(None, "fsdp"), "b": P()}
@@ -174,3 +174,19 @@ def test_directions_that_the_axis_does_not_divide():
         zo.estimate(num_directions=12, key=KEY, engine=zo.sharded(mesh, engine=zo.chunked(2)))
     with pytest.raises(ValueError, match="got axis 'probes', wanted one of probe, fsdp"):
         zo.sharded(mesh, "probes")
+
+
+def test_low_rank_probes_of_a_group_are_evaluated_together():
+    with jax.enable_x64(True):
+        mesh = jax.make_mesh((4, 2), ("probe", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+        params, loss = mlp("float64")
+
+        def estimate(engine):
+            tx = zo.estimate(zo.low_rank(), num_directions=8, eps=0.3, key=KEY, engine=engine)
+            probe_fn = zo.beside(loss)
+            return jax.jit(lambda p: tx.update(None, tx.init(p), p, probe_fn=probe_fn))(params)
+
+        g, state = estimate(zo.sharded(mesh, engine=zo.vmapped()))
+        wanted, theirs = estimate(zo.sequential())
+        np.testing.assert_allclose(state.losses, theirs.losses, rtol=1e-13)
+        np.testing.assert_allclose(entries(g), entries(wanted), rtol=1e-12, atol=1e-12)

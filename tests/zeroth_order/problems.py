@@ -52,6 +52,23 @@ def rough(params):
     return sum(jnp.sum(jnp.sin(x + i)) for i, x in enumerate(jax.tree.leaves(params)))
 
 
+def mlp(dtype="float32", width=6):
+    """Parameters, and the loss as a function of them and of what stands beside them."""
+    rng = np.random.default_rng(1)
+    shapes = {"up": (width, 2 * width), "down": (2 * width, width), "bias": (2 * width,)}
+    params = {name: jnp.asarray(rng.normal(0, 0.5, s), dtype) for name, s in shapes.items()}
+    x = jnp.asarray(rng.normal(0, 1, (4, width)), dtype)
+
+    def loss(params, sides=None):
+        def product(name, x):
+            w = params[name]
+            return x @ w if sides is None else sides[name].product(x, w)
+
+        return jnp.mean(product("down", jnp.tanh(product("up", x) + params["bias"])) ** 2)
+
+    return params, loss
+
+
 def run(tx, params, loss, steps=3, state=None, **extra):
     """Parameters, state and the last updates after some steps, from `state` if given."""
 

@@ -10,7 +10,7 @@ from jaxopt_lab import models
 from jaxopt_lab import zeroth_order as zo
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.zeroth_order.directions import Direction, leaves_of
-from tests.zeroth_order.problems import AXES, KEY, entries, linear, run, tree
+from tests.zeroth_order.problems import AXES, KEY, entries, linear, mlp, run, tree
 
 SMALL = {"vocab_size": 40, "width": 16, "depth": 2, "heads": 4, "hidden": 24, "context": 8}
 OLD = {"positions": "learned", "norm": "layer", "mlp": "gelu", "bias": True, "tied": False}
@@ -109,23 +109,6 @@ def test_decoders_beside_their_matrices_as_in_them(name):
         found, wanted = jax.jit(both)(params)
         np.testing.assert_allclose(found, wanted, rtol=1e-12)
         assert abs(found - jax.jit(loss)(params)) > 1e-3
-
-
-def mlp(dtype="float32", width=6):
-    """Parameters, and the loss as a function of them and of what stands beside them."""
-    rng = np.random.default_rng(1)
-    shapes = {"up": (width, 2 * width), "down": (2 * width, width), "bias": (2 * width,)}
-    params = {name: jnp.asarray(rng.normal(0, 0.5, s), dtype) for name, s in shapes.items()}
-    x = jnp.asarray(rng.normal(0, 1, (4, width)), dtype)
-
-    def loss(params, sides=None):
-        def product(name, x):
-            w = params[name]
-            return x @ w if sides is None else sides[name].product(x, w)
-
-        return jnp.mean(product("down", jnp.tanh(product("up", x) + params["bias"])) ** 2)
-
-    return params, loss
 
 
 @pytest.mark.parametrize("engine", [zo.vmapped(), zo.chunked(2)], ids=["vmapped", "chunked"])
