@@ -1,3 +1,4 @@
+import functools
 import json
 from dataclasses import dataclass, fields, replace
 
@@ -355,8 +356,10 @@ def test_every_setting_of_an_optimizer_is_used(name):
 
     config, params = Watched(), {"a": np.ones((4, 4), np.float32)}
     read.clear()
-    tx = config.build(lambda count: 0.1, ModelInfo({"a": MuonDimensionNumbers(0, 1)}))
-    jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
+    info = ModelInfo({"a": MuonDimensionNumbers(0, 1)}, key=jax.random.key(0))
+    tx = optax.with_extra_args_support(config.build(lambda count: 0.1, info))
+    update = functools.partial(tx.update, value_fn=lambda params: params["a"].sum())
+    jax.eval_shape(update, params, jax.eval_shape(tx.init, params), params)
     # The rate comes as a schedule.
     assert {field.name for field in fields(config)} - read <= {"learning_rate"}
 
