@@ -44,7 +44,6 @@ def float_leaves(params: optax.Params) -> optax.Params:
     Raises:
       TypeError: A leaf is no array of real floating-point numbers; the message names it.
     """
-    refuse_packed(params)
 
     def checked(path: KeyPath, x: Any) -> Any:
         if isinstance(x, float | np.ndarray | np.generic):
@@ -53,6 +52,7 @@ def float_leaves(params: optax.Params) -> optax.Params:
         floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
         if floating and x.dtype.itemsize > 1:
             return x
+        refuse_packed(params)  # says more than their first array would
         if floating:
             wanted = f"one of {', '.join(DTYPES)}"
         elif dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
