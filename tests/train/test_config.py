@@ -354,12 +354,18 @@ def test_every_setting_of_an_optimizer_is_used(name):
             read.add(name)
             return super().__getattribute__(name)
 
-    config, params = Watched(), {"a": np.ones((4, 4), np.float32)}
-    read.clear()
-    info = ModelInfo({"a": MuonDimensionNumbers(0, 1)}, key=jax.random.key(0))
-    tx = optax.with_extra_args_support(config.build(lambda count: 0.1, info))
-    update = functools.partial(tx.update, value_fn=lambda params: params["a"].sum())
-    jax.eval_shape(update, params, jax.eval_shape(tx.init, params), params)
+    # JAGUAR's ways to draw a direction have settings of their own.
+    ways = ({}, {"selection": "sparse"}) if name.startswith("jaguar") else ({},)
+    params = {"a": np.ones((4, 4), np.float32), "b": np.ones(4, np.float32)}
+    axes = {"a": MuonDimensionNumbers(0, 1), "b": None}
+    info = ModelInfo(axes, key=jax.random.key(0))
+    for way in ways:
+        config = Watched(weight_decay=0.5, **way)
+        if not way:
+            read.clear()  # what making it has read
+        tx = optax.with_extra_args_support(config.build(lambda count: 0.1, info))
+        update = functools.partial(tx.update, value_fn=lambda params: params["a"].sum())
+        jax.eval_shape(update, params, jax.eval_shape(tx.init, params), params)
     # The rate comes as a schedule.
     assert {field.name for field in fields(config)} - read <= {"learning_rate"}
 
