@@ -102,7 +102,7 @@ def predictions(config: DecoderConfig, batch: Mapping[str, jax.Array]) -> Predic
         if "segment_ids" not in batch:
             raise ValueError("batch: no segment_ids, which document_mask = True needs")
         segment_ids_BxT = batch["segment_ids"][:, : tokens_BxT.shape[1]]
-    mask_BxT = batch.get("mask", np.ones(targets_BxT.shape, bool))
+    mask_BxT = batch.get("mask", jnp.ones(targets_BxT.shape, bool))
     if mask_BxT.shape != targets_BxT.shape:
         raise ValueError(f"mask: got shape {mask_BxT.shape}, wanted {targets_BxT.shape}")
     dtype = jnp.promote_types(config.compute_dtype, jnp.float32)

@@ -85,9 +85,18 @@ def write_report(run: Run, summary: Mapping[str, Any], say: Message) -> dict[str
         sample = summary["sample"]
         say(f"sample\n{sample['prompt']}\N{BLACK RIGHT-POINTING TRIANGLE}{sample['continuation']}")
     say(f"held-out loss {_held_out(summary)} after {summary['steps']} steps")
+    say(_memory(summary))
     drawn = [FIGURE] if run.program.outcome is None else [FIGURE, SCHEDULE_FIGURE]
     say("\n".join(f"figure: {run.directory / figure}" for figure in drawn))
     return summary
+
+
+def _memory(summary: Mapping[str, Any]) -> str:
+    compiled = (
+        f"memory of a compiled step: {summary['step_memory_bytes'] / 2**20:,.0f} MiB a device"
+    )
+    peak = summary.get("peak_memory_bytes")
+    return compiled if peak is None else f"{compiled}, most in use: {peak / 2**20:,.0f} MiB"
 
 
 def _held_out(summary: Mapping[str, Any]) -> str:
