@@ -47,11 +47,11 @@ def test_presets_bring_their_tokenizer():
 
 
 def test_rates_follow_the_preset_until_they_are_given():
-    assert parsed("--model gpt2-124m").optimizer == LionMuonConfig(learning_rate=1e-3)
+    assert parsed("--model gpt2-124m").optimizer == LionMuonConfig(1e-3, sign_lr_ratio=1 / 60)
     assert parsed("--optimizer adamw --model gpt2-124m").optimizer == AdamWConfig(5e-4)
     given = parsed("--model gpt2-124m --optimizer.learning-rate 0.5")
     assert given.optimizer.learning_rate == 0.5
-    assert from_preset("gpt2-124m").optimizer == LionMuonConfig(learning_rate=1e-3)
+    assert from_preset("gpt2-124m").optimizer == LionMuonConfig(1e-3, sign_lr_ratio=1 / 60)
 
 
 def test_short_forms():

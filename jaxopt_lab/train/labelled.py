@@ -83,8 +83,8 @@ def open_labels(config: FinetuneConfig, say: Callable[[str], None]) -> Labels:
             hashed = pieces.hash
         else:
             tokenizer: Tokenizer = make_tokenizer(config.tokenizer, corpus.train.texts)
-            words = word_tokens(config.prompt, corpus, tokenizer)
-            rows = prompt_rows(model, corpus, tokenizer, config.prompt, length=config.length)
+            words = word_tokens(config.chosen_prompt, corpus, tokenizer)
+            rows = prompt_rows(model, corpus, tokenizer, config.chosen_prompt, length=config.length)
             hashed = tokenizer.hash
     except (OSError, ValueError) as error:
         raise ConfigError.inside("model", error) from error

@@ -69,7 +69,7 @@ class Run:
             common["model"] = self.base.digest
         if isinstance(self.material, Labels):
             assert isinstance(config, FinetuneConfig)
-            tokenizer, prompt = self.material.tokenizer_hash, config.prompt
+            tokenizer, prompt = self.material.tokenizer_hash, config.chosen_prompt
             of_labels = {"tokenizer": tokenizer, "length": config.length}
             return common | of_labels | {"prompt": [prompt.template, *prompt.words]}
         return common | {

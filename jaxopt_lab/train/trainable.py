@@ -81,10 +81,13 @@ def part(config: TrainableConfig, task: Task, info: ModelInfo, roles: PyTree) ->
             known = ", ".join(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
             raise ConfigError("trainable.modules", module, f"expected some of {known}")
 
+    # A head of a task has a bias, which is none of the model's heads by its role.
+    modules = config.modules or task.heads
+
     def moves(path: Any, role: str) -> bool:
-        if not config.modules:
+        if not modules:
             return role == "head"
-        return any(_inside(module, ".".join(path_names(path))) for module in config.modules)
+        return any(_inside(module, ".".join(path_names(path))) for module in modules)
 
     mask = tree_map_with_path(moves, roles)
     if not any(jax.tree.leaves(mask)):

@@ -14,15 +14,19 @@ import pytest
 from jaxopt_lab import lora, models
 from jaxopt_lab.report.hlo import collectives
 from jaxopt_lab.report.tracker import read_metrics
+from jaxopt_lab.tasks import Task
 from jaxopt_lab.train import ConfigError, export_run, finetune, load_params
 from jaxopt_lab.train.arguments import parse_config
 from jaxopt_lab.train.base import digest, read_base
 from jaxopt_lab.train.config.finetune import FinetuneConfig
+from jaxopt_lab.train.config.optimizer_base import ModelInfo
 from jaxopt_lab.train.config.serialize import from_json, to_json
+from jaxopt_lab.train.config.trainable import HeadConfig
 from jaxopt_lab.train.io.checkpoints import committed_steps
 from jaxopt_lab.train.io.run_directory import read_config
 from jaxopt_lab.train.io.stored import checkpoint_path, read_item, read_leaves
 from jaxopt_lab.train.program import build_program, compile_step
+from jaxopt_lab.train.trainable import part
 from tests.train.tiny_finetune import MODEL, finetune_config, write_base
 from tests.train.tiny_run import Killed
 
@@ -342,3 +346,21 @@ def test_labels_that_a_model_cannot_read(labels, base, tmp_path):
         config = parse_config(flags.split(), "finetune", FinetuneConfig)
         with pytest.raises(ConfigError, match=message), no_compilation():
             finetune(replace(config, run_directory=str(tmp_path / "run")))
+
+
+def test_the_head_of_a_task_moves_with_its_bias():
+    leaf = jax.ShapeDtypeStruct((2,), np.float32)
+    params = {"head": {"kernel": leaf, "bias": leaf}, "norm": {"bias": leaf}}
+    roles = {"head": {"kernel": "head", "bias": "bias"}, "norm": {"bias": "bias"}}
+    task = Task(lambda key: params, lambda *given: given, params, {}, heads=("head",))
+    trained = part(HeadConfig(), task, ModelInfo(params, params, decays=params), roles)
+    assert trained.moves == {"head": {"kernel": True, "bias": True}, "norm": {"bias": False}}
+
+
+def test_a_corpus_may_have_a_prompt_of_its_own():
+    config = parse_config(["--task", "movie-sentences"], "finetune", FinetuneConfig)
+    assert config.chosen_prompt.words == ("negative", "positive")
+    given = ["--task", "movie-sentences", "--prompt.words", "bad", "good"]
+    config = parse_config(given, "finetune", FinetuneConfig)
+    assert config.chosen_prompt == config.prompt and config.prompt.words == ("bad", "good")
+    assert parse_config([], "finetune", FinetuneConfig).chosen_prompt.words[0] == "terrible"

@@ -9,7 +9,7 @@ from jaxopt_lab import data, models
 from jaxopt_lab.data import LabelledSource, Source, TextFiles, TokenizerConfig
 from jaxopt_lab.models import PRESETS, DecoderConfig, EncoderConfig
 from jaxopt_lab.models.encoder_config import ModelConfig
-from jaxopt_lab.tasks import Prompt
+from jaxopt_lab.tasks import PROMPTS, Prompt
 from jaxopt_lab.train.config.bounds import Count, Positive
 from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
 from jaxopt_lab.train.config.optimizers import AdamWConfig
@@ -50,7 +50,8 @@ class FinetuneConfig(PretrainConfig):
     length: Count = 64
     """Tokens of a row of labelled text; a longer text loses its end."""
     prompt: Prompt = Prompt()
-    """How a decoder reads labelled text, and the word that stands for each class."""
+    """How a decoder reads labelled text, and the word that stands for each class. The default gives
+    way to the prompt of a corpus that has one of its own (`jaxopt_lab.tasks.PROMPTS`)."""
     eval: EvalConfig = EvalConfig(sample_tokens=0)
     """Held-out evaluation."""
     batch_size: Count = 16
@@ -60,6 +61,12 @@ class FinetuneConfig(PretrainConfig):
     def is_labelled(self) -> bool:
         """Whether labels are learnt."""
         return isinstance(self.corpus, LabelledSource)
+
+    @property
+    def chosen_prompt(self) -> Prompt:
+        """The prompt given, or that of the corpus."""
+        own = PROMPTS.get(self.corpus.name) if self.is_labelled else None
+        return own if own is not None and self.prompt == Prompt() else self.prompt
 
     @property
     def row_tokens(self) -> int:
