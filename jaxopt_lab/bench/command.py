@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_dynamics(verbs)
     _add_adapter_memory(verbs)
     _add_zeroth_order(verbs)
+    _add_low_rank(verbs)
     return parser
 
 
@@ -222,6 +224,29 @@ def _run_zeroth_order(options: argparse.Namespace) -> Any:
         repeats=options.repeats,
         on_progress=to_stderr,
     )
+
+
+def _add_low_rank(verbs: Any) -> None:
+    description = "time zero-order probes of low rank against batched inference and dense probes"
+    parser = _add_verb(verbs, "low-rank", description)
+    parser.add_argument("--losses", type=int, default=64, metavar="N", help="evaluated in a step")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="sequences a loss")
+    parser.add_argument("--tokens", type=int, default=48, metavar="N", help="of a sequence")
+    parser.add_argument("--rank", type=int, default=1, metavar="N", help="of the directions")
+    parser.add_argument("--chunk", type=int, metavar="N", help="directions at once; None: all")
+    parser.add_argument("--loop", choices=("scanned", "unrolled"), default="scanned")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.set_defaults(run=_run_low_rank)
+
+
+def _run_low_rank(options: argparse.Namespace) -> Any:
+    from jaxopt_lab.bench.low_rank import run_low_rank
+    from jaxopt_lab.models import PRESETS
+
+    config = replace(PRESETS[options.model], loop=options.loop, compute_dtype=options.dtype)
+    names = ("losses", "batch", "tokens", "rank", "chunk")
+    sizes = {name: getattr(options, name) for name in names}
+    return run_low_rank(config, **sizes, on_progress=to_stderr)
 
 
 def _divide_cpu(devices: int | None) -> None:

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from jaxopt_lab.bench import low_rank
+from jaxopt_lab.bench.command import main
 from jaxopt_lab.bench.low_rank import run_low_rank
 from jaxopt_lab.models import DecoderConfig
 
@@ -27,3 +29,15 @@ def test_rows_of_one_report():
 def test_an_odd_number_of_losses():
     with pytest.raises(ValueError, match="losses: got 3, wanted an even number"):
         run_low_rank(TOY, losses=3)
+
+
+def test_the_verb(monkeypatch, capsys):
+    given = {}
+    monkeypatch.setattr(
+        low_rank, "run_low_rank", lambda config, **options: given.update(config=config, **options)
+    )
+    assert main(["low-rank", "--model", "tiny", "--losses", "8", "--dtype", "float32"]) == 0
+    config = given.pop("config")
+    assert (config.width, config.loop, config.compute_dtype) == (256, "scanned", "float32")
+    del given["on_progress"]
+    assert given == {"losses": 8, "batch": 16, "tokens": 48, "rank": 1, "chunk": None}
