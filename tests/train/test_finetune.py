@@ -1,6 +1,7 @@
 """Runs that tune a given model: what moves, what is kept, what a resumed run shares with one that
 was never stopped, and what is refused."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -250,10 +251,11 @@ def test_what_cannot_work_is_refused_before_anything_is_compiled(flags, base, te
     assert not (tmp_path / "run").exists()
 
 
+@contextlib.contextmanager
 def no_compilation():
-    patch = pytest.MonkeyPatch()
-    patch.setattr("jaxopt_lab.train.run.compiled_step", lambda *a: pytest.fail("compiled"))
-    return patch.context()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxopt_lab.train.run.compiled_step", lambda *a: pytest.fail("compiled"))
+        yield
 
 
 def test_absent_models_and_tasks_are_refused_with_the_command(monkeypatch, tmp_path, text, base):

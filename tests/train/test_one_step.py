@@ -184,7 +184,15 @@ def test_each_evaluation_reports_its_own_metrics():
 
 
 # Bare optimizer steps are what these measure, dynamics trains no model, and a replay has no loss.
-OWN_UPDATES = {"bench/timing.py", "step/update.py", "zeroth_order/replay.py"}
+OWN_UPDATES = {
+    "step/update.py",
+    "zeroth_order/replay.py",
+    # Bare optimizer steps, timed or only compiled, and a regression without a model.
+    "bench/timing.py",
+    "bench/adapter_memory.py",
+    "experiments/weight_lora/planted/run.py",
+    "experiments/zeroth_order/memory/run.py",
+}
 
 
 def test_nobody_else_applies_updates():

@@ -33,7 +33,7 @@ from jaxopt_lab.train.config.schedules import AdaptiveWarmupConfig
 from jaxopt_lab.train.config.sections import DiagnosticsConfig, MeshConfig
 from jaxopt_lab.train.dist.mesh import make_mesh, to_global
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.program import step_flops
+from jaxopt_lab.train.program import build_program
 from jaxopt_lab.train.run import pretrain
 from jaxopt_lab.train.step import make_step
 from tests.quick_compile import OPTIONS
@@ -178,7 +178,19 @@ def test_microbatches_average_their_losses_before_differences_are_formed():
 
 
 def noisy(params, batch, key):
-    return jnp.sum(params["w"]) + jax.random.normal(key), batch["x"].shape[0], {}
+    # A number of the key; a draw from it would be refused, as dropout is.
+    shift = jax.random.key_data(key)[-1].astype(jnp.float32) / 2**31
+    return jnp.sum(params["w"]) + shift, batch["x"].shape[0], {}
+
+
+def test_dropout_is_refused():
+    def loss(params, batch, key):
+        return jnp.sum(params["w"]) + jax.random.normal(key), batch["x"].shape[0], {}
+
+    step = Step(loss, zo.mezo(1e-2, key=KEY), forward_only())
+    state = step.start({"w": jnp.zeros(3)}, jax.random.key(5))
+    with pytest.raises(ValueError, match="draws random numbers, as dropout does"):
+        step.take(state, {"x": jnp.zeros((4, 1))})
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -292,7 +304,7 @@ def test_work_is_counted_in_forward_passes():
         (ZEROTH_ORDER["conservative"](), 5), (ZEROTH_ORDER["subspace-muon"](), 5),
     ):  # fmt: skip
         assert optimizer.forward_passes == passes
-        of_model, _ = step_flops(replace(run, optimizer=optimizer))
+        of_model, _ = build_program(replace(run, optimizer=optimizer)).flops
         np.testing.assert_allclose(of_model, flops_per_token(model) * tokens * passes / 3)
     shapes, axes = abstract_params(model), matrix_axes(model)
     entries = sum(x.size for x in jax.tree.leaves(shapes))
