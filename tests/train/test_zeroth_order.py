@@ -179,7 +179,7 @@ def test_microbatches_average_their_losses_before_differences_are_formed():
 
 def noisy(params, batch, key):
     # A number of the key; a draw from it would be refused, as dropout is.
-    shift = jax.random.key_data(key)[-1].astype(jnp.float32) / 2**31
+    shift = jax.random.key_data(key)[-1].astype(jnp.float32) * 2.0**-31
     return jnp.sum(params["w"]) + shift, batch["x"].shape[0], {}
 
 
