@@ -68,6 +68,7 @@ def test_mezo_with_a_tied_head_is_the_same_in_one_loop_for_both_signs_and_replay
         np.testing.assert_allclose(entries(again), entries(found), rtol=1e-14)
 
 
+@pytest.mark.slow  # compiles for half a minute
 def test_the_mean_of_ldsd_with_an_untied_head_and_positions():
     def make(**options):
         policy = {"policy_rate": 0.5, "start": "random", "candidates": 2}

@@ -85,7 +85,7 @@ def test_the_estimate_is_the_average_of_its_directions():
         np.testing.assert_allclose(entries(g), wanted, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt", marks=pytest.mark.slow)])
 def test_decoders_beside_their_matrices_as_in_them(name):
     with jax.enable_x64(True):
         config, axes = CONFIGS[name], models.matrix_axes(CONFIGS[name])
