@@ -14,6 +14,7 @@ TOY = DecoderConfig(
 )
 
 
+@pytest.mark.slow  # compiles for half a minute
 def test_rows_of_one_report():
     report = run_low_rank(TOY, losses=4, batch=1, tokens=8, head_chunks=2, rounds=1)
     first, *others = report.rows

@@ -160,7 +160,7 @@ def test_candidates_are_evaluated_in_chunks():
     with jax.enable_x64(True):
         found = [
             run(zo.ldsd(optax.sgd(0.1), candidates=4, key=KEY, probes=probes), tree(), rough)
-            for engine in (zo.sequential(), zo.chunked(2), zo.vmapped())
+            for engine in (zo.sequential(), zo.chunked(2))
             for probes in [zo.Probes(engine=engine)]
         ]
         losses = [np.asarray(state.probes.losses) for _, state, *_ in found]
