@@ -125,10 +125,11 @@ def test_trees_of_every_library():
     params = {library: tree() for library, tree in TREES.items()}
     for name in ("mezo", "jaguar_muon", "ldsd"):
         tx = make(name)
-        new, _ = jax.jit(stepper(tx))(params, tx.init(params))
+        new, _ = jax.eval_shape(stepper(tx), params, jax.eval_shape(tx.init, params))
         chex.assert_trees_all_equal_structs(new, params)
-        assert np.isfinite(entries(new)).all()
     tx = make("mezo")
+    new, _ = jax.jit(stepper(tx))(params, tx.init(params))
+    assert np.isfinite(entries(new)).all()
     empty, _ = tx.update(None, tx.init({}), {}, value_fn=lambda p: jnp.zeros(()))
     assert empty == {}
 
