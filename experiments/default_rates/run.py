@@ -73,16 +73,7 @@ def sweep(config: PretrainConfig, scale: Scale, windows: data.Windows, name: str
         traced = dataclasses.replace(optimizer, learning_rate=rate)
         return build_rule(traced, config.schedule, info, scale.steps).tx
 
-    task = Task(
-        init_params=lambda key: models.init_params(config.model, key),
-        loss=language_model_loss(config.model),
-        batches=windows.batches,
-        held_out=windows.held_out(),
-        steps=scale.steps,
-        evaluate_every=scale.steps,
-        tokens_per_step=scale.batch_size * config.model.context,
-        clip=config.clip,
-    )
+    task = task_of(config, scale, windows)
     program = Program(task, build, 1, vectorized=False)
 
     def train(rate: float, seed: int) -> dict[str, Any]:
@@ -124,6 +115,20 @@ def sweep(config: PretrainConfig, scale: Scale, windows: data.Windows, name: str
         "bytes_per_token": windows.bytes_per_token,
         **dataclasses.asdict(scale),
     }
+
+
+def task_of(config: PretrainConfig, scale: Scale, windows: data.Windows) -> Task:
+    """What all runs of a preset share."""
+    return Task(
+        init_params=lambda key: models.init_params(config.model, key),
+        loss=language_model_loss(config.model),
+        batches=windows.batches,
+        held_out=windows.held_out(),
+        steps=scale.steps,
+        evaluate_every=scale.steps,
+        tokens_per_step=scale.batch_size * config.model.context,
+        clip=config.clip,
+    )
 
 
 def largest_rise(losses: np.ndarray) -> float:

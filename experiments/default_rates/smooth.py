@@ -11,12 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from run import FRESH_SEEDS, RESULTS, SCALES, SWEEP_SEED, _config, _windows, largest_rise
+from run import FRESH_SEEDS, RESULTS, SCALES, SWEEP_SEED, _config, _windows, largest_rise, task_of
 
-from jaxopt_lab import data, models
+from jaxopt_lab import data
 from jaxopt_lab.sweep.program import Program, Run
-from jaxopt_lab.sweep.task import Task
-from jaxopt_lab.tasks import language_model_loss
 from jaxopt_lab.train.config.optimizers import ModelInfo
 from jaxopt_lab.train.config.run import PretrainConfig
 from jaxopt_lab.train.config.tuned import default_optimizer
@@ -61,16 +59,7 @@ def run_cell(config: PretrainConfig, windows: data.Windows, cell: str) -> dict[s
         traced = dataclasses.replace(optimizer, learning_rate=rate)
         return build_rule(traced, schedule, info, scale.steps).tx
 
-    task = Task(
-        init_params=lambda key: models.init_params(config.model, key),
-        loss=language_model_loss(config.model),
-        batches=windows.batches,
-        held_out=windows.held_out(),
-        steps=scale.steps,
-        evaluate_every=scale.steps,
-        tokens_per_step=scale.batch_size * config.model.context,
-        clip=config.clip,
-    )
+    task = task_of(config, scale, windows)
     program = Program(task, build, 1, vectorized=False)
     runs = []
     for seed in SEEDS:
