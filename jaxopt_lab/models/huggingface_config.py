@@ -125,7 +125,7 @@ def from_huggingface_config(fields: Mapping[str, Any]) -> DecoderConfig:
         raise ValueError(
             f"config.json: unknown {each}; remove what does not change the logits of the model"
         )
-    sizes = {ours: fields[name] for ours, name in read.items()}
+    sizes: dict[str, Any] = {ours: fields[name] for ours, name in read.items()}
     return _from_gpt2(fields, sizes) if kind == "gpt2" else _from_llama(fields, sizes)
 
 
@@ -186,7 +186,7 @@ def _llama(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _from_gpt2(fields: Mapping[str, Any], sizes: Mapping[str, int]) -> DecoderConfig:
+def _from_gpt2(fields: Mapping[str, Any], sizes: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(
         **sizes,
         hidden=fields.get("n_inner"),
@@ -199,7 +199,7 @@ def _from_gpt2(fields: Mapping[str, Any], sizes: Mapping[str, int]) -> DecoderCo
     )
 
 
-def _from_llama(fields: Mapping[str, Any], sizes: Mapping[str, int]) -> DecoderConfig:
+def _from_llama(fields: Mapping[str, Any], sizes: Mapping[str, Any]) -> DecoderConfig:
     bias, kind = fields.get("attention_bias", False), fields["model_type"]
     width, heads = sizes["width"], sizes["heads"]
     expect({"mlp_bias": False, **fields}, "mlp_bias", bias)
