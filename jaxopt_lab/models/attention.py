@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jaxopt_lab.core.numerics import dropped
+
 _CUDNN_MAX_HEAD_WIDTH = 128
 
 
@@ -41,13 +43,6 @@ def rotate(
     a, b = jnp.split(x_BxTxHxE, 2, axis=-1)
     turned = (a * cos_Tx1xE - b * sin_Tx1xE, b * cos_Tx1xE + a * sin_Tx1xE)
     return jnp.concatenate(turned, axis=-1).astype(x_BxTxHxE.dtype)
-
-
-def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Entries zeroed with probability ``rate``, the others divided by 1 - rate; no key: x."""
-    if key is None or rate == 0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
 def attend(
