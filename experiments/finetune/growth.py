@@ -1,8 +1,8 @@
-"""Selection and growth of WeightLoRA+ in arrays that keep their shape, so that runs can be lanes.
+"""Selection and growth of WeightLoRA+ in arrays that keep their shape, for lanes.
 
-`jaxopt_lab.lora.select_and_grow` changes shapes, each run in its own way. Here an adapter that leaves
-becomes zero, its weight too, and stays so: nothing of it has a gradient any more. Ranks have the room
-that they grow into, filled with zeros, which have none either. `checks.py` compares both.
+`jaxopt_lab.lora.select_and_grow` changes shapes, each run in its own way. Here an adapter that
+leaves becomes zero, its weight too, and stays so: nothing of it has a gradient any more. Ranks have
+the room that they grow into, filled with zeros, which have none either. `checks.py` compares both.
 """
 
 import functools

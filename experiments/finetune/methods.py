@@ -1,8 +1,9 @@
-"""The methods under comparison: what moves beside MiniLM, the optimizer, and five rates for each."""
+"""The methods under comparison: what moves, the optimizer, and five rates for each."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import jax
 import optax
 
 import jaxopt_lab as jol
@@ -28,6 +29,7 @@ class Method(NamedTuple):
     rank: int = RANK
     random: bool = False  # adapters on KEEP random kernels
     every: int = 1  # steps between projections, where adapters are chosen
+    head_apart: bool = False  # the head at HEAD_RATE; beside scaled LoRSum it always is
 
     @property
     def slug(self) -> str:
@@ -41,9 +43,9 @@ class Method(NamedTuple):
         return self.rank * 2**HALVINGS if self.kind == "grown" else self.rank
 
     @property
-    def program(self) -> tuple[Kind, int]:
+    def program(self) -> tuple[Kind, int, bool]:
         """What tells one compiled program from another."""
-        return self.kind, self.stored_rank
+        return self.kind, self.stored_rank, self.head_apart
 
     @property
     def final_parameters(self) -> int | None:
@@ -66,22 +68,32 @@ METHODS = (
 )
 
 
-def optimizer(kind: Kind, rate: Any, schedule: Schedule, every: Any, freeze_after: int) -> Any:
-    """The optimizer of a kind; the rate and `every` may be traced."""
+def optimizer(
+    method: Method, rate: Any, schedule: Schedule, every: Any, freeze_after: int
+) -> optax.GradientTransformation:
+    """The optimizer of a method; the rate and `every` may be traced."""
 
     def follow(peak: Any) -> Schedule:
         return lambda count: peak * schedule(count)
 
-    if kind == "chosen":
+    if method.kind == "chosen":
         return jol.lora.weight_lora(
             follow(rate), keep=KEEP, weight_learning_rate=follow(5.0), every=every,
             freeze_after=freeze_after, eps=1e-8,
         )  # fmt: skip
-    if kind == "grown":
+    if method.kind == "grown":
         return jol.lora.weight_lora_plus(
             follow(rate), every=EVERY, halvings=HALVINGS, weight_learning_rate=follow(5.0), eps=1e-8
         )
-    if kind == "projected":
+    if method.kind == "projected":
         head = AdamW(learning_rate=follow(HEAD_RATE))
         return jol.lora.scaled_lorsum(follow(rate), clip=CLIP, fallback=head)
-    return optax.adamw(follow(rate), weight_decay=0.0)
+    adamw = optax.adamw(follow(rate), weight_decay=0.0)
+    if not method.head_apart:
+        return adamw
+
+    def group(params: Any) -> Any:
+        return {n: jax.tree.map(lambda _, n=n: n == "head", x) for n, x in params.items()}
+
+    head = optax.adamw(follow(HEAD_RATE), weight_decay=0.0)
+    return optax.partition({False: adamw, True: head}, group)

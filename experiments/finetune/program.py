@@ -206,7 +206,7 @@ def step_of(
 ) -> Step:
     """One step of training; a run that diverges is to show it, so nothing is guarded."""
     schedule = optax.linear_schedule(1.0, 0.0, scale.steps)
-    tx = optimizer(method.kind, rate, schedule, every, scale.freeze_after)
+    tx = optimizer(method, rate, schedule, every, scale.freeze_after)
     options: dict[str, Any] = {"clip": CLIP}
     if method.kind == "projected":  # which clips by the norm of the kernels' gradients
         options = {"gradient": with_taps(spec)}
