@@ -242,7 +242,7 @@ def one_run(
     result: dict[str, list[float]] = {name: [] for name in ("train", "seconds", *parts)}
     for part, tokens in held_out.items():
         result[f"{part}_before"] = [float(compiled["held_out"](state, tokens))]
-    for number, numbers_of_rows in enumerate(order):
+    for numbers_of_rows in order:
         tokens = jax.block_until_ready(jnp.asarray(rows[numbers_of_rows], jnp.int32))
         if not compiled["warm"]:
             warm = jax.tree.map(jnp.copy, state)
