@@ -7,10 +7,10 @@ import optax
 import pytest
 
 from jaxopt_lab import zeroth_order as zo
-from tests.zeroth_order.problems import AXES, KEY, entries, linear, rough, run, tree
+from tests.zeroth_order.problems import FEW_AXES, KEY, entries, few, linear, rough, run
 
 STAY = optax.set_to_zero()
-PROBES = zo.Probes(matrix_axes=AXES)
+PROBES = zo.Probes(matrix_axes=FEW_AXES)
 
 
 def policy(loss, params, steps=1, **options):
@@ -20,7 +20,7 @@ def policy(loss, params, steps=1, **options):
 
 
 def test_one_candidate_is_mezo():
-    params = tree()
+    params = few()
     ours = zo.ldsd(optax.sgd(1e-3), candidates=1, key=KEY, probes=PROBES)
     theirs = zo.mezo(1e-3, key=KEY, probes=PROBES)
     (p, state, _), (q, _, _) = (run(tx, params, rough) for tx in (ours, theirs))
@@ -66,13 +66,13 @@ def test_the_law_of_alignment():
 
 
 def test_without_a_rate_the_policy_stays():
-    assert not policy(rough, tree(), policy_rate=0.0, probes=PROBES).any()
+    assert not policy(rough, few(), candidates=2, policy_rate=0.0, probes=PROBES).any()
 
 
 def test_a_narrow_policy_differentiates_along_its_mean():
     with jax.enable_x64(True):
-        params, mean = tree(dtype="float64"), tree(5, "float64")
-        tx = zo.ldsd(optax.sgd(1.0), policy_std=1e-9, key=KEY, probes=PROBES)
+        params, mean = few(dtype="float64"), few(5, "float64")
+        tx = zo.ldsd(optax.sgd(1.0), candidates=3, policy_std=1e-9, key=KEY, probes=PROBES)
         state = tx.init(params)._replace(mean=mean)
         _, state, updates = run(tx, params, linear(params), 1, state=state)
         wanted = -(entries(mean) @ entries(params)) * entries(mean)
@@ -114,23 +114,24 @@ def test_a_loss_that_is_not_finite_is_not_selected_and_does_not_move_the_policy(
 
 
 def test_over_jaguar_the_sign_of_the_estimate():
-    params = tree()
+    params = few()
     base = optax.chain(
         zo.scale_by_coordinate_momentum(b1=0.0),
         optax.scale_by_sign(),
         optax.scale_by_learning_rate(0.25),
     )
-    all_of_them = zo.Probes(zo.sparse(params_ratio=1.0), matrix_axes=AXES)
-    updates = run(zo.ldsd(base, key=KEY, probes=all_of_them), params, rough, 1)[2]
-    plain = run(zo.ldsd(optax.sgd(1.0), key=KEY, probes=PROBES), params, rough, 1)[2]
+    all_of_them = zo.Probes(zo.sparse(params_ratio=1.0), matrix_axes=FEW_AXES)
+    options = {"candidates": 2, "key": KEY}
+    updates = run(zo.ldsd(base, probes=all_of_them, **options), params, rough, 1)[2]
+    plain = run(zo.ldsd(optax.sgd(1.0), probes=PROBES, **options), params, rough, 1)[2]
     np.testing.assert_array_equal(entries(updates), 0.25 * np.sign(entries(plain)))
 
 
 def test_a_subset_moves_its_own_policy_and_momentum_only():
     base = zo.scale_by_coordinate_momentum(b1=0.5)
-    probes = zo.Probes(zo.sparse(params_ratio=0.3), matrix_axes=AXES)
-    tx = zo.ldsd(base, start="random", key=KEY, probes=probes)
-    params = tree()
+    probes = zo.Probes(zo.sparse(params_ratio=0.3), matrix_axes=FEW_AXES)
+    tx = zo.ldsd(base, candidates=2, start="random", key=KEY, probes=probes)
+    params = few()
     start = tx.init(params)
     _, state, _ = run(tx, params, rough, 1)
     same = entries(start.mean) == entries(state.mean)
@@ -139,27 +140,28 @@ def test_a_subset_moves_its_own_policy_and_momentum_only():
 
 
 def test_starts():
-    params = tree()
+    params = few()
     random = zo.ldsd(STAY, start="random", key=KEY, probes=PROBES).init(params).mean
     norms = [np.linalg.norm(np.asarray(x)) for x in random.values()]
     np.testing.assert_allclose(norms, 1, rtol=1e-5)
-    options = {"policy_rate": 0.0, "probes": PROBES}
+    options = {"candidates": 1, "policy_rate": 0.0, "probes": PROBES}
     slope = jax.tree.map(lambda x: x + 1, params)
-    found = policy(linear(slope), params, start="gradient", start_sign=-1.0, steps=2, **options)
+    loss = linear(slope)
+    found = policy(loss, params, start="gradient", start_sign=-1.0, steps=2, **options)
     np.testing.assert_allclose(found, -entries(slope), rtol=1e-5)
     tx = zo.ldsd(STAY, start="estimate", key=KEY, **options)
-    mean = run(tx, params, linear(slope), 2)[1].mean
+    mean = run(tx, params, loss, 2)[1].mean
     norms = [np.linalg.norm(np.asarray(x)) for x in mean.values()]
     np.testing.assert_allclose(norms, 1, rtol=1e-5)
     assert entries(mean) @ entries(slope) > 0
-    again = run(tx, params, linear(slope), 4)[1].mean  # found once
+    again = run(tx, params, loss, 4)[1].mean  # found once
     np.testing.assert_array_equal(entries(mean), entries(again))
 
 
 def test_candidates_are_evaluated_in_chunks():
     with jax.enable_x64(True):
         found = [
-            run(zo.ldsd(optax.sgd(0.1), candidates=4, key=KEY, probes=probes), tree(), rough)
+            run(zo.ldsd(optax.sgd(0.1), candidates=4, key=KEY, probes=probes), few(), rough)
             for engine in (zo.sequential(), zo.chunked(2))
             for probes in [zo.Probes(engine=engine)]
         ]

@@ -8,18 +8,30 @@ import pytest
 
 import jaxopt_lab as jol
 from jaxopt_lab import zeroth_order as zo
-from tests.zeroth_order.problems import AXES, KEY, entries, linear, quadratic, rough, run, tree
+from tests.zeroth_order.problems import (
+    AXES,
+    FEW_AXES,
+    KEY,
+    entries,
+    few,
+    linear,
+    quadratic,
+    rough,
+    run,
+    tree,
+)
 
 PROBES = zo.Probes(matrix_axes=AXES)
+FEW = zo.Probes(matrix_axes=FEW_AXES)
 SCALE_FREE = {
     "elementwise": zo.zo_signsgd(0.1, key=KEY),
     "elementwise, averaged": zo.zo_signsgd(0.1, b1=0.9, key=KEY),
     "scalar": zo.zo_signsgd(0.1, rule="scalar", key=KEY),
     "AdaMM": zo.zo_adamm(0.1, key=KEY),
-    "Muon": zo.zo_muon(0.1, key=KEY, probes=PROBES),
-    "sampling Muon": zo.sampling_muon(0.1, key=KEY, probes=PROBES),
-    "JAGUAR SignSGD": zo.jaguar_signsgd(0.1, key=KEY, probes=PROBES),
-    "JAGUAR Muon": zo.jaguar_muon(0.1, key=KEY, probes=PROBES),
+    "Muon": zo.zo_muon(0.1, key=KEY, probes=FEW),
+    "sampling Muon": zo.sampling_muon(0.1, key=KEY, probes=FEW),
+    "JAGUAR SignSGD": zo.jaguar_signsgd(0.1, key=KEY, probes=FEW),
+    "JAGUAR Muon": zo.jaguar_muon(0.1, key=KEY, probes=FEW),
 }
 
 
@@ -27,7 +39,7 @@ SCALE_FREE = {
 def test_the_scale_of_the_loss_does_not_matter(name):
     # In float32 the last digits of a difference of losses differ between two programs.
     with jax.enable_x64(True):
-        tx, params = SCALE_FREE[name], tree(dtype="float64")
+        tx, params = SCALE_FREE[name], few(dtype="float64")
         plain, _, _ = run(tx, params, rough)
         scaled, _, _ = run(tx, params, lambda p: 1000 * rough(p))
         np.testing.assert_allclose(entries(scaled), entries(plain), rtol=1e-5, atol=1e-6)
@@ -52,7 +64,7 @@ def test_mezo_contracts_below_two_over_the_dimension(times):
 
 
 def test_momentum_is_a_heavy_ball_over_the_decayed_estimate():
-    params, options = tree(), {"eps": 1e-2, "key": KEY}
+    params, options = few(), {"eps": 1e-2, "key": KEY}
     whole = zo.mezo(1e-3, momentum=0.9, weight_decay=0.1, **options)
     decay = optax.add_decayed_weights(0.1, {name: name != "bias" for name in params})
     parts = optax.chain(zo.estimate(**options), decay, optax.sgd(1e-3, momentum=0.9))
@@ -76,7 +88,7 @@ def test_decay_takes_a_mask_and_leaves_out_names_without_one():
 
 
 def test_sign_rules():
-    params = tree()
+    params = few()
     g = run(zo.estimate(key=KEY), params, rough, 1)[2]
     elementwise = run(zo.zo_signsgd(0.5, key=KEY), params, rough, 1)[2]
     np.testing.assert_allclose(entries(elementwise), -0.5 * np.sign(entries(g)))
@@ -171,7 +183,7 @@ def test_conservative_takes_the_best_of_three(name):
 
 
 def test_conservative_never_accepts_a_larger_loss():
-    tx, params, state = zo.conservative(2.0, key=KEY), tree(), None
+    tx, params, state = zo.conservative(2.0, key=KEY), few(), None
     losses = [float(rough(params))]
     step = jax.jit(lambda p, s: tx.update(None, s, p, value_fn=rough))
     state = tx.init(params)
