@@ -120,7 +120,8 @@ def ldsd(
     Differs from the released code in: the policy is updated with the candidates that were evaluated
     (released: with other draws, so that it learns nothing); the loss of the chosen candidate is
     not evaluated again; leaves draw independently; one subset a step for all candidates under
-    `sparse` (released: one a candidate).
+    `sparse` (released: one a candidate, which is `sparse(per_probe=True)`, but its policy moves on
+    the subset of the chosen one alone, along noise that other candidates were not evaluated with).
     """
     check_rates(policy_rate=policy_rate)
     check_integer("candidates", candidates)

@@ -164,6 +164,16 @@ def test_a_subset_moves_its_own_policy_and_momentum_only():
     np.testing.assert_array_equal(entries(state.base.mu) == 0, same)
 
 
+def test_candidates_with_subsets_of_their_own():
+    params = {name: jnp.ones(3) for name in "abcd"}
+    one_leaf = zo.Probes(zo.sparse(params_ratio=0.25, per_probe=True, noise=zo.signs()))
+    tx = zo.ldsd(optax.sgd(1.0), candidates=6, policy_rate=1.0, key=KEY, probes=one_leaf)
+    _, state, updates = run(tx, params, lambda p: sum((x**3).sum() for x in p.values()), 1)
+    assert sum(bool(x.any()) for x in updates.values()) == 1
+    moved = [bool(x.any()) for x in zo.policy_mean(state, one_leaf).values()]
+    assert sum(moved) > 1  # where any candidate was, not the chosen one alone
+
+
 def test_starts():
     params = tree()
     random = jax.jit(zo.ldsd(STAY, start="random", key=KEY, probes=PROBES).init)(params).mean
