@@ -111,7 +111,7 @@ def ldsd(
       >>> tx = ldsd(optax.sgd(0.05), candidates=3, policy_rate=1.0, key=jax.random.key(0))
       >>> x = jnp.array([1.0, -2.0])
       >>> updates, state = tx.update(None, tx.init(x), x, value_fn=lambda x: jnp.sum(x**2))
-      >>> policy_mean(state).shape
+      >>> state.mean.shape
       (2,)
 
     Source: Parfenov, Evseev, Veprikov, Bushkov, Moiseev and Beznosikov, "Zero-Order Optimization
