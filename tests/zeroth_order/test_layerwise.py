@@ -168,6 +168,22 @@ def test_a_whole_step_needs_the_memory_of_inference(engine):
     assert step_memory(tx, params, probe_fn=loss) <= 1.2
 
 
+def test_a_step_of_ldsd_needs_one_copy_for_its_mean():
+    # Were the mean replaced in the step that reads it, the old one would live beside the new one.
+    params = {"layers": {"w": jax.ShapeDtypeStruct((16, 64, 64), jnp.float32)}}
+    axes = {"layers": {"w": AXES["kernel"]}}
+
+    def probe_fn(params, direction, scale):
+        def layer(x, i):
+            part = zo.perturbed_layer("layers", params["layers"], direction, scale, i)
+            return jnp.tanh(x @ part["w"]), None
+
+        return jnp.mean(jax.lax.scan(layer, jnp.ones((1, 64)), jnp.arange(16))[0])
+
+    tx = zo.ldsd(optax.sgd(1e-6), key=KEY, probes=zo.Probes(zo.signs(), matrix_axes=axes))
+    assert step_memory(tx, params, probe_fn=probe_fn) <= 2.2
+
+
 def test_draws_stay_in_the_loop_over_both_signs():
     # The head in one piece: its noise does not depend on the round of any loop but for the
     # barrier, and drawn in front of them it would be kept beside the perturbed table.
