@@ -47,6 +47,9 @@ class FinetuneConfig(PretrainConfig):
     clip: Positive | None = 1.0
     """Largest global norm of the gradient; None does not clip. LoRSum clips by the norm of the
     kernels' gradients instead of the factors'."""
+    packed: bool = False
+    """Keep the blocks of four or eight bits of a GGUF file as they are beneath adapters, and unpack
+    them layer by layer, in a scan. Without it they are unpacked as they are read."""
     length: Count = 64
     """Tokens of a row of labelled text; a longer text loses its end."""
     prompt: Prompt = Prompt()
@@ -102,6 +105,8 @@ class FinetuneConfig(PretrainConfig):
             raise ConfigError("model", self.preset, "which is an encoder: expected a labelled task")
         if self.is_labelled and self.length > self.model.context:
             raise ConfigError("length", self.length, f"expected at most {self.model.context}")
+        if self.packed:
+            self._check_packed()
         optimizer = self.optimizer
         if not isinstance(optimizer, PairConfig):
             return
@@ -114,6 +119,16 @@ class FinetuneConfig(PretrainConfig):
                 "schedule", "adaptive-warmup",
                 "expected another one: it scales updates, and those of LoRSum are whole moves",
             )  # fmt: skip
+
+    def _check_packed(self) -> None:
+        if not self.trainable.adapters:
+            raise ConfigError(
+                "packed", True,
+                "but packed weights cannot be trained: expected --trainable lora, or --no-packed, "
+                "which unpacks them as they are read",
+            )  # fmt: skip
+        if self.preset in PRESETS or gguf_file(model_directory(self.preset)) is None:
+            raise ConfigError("packed", True, "expected a --model in a GGUF file")
 
 
 def model_directory(name: str) -> Path:
