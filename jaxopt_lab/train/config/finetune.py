@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from jaxopt_lab import data, models
 from jaxopt_lab.data import LabelledSource, Source, TextFiles, TokenizerConfig
+from jaxopt_lab.lora.inits import FROM_KERNEL
 from jaxopt_lab.models import PRESETS, DecoderConfig, EncoderConfig
 from jaxopt_lab.models.encoder_config import ModelConfig
 from jaxopt_lab.tasks import PROMPTS, Prompt
@@ -108,6 +109,8 @@ class FinetuneConfig(PretrainConfig):
         if self.packed:
             self._check_packed()
         optimizer = self.optimizer
+        if isinstance(self.trainable, LoraAdaptersConfig):
+            self._check_start(self.trainable)
         if not isinstance(optimizer, PairConfig):
             return
         dora = isinstance(self.trainable, DoraAdaptersConfig)
@@ -119,6 +122,17 @@ class FinetuneConfig(PretrainConfig):
                 "schedule", "adaptive-warmup",
                 "expected another one: it scales updates, and those of LoRSum are whole moves",
             )  # fmt: skip
+
+    def _check_start(self, adapters: LoraAdaptersConfig) -> None:
+        if adapters.init not in FROM_KERNEL:
+            return
+        given = ("trainable.init", adapters.init)
+        if self.packed:
+            raise ConfigError(*given, "which changes the kernels: expected --no-packed")
+        if adapters.dora or getattr(self.optimizer, "needs_weights", False):
+            raise ConfigError(
+                *given, "expected default: DoRA and WeightLoRA start beside whole kernels"
+            )
 
     def _check_packed(self) -> None:
         if not self.trainable.adapters:
