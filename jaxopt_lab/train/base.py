@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from jaxopt_lab import models
 from jaxopt_lab.core.keys import path_names, purpose_key
+from jaxopt_lab.core.packed import as_shapes
 from jaxopt_lab.models import PRESETS, DecoderConfig, EncoderConfig, encoder
 from jaxopt_lab.models.encoder_config import ModelConfig
 from jaxopt_lab.train.config.finetune import FinetuneConfig, gguf_file, model_directory
@@ -20,7 +21,7 @@ from jaxopt_lab.train.io.leaves import describe_leaves, first_difference
 class Base(NamedTuple):
     """The parameters of a model as they were found."""
 
-    params: PyTree  # NumPy arrays
+    params: PyTree  # NumPy arrays, some of them packed perhaps
     digest: str  # SHA-256 of paths, dtypes, shapes and values, without a fresh head
 
 
@@ -40,14 +41,14 @@ def read_base(config: FinetuneConfig, model: ModelConfig) -> Base:
     else:
         directory = model_directory(config.preset)
         try:
-            params = _read(directory, model)
+            params = _read(directory, model, packed=config.packed)
         except (OSError, ValueError) as error:
             raise ConfigError("model", config.preset, f"which cannot be read: {error}") from error
         positions = params["embedding"].get("positions")
         if positions is not None:  # a shorter context reads a part of the table
             params["embedding"]["positions"] = positions[: config.model.context]
     wanted = describe_leaves(models.abstract_params(config.model))
-    if difference := first_difference(wanted, describe_leaves(params)):
+    if difference := first_difference(wanted, describe_leaves(as_shapes(params))):
         raise ConfigError("model", config.preset, f"which has other arrays: {difference}")
     host = jax.tree.map(np.asarray, params)
     found = digest(host)
@@ -57,11 +58,17 @@ def read_base(config: FinetuneConfig, model: ModelConfig) -> Base:
     return Base(host, found)
 
 
-def _read(directory: Path, model: ModelConfig) -> PyTree:
+def packed_shapes(config: FinetuneConfig) -> PyTree:
+    """The parameters of a run on packed weights, as shapes: blocks of its GGUF file among them."""
+    params = _read(model_directory(config.preset), config.model, packed=True)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+
+
+def _read(directory: Path, model: ModelConfig, *, packed: bool) -> PyTree:
     if isinstance(model, EncoderConfig):
         return models.load_bert(directory)[1]
     if (file := gguf_file(directory)) is not None:
-        return models.load_gguf(file)[1]
+        return models.load_gguf(file, packed=packed)[1]
     return models.load_huggingface(directory)[1]
 
 

@@ -127,7 +127,11 @@ def all_params(run: Run, base: Base, key: Array) -> PyTree:
         return placed(base.params, shardings)
     params = placed(base.params, shardings.base)
     make: Any = jax.jit(trained.beside, out_shardings=shardings.beside)
-    return Adapted(params, make(params, key))
+    beside = make(params, key)
+    if not trained.leaves_base:
+        take: Any = jax.jit(trained.beneath, out_shardings=shardings.base, donate_argnums=0)
+        params = take(params, beside)
+    return Adapted(params, beside)
 
 
 def _refuse_change(run: Run, stored: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from jaxopt_lab import lora
 from jaxopt_lab.core.keys import path_names, purpose_key
 from jaxopt_lab.lora.adapters import get
 from jaxopt_lab.lora.config import matches
+from jaxopt_lab.lora.inits import FROM_KERNEL
 from jaxopt_lab.step import (
     Adapted,
     Batch,
@@ -47,6 +48,26 @@ class Trained:
         """The adapters at the start of a run."""
         assert self.spec is not None
         return _adapters(self.spec, base, key)
+
+    @property
+    def leaves_base(self) -> bool:
+        """Whether adapters start from zero, beside the base as it is."""
+        return self.spec is None or self.spec.config.init not in FROM_KERNEL
+
+    def beneath(self, base: PyTree, start: lora.Adapters) -> PyTree:
+        """What adapters are trained beside: the base without the product that they start from."""
+        assert self.spec is not None
+        return base if self.leaves_base else lora.unmerge(base, start, self.spec)
+
+    def ordinary(
+        self, base: PyTree, key: Array, adapters: lora.Adapters
+    ) -> tuple[lora.Adapters, lora.LoraSpec]:
+        """Trained adapters as they stand beside the base as it is; twice the rank where it lost."""
+        assert self.spec is not None
+        if self.leaves_base:
+            return adapters, self.spec
+        start = self.beside(jax.tree.map(jnp.asarray, base), key)
+        return lora.difference(adapters, start, self.spec)
 
 
 class WithSides(NamedTuple):
@@ -155,7 +176,8 @@ def adapted(
 
     def init(key: Array) -> Adapted:
         base = task.init(key)
-        return Adapted(base, _adapters(found, base, key))
+        beside = _adapters(found, base, key)
+        return Adapted(trained.beneath(base, beside), beside)
 
     evaluated: dict[Loss, Loss] = {}  # sets with one loss share a program
     for each in task.evaluations.values():
@@ -170,7 +192,8 @@ def adapted(
             for name, each in task.evaluations.items()
         },
     )
-    return Trained(changed, of_adapters, spec=spec)
+    trained = Trained(changed, of_adapters, spec=spec)
+    return trained
 
 
 def whole_leaves(params: PyTree, adapters: lora.Adapters, spec: lora.LoraSpec) -> PyTree:

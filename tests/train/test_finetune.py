@@ -2,6 +2,7 @@
 was never stopped, and what is refused."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -77,10 +78,14 @@ RUNS = {
     "lora": f"{LORA} --trainable.dropout 0.5 --trainable.whole final_norm",
     "weight-lora": f"{LORA} --optimizer weight-lora --optimizer.keep 1 --optimizer.freeze-after 2",
     "scaled-lorsum": f"{LORA} --optimizer scaled-lorsum --accumulation 2",
+    "pissa": f"{LORA} --trainable.init pissa",
+    "olora": f"{LORA} --trainable.init olora",
 }
+# The starts from the kernel share their path with the others, and compile for as long.
+NAMES = [pytest.param(n, marks=pytest.mark.slow) if n in ("pissa", "olora") else n for n in RUNS]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_stopped_run_goes_on_bit_for_bit(name, base, text, tmp_path):
     config = finetune_config(base, text, tmp_path / "whole", RUNS[name])
     whole, again = finetune(config), stopped_and_resumed(config, 3, tmp_path)
@@ -96,6 +101,32 @@ def test_a_stopped_run_goes_on_bit_for_bit(name, base, text, tmp_path):
     assert stored["model"] == whole.summary["model_hash"]
     if name == "weight-lora":
         _check_pruned(config, whole)
+    if name in ("pissa", "olora"):
+        _check_base(config, whole)
+
+
+def _check_base(config, result):
+    """Trained beside a smaller kernel; what is left stands beside the kernel as it was read."""
+    first, *_ = (r["validation_loss"] for r in read_metrics(result.directory) if r["step"] == 0)
+    params = jax.tree.map(jax.numpy.asarray, read_base(config, config.model).params)
+    names = models.matrix_axes(config.model), models.matrix_names(config.model)
+    adapters, spec = lora.load(result.directory / "adapter", params, *names)
+    assert [entry.rank for entry in spec.adapters] == [4]  # of 2
+    _, merged, _ = load_params(result.directory, step="best")
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, lora.merge(params, adapters, spec), merged)
+    kernel = [tree["layers"]["attention"]["qkv"]["kernel"] for tree in (params, merged)]
+    assert np.abs(kernel[0] - kernel[1]).max() > 1e-4
+    # The first evaluation is that of the base.
+    plain = replace(
+        config,
+        run_directory=f"{result.directory}-plain",
+        steps=1,
+        trainable=replace(config.trainable, init="default"),
+    )
+    finetune(plain)
+    wanted, *_ = (r["validation_loss"] for r in read_metrics(plain.run_directory) if r["step"] == 0)
+    assert first == pytest.approx(wanted, rel=1e-5)
 
 
 def _check_pruned(config, result):
@@ -230,6 +261,7 @@ WRONG = {
     "--trainable.rank 17": r"^trainable: .*got rank 17, wanted at most 16",
     "--optimizer weight-lora --optimizer.freeze-after 6": r"^optimizer.freeze_after: got 6, "
     r"expected less than steps = 6",
+    "--trainable.init pissa --optimizer weight-lora": r"^trainable.init: got 'pissa', expected",
     "--trainable full --optimizer scaled-lorsum": r"^optimizer: got 'scaled-lorsum', .*--trainable "
     r"lora",
     "--trainable dora --optimizer lorsum": r"^optimizer: got 'lorsum'",
