@@ -1,35 +1,48 @@
 """Rotary positions and attention on arrays (batch, positions, heads, head width)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+
+from jaxopt_lab.core.numerics import dropped
 
 _CUDNN_MAX_HEAD_WIDTH = 128
 
 
-def rotate(x_BxTxHxE: jax.Array, base: float) -> jax.Array:
+def rotate(
+    x_BxTxHxE: jax.Array, base: float, scaling: tuple[float, ...] | None = None
+) -> jax.Array:
     """Rotary position embedding in the half-split convention.
 
     Coordinates i and i + E/2 form a plane that is turned by the angle t base^(-2 i / E) at
     position t, so that the product of a query and a key depends on their distance alone.
 
+    Args:
+        x_BxTxHxE: queries or keys.
+        base: of the wavelengths.
+        scaling: (factor, low, high, original context), for contexts longer than the original one:
+            planes that turn at most `low` times in the original context turn `factor` times
+            slower, those that turn at least `high` times as before, and between the two the speed
+            is interpolated linearly in the number of turns.
+
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding",
-    arXiv 2104.09864; the pairing is that of the Hugging Face LLaMA layout.
+    arXiv 2104.09864; the pairing is that of the Hugging Face LLaMA layout. The scaling is that of
+    Grattafiori et al., "The Llama 3 Herd of Models", arXiv 2407.21783, in its released code.
     """
     T, E = x_BxTxHxE.shape[1], x_BxTxHxE.shape[3]
     dtype = jnp.promote_types(x_BxTxHxE.dtype, jnp.float32)
     frequency_E = base ** (-jnp.arange(0, E, 2, dtype=dtype) / E)
+    if scaling is not None:
+        factor, low, high, original = scaling
+        turns_E = original * frequency_E / (2 * math.pi)
+        kept_E = jnp.clip((turns_E - low) / (high - low), 0, 1)
+        frequency_E = frequency_E * (kept_E + (1 - kept_E) / factor)
     angle_TxE = jnp.arange(T, dtype=dtype)[:, None] * frequency_E
     cos_Tx1xE, sin_Tx1xE = jnp.cos(angle_TxE)[:, None], jnp.sin(angle_TxE)[:, None]
     a, b = jnp.split(x_BxTxHxE, 2, axis=-1)
     turned = (a * cos_Tx1xE - b * sin_Tx1xE, b * cos_Tx1xE + a * sin_Tx1xE)
     return jnp.concatenate(turned, axis=-1).astype(x_BxTxHxE.dtype)
-
-
-def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Entries zeroed with probability ``rate``, the others divided by 1 - rate; no key: x."""
-    if key is None or rate == 0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
 def attend(

@@ -30,7 +30,9 @@ class DecoderConfig:
     depth: int
     """Number of layers L."""
     heads: int
-    """Attention heads; each is width / heads wide."""
+    """Attention heads."""
+    head_dim: int | None = None
+    """Width of one head; None: width / heads."""
     kv_heads: int | None = None
     """Key and value heads (grouped-query attention); None: as many as heads."""
     hidden: int | None = None
@@ -47,8 +49,15 @@ class DecoderConfig:
     """Whether the head is the transposed token embedding."""
     bias: bool = False
     """Biases on every linear layer and LayerNorm (RMSNorm never has one)."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values alone, as in Qwen2."""
+    qk_norm: bool = False
+    """RMSNorm of each head of queries and keys, before their rotation, as in Qwen3."""
     rope_base: float = 10_000.0
     """Base of the rotary wavelengths."""
+    rope_scaling: tuple[float, ...] | None = None
+    """Wavelengths stretched as in Llama 3.1: factor, low and high frequency factor, original
+    context (`models.attention.rotate`); None: as they are."""
     norm_eps: float = 1e-5
     """Added to the variance inside the norms."""
     compute_dtype: DType = "float32"
@@ -73,7 +82,11 @@ class DecoderConfig:
             require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("rope_base", "norm_eps"):
             require(self, name, getattr(self, name) > 0, "greater than 0")
-        require(self, "heads", self.width % self.heads == 0, f"a divisor of width = {self.width}")
+        if self.head_dim is None:
+            divides = self.width % self.heads == 0
+            require(self, "heads", divides, f"a divisor of width = {self.width}")
+        else:
+            require(self, "head_dim", self.head_dim >= 1, "at least 1, or None")
         if self.kv_heads is not None:
             divides = self.kv_heads >= 1 and self.heads % self.kv_heads == 0
             require(self, "kv_heads", divides, f"a divisor of heads = {self.heads}")
@@ -81,12 +94,25 @@ class DecoderConfig:
             require(self, "hidden", self.hidden >= 1, "at least 1")
         if self.positions == "rope":
             wanted = f"such that the head width is even (width = {self.width})"
-            require(self, "heads", self.head_width % 2 == 0, wanted)
+            name = "heads" if self.head_dim is None else "head_dim"
+            require(self, name, self.head_width % 2 == 0, wanted)
+        require(
+            self, "qk_norm", not self.qk_norm or self.norm == "rms", 'False with norm = "layer"'
+        )
+        if self.rope_scaling is not None:
+            object.__setattr__(self, "rope_scaling", tuple(map(float, self.rope_scaling)))
+            self._check_rope_scaling(*self.rope_scaling)
+
+    def _check_rope_scaling(self, *numbers: float) -> None:
+        wanted = "four: factor >= 1, 0 < low < high, original context >= 1"
+        holds = len(numbers) == 4 and numbers[0] >= 1 and 0 < numbers[1] < numbers[2]
+        require(self, "rope_scaling", holds and numbers[3] >= 1, wanted)
+        require(self, "rope_scaling", self.positions == "rope", "None without rotary positions")
 
     @property
     def head_width(self) -> int:
-        """Width of one head."""
-        return self.width // self.heads
+        """Width of one head, with the default filled in."""
+        return self.width // self.heads if self.head_dim is None else self.head_dim
 
     @property
     def num_kv_heads(self) -> int:

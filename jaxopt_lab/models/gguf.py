@@ -119,8 +119,9 @@ def _config(
     for name, allowed in _FIXED.items():
         expect(f"llama.{name}", *allowed)
     width, heads = value("llama.embedding_length"), value("llama.attention.head_count")
-    for name in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
-        expect(f"llama.{name}", width // heads)
+    head_dim = value("llama.attention.key_length", width // heads)
+    for name in ("rope.dimension_count", "attention.value_length"):
+        expect(f"llama.{name}", head_dim)
     if "token_embd.weight" not in tensors:
         raise ValueError("token_embd.weight: the file does not have this tensor")
     vocab_size = value("llama.vocab_size", int(tensors["token_embd.weight"].shape[-1]))
@@ -134,6 +135,7 @@ def _config(
         width=width,
         depth=value("llama.block_count"),
         heads=heads,
+        head_dim=None if heads * head_dim == width else head_dim,
         kv_heads=value("llama.attention.head_count_kv", heads),
         hidden=value("llama.feed_forward_length"),
         context=value("llama.context_length"),

@@ -1,9 +1,10 @@
 """Decoders as Hugging Face directories: config.json and model.safetensors.
 
-Learned positions become a GPT2LMHeadModel, rotary ones a LlamaForCausalLM. Arrays are moved, split
-and transposed, never computed with, so export followed by load is bitwise. The directory also
-records our own configuration (a key that Hugging Face ignores), for the fields that their format
-has no place for.
+Learned positions become a GPT2LMHeadModel; rotary ones a LlamaForCausalLM, with biases on queries,
+keys and values a Qwen2ForCausalLM, with their norms a Qwen3ForCausalLM. Arrays are moved, split and
+transposed, never computed with, so export followed by load is bitwise. The directory also records
+our own configuration (a key that Hugging Face ignores), for the fields that their format has no
+place for.
 """
 
 import contextlib
@@ -13,45 +14,53 @@ import math
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.flax import load_file, save_file
+from safetensors.flax import save_file
 
 from jaxopt_lab.models.config import DecoderConfig, check_dtypes
 from jaxopt_lab.models.decoder import Params
 from jaxopt_lab.models.encoder_config import EncoderConfig, ModelConfig
 from jaxopt_lab.models.huggingface_bert import bert_names
-from jaxopt_lab.models.huggingface_config import from_huggingface_config, to_huggingface_config
+from jaxopt_lab.models.huggingface_config import (
+    differences,
+    from_huggingface_config,
+    to_huggingface_config,
+)
+from jaxopt_lab.models.huggingface_tensors import (
+    WEIGHTS,
+    Place,
+    check_tensors,
+    read_tensors,
+    shapes,
+    stacked,
+)
 from jaxopt_lab.models.layout import abstract_params
 
 _OUR_KEY = "jaxopt_lab"
-_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+_CONFIG = "config.json"
+# Masks and frequencies that older versions wrote beside the parameters.
+_UNREAD = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
-class _Linear(NamedTuple):
-    """A linear layer: Hugging Face names of its pieces and whether theirs are (out, in)."""
-
-    names: tuple[str, ...]
-    transposed: bool
-
-
-_GPT2_LINEAR = {
-    ("attention", "qkv"): _Linear(("attn.c_attn",), False),
-    ("attention", "out"): _Linear(("attn.c_proj",), False),
-    ("mlp", "up"): _Linear(("mlp.c_fc",), False),
-    ("mlp", "down"): _Linear(("mlp.c_proj",), False),
+_GPT2_MODULES = {
+    ("attention", "qkv"): Place(("attn.c_attn",), False),
+    ("attention", "out"): Place(("attn.c_proj",), False),
+    ("mlp", "up"): Place(("mlp.c_fc",), False),
+    ("mlp", "down"): Place(("mlp.c_proj",), False),
 }
-_LLAMA_LINEAR = {
-    ("attention", "qkv"): _Linear(tuple(f"self_attn.{p}_proj" for p in "qkv"), True),
-    ("attention", "q"): _Linear(("self_attn.q_proj",), True),
-    ("attention", "kv"): _Linear(tuple(f"self_attn.{p}_proj" for p in "kv"), True),
-    ("attention", "out"): _Linear(("self_attn.o_proj",), True),
-    ("mlp", "up"): _Linear(("mlp.up_proj",), True),
-    ("mlp", "gate"): _Linear(("mlp.gate_proj",), True),
-    ("mlp", "down"): _Linear(("mlp.down_proj",), True),
+_LLAMA_MODULES = {
+    ("attention", "qkv"): Place(tuple(f"self_attn.{p}_proj" for p in "qkv"), True),
+    ("attention", "q"): Place(("self_attn.q_proj",), True),
+    ("attention", "kv"): Place(tuple(f"self_attn.{p}_proj" for p in "kv"), True),
+    ("attention", "out"): Place(("self_attn.o_proj",), True),
+    ("mlp", "up"): Place(("mlp.up_proj",), True),
+    ("mlp", "gate"): Place(("mlp.gate_proj",), True),
+    ("mlp", "down"): Place(("mlp.down_proj",), True),
+    ("attention", "q_norm"): Place(("self_attn.q_norm",), False),
+    ("attention", "k_norm"): Place(("self_attn.k_norm",), False),
 }
 _GPT2_NAMES = {
     "layers": "transformer.h",
@@ -94,17 +103,17 @@ def export_huggingface(
     theirs = to_huggingface_config(config)
     theirs[_OUR_KEY] = dataclasses.asdict(config)
     directory = pathlib.Path(directory)
-    for path in (directory / _WEIGHTS, directory / _CONFIG):
+    for path in (directory / WEIGHTS, directory / _CONFIG):
         if path.exists():
             raise FileExistsError(f"directory: {path} already exists, wanted a new directory")
     tensors = {}
-    for path, leaf in _leaves(abstract_params(_with_their_biases(config))):
+    for path, leaf in _leaves(_abstract(config)):
         array = _get(params, path)
         array = np.zeros(leaf.shape, leaf.dtype) if array is None else np.asarray(array)
         tensors.update(_to_theirs(config, path, array))
     with _appearing_whole(directory) as partial:
         weights = {name: jnp.asarray(tensor) for name, tensor in tensors.items()}
-        save_file(weights, partial / _WEIGHTS, {"format": "pt"})
+        save_file(weights, partial / WEIGHTS, {"format": "pt"})
         if tokenizer_file is not None:
             shutil.copyfile(tokenizer_file, partial / "tokenizer.json")
             tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -131,7 +140,7 @@ def matrix_names(config: ModelConfig) -> dict[str, Any]:
         if isinstance(config, EncoderConfig):
             names = bert_names(path)
         else:
-            names, _ = _names(config, path)
+            names = _place(config, path).names
         matrices = math.prod(leaf.shape[2:-1]) if config.fused_qkv_as == "three" else 1
         each = names if len(names) == matrices else names * matrices
         modules = [name.removesuffix(".weight") for name in each]
@@ -159,28 +168,38 @@ def _appearing_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def load_huggingface(directory: str | pathlib.Path) -> tuple[DecoderConfig, Params]:
-    """Reads a GPT2LMHeadModel or LlamaForCausalLM directory, ours or another's.
+    """Reads a directory of a GPT-2, LLaMA, Mistral, Qwen2 or Qwen3, ours or another's.
+
+    Names, shapes and dtypes of all tensors are checked, and all fields of the configuration.
 
     Args:
-        directory: with ``config.json`` and one ``model.safetensors``.
+        directory: with ``config.json`` and ``model.safetensors``, or the shards that
+            ``model.safetensors.index.json`` lists.
 
     Returns:
-        The configuration and the parameters, in ``config.param_dtype``.
+        The configuration and the parameters, in ``config.param_dtype``: float32 for another's.
 
     Raises:
-        FileNotFoundError: when one of the files is missing.
-        ValueError: for an architecture, field or tensor that the decoder cannot represent.
+        FileNotFoundError: when a file is missing.
+        ValueError: for an architecture or field that the decoder has no counterpart of, sliding
+            windows among them; for tensors that are missing, unknown, or of another shape or kind:
+            one error lists all; for shards that are not those of the index.
     """
     directory = pathlib.Path(directory)
     config = huggingface_config_of(directory)
     check_dtypes(config)
-    if not (directory / "model.safetensors").exists():
-        raise FileNotFoundError(f"{directory}: no model.safetensors (one file, not a sharded set)")
-    tensors = load_file(directory / "model.safetensors")
+    tensors = read_tensors(directory)
+    if config.positions == "learned":
+        # The original GPT-2 checkpoints were saved without the prefix of the class.
+        tensors = {_prefixed(name): tensor for name, tensor in tensors.items()}
+    leaves = [(*each, _place(config, each[0])) for each in _leaves(_abstract(config))]
+    wanted = {name: shape for each in leaves for name, shape in shapes(*each).items()}
+    check_tensors(directory, tensors, wanted, (*_UNREAD, *(["lm_head"] if config.tied else [])))
+    _check_tied(config, tensors)
     params: Params = {}
-    for path, leaf in _leaves(abstract_params(_with_their_biases(config))):
-        array = _to_ours(config, path, leaf, tensors)
-        if config.bias or not _is_bias(path):
+    for path, leaf, place in leaves:
+        array = stacked(path, leaf, place, tensors)
+        if _is_ours(config, path):
             node = params
             for name in path[:-1]:
                 node = node.setdefault(name, {})
@@ -195,90 +214,87 @@ def huggingface_config_of(directory: str | pathlib.Path) -> DecoderConfig:
 
     Raises:
         FileNotFoundError: when there is no ``config.json``.
-        ValueError: for an architecture or field that the decoder cannot represent.
+        ValueError: for an architecture or field that the decoder has no counterpart of, or one
+            that was changed beside our own configuration.
     """
-    theirs = json.loads((pathlib.Path(directory) / "config.json").read_text())
-    ours = theirs.get(_OUR_KEY)
-    return from_huggingface_config(theirs) if ours is None else DecoderConfig(**ours)
-
-
-def _with_their_biases(config: DecoderConfig) -> DecoderConfig:
-    """The decoder whose parameters are all tensors of the architecture."""
-    if config.positions == "learned":
-        return dataclasses.replace(config, bias=True)
+    theirs = json.loads((pathlib.Path(directory) / _CONFIG).read_text())
+    found, ours = from_huggingface_config(theirs), theirs.get(_OUR_KEY)
+    if ours is None:
+        return found
+    try:
+        config = DecoderConfig(**ours)
+    except TypeError as error:
+        raise ValueError(f"{_CONFIG}: {_OUR_KEY}: {error}") from error
+    for name, (wanted, got) in differences(config, found).items():
+        raise ValueError(f"{name}: got {got!r}, but the section {_OUR_KEY} says {wanted!r}")
     return config
 
 
-def _is_bias(path: tuple[str, ...]) -> bool:
-    return path[-1] == "bias"
+def _abstract(config: DecoderConfig) -> Params:
+    """Shapes of the parameters, with all tensors that the architecture has."""
+    if config.positions == "learned":
+        config = dataclasses.replace(config, bias=True)
+    return abstract_params(config)
 
 
-def _names(config: DecoderConfig, path: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
-    """Their names of one of our leaves (``{}`` stands for the layer) and whether transposed."""
+def _is_ours(config: DecoderConfig, path: tuple[str, ...]) -> bool:
+    """Whether it is no bias that only the architecture has."""
+    return config.bias or config.positions != "learned" or path[-1] != "bias"
+
+
+def _prefixed(name: str) -> str:
+    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+
+
+def _check_tied(config: DecoderConfig, tensors: Mapping[str, Any]) -> None:
+    """A head beside an embedding that it is tied to may only repeat it."""
+    if not config.tied or "lm_head.weight" not in tensors:
+        return
+    head, table = (
+        tensors["lm_head.weight"],
+        tensors[_place(config, ("embedding", "tokens")).names[0]],
+    )
+    if head.shape != table.shape or not np.array_equal(np.asarray(head), np.asarray(table)):
+        raise ValueError(
+            "lm_head.weight: differs from the embedding, but tie_word_embeddings is true"
+        )
+
+
+def _place(config: DecoderConfig, path: tuple[str, ...]) -> Place:
+    """Where one of our leaves is in theirs."""
     gpt2 = config.positions == "learned"
     names = _GPT2_NAMES if gpt2 else _LLAMA_NAMES
-    kind = "bias" if _is_bias(path) else "weight"
+    kind = "bias" if path[-1] == "bias" else "weight"
     match path:
         case ("embedding", table):
-            return (names[table],), False
+            return Place((names[table],), False)
         case ("head",):
-            return ("lm_head.weight",), True
+            return Place(("lm_head.weight",), True)
         case ("final_norm", _):
-            return (f"{names['final_norm']}.{kind}",), False
+            return Place((f"{names['final_norm']}.{kind}",), False)
         case ("layers", ("attention_norm" | "mlp_norm") as norm, _):
-            return (f"{names['layers']}.{{}}.{names[norm]}.{kind}",), False
-        case ("layers", sublayer, linear, _):
-            entry = (_GPT2_LINEAR if gpt2 else _LLAMA_LINEAR)[sublayer, linear]
-            pieces = tuple(f"{names['layers']}.{{}}.{piece}.{kind}" for piece in entry.names)
-            return pieces, entry.transposed and not _is_bias(path)
+            return Place((f"{names['layers']}.{{}}.{names[norm]}.{kind}",), False)
+        case ("layers", sublayer, module, _):
+            pieces, transposed = (_GPT2_MODULES if gpt2 else _LLAMA_MODULES)[sublayer, module]
+            pieces = tuple(f"{names['layers']}.{{}}.{piece}.{kind}" for piece in pieces)
+            return Place(pieces, transposed and kind == "weight")
     raise AssertionError(f"unknown parameter {path}")
 
 
 def _to_theirs(
     config: DecoderConfig, path: tuple[str, ...], array: np.ndarray
 ) -> Iterator[tuple[str, np.ndarray]]:
-    names, transposed = _names(config, path)
+    names, transposed = _place(config, path)
     layers = array if path[0] == "layers" else array[None]
     for i, layer in enumerate(layers):
         # The axis of query, key and value is the last but one, in kernels and biases alike.
         if len(names) > 1:
             pieces = [np.take(layer, j, axis=-2) for j in range(len(names))]
         else:
-            rows = layer.shape[:1] if layer.ndim > 1 and not _is_bias(path) else ()
+            rows = layer.shape[:1] if layer.ndim > 1 and path[-1] != "bias" else ()
             pieces = [layer.reshape(*rows, -1)]
         for name, piece in zip(names, pieces, strict=True):
             yield name.format(i), np.ascontiguousarray(piece.T if transposed else piece)
-
-
-def _to_ours(
-    config: DecoderConfig,
-    path: tuple[str, ...],
-    leaf: jax.ShapeDtypeStruct,
-    tensors: Mapping[str, jax.Array],
-) -> jax.Array:
-    names, transposed = _names(config, path)
-    stacked = path[0] == "layers"
-    shape = leaf.shape[1:] if stacked else leaf.shape
-    layers = []
-    for i in range(config.depth if stacked else 1):
-        pieces = [_find(tensors, name.format(i)) for name in names]
-        pieces = [np.asarray(piece.T if transposed else piece) for piece in pieces]
-        layer = np.stack(pieces, axis=-2) if len(names) > 1 else pieces[0]
-        if layer.size != np.prod(shape):
-            raise ValueError(
-                f"{', '.join(n.format(i) for n in names)}: got {layer.size} values, wanted "
-                f"{'.'.join(path)} of shape {shape}"
-            )
-        layers.append(layer.reshape(shape))
-    return jnp.asarray(np.stack(layers) if stacked else layers[0], leaf.dtype)
-
-
-def _find(tensors: Mapping[str, jax.Array], name: str) -> jax.Array:
-    # The original GPT-2 checkpoints were saved without the prefix of the language-model class.
-    for candidate in (name, name.removeprefix("transformer.")):
-        if candidate in tensors:
-            return tensors[candidate]
-    raise ValueError(f"model.safetensors: no tensor {name}")
 
 
 def _leaves(tree: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

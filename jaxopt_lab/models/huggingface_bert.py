@@ -6,17 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from safetensors.flax import load_file
 
 from jaxopt_lab.core.keys import path_names
 from jaxopt_lab.models.encoder import Params
 from jaxopt_lab.models.encoder_config import EncoderConfig
 from jaxopt_lab.models.huggingface_config import expect
+from jaxopt_lab.models.huggingface_tensors import (
+    Place,
+    check_tensors,
+    read_tensors,
+    shapes,
+    stacked,
+)
 from jaxopt_lab.models.layout import abstract_params
 
-_CONFIG, _WEIGHTS, _POOLING = "config.json", "model.safetensors", "1_Pooling/config.json"
+_CONFIG, _POOLING = "config.json", "1_Pooling/config.json"
 _TABLES = {
     "tokens": "embeddings.word_embeddings",
     "positions": "embeddings.position_embeddings",
@@ -50,9 +54,9 @@ def load_bert(directory: str | pathlib.Path) -> tuple[EncoderConfig, Params]:
     adds a fresh head.
 
     Args:
-        directory: with ``config.json`` and one ``model.safetensors``, its names with or without
-            ``bert.``; ``1_Pooling/config.json`` of a sentence encoder says what is pooled, without
-            it the mean is.
+        directory: with ``config.json`` and ``model.safetensors`` or its shards, names with or
+            without ``bert.``; ``1_Pooling/config.json`` of a sentence encoder says what is pooled,
+            without it the mean is.
 
     Returns:
         The configuration, dropout rates among it, and the parameters in float32.
@@ -64,19 +68,17 @@ def load_bert(directory: str | pathlib.Path) -> tuple[EncoderConfig, Params]:
     """
     directory = pathlib.Path(directory)
     config = bert_config_of(directory)
-    path = directory / _WEIGHTS
-    if not path.exists():
-        raise FileNotFoundError(f"{directory}: no {_WEIGHTS} (one file, not a sharded set)")
-    tensors = {_plain(name): tensor for name, tensor in load_file(path).items()}
-    wanted = jax.tree_util.tree_leaves_with_path(abstract_params(config))
-    leaves = [(path_names(p), leaf) for p, leaf in wanted]
-    _check(path, tensors, {k: s for names, leaf in leaves for k, s in _theirs(names, leaf).items()})
+    tensors = {_plain(name): tensor for name, tensor in read_tensors(directory).items()}
+    abstract = jax.tree_util.tree_leaves_with_path(abstract_params(config))
+    leaves = [(path_names(p), leaf, _place(path_names(p))) for p, leaf in abstract]
+    wanted = {name: shape for each in leaves for name, shape in shapes(*each).items()}
+    check_tensors(directory, tensors, wanted, _UNREAD)
     params: Params = {}
-    for names, leaf in leaves:
+    for names, leaf, place in leaves:
         node = params
         for name in names[:-1]:
             node = node.setdefault(name, {})
-        node[names[-1]] = _ours(names, leaf, tensors)
+        node[names[-1]] = stacked(names, leaf, place, tensors)
     return config, params
 
 
@@ -161,46 +163,6 @@ def _plain(name: str) -> str:
     return name
 
 
-def _theirs(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a leaf."""
-    names = bert_names(path)
-    if path[0] != "layers":
-        return {names[0]: leaf.shape}
-    depth, *shape = leaf.shape
-    if len(names) > 1:
-        shape.pop(-2)  # of query, key and value
-    return {name.format(i): tuple(reversed(shape)) for i in range(depth) for name in names}
-
-
-def _ours(
-    path: tuple[str, ...], leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, jax.Array]
-) -> jax.Array:
-    names = bert_names(path)
-    if path[0] != "layers":
-        return tensors[names[0]].astype(leaf.dtype)
-    # Theirs are (out, in); our axis of query, key and value is the last but one.
-    pieces = [
-        [np.asarray(tensors[name.format(i)]).T for name in names] for i in range(leaf.shape[0])
-    ]
-    return jnp.asarray(np.stack(pieces, 0).swapaxes(1, -2).reshape(leaf.shape), leaf.dtype)
-
-
-def _check(
-    path: pathlib.Path, tensors: Mapping[str, jax.Array], wanted: Mapping[str, tuple[int, ...]]
-) -> None:
-    missing = [f"{name} {shape}" for name, shape in wanted.items() if name not in tensors]
-    unknown = [
-        f"{name} {tensor.shape}"
-        for name, tensor in tensors.items()
-        if name not in wanted and not name.startswith(_UNREAD)
-    ]
-    wrong = [
-        f"{name} {tensors[name].shape} {tensors[name].dtype} instead of {shape} in floats"
-        for name, shape in wanted.items()
-        if name in tensors
-        and (tensors[name].shape != shape or not jnp.issubdtype(tensors[name].dtype, jnp.floating))
-    ]
-    found = {"missing": missing, "unknown": unknown, "not as config.json says": wrong}
-    if any(found.values()):
-        each = "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names)
-        raise ValueError(f"{path}: {each}")
+def _place(path: tuple[str, ...]) -> Place:
+    # Theirs are (out, in), tables apart.
+    return Place(bert_names(path), path[0] == "layers" and path[-1] == "kernel")

@@ -1,7 +1,7 @@
 """The parts of a decoder layer, written for one layer; storage stacks them.
 
 Array names end in their axes: B batch, T query positions, S key positions, D width, H heads,
-K key and value heads, E head width, F hidden units.
+K key and value heads, E head width, P all heads side by side, F hidden units.
 """
 
 import math
@@ -52,10 +52,11 @@ def residual_std(config: DecoderConfig) -> float:
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the last axis, in float32 or wider."""
 
-    def __init__(self, config: ModelConfig):
-        """Starts as the identity scale."""
+    def __init__(self, config: ModelConfig, width: int | None = None):
+        """Starts as the identity scale; the width is that of the stream by default."""
         self.config = config
-        self.scale = parameter(jnp.ones(config.width, config.param_dtype), "norm", ("stream",))
+        ones = jnp.ones(width or config.width, config.param_dtype)
+        self.scale = parameter(ones, "norm", ("stream",))
         biased = config.norm == "layer" and config.bias
         self.bias = zeros(config, (config.width,), ("stream",)) if biased else None
 
@@ -84,12 +85,14 @@ class Linear(nnx.Module):
         *,
         rngs: nnx.Rngs,
         std: float = INIT_STD,
+        bias: bool = False,
     ):
-        """Draws the kernel; the bias starts at zero."""
+        """Draws the kernel; the bias, where the model or this layer has one, starts at zero."""
         self.kernel = parameter(normal(config, rngs, shape, std), "matrix", axes)
         # Vectors along the residual stream are replicated, like the stream itself.
         bias_axes = tuple("stream" if name == "embed" else name for name in axes[1:])
-        self.bias = zeros(config, shape[1:], bias_axes) if config.bias else None
+        biased = config.bias or bias
+        self.bias = zeros(config, shape[1:], bias_axes) if biased else None
         self.side: Side | None = None  # `attach` sets it
 
     def __call__(self, x_BxTxI: jax.Array) -> jax.Array:
@@ -122,24 +125,29 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         """Builds the projections."""
         self.config = config
-        d, k = config.width, config.num_kv_heads * config.head_width
-        if k == d:
-            self.qkv = Linear(config, (d, 3, d), ("embed", None, "heads"), rngs=rngs)
+        d, bias = config.width, config.qkv_bias
+        h, k = (count * config.head_width for count in (config.heads, config.num_kv_heads))
+        if k == h:
+            axes = ("embed", None, "heads")
+            self.qkv = Linear(config, (d, 3, h), axes, rngs=rngs, bias=bias)
         else:
-            self.q = Linear(config, (d, d), ("embed", "heads"), rngs=rngs)
-            self.kv = Linear(config, (d, 2, k), ("embed", None, "kv_heads"), rngs=rngs)
+            axes = ("embed", None, "kv_heads")
+            self.q = Linear(config, (d, h), ("embed", "heads"), rngs=rngs, bias=bias)
+            self.kv = Linear(config, (d, 2, k), axes, rngs=rngs, bias=bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (Norm(config, config.head_width) for _ in range(2))
         std = residual_std(config)
-        self.out = Linear(config, (d, d), ("heads", "embed"), rngs=rngs, std=std)
+        self.out = Linear(config, (h, d), ("heads", "embed"), rngs=rngs, std=std)
 
     def __call__(
         self, x_BxTxD: jax.Array, segment_ids_BxT: jax.Array | None, mesh: Mesh | None
     ) -> jax.Array:
         """Mixes positions."""
         config = self.config
-        B, T, D = x_BxTxD.shape
+        B, T, _ = x_BxTxD.shape
         if hasattr(self, "qkv"):
-            qkv_BxTx3xD = self.qkv(x_BxTxD)
-            projections = [qkv_BxTx3xD[:, :, i] for i in range(3)]
+            qkv_BxTx3xP = self.qkv(x_BxTxD)
+            projections = [qkv_BxTx3xP[:, :, i] for i in range(3)]
         else:
             kv_BxTx2xK = self.kv(x_BxTxD)
             projections = [self.q(x_BxTxD), kv_BxTx2xK[:, :, 0], kv_BxTx2xK[:, :, 1]]
@@ -147,13 +155,15 @@ class Attention(nnx.Module):
         q_BxTxHxE, k_BxTxKxE, v_BxTxKxE = (
             constrain(p.reshape(B, T, -1, config.head_width), mesh, axes) for p in projections
         )
+        if config.qk_norm:
+            q_BxTxHxE, k_BxTxKxE = self.q_norm(q_BxTxHxE), self.k_norm(k_BxTxKxE)
         if config.positions == "rope":
-            q_BxTxHxE = rotate(q_BxTxHxE, config.rope_base)
-            k_BxTxKxE = rotate(k_BxTxKxE, config.rope_base)
+            q_BxTxHxE = rotate(q_BxTxHxE, config.rope_base, config.rope_scaling)
+            k_BxTxKxE = rotate(k_BxTxKxE, config.rope_base, config.rope_scaling)
         y_BxTxHxE = attend(
             q_BxTxHxE, k_BxTxKxE, v_BxTxKxE, segment_ids_BxT, kernel=config.attention
         )
-        return self.out(y_BxTxHxE.reshape(B, T, D))
+        return self.out(y_BxTxHxE.reshape(B, T, -1))
 
 
 class MLP(nnx.Module):

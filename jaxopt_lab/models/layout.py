@@ -112,7 +112,7 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, context: int | None = None) -> float:
-    """FLOPs of one training step per token, 6 N + 12 L d T.
+    """FLOPs of one training step per token, 6 N + 12 L p T, p the width of all heads together.
 
     N counts the parameters that multiply activations: all but tables of positions and of tokens,
     unless the latter is the head as well. Each costs 2 FLOPs forward and 4 backward. The second
@@ -129,7 +129,7 @@ def flops_per_token(config: ModelConfig, context: int | None = None) -> float:
     sizes = _map(config, lambda leaf, _: math.prod(leaf.shape) * (leaf.role in tables))
     lookups = sum(jax.tree.leaves(sizes))
     length = config.context if context is None else context
-    attention = 12 * config.depth * config.width * length
+    attention = 12 * config.depth * config.heads * config.head_width * length
     return float(6 * (parameter_count(config) - lookups) + attention)
 
 

@@ -11,11 +11,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jaxopt_lab.models import DecoderConfig
 from jaxopt_lab.report.files import read_text
 from jaxopt_lab.train.config.bounds import check_bounds
 from jaxopt_lab.train.config.choices import CHOICES
 from jaxopt_lab.train.config.decode import Words, only_word
-from jaxopt_lab.train.config.finetune import FinetuneConfig
+from jaxopt_lab.train.config.finetune import FinetuneConfig, given_model
 from jaxopt_lab.train.config.run import PretrainConfig
 from jaxopt_lab.train.config.serialize import from_json, with_values
 from jaxopt_lab.train.errors import ArgumentError, ConfigError, within
@@ -33,6 +34,7 @@ _HELP = {
     "diagnostics": "--diagnostics is short for --diagnostics.record.",
     "model": "--precision is short for --model.compute-dtype, --document-mask for "
     "--model.document-mask.",
+    "init_from": "--init-from DIRECTORY starts from weights in Hugging Face's layout.",
     "fork_from": "--fork-from RUN starts from the weights and the config.json of a run.",
     "resume": "--resume continues --run-directory, with its own configuration instead of --config.",
     "corpus": "A mixture takes --corpus.parts python-source:stdlib 'text-files:notes/*.md' "
@@ -47,8 +49,9 @@ def parse_config(
 ) -> Settings:
     """Reads a configuration off the command line.
 
-    `--config FILE`, `--resume` and `--fork-from RUN` say where settings come from that no flag
-    gives. With `--help` among the arguments, prints what the other ones choose.
+    `--config FILE`, `--resume`, `--fork-from RUN` and `--init-from DIRECTORY` say where settings
+    come from that no flag gives. With `--help` among the arguments, prints what the other ones
+    choose.
 
     Args:
       arguments: What stands after the verb.
@@ -106,7 +109,7 @@ def _path(flag: str, known: set[str]) -> list[str]:
 
 def _default(values: dict[str, Any], known: set[str], kind: type[Any]) -> Any:
     """The configuration that single flags then change."""
-    names = ("config", "run_directory", "fork_from")
+    names = ("config", "run_directory", "fork_from", "init_from")
     given = {n: only_word(n, values[n]) for n in names if isinstance(values.get(n), Words)}
     if "config" in given:
         del values["config"]
@@ -114,8 +117,10 @@ def _default(values: dict[str, Any], known: set[str], kind: type[Any]) -> Any:
     if values.get("resume") == Words() and "resume" in known:
         if directory is None:
             raise ConfigError("run_directory", None, "expected the directory of the run to resume")
-        if fork is not None:
-            raise ConfigError("fork_from", fork, "which starts a new run: leave out --resume")
+        for name in ("fork_from", "init_from"):
+            if name in given:
+                wanted = "which starts a new run: leave out --resume"
+                raise ConfigError(name, given[name], wanted)
         return _of_verb("run_directory", directory, read_config(directory), kind)
     if "config" in given:
         path = given["config"]
@@ -124,10 +129,30 @@ def _default(values: dict[str, Any], known: set[str], kind: type[Any]) -> Any:
                 text = read_text(Path(path))
         except OSError as error:
             raise ConfigError("config", path, f"expected a file: {error.strerror}") from error
-        return from_json(text, kind)
-    if fork is not None and "fork_from" in known:
-        return _forked(fork, kind)
-    return kind()
+        config = from_json(text, kind)
+    elif fork is not None and "fork_from" in known:
+        config = _forked(fork, kind)
+    else:
+        config = kind()
+    if kind is PretrainConfig and given.get("init_from", "None") != "None":
+        return started_from(given["init_from"], config)
+    return config
+
+
+def started_from(directory: str, config: PretrainConfig) -> PretrainConfig:
+    """A run that starts from the weights in a directory, with their model and vocabulary.
+
+    Args:
+      directory: In Hugging Face's layout or with one GGUF file, or the name of a fetched package.
+      config: Everything else; numerics of the model among it.
+
+    Raises:
+      ConfigError: If there is no decoder that can be read.
+    """
+    model, tokenizer = given_model("init_from", directory)
+    if not isinstance(model, DecoderConfig):
+        raise ConfigError("init_from", directory, "which is an encoder: expected a decoder")
+    return replace(config, model=model, tokenizer=tokenizer, init_from=directory)
 
 
 def _of_verb(name: str, directory: str, config: PretrainConfig, kind: type[Any]) -> PretrainConfig:
@@ -148,7 +173,7 @@ def _forked(directory: str, kind: type[Any]) -> PretrainConfig:
     tokenizer = config.tokenizer
     if tokenizer.kind in ("bpe", "saved"):
         tokenizer = replace(tokenizer, kind="saved", directory=directory)
-    return replace(config, fork_from=directory, tokenizer=tokenizer)
+    return replace(config, fork_from=directory, init_from=None, tokenizer=tokenizer)
 
 
 def _print_help(config: Any, verb: str, known: set[str]) -> None:

@@ -39,17 +39,7 @@ def read_base(config: FinetuneConfig, model: ModelConfig) -> Base:
     if isinstance(config.model, DecoderConfig) and config.preset in PRESETS:
         params = models.init_params(config.model, key)
     else:
-        directory = model_directory(config.preset)
-        try:
-            params = _read(directory, model, packed=config.packed)
-        except (OSError, ValueError) as error:
-            raise ConfigError("model", config.preset, f"which cannot be read: {error}") from error
-        positions = params["embedding"].get("positions")
-        if positions is not None:  # a shorter context reads a part of the table
-            params["embedding"]["positions"] = positions[: config.model.context]
-    wanted = describe_leaves(models.abstract_params(config.model))
-    if difference := first_difference(wanted, describe_leaves(as_shapes(params))):
-        raise ConfigError("model", config.preset, f"which has other arrays: {difference}")
+        params = read_params("model", config.preset, config.model, packed=config.packed)
     host = jax.tree.map(np.asarray, params)
     found = digest(host)
     if isinstance(model, EncoderConfig) and model.classes is not None:
@@ -58,9 +48,37 @@ def read_base(config: FinetuneConfig, model: ModelConfig) -> Base:
     return Base(host, found)
 
 
+def read_params(field: str, name: str, model: ModelConfig, *, packed: bool = False) -> PyTree:
+    """The parameters of a model in a directory, in the precision of `model.param_dtype`.
+
+    Args:
+      field: What names the directory, for messages.
+      name: Its path, or a package that was fetched.
+      model: As a run has it, without a fresh head.
+      packed: Keep the blocks of a GGUF file, and its precisions.
+
+    Raises:
+      ConfigError: If it cannot be read, or its arrays are not those of the model.
+    """
+    directory = model_directory(field, name)
+    try:
+        params = _read(directory, model, packed=packed)
+    except (OSError, ValueError) as error:
+        raise ConfigError(field, name, f"which cannot be read: {error}") from error
+    positions = params["embedding"].get("positions")
+    if positions is not None:  # a shorter context reads a part of the table
+        params["embedding"]["positions"] = positions[: model.context]
+    if not packed:
+        params = jax.tree.map(lambda x: x.astype(model.param_dtype), params)
+    wanted = describe_leaves(models.abstract_params(model))
+    if difference := first_difference(wanted, describe_leaves(as_shapes(params))):
+        raise ConfigError(field, name, f"which has other arrays: {difference}")
+    return params
+
+
 def packed_shapes(config: FinetuneConfig) -> PyTree:
     """The parameters of a run on packed weights, as shapes: blocks of its GGUF file among them."""
-    params = _read(model_directory(config.preset), config.model, packed=True)
+    params = _read(model_directory("model", config.preset), config.model, packed=True)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
 

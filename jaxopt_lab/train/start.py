@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxopt_lab.lora import spec_from_json
 from jaxopt_lab.step import Adapted, TrainState, merged, split
 from jaxopt_lab.tasks import Text
-from jaxopt_lab.train.base import Base, placed
+from jaxopt_lab.train.base import Base, placed, read_params
 from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.run import PretrainConfig, validate
 from jaxopt_lab.train.config.sections import axis_sizes
@@ -78,15 +79,21 @@ def first_state(run: Run, say: Message) -> tuple[Run, TrainState, Position]:
         say("no checkpoint was saved yet: starting from the beginning")
     if run.config.fork_from is not None:
         say(f"starting from the weights of {run.config.fork_from}")
+    elif run.config.init_from is not None:
+        say(f"starting from the weights in {run.config.init_from}")
     return run, _fresh(run), Position(0, 0)
 
 
 def _fresh(run: Run) -> TrainState:
     step, key = run.program.step, jax.random.key(run.config.seed)
     if run.base is None:
-        if run.config.fork_from is None:
+        if run.config.fork_from is not None:
+            return step.init_from(forked_params(run), key)
+        if run.config.init_from is None:
             return step.init(key)
-        return step.init_from(forked_params(run), key)
+        given = read_params("init_from", run.config.init_from, run.config.model)
+        shardings = param_shardings(run.program.mesh, run.program.task.param_specs)
+        return step.init_from(placed(jax.tree.map(np.asarray, given), shardings), key)
     params = all_params(run, run.base, key)
     if run.config.fork_from is not None:
         _, frozen = split(params, run.program.trained.moves)
@@ -190,7 +197,7 @@ def compiled_step(config: PretrainConfig, program: Program, say: Message) -> jax
     moving = "" if program.moves_all else f", of which {count:,} move,"
     sizes = " x ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
     say(
-        f"{config.preset}: {program.parameters / 1e6:.2f}M parameters{moving} "
+        f"{config.init_from or config.preset}: {program.parameters / 1e6:.2f}M parameters{moving} "
         f"on mesh {sizes}, {config.batch_size * config.row_tokens:,} tokens per step, "
         f"{100 * optimizer_share(program):.2g} % of its FLOPs in the optimizer; "
         f"compiled in {time.monotonic() - before:.1f} s"

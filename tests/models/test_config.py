@@ -14,6 +14,11 @@ from tests.models.decoders import GPT2, LLAMA
     [
         ({"heads": 3}, "heads: got 3, wanted a divisor of width = 16"),
         ({"heads": 16}, "heads: got 16, wanted such that the head width is even"),
+        ({"head_dim": 0}, "head_dim: got 0, wanted at least 1, or None"),
+        ({"head_dim": 3}, "head_dim: got 3, wanted such that the head width is even"),
+        ({"qk_norm": True, "norm": "layer"}, "qk_norm: got True, wanted False with norm"),
+        ({"rope_scaling": (8, 4, 1, 64)}, "rope_scaling: got .* wanted four: factor >= 1"),
+        ({"rope_scaling": (8, 1, 4)}, "rope_scaling: got .* wanted four: factor >= 1"),
         ({"kv_heads": 3}, "kv_heads: got 3, wanted a divisor of heads = 4"),
         ({"kv_heads": 0}, "kv_heads: got 0, wanted a divisor of heads = 4"),
         ({"context": 0}, "context: got 0, wanted at least 1"),

@@ -80,9 +80,11 @@ def q4_1(tmp_path_factory):
 
 def test_floats_come_back_bitwise(tmp_path):
     untied = dataclasses.replace(CONFIG, kv_heads=None, tied=False)
-    for config in (CONFIG, untied):
+    wide = dataclasses.replace(CONFIG, head_dim=32)
+    for config in (CONFIG, untied, wide):
         path = tmp_path / f"{config.tied}.gguf"
-        params = gguf_files.write(path, config=config)
+        length = {"llama.attention.key_length": config.head_width} if config.head_dim else {}
+        params = gguf_files.write(path, config=config, fields=length)
         loaded, found = load_gguf(path)
         assert dataclasses.replace(loaded, kv_heads=config.kv_heads) == config
         assert equal(found, jax.tree.map(jnp.asarray, params))
@@ -302,7 +304,7 @@ def test_types_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     [
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type: got 'yarn', wanted 'none'"),
         ({"llama.expert_count": 8}, "llama.expert_count: got 8, wanted 0"),
-        ({"llama.attention.key_length": 32}, "llama.attention.key_length: got 32, wanted 16"),
+        ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count: got 8, wanted 16"),
         ({"llama.block_count": None}, "llama.block_count: the file does not have it"),
         ({"tokenizer.ggml.tokens": ["a", "b"]}, "tokens: got 2, but the model has 48 tokens"),
     ],

@@ -87,21 +87,14 @@ class FinetuneConfig(PretrainConfig):
         """A directory in Hugging Face's layout, a fetched package, or a preset, random weights."""
         if name in PRESETS:
             return PretrainConfig.named_model(name)
-        directory = model_directory(name)
-        try:
-            model = _model_of(directory)
-        except (OSError, ValueError, KeyError, ModuleNotFoundError) as error:
-            raise ConfigError("model", name, f"which cannot be read: {error}") from error
-        is_bpe = (directory / "merges.txt").is_file() and not (
-            directory / "tokenizer.json"
-        ).exists()
-        return model, TokenizerConfig(
-            "gpt2" if is_bpe else "saved", model.vocab_size, str(directory)
-        )
+        model, tokenizer = given_model("model", name)
+        return (_windowed(model) if isinstance(model, DecoderConfig) else model), tokenizer
 
     def check_what_moves(self) -> None:
         """Checks what moves, that the optimizer can move it, and that the model can learn it."""
         self.trainable.validate()
+        if self.init_from is not None:
+            raise ConfigError("init_from", self.init_from, "expected --model with that directory")
         if isinstance(self.model, EncoderConfig) and not self.is_labelled:
             raise ConfigError("model", self.preset, "which is an encoder: expected a labelled task")
         if self.is_labelled and self.length > self.model.context:
@@ -141,12 +134,36 @@ class FinetuneConfig(PretrainConfig):
                 "but packed weights cannot be trained: expected --trainable lora, or --no-packed, "
                 "which unpacks them as they are read",
             )  # fmt: skip
-        if self.preset in PRESETS or gguf_file(model_directory(self.preset)) is None:
+        if self.preset in PRESETS or gguf_file(model_directory("model", self.preset)) is None:
             raise ConfigError("packed", True, "expected a --model in a GGUF file")
 
 
-def model_directory(name: str) -> Path:
+def given_model(field: str, name: str) -> tuple[ModelConfig, TokenizerConfig]:
+    """The model in a directory and the tokenizer beside it.
+
+    Args:
+      field: What names it, for messages.
+      name: As for `model_directory`.
+
+    Raises:
+      ConfigError: If there is none that can be read.
+    """
+    directory = model_directory(field, name)
+    try:
+        model = _model_of(directory)
+    except (OSError, ValueError, KeyError, ModuleNotFoundError) as error:
+        raise ConfigError(field, name, f"which cannot be read: {error}") from error
+    is_bpe = (directory / "merges.txt").is_file() and not (directory / "tokenizer.json").exists()
+    kind = "gpt2" if is_bpe else "saved"
+    return model, TokenizerConfig(kind, model.vocab_size, str(directory))
+
+
+def model_directory(field: str, name: str) -> Path:
     """The directory of a model, by its path or the name of a package that was fetched.
+
+    Args:
+      field: What names it, for messages.
+      name: The path or the package.
 
     Raises:
       ConfigError: If there is none; names the command that fetches it.
@@ -155,13 +172,14 @@ def model_directory(name: str) -> Path:
         try:
             return data.find(name)
         except ValueError as error:
-            raise ConfigError.inside("model", error) from error
+            raise ConfigError.inside(field, error) from error
     directory = Path(name).expanduser()
     if not (directory / "config.json").is_file() and gguf_file(directory) is None:
+        names = ["minilm", "smollm2", *(PRESETS if field == "model" else [])]
         raise ConfigError(
-            "model", name,
+            field, name,
             "expected a directory with config.json and weights or one GGUF file, or one of "
-            f"{', '.join(['minilm', 'smollm2', *PRESETS])}",
+            f"{', '.join(names)}",
         )  # fmt: skip
     return directory
 
@@ -174,10 +192,10 @@ def gguf_file(directory: Path) -> Path | None:
 
 def _model_of(directory: Path) -> ModelConfig:
     if (file := gguf_file(directory)) is not None:
-        return _windowed(models.gguf_config_of(file))
+        return models.gguf_config_of(file)
     if json.loads((directory / "config.json").read_text()).get("model_type") == "bert":
         return models.bert_config_of(directory)
-    return _windowed(models.huggingface_config_of(directory))
+    return models.huggingface_config_of(directory)
 
 
 def _windowed(model: DecoderConfig) -> DecoderConfig:

@@ -129,6 +129,9 @@ class PretrainConfig(RunConfig):
     """Seed of the initial weights and of the order of the text."""
     max_skipped: CountOrZero = 20
     """Steps with a non-finite loss or gradient that a run may skip before it stops."""
+    init_from: str | None = None
+    """Start from the weights in this directory, in Hugging Face's layout or one GGUF file, or of a
+    fetched package. On the command line its model and its vocabulary are the defaults."""
     fork_from: str | None = None
     """Start from the weights of the newest checkpoint of this run, with a new optimizer state. On
     the command line its configuration gives the defaults."""
@@ -158,6 +161,8 @@ class PretrainConfig(RunConfig):
         """
         if isinstance(self.optimizer, PairConfig):
             raise needs_lora(self.optimizer)
+        if self.init_from is not None and self.fork_from is not None:
+            raise ConfigError("init_from", self.init_from, "expected None beside fork_from")
 
 
 def needs_lora(optimizer: OptimizerConfig) -> ConfigError:

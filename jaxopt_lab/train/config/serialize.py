@@ -95,7 +95,9 @@ def with_values(default: Settings, values: Mapping[str, Any]) -> Settings:
     preset = only_word("model", values.get("preset", default.preset))
     base = default if preset == default.preset else with_preset(default, preset)
     values = {name: value for name, value in values.items() if name != "preset"}
-    return decode(type(base), base, values, preset=preset)  # pyright: ignore
+    # Nothing is tuned for weights from elsewhere.
+    tuned = getattr(base, "init_from", None) or preset
+    return decode(type(base), base, values, preset=tuned)  # pyright: ignore
 
 
 def _migrated(values: dict[str, Any]) -> dict[str, Any]:

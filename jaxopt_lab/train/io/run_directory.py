@@ -86,7 +86,7 @@ def _remove_empty(directory: Path) -> None:
 def _new_name(config: PretrainConfig) -> Path:
     if config.run_directory is not None:
         return Path(config.run_directory)
-    model = Path(config.preset).name  # of fine-tuning, a directory
+    model = Path(config.init_from or config.preset).name  # it may be a directory
     return Path("runs") / f"{model}-{name_of(config.optimizer)}-{_start_time()}"
 
 
