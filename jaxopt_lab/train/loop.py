@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from jaxopt_lab import data
 from jaxopt_lab.lora import LoraSpec, spec_to_json
+from jaxopt_lab.report.progress import error_of
 from jaxopt_lab.step import TrainState, merged
 from jaxopt_lab.train.base import Base
 from jaxopt_lab.train.config.finetune import FinetuneConfig
@@ -315,7 +316,8 @@ class Loop:
 
 def _of_average(name: str) -> str:
     """The name of a score of the averaged parameters."""
-    return f"{name}_ema"
+    plain = name.removesuffix(error_of(""))
+    return f"{plain}_ema" if plain == name else error_of(f"{plain}_ema")
 
 
 @jax.jit

@@ -169,7 +169,7 @@ def test_a_run_of_a_comparison_is_the_run_of_pretrain(config, text, finished, tm
 
 def outcome(label, finals, sweep=(3.0, 2.0, 4.0), best=1):
     curves = np.asarray([[5.0, final] for final in finals]).reshape(len(finals), 2)
-    tuned = Tuned((1.0, 2.0, 4.0), sweep, best, (1, 2), (2, 4), curves, (), 3, 1.0, 0.5)
+    tuned = Tuned((1.0, 2.0, 4.0), sweep, best, (1, 2), (2, 4), curves, (), (), 3, 1.0, 0.5)
     return Outcome(label, {"name": label}, tuned, COST, 1.0)
 
 
