@@ -1,6 +1,13 @@
 """Corpora, tokenizers and batches; labelled rows; packages of data and weights."""
 
-from jaxopt_lab.data.batches import Batch, RowsOnDemand, TrainBatches, train_batches, train_rows
+from jaxopt_lab.data.batches import (
+    Batch,
+    RowsOnDemand,
+    TrainBatches,
+    rows_of_first_epoch,
+    train_batches,
+    train_rows,
+)
 from jaxopt_lab.data.corpora import Corpus, CorpusPart, SetError, TokenSplit, list_corpora, prepare
 from jaxopt_lab.data.evaluation import (
     bits_per_byte,
@@ -76,6 +83,7 @@ __all__ = [
     "nats_under",
     "prepare",
     "prepare_labelled",
+    "rows_of_first_epoch",
     "sets_from_text",
     "standard_error",
     "train_batches",

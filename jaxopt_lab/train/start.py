@@ -85,9 +85,9 @@ def _fresh(run: Run) -> TrainState:
     step, key = run.program.step, jax.random.key(run.config.seed)
     if run.base is None:
         if run.config.fork_from is None:
-            return step.init(key)
+            return step.init(key, run.config.weights_key)
         return step.init_from(forked_params(run), key)
-    params = all_params(run, run.base, key)
+    params = all_params(run, run.base, run.config.weights_key)
     if run.config.fork_from is not None:
         _, frozen = split(params, run.program.trained.moves)
         params = merged(forked_params(run), frozen)
@@ -113,7 +113,7 @@ def _resumed(run: Run, say: Message) -> tuple[Run, TrainState, Position]:
     say(f"resuming after step {restored.step} of {run.config.steps}")
     run, state = of_checkpoint(restored.data), restored.state
     if run.base is not None:
-        params = all_params(run, run.base, jax.random.key(run.config.seed))
+        params = all_params(run, run.base, run.config.weights_key)
         _, frozen = split(params, run.program.trained.moves)
         state = state._replace(frozen=frozen)
     return run, state, Position(restored.step, _samples(run, restored))
