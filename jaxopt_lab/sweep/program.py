@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jaxopt_lab.data import standard_error
 from jaxopt_lab.step import TrainState
 from jaxopt_lab.sweep.task import Batch, BuildOptimizer, Task, held_out_loss, start, step
 
@@ -29,6 +30,7 @@ class Curves(NamedTuple):
 
     train: np.ndarray  # (runs, steps), the loss of each batch before its step
     held_out: np.ndarray  # (runs, evaluations)
+    error: np.ndarray  # (runs,), of the last held-out loss, over documents; NaN where not told
 
 
 class Program:
@@ -59,7 +61,9 @@ class Program:
             self.state_axes = _state_axes(task, build, lanes)
             begin = jax.vmap(begin, in_axes=(0, 0), out_axes=self.state_axes)
             advance = jax.vmap(
-                advance, in_axes=(0, self.state_axes, 0, None), out_axes=(self.state_axes, 0, 0)
+                advance,
+                in_axes=(0, self.state_axes, 0, None),
+                out_axes=(self.state_axes, 0, (0, 0)),
             )
         self.begin = jax.jit(begin)
         self.advance = jax.jit(advance, donate_argnums=1)
@@ -82,10 +86,11 @@ class Program:
         steps = task.evaluated_steps()
         train = np.full((self.lanes, task.steps), np.nan)
         evaluated = np.full((self.lanes, len(steps)), np.nan)
+        targets, by_document = task.targets_by_document(), np.zeros(0)
         for index, stop in enumerate(steps):
             batches = self._batches(runs, taken, stop)
             compiled = self._compile(stop - taken, (rates, state, batches, held_out))
-            state, losses, value = compiled(rates, state, batches, held_out)
+            state, losses, (value, by_document) = compiled(rates, state, batches, held_out)
             train[:, taken:stop] = jax.device_get(losses).reshape(self.lanes, -1)
             evaluated[:, index] = jax.device_get(value).reshape(self.lanes)
             taken = stop
@@ -93,13 +98,18 @@ class Program:
                 on_evaluation(taken, evaluated[:, index])
             if not np.isfinite(evaluated[:, index]).any():
                 break
-        return Curves(train, evaluated)
+        nats = np.asarray(by_document, np.float64).reshape(self.lanes, len(targets))
+        return Curves(train, evaluated, standard_error(nats, targets))
 
     def _lanes_or_one(self, values: np.ndarray) -> Any:
         return values if self._vectorized else values[0]
 
     def _batches(self, runs: Sequence[Run], begin: int, end: int) -> Batch:
-        of_seed = {seed: self._task.batches(seed, begin, end) for seed in {r.seed for r in runs}}
+        fixed = self._task.data_seed
+        of_seed = {
+            seed: self._task.batches(seed if fixed is None else fixed, begin, end)
+            for seed in {run.seed for run in runs}
+        }
         if not self._vectorized:
             return of_seed[runs[0].seed]
         lanes = [of_seed[run.seed] for run in runs]
@@ -120,7 +130,7 @@ def _advance(
     state: TrainState,
     batches: Batch,
     held_out: Batch,
-) -> tuple[TrainState, Array, Array]:
+) -> tuple[TrainState, Array, tuple[Array, Array]]:
     """Steps over the leading axis of the batches, then one evaluation."""
     state, losses = jax.lax.scan(functools.partial(step, task, build, rate), state, batches)
     return state, losses, held_out_loss(task, state.params, held_out)

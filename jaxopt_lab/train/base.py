@@ -35,7 +35,7 @@ def read_base(config: FinetuneConfig, model: ModelConfig) -> Base:
     Raises:
       ConfigError: If it cannot be read, or its arrays are not those of `config.model`.
     """
-    key = jax.random.key(config.seed)
+    key = config.weights_key
     if isinstance(config.model, DecoderConfig) and config.preset in PRESETS:
         params = models.init_params(config.model, key)
     else:

@@ -169,7 +169,7 @@ def _task(config: PretrainConfig, model: Any, mesh: Mesh, material: Material | N
         model,
         mesh,
         material,
-        seed=config.seed,
+        seed=config.order_seed,
         z_loss=config.z_loss,
         head_chunks=config.head_chunks,
     )
