@@ -41,7 +41,8 @@ def main() -> None:
     parser.add_argument("--figures", type=pathlib.Path, default=HERE / "figures")
     args = parser.parse_args()
     found = {m.name: read(m, args.results / m.slug) for m in METHODS}
-    found = {name: runs for name, runs in found.items() if runs.folds}
+    most = max(len(runs.folds) for runs in found.values())
+    found = {name: runs for name, runs in found.items() if len(runs.folds) == most}
     print(format_table(TUNING, [tuning_row(runs) for runs in found.values()]))
     print(format_table(TABLE, [row(runs, found) for runs in found.values()]))
     print(format_table(("A - B", "points", "by rows", "by folds", "verdict"), comparisons(found)))
