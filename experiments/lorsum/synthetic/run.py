@@ -4,6 +4,7 @@ python experiments/lorsum/synthetic/run.py && python experiments/lorsum/syntheti
 """
 
 import json
+import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -81,6 +82,8 @@ def methods(setting: str) -> dict[str, Any]:
 def main() -> None:
     """Runs the methods that have no result yet."""
     jax.config.update("jax_enable_x64", True)
+    # Decompositions side by side can block a CPU of few cores; CHANGELOG.md, known limits.
+    os.environ.setdefault("PJRT_NPROC", "16")
     RESULTS.mkdir(exist_ok=True)
     for setting in ("full", "mini"):
         # The one with a decomposition in every step comes last.

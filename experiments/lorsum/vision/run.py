@@ -7,6 +7,7 @@ import argparse
 import functools
 import gzip
 import json
+import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -107,6 +108,8 @@ def main() -> None:
     parser.add_argument("--images", type=pathlib.Path, help="directory of the IDX files")
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "results")
     args = parser.parse_args()
+    # Decompositions side by side can block a CPU of few cores; CHANGELOG.md, known limits.
+    os.environ.setdefault("PJRT_NPROC", "16")
     scale, images = SCALES[args.scale], read(args.images or data.find("fashion-mnist"))
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.methods:
