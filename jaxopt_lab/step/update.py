@@ -86,8 +86,8 @@ class Step:
         """Loss and gradient at the state, neither clipped nor cast."""
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-        def loss(params: PyTree, batch: Batch, key: Array) -> tuple[Array, Array, PyTree]:
-            return self.loss(merged(params, state.frozen), batch, key)
+        def loss(params: PyTree, batch: Batch, key: Array, **options: Any) -> Any:
+            return self.loss(merged(params, state.frozen), batch, key, **options)
 
         return self.gradient(loss, state.params, batch, key)
 

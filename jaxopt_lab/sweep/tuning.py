@@ -166,7 +166,7 @@ def tune(
         held_out=final.held_out,
         errors=tuple(map(float, final.error)),
         train_losses=tuple(map(float, final.train[:, -tail:].mean(axis=1))),
-        runs_at_once=max(trainer.programs),
+        runs_at_once=max(lanes for lanes, _ in trainer.programs),
         seconds=time.perf_counter() - before,
         compile_seconds=sum(p.compile_seconds for p in trainer.programs.values()),
     )
@@ -199,7 +199,7 @@ class _Trainer:
         total_steps: int,
         on_progress: OnProgress | None,
     ):
-        self.programs: dict[int, Program] = {}
+        self.programs: dict[tuple[int, bool], Program] = {}
         self._task, self._build, self._lanes = task, build, lanes
         self._on_progress = on_progress
         self._total, self._finished = total_steps, 0
@@ -208,7 +208,7 @@ class _Trainer:
         # Groups of equal size, the last one filled up: each size is one more compilation.
         groups = -(-len(runs) // self._lanes)
         size = -(-len(runs) // groups)
-        program = self._program(size)
+        program = self._program(size, stage == "sweep" and self._task.keyed and size > 1)
         curves = []
         for first in range(0, len(runs), size):
             group = list(runs[first : first + size])
@@ -218,10 +218,11 @@ class _Trainer:
             self._finished += len(group) * self._task.steps
         return Curves(*(np.concatenate(parts) for parts in zip(*curves, strict=True)))
 
-    def _program(self, size: int) -> Program:
-        if size not in self.programs:
-            self.programs[size] = Program(self._task, self._build, size, vectorized=self._lanes > 1)
-        return self.programs[size]
+    def _program(self, size: int, one_seed: bool) -> Program:
+        if (size, one_seed) not in self.programs:
+            options: Any = {"vectorized": self._lanes > 1, "one_seed": one_seed}
+            self.programs[size, one_seed] = Program(self._task, self._build, size, **options)
+        return self.programs[size, one_seed]
 
     def _reporter(self, stage: str, runs: int) -> Callable[[int, np.ndarray], None]:
         def report(step: int, losses: np.ndarray) -> None:
