@@ -15,7 +15,7 @@ from jaxopt_lab.models import PRESETS, DecoderConfig, EncoderConfig, encoder
 from jaxopt_lab.models.encoder_config import ModelConfig
 from jaxopt_lab.train.config.finetune import FinetuneConfig, gguf_file, model_directory
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.train.io.leaves import describe_leaves, first_difference
+from jaxopt_lab.train.leaves import describe_leaves, first_difference
 
 
 class Base(NamedTuple):

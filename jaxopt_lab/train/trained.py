@@ -22,9 +22,9 @@ from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.run import PretrainConfig
 from jaxopt_lab.train.config.sections import MeshConfig
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, within
-from jaxopt_lab.train.io.leaves import describe_leaves, first_difference
 from jaxopt_lab.train.io.run_directory import TOKENIZER_FILE, read_config
 from jaxopt_lab.train.io.stored import checkpoint_path, read_item, read_leaves, select_step
+from jaxopt_lab.train.leaves import describe_leaves, first_difference
 from jaxopt_lab.train.loop import Run
 from jaxopt_lab.train.program import build_program
 from jaxopt_lab.train.step import TrainState
@@ -115,7 +115,8 @@ def forked_params(run: Run) -> Params:
         config = read_config(source)
     wanted = run.program.step.abstract_state.params
     if isinstance(config, FinetuneConfig):
-        init, theirs = (getattr(c.trainable, "init", None) for c in (run.config, config))
+        ours = getattr(run.config, "trainable", None)
+        init, theirs = (getattr(each, "init", None) for each in (ours, config.trainable))
         if init != theirs and FROM_KERNEL & {init, theirs}:
             raise ConfigError(
                 "trainable.init", init, f"but the adapters of {source} started from {theirs}"
