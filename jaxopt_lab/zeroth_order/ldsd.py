@@ -47,6 +47,10 @@ class LDSDState(NamedTuple):
     pending: PolicyStep  # what its losses move the mean by, at the start of the next step
     base: optax.OptState  # of the optimizer below
 
+    # Where no loss of a step is finite, the mean has moved by the losses of the step before, and
+    # nothing is pending: no guard has to hold a second mean to go back to.
+    not_guarded = ("mean", "pending")
+
 
 def ldsd(
     base: optax.GradientTransformation,
@@ -235,9 +239,9 @@ def _policy_step(losses: Array, rate: Scalar, state: LDSDState) -> PolicyStep:
     known = jnp.where(finite, losses, 0)
     baseline = jnp.sum(known) / jnp.maximum(jnp.sum(finite), 1)
     advantages = jnp.where(finite, losses - baseline, 0) / max(losses.size - 1, 1)
-    weights = (-rate * advantages).astype(state.pending.weights.dtype)
-    # A guard around the step keeps the old mean and the old weights where no loss was finite: the
-    # count, which it lets pass, has to be theirs.
+    weights = finite_or_zero(-rate * advantages).astype(state.pending.weights.dtype)
+    # A guard that goes back to the old mean and the old weights where no loss was finite lets
+    # counts pass: this one has to be theirs.
     count = jnp.where(jnp.any(finite), state.probes.count, state.pending.count)
     return PolicyStep(weights, count)
 
@@ -278,7 +282,9 @@ def _from_first_batch(
 
     def gradient() -> list[Array]:
         assert value_fn is not None
-        return [sign * widened(g) for g in jax.tree.leaves(jax.grad(value_fn)(point))]
+        return [
+            sign * finite_or_zero(widened(g)) for g in jax.tree.leaves(jax.grad(value_fn)(point))
+        ]
 
     def estimate() -> list[Array]:
         # A step of its own: what is seen in a branch must not leave it.
