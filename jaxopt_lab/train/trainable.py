@@ -67,12 +67,16 @@ class Trained:
         second copy of all kernels beside the first.
         """
 
+        dtype = self.computed_in
+        if dtype is None:
+            return base
+
         def leaf(path: Any, x: Array) -> Array:
             is_kernel = path_names(path)[0] == "layers" and x.ndim > 2
-            small = jnp.promote_types(x.dtype, self.computed_in) == x.dtype
-            return x.astype(self.computed_in) if is_kernel and small else x
+            is_wider = jnp.promote_types(x.dtype, dtype) == x.dtype
+            return x.astype(dtype) if is_kernel and is_wider else x
 
-        return base if self.computed_in is None else tree_map_with_path(leaf, base)
+        return tree_map_with_path(leaf, base)
 
     def ordinary(
         self, base: PyTree, key: Array, adapters: lora.Adapters

@@ -115,7 +115,8 @@ def forked_params(run: Run) -> Params:
         config = read_config(source)
     wanted = run.program.step.abstract_state.params
     if isinstance(config, FinetuneConfig):
-        init, theirs = (getattr(c.trainable, "init", None) for c in (run.config, config))
+        both: Any = (run.config, config)
+        init, theirs = (getattr(c.trainable, "init", None) for c in both)
         if init != theirs and FROM_KERNEL & {init, theirs}:
             raise ConfigError(
                 "trainable.init", init, f"but the adapters of {source} started from {theirs}"
