@@ -193,7 +193,10 @@ def _trained(
     optimizer = config.optimizer
     weights = isinstance(optimizer, PairConfig) and optimizer.needs_weights
     names = models.matrix_names(model)
-    return adapted(config.trainable, task, info, names, weights=weights, spec=spec)
+    dtype = None if config.packed else model.compute_dtype
+    return adapted(
+        config.trainable, task, info, names, weights=weights, spec=spec, computed_in=dtype
+    )
 
 
 def _estimator(config: PretrainConfig, trained: Trained) -> Estimator:

@@ -138,7 +138,7 @@ def all_params(run: Run, base: Base, key: Array) -> PyTree:
     if not trained.leaves_base:
         take: Any = jax.jit(trained.beneath, out_shardings=shardings.base, donate_argnums=0)
         params = take(params, beside)
-    return Adapted(params, beside)
+    return Adapted(trained.held(params), beside)
 
 
 def _refuse_change(run: Run, stored: Mapping[str, Any]) -> None:

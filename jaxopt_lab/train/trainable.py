@@ -43,6 +43,7 @@ class Trained:
     info: ModelInfo  # about what moves
     moves: PyTree | None = None  # tree of bools; None: everything, or the adapters
     spec: lora.LoraSpec | None = None  # of the adapters
+    computed_in: str | None = None  # dtype of products beside adapters
 
     def beside(self, base: PyTree, key: Array) -> lora.Adapters:
         """The adapters at the start of a run."""
@@ -58,6 +59,24 @@ class Trained:
         """What adapters are trained beside: the base without the product that they start from."""
         assert self.spec is not None
         return base if self.leaves_base else lora.unmerge(base, start, self.spec)
+
+    def held(self, base: PyTree) -> PyTree:
+        """The base with kernels of layers in the precision that they are multiplied in.
+
+        Frozen, they need no other. The model casts whole stacks in every step, which would keep a
+        second copy of all kernels beside the first.
+        """
+
+        dtype = self.computed_in
+        if dtype is None:
+            return base
+
+        def leaf(path: Any, x: Array) -> Array:
+            is_kernel = path_names(path)[0] == "layers" and x.ndim > 2
+            is_wider = jnp.promote_types(x.dtype, dtype) == x.dtype
+            return x.astype(dtype) if is_kernel and is_wider else x
+
+        return tree_map_with_path(leaf, base)
 
     def ordinary(
         self, base: PyTree, key: Array, adapters: lora.Adapters
@@ -131,6 +150,7 @@ def adapted(
     *,
     weights: bool = False,
     spec: lora.LoraSpec | None = None,
+    computed_in: str | None = None,
 ) -> Trained:
     """Low-rank adapters move beside frozen parameters.
 
@@ -141,6 +161,7 @@ def adapted(
       names: Of the matrices, as for `lora.resolve`.
       weights: Whether each adapter has a weight.
       spec: What adapters there are, where some have left or grown; None: those of the start.
+      computed_in: Dtype of the model's products, in which frozen kernels are held; None: as read.
 
     Raises:
       ConfigError: If a pattern matches nothing or a rank is too large.
@@ -177,7 +198,7 @@ def adapted(
     def init(key: Array) -> Adapted:
         base = task.init(key)
         beside = _adapters(found, base, key)
-        return Adapted(trained.beneath(base, beside), beside)
+        return Adapted(trained.held(trained.beneath(base, beside)), beside)
 
     evaluated: dict[Loss, Loss] = {}  # sets with one loss share a program
     for each in task.evaluations.values():
@@ -192,7 +213,7 @@ def adapted(
             for name, each in task.evaluations.items()
         },
     )
-    trained = Trained(changed, of_adapters, spec=spec)
+    trained = Trained(changed, of_adapters, spec=spec, computed_in=computed_in)
     return trained
 
 

@@ -24,10 +24,12 @@ from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.optimizer_base import ModelInfo
 from jaxopt_lab.train.config.serialize import from_json, to_json
 from jaxopt_lab.train.config.trainable import HeadConfig
+from jaxopt_lab.train.dist import mesh as meshes
 from jaxopt_lab.train.io.checkpoints import committed_steps
 from jaxopt_lab.train.io.run_directory import read_config
 from jaxopt_lab.train.io.stored import checkpoint_path, read_item, read_leaves
 from jaxopt_lab.train.program import build_program, compile_step
+from jaxopt_lab.train.step import SIGNALS
 from jaxopt_lab.train.trainable import part
 from tests.train.tiny_finetune import MODEL, finetune_config, write_base
 from tests.train.tiny_run import Killed
@@ -208,6 +210,41 @@ def test_no_gradient_state_or_reduction_of_what_is_frozen(base, text, tmp_path):
     full = replace(config, trainable=parse_trainable("full"))
     whole = collectives(compile_step(full, build_program(full)).as_text())
     assert whole["all-reduce"].bytes > 4 * models.parameter_count(MODEL)
+
+
+def test_frozen_kernels_are_held_as_they_are_multiplied(base, text, tmp_path):
+    config = finetune_config(base, text, tmp_path / "run", LORA, "--precision bfloat16")
+    state = build_program(config).step.abstract_state
+    dtypes = jax.tree.map(lambda x: str(x.dtype), state.frozen.base)
+    assert set(jax.tree.leaves([dtypes["layers"][n] for n in ("attention", "mlp")])) == {"bfloat16"}
+    assert dtypes["embedding"] == {"tokens": "float32"}  # rows are gathered before the cast
+    assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"float32"}
+
+
+def test_steps_on_eight_devices(base, text, tmp_path):
+    """Values are those of one device, and adapters bring no gather that the model does not have."""
+    alone = finetune_config(base, text, tmp_path / "run", LORA)
+    spread = replace(alone, mesh=replace(alone.mesh, fsdp=4, tensor=2))
+    values, gathers = [], []
+    for config in (alone, spread):
+        program = build_program(config)
+        compiled = compile_step(config, program)
+        gathers.append(collectives(compiled.as_text()).get("all-gather"))
+        tokens = jax.random.randint(jax.random.key(0), (4, 17), 0, 256, "int32")
+        batch = {"tokens": jax.device_put(tokens, meshes.batch_sharding(program.mesh))}
+        state, losses = program.step.init(jax.random.key(1)), []
+        for _ in range(3):
+            state, metrics = compiled(state, batch | {SIGNALS: meshes.flags(program.mesh, (0, 0))})
+            losses.append(float(metrics["loss"]))
+        values.append((losses, jax.tree.map(np.asarray, state.params)))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, *values)
+    assert values[0][0][2] < values[0][0][0]  # something has moved
+    # A gradient of all parameters gathers the same kernels, for the same products. What comes on
+    # top is less than the smallest kernel, of 1,024 bytes: the 128 numbers of the adapters.
+    full = replace(spread, trainable=parse_trainable("full"))
+    whole = collectives(compile_step(full, build_program(full)).as_text())["all-gather"]
+    assert gathers[0] is None and gathers[1].bytes <= whole.bytes + 4 * 128
 
 
 def parse_trainable(name):
