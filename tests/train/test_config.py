@@ -15,6 +15,7 @@ from jaxopt_lab.models import PRESETS, DecoderConfig, abstract_params, roles
 from jaxopt_lab.train.arguments import parse_config
 from jaxopt_lab.train.config.bounds import Count, check_bounds
 from jaxopt_lab.train.config.choices import name_of
+from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
 from jaxopt_lab.train.config.optimizers import (
     OPTIMIZERS,
@@ -24,6 +25,7 @@ from jaxopt_lab.train.config.optimizers import (
     MuonConfig,
     SignMuonConfig,
 )
+from jaxopt_lab.train.config.optimizers_pairs import ScaledLorsumConfig
 from jaxopt_lab.train.config.run import (
     PretrainConfig,
     RunConfig,
@@ -35,7 +37,8 @@ from jaxopt_lab.train.config.run import (
 from jaxopt_lab.train.config.schedules import SCHEDULES, CosineConfig, WsdConfig
 from jaxopt_lab.train.config.sections import CheckpointConfig, EvalConfig, MeshConfig
 from jaxopt_lab.train.config.serialize import from_json, to_json
-from jaxopt_lab.train.config.tuned import TUNED, default_optimizer
+from jaxopt_lab.train.config.trainable import TRAINABLES, FullConfig
+from jaxopt_lab.train.config.tuned import FINETUNED, TUNED, default_optimizer
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.machine import check_memory, smallest_bytes
 from jaxopt_lab.train.program import model_of
@@ -382,3 +385,21 @@ def test_a_deterministic_run_avoids_the_kernel_that_is_not():
     fixed = replace(config, model=replace(config.model, attention="cudnn"))
     with pytest.raises(ConfigError, match="model.attention"):
         validate(fixed, 1)
+
+
+def rate(*flags):
+    return parse_config(flags, "finetune", FinetuneConfig).optimizer.learning_rate
+
+
+def test_what_moves_brings_its_rate():
+    assert set(FINETUNED) == set(TRAINABLES)
+    assert FinetuneConfig().optimizer == default_optimizer("lora", "adamw")
+    assert rate() == 1e-3 and rate("--trainable", "full") == 1e-4
+    assert rate("--trainable", "full", "--optimizer.weight-decay", "0.1") == 1e-4
+    assert rate("--trainable", "full", "--optimizer", "adamw") == 1e-4
+    assert rate("--optimizer", "lion", "--trainable", "head") == 3e-3
+    assert rate("--trainable", "full", "--optimizer.learning-rate", "0.5") == 0.5
+    assert rate("--optimizer", "scaled-lorsum") == ScaledLorsumConfig().learning_rate
+    # What a run was given stays, whatever the table says now.
+    stored = to_json(replace(FinetuneConfig(), trainable=FullConfig()))
+    assert from_json(stored, FinetuneConfig).optimizer.learning_rate == 1e-3

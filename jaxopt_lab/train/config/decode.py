@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from jaxopt_lab.data.sources import PARTS, part_from_text
 from jaxopt_lab.train.config.choices import CLASSES, choose, name_of
-from jaxopt_lab.train.config.tuned import TUNED
+from jaxopt_lab.train.config.tuned import tuned_settings
 from jaxopt_lab.train.errors import ArgumentError, ConfigError
 
 Settings = TypeVar("Settings")
@@ -45,7 +45,8 @@ def decode(
       default: One of its kind; None: the defaults of the fields.
       values: JSON values or `Words` by name of the field, of a section as mappings.
       path: Dotted name of the section that this is.
-      preset: The model for which a chosen optimizer has its default rate.
+      preset: The model, or in fine-tuning what moves, for which a chosen optimizer has its default
+        rate.
 
     Raises:
       ConfigError: For an unknown setting or name, or a value of the wrong type; names the place.
@@ -116,7 +117,7 @@ def _section(
     kind = choose(place, choices, chosen)
     if chosen == same:
         return decode(kind, default, values, name, preset)
-    return decode(kind, None, TUNED.get(preset, {}).get(chosen, {}) | values, name, preset)
+    return decode(kind, None, tuned_settings(preset, chosen) | values, name, preset)
 
 
 def _plain(options: tuple[Any, ...], value: Any, name: str) -> Any:

@@ -13,7 +13,6 @@ from jaxopt_lab.models.encoder_config import ModelConfig
 from jaxopt_lab.tasks import PROMPTS, Prompt
 from jaxopt_lab.train.config.bounds import Count, Positive
 from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
-from jaxopt_lab.train.config.optimizers import AdamWConfig
 from jaxopt_lab.train.config.optimizers_pairs import PairConfig
 from jaxopt_lab.train.config.run import PretrainConfig, needs_lora
 from jaxopt_lab.train.config.schedules import AdaptiveWarmupConfig
@@ -23,6 +22,7 @@ from jaxopt_lab.train.config.trainable import (
     LoraAdaptersConfig,
     TrainableConfig,
 )
+from jaxopt_lab.train.config.tuned import default_optimizer
 from jaxopt_lab.train.errors import ConfigError
 
 # Longest windows of a text unless the flag says otherwise: the contexts of today's models are much
@@ -43,8 +43,10 @@ class FinetuneConfig(PretrainConfig):
     labelled texts, by a head on an encoder or the next word of a decoder."""
     trainable: TrainableConfig = LoraAdaptersConfig()
     """What moves: everything, the head, or low-rank adapters."""
-    optimizer: OptimizerConfig = AdamWConfig(learning_rate=1e-3, b2=0.999, weight_decay=0.0)
-    """The update rule. Adapters take about ten times the rate of full fine-tuning."""
+    optimizer: OptimizerConfig = default_optimizer("lora", "adamw")
+    """The update rule. Its rate is for adapters, which take about ten times that of full
+    fine-tuning; on the command line `--trainable` brings its own (`jaxopt_lab.train.config.tuned`).
+    """
     clip: Positive | None = 1.0
     """Largest global norm of the gradient; None does not clip. LoRSum clips by the norm of the
     kernels' gradients instead of the factors'."""

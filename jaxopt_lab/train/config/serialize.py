@@ -2,10 +2,15 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
+from jaxopt_lab.train.config.choices import choose, name_of
 from jaxopt_lab.train.config.decode import decode, encode, only_word
+from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.run import PretrainConfig, RunConfig, with_preset
+from jaxopt_lab.train.config.trainable import TRAINABLES
+from jaxopt_lab.train.config.tuned import default_optimizer
 from jaxopt_lab.train.errors import ConfigError
 
 Settings = TypeVar("Settings")
@@ -97,7 +102,20 @@ def with_values(default: Settings, values: Mapping[str, Any]) -> Settings:
     values = {name: value for name, value in values.items() if name != "preset"}
     # Nothing is tuned for weights from elsewhere.
     tuned = getattr(base, "init_from", None) or preset
+    if isinstance(base, FinetuneConfig):
+        base, tuned = _with_rate(base, values.get("trainable"))
     return decode(type(base), base, values, preset=tuned)  # pyright: ignore
+
+
+def _with_rate(config: FinetuneConfig, section: Any) -> tuple[FinetuneConfig, str]:
+    """What will move, and the run with its rate where the optimizer was left at its defaults."""
+    before, optimizer = name_of(config.trainable), config.optimizer
+    given = section.get("name", before) if isinstance(section, Mapping) else before
+    moves = choose("trainable", TRAINABLES, only_word("trainable", given))
+    after = name_of(moves())
+    if optimizer == default_optimizer(before, name_of(optimizer)):
+        config = replace(config, optimizer=default_optimizer(after, name_of(optimizer)))
+    return config, after
 
 
 def _migrated(values: dict[str, Any]) -> dict[str, Any]:

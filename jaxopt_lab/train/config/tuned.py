@@ -1,4 +1,4 @@
-"""Default rates of each optimizer for each preset, from where they were tuned.
+"""Default rates of each optimizer for each preset, and in fine-tuning for what moves.
 
 "Measured" stands for experiments/default_rates, a coarse sweep of short runs.
 
@@ -69,14 +69,52 @@ TUNED: dict[str, dict[str, Settings]] = {
 """Settings that differ from the optimizer's own defaults, by preset and optimizer."""
 
 
-def default_optimizer(preset: str, name: str) -> OptimizerConfig:
-    """An optimizer as it trains a preset without further settings.
+def _finetuned(adam: float, sign: float, spectral: float) -> dict[str, Settings]:
+    """Rates by the class of the optimizer: by what the length of its step is measured in."""
+    rates = {
+        # A coordinate moves by about the rate; Shampoo's step has the length of AdamW's.
+        **dict.fromkeys(("adamw", "soap", "dykaf", "shampoo"), adam),
+        **dict.fromkeys(("lion", "signum"), sign),
+        **dict.fromkeys(("lion-muon", "sign-muon", "muon", "optax-muon"), spectral),
+    }
+    settings = {name: {"learning_rate": rate} for name, rate in rates.items()}
+    settings["adamw"] |= {"b2": 0.999, "weight_decay": 0.0}
+    return settings
+
+
+_ADAPTERS = _finetuned(adam=1e-3, sign=3e-4, spectral=1e-2)
+
+FINETUNED: dict[str, dict[str, Settings]] = {
+    "full": _finetuned(adam=1e-4, sign=3e-5, spectral=1e-3),
+    "head": _finetuned(adam=1e-2, sign=3e-3, spectral=1e-2),
+    "lora": _ADAPTERS,
+    "dora": _ADAPTERS,
+}
+"""The same for fine-tuning, by what moves; optimizers of pairs and without gradients have their own
+defaults."""
+
+
+def tuned_settings(place: str, name: str) -> Settings:
+    """What differs from an optimizer's own defaults.
+
+    Args:
+      place: Name of a preset, of fine-tuning what moves, or anything else, for which nothing is
+        tuned.
+      name: Name of an optimizer.
+    """
+    return {**TUNED, **FINETUNED}.get(place, {}).get(name, UNTUNED)
+
+
+def default_optimizer(place: str, name: str) -> OptimizerConfig:
+    """An optimizer as it trains without further settings.
 
     >>> default_optimizer("gpt2-124m", "lion-muon").learning_rate
     0.001
+    >>> default_optimizer("full", "adamw").learning_rate
+    0.0001
 
     Args:
-      preset: Name of a preset, or any other model, for which nothing is tuned.
+      place: As for `tuned_settings`.
       name: Name of an optimizer.
     """
-    return replace(CHOICES["optimizer"][name](), **TUNED.get(preset, {}).get(name, {}))
+    return replace(CHOICES["optimizer"][name](), **tuned_settings(place, name))
