@@ -1,0 +1,43 @@
+"""Accuracy of scaled LoRSum and LoRA over three decades of rates; README.md has the protocol.
+
+python experiments/lorsum/rate/run.py --inputs FILE && python experiments/lorsum/rate/report.py
+"""
+
+import argparse
+import pathlib
+import sys
+
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1] / "finetune"))
+
+from inputs import fetched, load  # noqa: E402
+from program import Scale, program  # noqa: E402
+from rates import COMPARED, FOLDS  # noqa: E402
+from run import run  # noqa: E402
+
+SCALES = {
+    "gpu": Scale(750, 10, 32, 7, 10, None),
+    # A trial of the machinery; it decides nothing.
+    "cpu": Scale(8, 2, 8, 1, 10, 32),
+}
+
+
+def main() -> None:
+    """Runs what has no result yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--inputs", type=pathlib.Path, help="of experiments/finetune/run.py")
+    parser.add_argument("--out", type=pathlib.Path, default=HERE / "results")
+    args = parser.parse_args()
+    scale = SCALES[args.scale]
+    inputs = load(args.inputs) if args.inputs else fetched()
+    for method in COMPARED:
+        compiled = program(scale, inputs, method)
+        rates = method.rates if scale.rows is None else method.rates[3:4]
+        for fold, seed in FOLDS.items():
+            cells = [(f"fold-{fold}-rate-{rate:g}", rate, fold, seed, True) for rate in rates]
+            run(scale, inputs, method, compiled, args.out / method.slug, cells)
+
+
+if __name__ == "__main__":
+    main()
