@@ -108,7 +108,7 @@ def figure(settings: dict[str, dict[str, np.ndarray]]) -> None:
             color = PALETTE[number % len(PALETTE)]
             axes.plot(np.arange(len(median)), median, style, color=color, label=name)
         axes.set_yscale("log")
-        axes.set_ylim(bottom=1e-6)
+        axes.set_ylim(bottom=1e-6 if setting == "full" else 3)
         axes.set(xlabel="epoch", ylabel="loss beyond the best rank 8", title=titles[setting])
         axes.legend(frameon=False, fontsize=7, ncols=2)
         axes.grid(alpha=0.25, linewidth=0.6)
