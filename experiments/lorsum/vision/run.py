@@ -23,6 +23,7 @@ import jaxopt_lab as jol
 from jaxopt_lab import data
 from jaxopt_lab.lora import LowRankSum, Tap
 from jaxopt_lab.optim import AdamW
+from jaxopt_lab.step import Estimate, Step, TrainState
 
 HERE = pathlib.Path(__file__).parent
 BATCH, RANK, LANES, VALIDATION, EVALUATED = 64, 8, 5, 5000, 1000
@@ -200,25 +201,35 @@ def run(
     """Validation accuracy after every epoch, and test accuracy where that is highest."""
     of_start, of_order = jax.random.split(jax.random.key(seed))
     moves, base = start(of_start, method)
-    tx = optax.with_extra_args_support(method.build(rate))
     none = {name: 0.0 for name in LAYERS}
 
-    def loss(moves: Any, probes: Any, rows: Array) -> Any:
-        scores, inputs = forward(moves, base, images.train[rows], probes)
-        labels = images.train_label[rows].astype(jnp.int32)
-        return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean(), inputs
+    def loss(both: Any, batch: Any, key: Any) -> Any:
+        moves, probes = both
+        scores, inputs = forward(moves, base, images.train[batch["rows"]], probes)
+        labels = images.train_label[batch["rows"]].astype(jnp.int32)
+        nats = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
+        return nats.mean(), jnp.float32(BATCH), inputs
 
-    def step(carry: Any, rows: Array) -> Any:
-        moves, state = carry
+    def tapped(loss: Any, moves: Any, batch: Any, key: Array) -> Estimate:
+        """Backprop that also gives the taps of the linear layers."""
+
+        def objective(both: Any) -> Any:
+            value, weight, inputs = loss(both, batch, key)
+            return value, (weight, inputs)
+
         probes = {name: jnp.zeros((BATCH, m)) for name, (_, m) in LAYERS.items()}
-        (value, inputs), (grads, s) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
-            moves, probes, rows
+        (value, (weight, inputs)), (grads, s) = jax.value_and_grad(objective, has_aux=True)(
+            (moves, probes)
         )
-        extra = {}
-        if method.kind == "taps":
-            extra["taps"] = {name: {"kernel": Tap(inputs[name], s[name])} for name in LAYERS}
-        updates, state = tx.update(grads, state, moves, **extra)
-        return (optax.apply_updates(moves, updates), state), value
+        taps = {name: {"kernel": Tap(inputs[name], s[name])} for name in LAYERS}
+        extra = {"taps": taps} if method.kind == "taps" else {}
+        return Estimate(value, weight, {"loss": value}, grads, extra)
+
+    training = Step(loss, method.build(rate), tapped, guarded=False)
+
+    def step(state: TrainState, rows: Array) -> tuple[TrainState, Array]:
+        state, metrics = training.take(state, {"rows": rows})
+        return state, metrics["loss"]
 
     def accuracy(moves: Any, pixels: Array, labels: Array) -> Array:
         count = min(len(pixels), scale.tested) // EVALUATED * EVALUATED
@@ -231,16 +242,18 @@ def run(
 
         return jax.lax.map(right, parts).mean()
 
-    def epoch(carry: Any, key: Array) -> Any:
+    def epoch(state: TrainState, key: Array) -> Any:
         order = jax.random.permutation(key, scale.images)
         steps = scale.images // BATCH
-        carry, losses = jax.lax.scan(step, carry, order[: steps * BATCH].reshape(steps, BATCH))
+        state, losses = jax.lax.scan(step, state, order[: steps * BATCH].reshape(steps, BATCH))
         held_out = images.train[-VALIDATION:], images.train_label[-VALIDATION:]
-        value = accuracy(carry[0], *held_out)
-        return carry, (losses.mean(), value, accuracy(carry[0], images.test, images.test_label))
+        value = accuracy(state.params, *held_out)
+        test = accuracy(state.params, images.test, images.test_label)
+        return state, (losses.mean(), value, test)
 
     keys = jax.random.split(of_order, scale.epochs)
-    losses, validation, test = jax.lax.scan(epoch, (moves, tx.init(moves)), keys)[1]
+    state = training.start(moves, jax.random.key(seed))
+    losses, validation, test = jax.lax.scan(epoch, state, keys)[1]
     # Of the test accuracies only that of the best epoch leaves the program.
     return {"train": losses, "validation": validation, "test": test[jnp.argmax(validation)]}
 
