@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_scaling(verbs)
     _add_dynamics(verbs)
     _add_adapter_memory(verbs)
+    _add_fine_tuning(verbs)
     _add_zeroth_order(verbs)
     _add_low_rank(verbs)
     return parser
@@ -197,6 +198,29 @@ def _run_adapter_memory(options: argparse.Namespace) -> Any:
     from jaxopt_lab.bench.adapter_memory import run_adapter_memory
 
     return run_adapter_memory(batch=options.batch, length=options.length, on_progress=to_stderr)
+
+
+def _add_fine_tuning(verbs: Any) -> None:
+    description = "time fine-tuning steps: full, with adapters, on a packed base, by LoRSum"
+    parser = verbs.add_parser("fine-tuning", help=description, description=description)
+    parser.add_argument(
+        "--only", choices=("decoder", "encoder"), help="default: both; CPU: encoder"
+    )
+    parser.add_argument("--rounds", type=int, default=11, metavar="N", help="samples of each step")
+    parser.add_argument("--seconds", type=float, default=0.3, help="duration of one sample")
+    _add_json(parser)
+    parser.set_defaults(run=_run_fine_tuning)
+
+
+def _run_fine_tuning(options: argparse.Namespace) -> Any:
+    from jaxopt_lab.bench.fine_tuning import run_fine_tuning
+
+    return run_fine_tuning(
+        options.only and [options.only],
+        rounds=options.rounds,
+        seconds_per_round=options.seconds,
+        on_progress=to_stderr,
+    )
 
 
 def _add_zeroth_order(verbs: Any) -> None:

@@ -2,8 +2,10 @@
 
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -152,6 +154,73 @@ def interleave(
         each_round()
         for timer in timers:
             params = timer.round(params, grads)
+
+
+class CallTimer:
+    """Times a compiled program (carry, *given) -> (carry, result), whose carry it donates.
+
+    Args:
+      program: The program, compiled.
+      carry: What the first call starts from.
+      given: What every call takes besides.
+    """
+
+    def __init__(self, program: Any, carry: Any, given: Sequence[Any]):
+        """Takes no sample."""
+        self.program = program
+        self._carry, self._given = carry, given
+        self._calls = 1
+        self.seconds: list[float] = []  # a call, one value per round
+
+    def warm_up(self, seconds_per_round: float) -> None:
+        """Decides how many calls make a round, and forgets the samples before."""
+        self._sample()
+        self._calls = max(1, round(seconds_per_round / max(self._sample(), 1e-9)))
+        self.seconds.clear()
+
+    def round(self) -> None:
+        """Takes one sample."""
+        self.seconds.append(self._sample())
+
+    def _sample(self) -> float:
+        start = time.perf_counter()
+        result = None
+        for _ in range(self._calls):
+            self._carry, result = self.program(self._carry, *self._given)
+        jax.block_until_ready((self._carry, result))
+        return (time.perf_counter() - start) / self._calls
+
+
+def call_timers(rows: Sequence[tuple[Callable[..., Any], Any, Sequence[Any]]]) -> list[CallTimer]:
+    """Compiles programs (carry, *given) side by side: compilers run outside of Python's lock.
+
+    Args:
+      rows: A function, its carry and what else it is given, for each program.
+    """
+    lowered = [
+        jax.jit(function, donate_argnums=0).lower(carry, *given) for function, carry, given in rows
+    ]
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        compiled = list(pool.map(lambda each: each.compile(), lowered))
+    return [
+        CallTimer(program, carry, given)
+        for program, (_, carry, given) in zip(compiled, rows, strict=True)
+    ]
+
+
+def interleave_calls(timers: Sequence[CallTimer], rounds: int, seconds_per_round: float) -> None:
+    """Times all programs in turn, round after round, so that slow drift hits them alike.
+
+    Args:
+      timers: They keep their samples.
+      rounds: Samples of each.
+      seconds_per_round: Aimed duration of a sample.
+    """
+    for timer in timers:
+        timer.warm_up(seconds_per_round)
+    for _ in range(rounds):
+        for timer in timers:
+            timer.round()
 
 
 def program_bytes(compiled: Any) -> dict[str, int | None]:

@@ -1,10 +1,8 @@
 """Times zero-order steps against the forward passes that they consist of, on one device."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +14,7 @@ import optax
 from jaxopt_lab import models
 from jaxopt_lab import zeroth_order as zo
 from jaxopt_lab.bench.conditions import device_name, versions
-from jaxopt_lab.bench.timing import program_bytes
+from jaxopt_lab.bench.timing import CallTimer, call_timers, interleave_calls, program_bytes
 from jaxopt_lab.report.tables import format_table
 from jaxopt_lab.step import Step, forward_only
 from jaxopt_lab.tasks import language_model_loss
@@ -250,7 +248,7 @@ def run_zeroth_order(
         for loop in ("unrolled", "scanned")
     ]
     both = _timers([(ROWS[_EVALUATION], setting) for setting in settings])
-    _interleave(both, tokens, 3, seconds_per_round)
+    interleave_calls(both, 3, seconds_per_round)
     faster = int(np.argmin([np.median(timer.seconds) for timer in both]))
     on_progress(f"compiling {len(chosen) - 1} rows, layers {settings[faster].config.loop}")
     rest = [name for name in chosen if name != _EVALUATION]
@@ -258,9 +256,7 @@ def run_zeroth_order(
     timers |= dict(zip(rest, _timers([(ROWS[n], settings[faster]) for n in rest]), strict=True))
     compile_seconds = time.perf_counter() - start
     on_progress("timing")
-    for timer in timers.values():
-        timer.seconds.clear()
-    _interleave(list(timers.values()), tokens, repeats, seconds_per_round)
+    interleave_calls(list(timers.values()), repeats, seconds_per_round)
     return ZerothOrderReport(
         model=model,
         parameters=models.parameter_count(config),
@@ -285,46 +281,12 @@ def _chosen(rows: Sequence[str] | None) -> list[str]:
     return [name for name in ROWS if name in wanted]
 
 
-class _Timer:
-    """A compiled row with its carry."""
-
-    def __init__(self, program: Any, carry: Any):
-        self.program, self.carry = program, carry
-        self.calls = 1
-        self.seconds: list[float] = []  # a call, one value per round
-
-    def sample(self, tokens: jax.Array) -> float:
-        start = time.perf_counter()
-        result = None
-        for _ in range(self.calls):
-            self.carry, result = self.program(self.carry, tokens)
-        jax.block_until_ready((self.carry, result))
-        return (time.perf_counter() - start) / self.calls
-
-
-def _timers(rows: Sequence[tuple[Row, Setting]]) -> list[_Timer]:
-    """Compiles rows side by side: compilers run outside of Python's lock."""
+def _timers(rows: Sequence[tuple[Row, Setting]]) -> list[CallTimer]:
     built = [(*row.build(setting), setting.tokens) for row, setting in rows]
-    lowered = [
-        jax.jit(program, donate_argnums=0).lower(carry, tokens) for program, carry, tokens in built
-    ]
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        compiled = list(pool.map(lambda each: each.compile(), lowered))
-    return [_Timer(program, carry) for program, (_, carry, _) in zip(compiled, built, strict=True)]
+    return call_timers([(program, carry, (tokens,)) for program, carry, tokens in built])
 
 
-def _interleave(
-    timers: Sequence[_Timer], tokens: jax.Array, repeats: int, seconds_per_round: float
-) -> None:
-    for timer in timers:
-        timer.sample(tokens)
-        timer.calls = max(1, round(seconds_per_round / max(timer.sample(tokens), 1e-9)))
-    for _ in range(repeats):
-        for timer in timers:
-            timer.seconds.append(timer.sample(tokens))
-
-
-def _row(name: str, timers: Mapping[str, _Timer]) -> ZerothOrderRow:
+def _row(name: str, timers: Mapping[str, CallTimer]) -> ZerothOrderRow:
     row, timer = ROWS[name], timers[name]
     reference = row.times * np.asarray(timers[row.reference].seconds)
     return ZerothOrderRow(

@@ -185,7 +185,8 @@ def _moved(
         about = (1.0, 1.0) if whole is None else (whole.factor, whole.scale)
         move, new_state = rule.step(Given(pair, gradient, tap, *about, kept, count))
         # Gradients that a rule does not use are looked at too: who drops a step spoils them all.
-        seen = (tap, gradient, move, new_state)
+        # Taps are the largest arrays here, and a bad one spoils the move.
+        seen = (gradient, move, new_state)
         good = jnp.stack([jnp.all(finite_entries(x)) for x in jax.tree.leaves(seen)]).all()
 
         def keep(x: Array, y: Array) -> Array:

@@ -1,8 +1,9 @@
 """`python -m tests.devices`: the mesh tests on the GPUs, TPUs or CPU devices that are present.
 
 Parity of one step with one device for every optimizer on data, fsdp and tensor meshes, Auto and
-Explicit; a run resumed on another mesh; a run stopped by SIGTERM. Prints a table, and exits with 1
-if something failed. On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes devices.
+Explicit; zero-order probes and adapters on several devices, with their speed; a run resumed on
+another mesh; a run stopped by SIGTERM. Prints a table, and exits with 1 if something failed. On a
+CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes devices.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def _rows(only: str) -> Iterator[Row]:
             yield _run("SIGTERM", "all on data", runs.sigterm, _new(base, "sigterm"))
         import jax
 
-        from tests.devices import parity  # asks for the devices
+        from tests.devices import forward, parity  # ask for the devices
 
         devices = jax.device_count()
         os.environ["JAXOPT_LAB_CACHE"] = str(base / "cache")
@@ -56,6 +57,9 @@ def _rows(only: str) -> Iterator[Row]:
             if only in f"resume {name}":
                 place = _new(base, name.replace(" ", "-"))
                 yield _run("resume", name, runs.resume_on_another_mesh, place, first, second)
+        for name, test in forward.KINDS.items():
+            if only in name:
+                yield _run(name, f"{devices}, Auto", lambda test: _spread(test(devices)), test)
         for optimizer in parity.OPTIMIZERS:
             for axis in parity.SPECS:
                 for kind in parity.KINDS:
@@ -72,6 +76,14 @@ def _rows(only: str) -> Iterator[Row]:
 
 def _parity(result: Any) -> str:
     text = f"{result.difference:.1e}, at most {result.limit:.0e}"
+    return f"={text}" if result.passed else text
+
+
+def _spread(result: Any) -> str:
+    text = (
+        f"{result.difference:.1e}, at most {result.limit:.0e}; {1e6 * result.megabytes:,.0f} bytes "
+        f"travel; {result.speed:.2f} times the work a second"
+    )
     return f"={text}" if result.passed else text
 
 

@@ -115,7 +115,8 @@ def test_a_save_that_fails_on_one_ends_both(settings, tmp_path, where, number):
     outputs = ended(processes, 60)
     assert [process.returncode for process in processes] == [1, 1], "\n".join(outputs)
     for output in outputs:
-        last = output.splitlines()[-1]
+        # A function of orbax that is replaced leaves a coroutine, of which Python warns at the end.
+        last = [line for line in output.splitlines() if "was never awaited" not in line][-1]
         assert "checkpoint 3 could not be written" in last and f"process {number}: " in last
 
 
