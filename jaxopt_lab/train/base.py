@@ -58,12 +58,6 @@ def read_base(config: FinetuneConfig, model: ModelConfig) -> Base:
     return Base(host, found)
 
 
-def packed_shapes(config: FinetuneConfig) -> PyTree:
-    """The parameters of a run on packed weights, as shapes: blocks of its GGUF file among them."""
-    params = _read(model_directory(config.preset), config.model, packed=True)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-
-
 def _read(directory: Path, model: ModelConfig, *, packed: bool) -> PyTree:
     if isinstance(model, EncoderConfig):
         return models.load_bert(directory)[1]

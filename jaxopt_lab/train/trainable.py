@@ -66,7 +66,6 @@ class Trained:
         Frozen, they need no other. The model casts whole stacks in every step, which would keep a
         second copy of all kernels beside the first.
         """
-
         dtype = self.computed_in
         if dtype is None:
             return base
