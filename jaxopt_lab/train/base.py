@@ -76,12 +76,6 @@ def read_params(field: str, name: str, model: ModelConfig, *, packed: bool = Fal
     return params
 
 
-def packed_shapes(config: FinetuneConfig) -> PyTree:
-    """The parameters of a run on packed weights, as shapes: blocks of its GGUF file among them."""
-    params = _read(model_directory("model", config.preset), config.model, packed=True)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-
-
 def _read(directory: Path, model: ModelConfig, *, packed: bool) -> PyTree:
     if isinstance(model, EncoderConfig):
         return models.load_bert(directory)[1]

@@ -20,8 +20,7 @@ from jaxopt_lab.report.hlo import CollectiveTotal, collectives
 from jaxopt_lab.report.tables import format_table
 from jaxopt_lab.step import Adapted, Estimator, TrainState, merged
 from jaxopt_lab.tasks import Task, Text, language_model
-from jaxopt_lab.train.base import packed_shapes
-from jaxopt_lab.train.config.finetune import FinetuneConfig
+from jaxopt_lab.train.config.finetune import FinetuneConfig, gguf_file, model_directory
 from jaxopt_lab.train.config.optimizer_base import ModelInfo
 from jaxopt_lab.train.config.optimizers_pairs import PairConfig
 from jaxopt_lab.train.config.run import PretrainConfig
@@ -177,7 +176,10 @@ def _task(config: PretrainConfig, model: Any, mesh: Mesh, material: Material | N
 
 def _on_packed(config: FinetuneConfig, task: Task, shardings: PyTree) -> Task:
     """A task whose parameters are the packed ones of a file, which are never drawn."""
-    shapes = packed_shapes(config)
+    file = gguf_file(model_directory("model", config.preset))
+    assert file is not None
+    _, params = models.load_gguf(file, packed=True)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     specs = jax.tree.map(lambda placed: placed.spec, packed_shardings(shapes, shardings))
     zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return replace(task, init=lambda key: zeros(), param_specs=specs)

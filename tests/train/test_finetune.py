@@ -221,6 +221,7 @@ def test_frozen_kernels_are_held_as_they_are_multiplied(base, text, tmp_path):
     assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"float32"}
 
 
+@pytest.mark.slow  # compiles three steps
 def test_steps_on_eight_devices(base, text, tmp_path):
     """Values are those of one device, and adapters bring no gather that the model does not have."""
     alone = finetune_config(base, text, tmp_path / "run", LORA)
