@@ -190,6 +190,7 @@ OWN_UPDATES = {
     # Bare optimizer steps, timed or only compiled, and two regressions without a model.
     "bench/timing.py",
     "bench/adapter_memory.py",
+    "bench/fine_tuning.py",
     "experiments/lorsum/synthetic/run.py",
     "experiments/weight_lora/planted/run.py",
     "experiments/zeroth_order/memory/run.py",
