@@ -4,6 +4,7 @@ Programs are released after each module, and within one that compiles very many;
 too many fails the run.
 """
 
+import gc
 import os
 import signal
 
@@ -32,6 +33,15 @@ jaxtyping.install_import_hook("jaxopt_lab.core", "beartype.beartype")
 examples.register_profiles()
 
 _RECORDS = pytest.StashKey[dict[str, programs.Record]]()
+
+
+# Tracing makes many small objects, few of them in cycles: of its time every eleventh second went to
+# looking for those. `programs.release` looks for all after each module.
+gc.set_threshold(200_000, 20, 100)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported stays, and need not be looked at after each module
 
 
 def pytest_configure(config):

@@ -148,6 +148,7 @@ class Study:
                 seeds=FINAL_SEEDS,
                 evaluated_steps=tuple(self.task.evaluated_steps()),
                 held_out=final.held_out[mine],
+                errors=tuple(map(float, final.error[mine])),
                 train_losses=tuple(map(float, train[:, -tail:].mean(axis=1))),
                 runs_at_once=lanes,
                 seconds=seconds,
@@ -207,7 +208,7 @@ def _train(program: Program, runs: Sequence[Run]) -> Curves:
         trained = program.train(group + [group[-1]] * (size - len(group)))
         parts.append(Curves(*(x[: len(group)] for x in trained)))
     if not parts:
-        return Curves(np.zeros((0, 1)), np.zeros((0, 1)))
+        return Curves(np.zeros((0, 1)), np.zeros((0, 1)), np.zeros(0))
     return Curves(*(np.concatenate(x) for x in zip(*parts, strict=True)))
 
 

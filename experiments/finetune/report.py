@@ -41,7 +41,8 @@ def main() -> None:
     parser.add_argument("--figures", type=pathlib.Path, default=HERE / "figures")
     args = parser.parse_args()
     found = {m.name: read(m, args.results / m.slug) for m in METHODS}
-    found = {name: runs for name, runs in found.items() if runs.folds}
+    most = max(len(runs.folds) for runs in found.values())
+    found = {name: runs for name, runs in found.items() if len(runs.folds) == most}
     print(format_table(TUNING, [tuning_row(runs) for runs in found.values()]))
     print(format_table(TABLE, [row(runs, found) for runs in found.values()]))
     print(format_table(("A - B", "points", "by rows", "by folds", "verdict"), comparisons(found)))
@@ -145,19 +146,22 @@ def kept(runs: Runs) -> str:
 
 
 def figure(found: dict[str, Runs], path: pathlib.Path) -> None:
-    """Left: accuracy minus that of full fine-tuning. Right: validation loss over steps."""
+    """Accuracy against full fine-tuning, or LoRA without it, and validation loss over steps."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
     left, right = drawn.subplots(1, 2)
-    names = [name for name in found if name not in ("full", "head")]
-    for place, name in enumerate(names if "full" in found else ()):
-        value, half, *_ = difference(found[name], found["full"])
+    reference = "full" if "full" in found else "LoRA"
+    names = [name for name in found if name not in (reference, "head")]
+    for place, name in enumerate(names):
+        value, half, *_ = difference(found[name], found[reference])
         left.errorbar(value, -place, xerr=half, fmt="o", color=PALETTE[0], capsize=3)
     left.set_yticks([-place for place in range(len(names))], names)
+    left.set_ylim(0.5 - len(names), 0.5)
     left.axvline(0, color="0.3", linewidth=1)
-    left.axvline(-MARGIN, color="0.6", linewidth=1, linestyle="--")
-    left.set(xlabel="points of accuracy against full fine-tuning, 95 %", title="ten folds")
+    if reference == "full":
+        left.axvline(-MARGIN, color="0.6", linewidth=1, linestyle="--")
+    left.set(xlabel=f"test accuracy minus that of {reference}, points, 95 %", title="ten folds")
     for number, (name, runs) in enumerate(found.items()):
         losses = np.array([run["validation_loss"] for run in runs.folds], float).mean(0)
         steps = (np.arange(len(losses)) + 1) * (runs.folds[0]["steps"] // len(losses))

@@ -5,6 +5,7 @@ python experiments/finetune/run.py --scale gpu && python experiments/finetune/re
 
 import argparse
 import json
+import os
 import pathlib
 import time
 from typing import Any
@@ -27,6 +28,8 @@ TUNING_SEED, TUNING_FOLD = 0, 0
 def main() -> None:
     """Tunes and runs the methods that have no result yet, program by program."""
     args = arguments()
+    # Decompositions side by side can block a CPU of few cores; CHANGELOG.md, known limits.
+    os.environ.setdefault("PJRT_NPROC", "16")
     scale = SCALES[args.scale]
     if args.save_inputs:
         save(fetched(), args.save_inputs)

@@ -33,11 +33,11 @@ SCALES = {
 }
 
 
-def make_run(scale: DecoderRuns, method: Method, validation: jax.Array):
+def make_run(scale: DecoderRuns, method: Method, held_out: dict[str, jax.Array], count: int):
     """One whole training run as a pure function, so that cells and seeds can be vmapped.
 
     The optimizer state is made inside: its step counter then stays unbatched, and a step that is
-    not spectral skips Newton-Schulz for all cells at once.
+    not spectral skips Newton-Schulz for all cells at once. `count` is the number of documents.
     """
     config = scale.model()
     schedule = optax.warmup_cosine_decay_schedule(0.01, 1.0, scale.warmup, scale.steps)
@@ -54,10 +54,13 @@ def make_run(scale: DecoderRuns, method: Method, validation: jax.Array):
             return state, metrics["loss"]
 
         def evaluate(params):
-            def one(tokens):
-                return loss(params, {"tokens": tokens.astype(jnp.int32)}, key)[0]
+            def one(batch):
+                mean, _, metrics = loss(params, batch, key)
+                documents = batch["documents"].ravel()
+                return mean, jax.ops.segment_sum(metrics["nats"].ravel(), documents, count)
 
-            return jax.lax.map(one, validation).mean()
+            means, nats = jax.lax.map(one, held_out)
+            return means.mean(), nats.sum(0)
 
         def chunk(state, tokens):
             state, values = jax.lax.scan(take, state, tokens)
@@ -65,8 +68,8 @@ def make_run(scale: DecoderRuns, method: Method, validation: jax.Array):
 
         state = step.start(models.init_params(config, key), key)
         chunks = windows.reshape(-1, scale.evaluate_every, *windows.shape[1:])
-        _, (train, held_out) = jax.lax.scan(chunk, state, chunks)
-        return train.reshape(-1), held_out
+        _, (train, (losses, by_document)) = jax.lax.scan(chunk, state, chunks)
+        return train.reshape(-1), losses, by_document[-1]
 
     return run
 
@@ -75,12 +78,13 @@ def sweep(
     scale: DecoderRuns, method: Method, adam_rates: list[float], tokens: data.Windows
 ) -> dict[str, Any]:
     """All cells on the sweep's seed as one program, then the best cell on the final seeds."""
-    run = make_run(scale, method, jnp.asarray(tokens.validation))
+    targets = np.bincount(tokens.documents.ravel())
+    run = make_run(scale, method, jax.tree.map(jnp.asarray, tokens.held_out()), len(targets))
     cells = jnp.asarray(method.cells, jnp.float32)
     adam = jnp.asarray(adam_rates, jnp.float32)
     started = time.perf_counter()
     over_cells = jax.jit(jax.vmap(run, in_axes=(0, 0, 0, None, None)))
-    _, held_out = jax.device_get(
+    _, held_out, _ = jax.device_get(
         over_cells(cells[:, 0], cells[:, 1], adam, SWEEP_SEED, tokens.train[SWEEP_SEED])
     )
     finals = np.where(np.isfinite(held_out[:, -1]), held_out[:, -1], np.inf)
@@ -88,7 +92,7 @@ def sweep(
     over_seeds = jax.jit(jax.vmap(run, in_axes=(None, None, None, 0, 0)))
     windows = np.stack([tokens.train[seed] for seed in FINAL_SEEDS])
     seeds = jnp.asarray(FINAL_SEEDS)
-    train, curves = jax.device_get(over_seeds(*cells[best], adam[best], seeds, windows))
+    train, curves, nats = jax.device_get(over_seeds(*cells[best], adam[best], seeds, windows))
     return {
         "name": method.name,
         "period": str(method.period),
@@ -98,6 +102,7 @@ def sweep(
         "best_cell": best,
         "seeds": list(FINAL_SEEDS),
         "held_out": curves.tolist(),
+        "held_out_se": data.standard_error(nats.astype(np.float64), targets).tolist(),
         "train_last_100": train[:, -100:].mean(axis=1).tolist(),
         "seconds": time.perf_counter() - started,
     }

@@ -188,7 +188,8 @@ def laws_table(laws: dict[str, Any]) -> str:
     rows = []
     for law in laws.values():
         for number, p in enumerate(law["usage"]):
-            cells = [law["setup"], law["rule"], f"{p:g}", f"{law['critical']:.4f}"]
+            cells = [law["setup"], law["rule"], f"{p:g}", np.shape(law["growth"])[-1]]
+            cells.append(f"{law['critical']:.4f}")
             for kind in ("growth", "effect"):
                 crossing, half = zero_crossing(law["adherence"], law[kind][number])
                 cells += [
@@ -197,7 +198,7 @@ def laws_table(laws: dict[str, Any]) -> str:
                 ]
             rows.append(cells)
     headers = [
-        "set-up", "rule", "p", "s* of theory", "against the first fit", "difference",
+        "set-up", "rule", "p", "seeds", "s* of theory", "against the first fit", "difference",
         "against no adoption", "difference",
     ]  # fmt: skip
     return format_table(headers, rows, markdown=True)

@@ -31,7 +31,7 @@ JUDGED = {"window": 1400, "sampling": 10_000}
 SURFACE_SEEDS = 6
 NOISES = (1.0, 10.0)
 
-CRITICAL_SEEDS = 16
+CRITICAL_SEEDS, MANY_SEEDS = 16, 256
 CRITICAL_RATIOS = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2)
 CRITICAL_USAGES = (0.3, 1.0)
 CRITICAL_STEPS = {"window": 1400, "sampling": 4000}
@@ -64,6 +64,9 @@ def jobs() -> dict[str, Any]:
         for rule in ("mae", "var"):
             result[f"critical-{setup}-{rule}"] = functools.partial(critical, setup, rule)
             result[f"control-{setup}-{rule}"] = functools.partial(control, setup, rule)
+    for setup in ("window", "sampling"):
+        for name, job in (("control", control), ("critical", critical)):
+            result[f"{name}-many-{setup}-mae"] = functools.partial(job, setup, "mae", MANY_SEEDS)
     for setup in ("window", "sampling"):
         for noise in NOISES:
             result[f"surface-{setup}-noise{noise:g}"] = functools.partial(surface, setup, noise)
@@ -147,14 +150,14 @@ def surface(setup: str, noise: float) -> dict[str, Any]:
     return {"setup": setup, "noise": noise, "seeds": SURFACE_SEEDS} | result._asdict()
 
 
-def critical(setup: str, rule: str) -> dict[str, Any]:
+def critical(setup: str, rule: str, seeds: int = CRITICAL_SEEDS) -> dict[str, Any]:
     """ln(scale at the end / start) around the critical adherence of theory, for every seed."""
     s_star = rl.critical_adherence(rule, setup=setup)
     adherence = s_star * np.array(CRITICAL_RATIOS)
     usage = np.array(CRITICAL_USAGES)[:, None]
     steps = CRITICAL_STEPS[setup]
     config = rl.LoopConfig(setup=setup, rule=rule, steps=steps, record_every=2)
-    keys = jax.random.split(jax.random.key(2), CRITICAL_SEEDS)
+    keys = jax.random.split(_critical_key(seeds), seeds)
     record = rl.run_many(
         keys, rl.linear_data, rl.LEARNERS["ridge0"], usage=usage, adherence=adherence, config=config
     )
@@ -177,15 +180,20 @@ def critical(setup: str, rule: str) -> dict[str, Any]:
     }
 
 
-def control(setup: str, rule: str) -> dict[str, Any]:
+def control(setup: str, rule: str, seeds: int = CRITICAL_SEEDS) -> dict[str, Any]:
     """The seeds of `critical` without adoption: ln(scale) at the start and at the end."""
     config = rl.LoopConfig(setup=setup, rule=rule, steps=CRITICAL_STEPS[setup], record_every=2)
-    keys = jax.random.split(jax.random.key(2), CRITICAL_SEEDS)
+    keys = jax.random.split(_critical_key(seeds), seeds)
     record = rl.run_many(
         keys, rl.linear_data, rl.LEARNERS["ridge0"], usage=0.0, adherence=0.0, config=config
     )
     scale = np.log(np.asarray(record.scale))
     return {"setup": setup, "rule": rule, "start": scale[:, 0], "end": scale[:, -END:].mean(-1)}
+
+
+def _critical_key(seeds: int) -> jax.Array:
+    """Of the seeds of `critical` and of its control; those of the large runs are fresh."""
+    return jax.random.key(2 if seeds == CRITICAL_SEEDS else 3)
 
 
 def rounded(value: Any) -> Any:

@@ -1,11 +1,19 @@
 """Corpora, tokenizers and batches; labelled rows; packages of data and weights."""
 
-from jaxopt_lab.data.batches import Batch, RowsOnDemand, TrainBatches, train_batches, train_rows
+from jaxopt_lab.data.batches import (
+    Batch,
+    RowsOnDemand,
+    TrainBatches,
+    rows_of_first_epoch,
+    train_batches,
+    train_rows,
+)
 from jaxopt_lab.data.corpora import Corpus, CorpusPart, SetError, TokenSplit, list_corpora, prepare
 from jaxopt_lab.data.evaluation import (
     bits_per_byte,
     count_targets,
     nats_under,
+    standard_error,
     unigram_model,
     unigram_nats,
     validation_batches,
@@ -75,7 +83,9 @@ __all__ = [
     "nats_under",
     "prepare",
     "prepare_labelled",
+    "rows_of_first_epoch",
     "sets_from_text",
+    "standard_error",
     "train_batches",
     "train_rows",
     "unigram_model",

@@ -180,6 +180,17 @@ def train_batches(
     return TrainBatches(batch_at, start_step=start_step, prefetch=prefetch)
 
 
+def rows_of_first_epoch(corpus: Corpus, context: int) -> int:
+    """Rows of `train_batches` before any part of the corpus is read a second time.
+
+    Args:
+        corpus: what `prepare` returned.
+        context: input tokens of a row, T.
+    """
+    epochs = ((part.stop - part.start) // context / part.weight for part in corpus.parts)
+    return int(min(epochs))
+
+
 def train_rows(
     corpus: Corpus, *, context: int, seed: int, segment_ids: bool = False
 ) -> Callable[[Sequence[int]], Batch]:

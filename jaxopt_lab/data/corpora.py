@@ -16,7 +16,6 @@ from jaxopt_lab.data.preparation import (
     Scan,
     check_splits,
     hash_json,
-    keys_of,
     scan_documents,
     split_paths,
     store_documents,
@@ -67,7 +66,8 @@ class Corpus:
 
     name: str
     hash: str
-    """Hash of the documents' content; independent of paths and of the tokenizer."""
+    """Hash of the documents' content, independent of paths and of the tokenizer; where packages or
+    directories are held out whole, also of which documents these are."""
     tokenizer: Tokenizer
     train: TokenSplit
     """Part after part, documents in the order of their content hash."""
@@ -85,7 +85,7 @@ class Corpus:
 
     def summary(self) -> dict[str, Any]:
         """What identifies and describes the corpus, as JSON values."""
-        about = ("hash", "validation_fraction", "tokenizer", "splits")
+        about = ("hash", "validation_fraction", "held_out_by_group", "tokenizer", "splits")
         return {
             "name": self.name,
             **{key: self.manifest[key] for key in about},
@@ -110,9 +110,11 @@ def prepare(
     """Reads, splits and tokenizes a source, or opens the cached result.
 
     Documents are decoded as UTF-8 with replacement; empty ones and exact duplicates are dropped.
-    A document belongs to the validation split when its content hash falls below
-    `validation_fraction` of the hash range, so adding documents never moves another one. One that
-    training has mostly seen (`preparation.near_copies`) is held out, but not evaluated. The cache
+    Packages and directories are held out whole (`groups`), in the order of the hashes of their
+    names, until they have `validation_fraction` of the text. Of sources without them, and where
+    there are too few, a document belongs to the validation split when its content hash falls below
+    that fraction of the hash range, so adding documents never moves another one. One that training
+    has mostly seen (`preparation.near_copies`) is held out, but not evaluated. The cache
     is keyed by the documents' content and the tokenizer; the source is read and hashed on
     every call.
 
@@ -122,7 +124,7 @@ def prepare(
             training documents of all parts.
         cache_dir: by default `$JAXOPT_LAB_CACHE`, else `$XDG_CACHE_HOME/jaxopt-lab`, else
             `~/.cache/jaxopt-lab`.
-        validation_fraction: share of the documents held out, in [0, 1); 0 holds out none.
+        validation_fraction: share of the text held out, in [0, 1); 0 holds out none.
         sets: more text to evaluate, by names: of a source, all documents that are neither training
             documents nor near copies of some, so of a part of a mixture its held-out ones; None
             stands for the training documents themselves.
@@ -153,7 +155,7 @@ def prepare(
     sources = source.parts if isinstance(source, Mixture) else (source,)
     weights = source.weights if isinstance(source, Mixture) else (1.0,)
     identity = tokenizer.identity()
-    scans = scan_documents(sources, report)
+    scans = scan_documents(sources, validation_fraction, report)
     check_splits(source.name, scans, validation_fraction)
     root = cache.cache_root(cache_dir)
     parts_hash = [scan.hash for scan in scans]
@@ -169,6 +171,7 @@ def prepare(
             "name": source.name,
             "hash": parts_hash[0] if len(scans) == 1 else hash_json(parts_hash),
             "validation_fraction": validation_fraction,
+            "held_out_by_group": [scan.by_group for scan in scans],
             **facts,
         }
 
@@ -193,8 +196,8 @@ def prepare(
         if part is None:
             return corpus.train
         try:
-            (scan,) = scan_documents([part], report)
-            trained = [keys_of(each, "train", validation_fraction) for each in scans]
+            (scan,) = scan_documents([part], 0.0, report)
+            trained = [each.keys_of("train") for each in scans]
             return _open_set(scan, scan.keys.difference(*trained), corpus, stores, report)
         except ValueError as error:
             raise SetError(f"{name}: {error}") from error

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 from jaxopt_lab.data.batches import Batch, RowsOnDemand, segments
 from jaxopt_lab.data.corpora import Corpus, TokenSplit
@@ -84,9 +84,9 @@ def windows_of(
         segment_ids: adds the document index per input token, as `train_batches` does.
 
     Returns:
-        Batches, whose rows are read when they are asked for, of `tokens` (B, T + 1) int32 and
+        Batches, whose rows are read when they are asked for, of `tokens` (B, T + 1) int32,
         `mask` (B, T) float32, 1 where the target `tokens[:, 1:]` counts and 0 on the padding of the
-        last batch.
+        last batch, and `documents` (B, T) int32, the number of the target's document in the split.
 
     Raises:
         ValueError: a number is below 1.
@@ -104,7 +104,12 @@ def windows_of(
         there = (at >= 0) & (at < split.num_tokens)
         tokens = np.full(at.shape, end_of_text, np.int32)
         tokens[there] = split.tokens[at[there]]
-        batch = {"tokens": tokens, "mask": there[:, 1:].astype(np.float32)}
+        documents = np.searchsorted(split.document_offsets[1:-1], at[:, 1:], "right")
+        batch = {
+            "tokens": tokens,
+            "mask": there[:, 1:].astype(np.float32),
+            "documents": documents.astype(np.int32),
+        }
         if segment_ids:
             batch["segment_ids"] = segments(tokens[:, :-1], end_of_text)
         return batch
@@ -147,6 +152,40 @@ def bits_per_byte(nats_per_token: float, batches: Batches, tokenizer: Tokenizer)
     if not num_bytes:
         raise ValueError(f"the {tokens} targets of the batches stand for no bytes")
     return nats_per_token * tokens / (math.log(2) * num_bytes)
+
+
+def standard_error(
+    nats: Float[np.ndarray, "*runs documents"], targets: Num[np.ndarray, " documents"]
+) -> Float[np.ndarray, "*runs"]:
+    r"""Standard error of a mean loss, for documents as the units that were drawn.
+
+    The targets of one document depend on each other, so that their number says little. The mean
+    loss is a ratio of sums over documents, $\hat\ell = \sum_d s_d / \sum_d n_d$, of $D$ of them
+    that were drawn independently (delta method):
+
+    $$
+    \widehat{\mathrm{se}}^2 = \frac{D}{D - 1} \,
+        \frac{\sum_d (s_d - \hat\ell n_d)^2}{(\sum_d n_d)^2}
+    $$
+
+    It is about the text. What another seed would change comes on top; and two models that were
+    measured on the same text differ by less than their errors say.
+
+    >>> float(standard_error(np.asarray([2.0, 8.0, 5.0]), np.asarray([1, 3, 1])).round(4))
+    0.5477
+
+    Args:
+        nats: sum of the losses of each document, of one run or several.
+        targets: number of them; documents with none do not count.
+
+    Returns:
+        In nats per token; NaN for fewer than two documents.
+    """
+    count, total = int((targets > 0).sum()), targets.sum()
+    if count < 2:
+        return np.full(nats.shape[:-1], np.nan)
+    rest = nats - nats.sum(-1, keepdims=True) / total * targets
+    return np.sqrt(count / (count - 1) * np.square(rest).sum(-1)) / total
 
 
 def unigram_nats(corpus: Corpus, batches: Batches) -> tuple[float, float]:

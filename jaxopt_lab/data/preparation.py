@@ -1,8 +1,10 @@
 """The steps of preparing a corpus: scan, split, store the documents, write the tokens."""
 
 import hashlib
+import heapq
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from jaxopt_lab.data import cache
+from jaxopt_lab.data.groups import held_out_documents
 from jaxopt_lab.data.sources import Document, SinglePart
 from jaxopt_lab.data.tokenizer import Tokenizer, TokenizerConfig, make_tokenizer
 
 # Part of every cache key: raise it when the stored layout or the document rules change.
-FORMAT = 2
+FORMAT = 3
 _ENCODE_CHARACTERS = 2_000_000
 _REPORT_BYTES = 20_000_000
 # Lines of fewer characters recur by chance or by custom.
@@ -32,19 +35,30 @@ class Scan:
     source: SinglePart
     keys: frozenset[str]
     """Content hashes of the documents that this part contributes."""
+    held_out: frozenset[str]
+    """Those of the validation split."""
+    by_group: bool
+    """Whether whole groups are held out."""
     hash: str
     num_bytes: int
     duplicates: int
 
+    def keys_of(self, split: str) -> frozenset[str]:
+        """The documents that belong to a split."""
+        return self.held_out if split == "validation" else self.keys - self.held_out
 
-def scan_documents(sources: Sequence[SinglePart], report: OnProgress) -> list[Scan]:
-    """Hashes every document; a document of two parts stays with the first one."""
+
+def scan_documents(
+    sources: Sequence[SinglePart], validation_fraction: float, report: OnProgress
+) -> list[Scan]:
+    """Hashes every document and splits them; one of two parts stays with the first."""
     seen: set[str] = set()
     scans = []
     for source in sources:
         report(f"reading {source.name}")
-        keys: set[str] = set()
-        count = num_bytes = 0
+        groups: dict[str, str] = {}
+        sizes: Counter[str] = Counter()
+        count = 0
         replaced: dict[str, int] = {}
         for document in source.documents():
             if not document.text:
@@ -56,14 +70,22 @@ def scan_documents(sources: Sequence[SinglePart], report: OnProgress) -> list[Sc
             key = hashlib.sha256(data).hexdigest()
             if key not in seen:
                 seen.add(key)
-                keys.add(key)
-                num_bytes += len(data)
-        if not keys:
+                groups[key] = document.group or key
+                sizes[groups[key]] += len(data)
+        if not groups:
             why = "all its documents are in other parts too" if count else "it has no text"
             raise ValueError(f"the corpus {source.name} is empty: {why}")
-        content = hashlib.sha256("".join(sorted(keys)).encode()).hexdigest()
-        scans.append(Scan(source, frozenset(keys), content, num_bytes, count - len(keys)))
-        report(f"{len(keys):,} documents, {num_bytes / 1e6:.1f} MB, {count - len(keys)} duplicates")
+        held_out, by_group = held_out_documents(groups, sizes, validation_fraction)
+        # Groups come from paths, so that the text alone does not say which documents these are.
+        content = [*sorted(groups), *(sorted(held_out) if by_group else ())]
+        digest, size = hashlib.sha256("".join(content).encode()).hexdigest(), sizes.total()
+        copies = count - len(groups)
+        scans.append(Scan(source, frozenset(groups), held_out, by_group, digest, size, copies))
+        report(f"{len(groups):,} documents, {size / 1e6:.1f} MB, {copies} duplicates")
+        if validation_fraction and len(sizes) < len(groups):
+            out = f"{len(held_out):,} of {len(groups):,} documents"
+            how = "whole" if by_group else "too few to be held out whole: single documents are"
+            report(f"held out: {out}; {len(sizes):,} packages or directories, {how}")
         if replaced:
             worst = max(replaced, key=lambda name: replaced[name])
             report(
@@ -73,29 +95,19 @@ def scan_documents(sources: Sequence[SinglePart], report: OnProgress) -> list[Sc
     return scans
 
 
-def split_of(key: str, validation_fraction: float) -> str:
-    """The split of a document, from its content hash alone."""
-    return "validation" if int(key[:16], 16) < validation_fraction * 2**64 else "train"
-
-
-def keys_of(scan: Scan, split: str, validation_fraction: float) -> set[str]:
-    """The documents of a part that belong to a split."""
-    return {key for key in scan.keys if split_of(key, validation_fraction) == split}
-
-
 def check_splits(name: str, scans: Sequence[Scan], validation_fraction: float) -> None:
     """Raises ValueError where a split has no document."""
-    keys = [key for scan in scans for key in scan.keys]
-    held_out = sum(split_of(key, validation_fraction) == "validation" for key in keys)
+    count = sum(len(scan.keys) for scan in scans)
+    held_out = sum(len(scan.held_out) for scan in scans)
     if validation_fraction > 0 and not held_out:
         raise ValueError(
-            f"the corpus {name} has no validation documents: none of its {len(keys)} documents "
+            f"the corpus {name} has no validation documents: none of its {count} documents "
             f"falls into validation_fraction = {validation_fraction}; raise the fraction, or give "
             "more documents (one long text can be a jsonl file with one row per chapter)"
         )
-    if held_out == len(keys):
+    if held_out == count:
         raise ValueError(
-            f"the corpus {name} has no training documents: all {len(keys)} fall into "
+            f"the corpus {name} has no training documents: all {count} fall into "
             f"validation_fraction = {validation_fraction}; lower the fraction or give "
             "more documents"
         )
@@ -110,7 +122,7 @@ def store_documents(root: Path, scan: Scan, validation_fraction: float, report: 
 
     def write(directory: Path) -> dict[str, Any]:
         report(f"storing the documents of {scan.source.name}")
-        parts = {split: keys_of(scan, split, validation_fraction) for split in SPLITS}
+        parts = {split: scan.keys_of(split) for split in SPLITS}
         write_documents(
             directory,
             {split: _keyed(scan.source, keys) for split, keys in parts.items() if keys},
@@ -136,36 +148,41 @@ def _keyed(source: SinglePart, keys: Set[str]) -> Iterator[tuple[str, Document]]
         )
 
 
-def near_copies(held_out: Mapping[str, str], training: Iterable[str]) -> set[str]:
+def near_copies(held_out: Iterable[tuple[str, str]], training: Iterable[str]) -> set[str]:
     """Held-out documents that training has mostly seen, although they are no copies.
 
     Those are meant of whose lines with more than 40 characters at least half are lines of training
-    documents. Only the lines of held-out documents are kept in memory.
+    documents. What is kept in memory is a 64-bit hash of every such line of held-out documents.
 
     >>> line = "the quick brown fox jumps over the lazy dog"
-    >>> near_copies({"a": line, "b": line.upper()}, [line])
+    >>> near_copies([("a", line), ("b", line.upper())], [line])
     {'a'}
 
     Args:
-        held_out: key -> text.
+        held_out: (key, text) pairs; read once.
         training: texts; read once.
 
     Returns:
         The keys of these documents.
     """
-    telling = {key: _telling_lines(text) for key, text in held_out.items()}
-    wanted, seen = set().union(*telling.values()), set()
+    telling = {key: _telling_lines(text) for key, text in held_out}
+    wanted = np.unique(np.concatenate([np.empty(0, np.int64), *telling.values()]))
+    seen = np.zeros(len(wanted), bool)
     for text in training:
-        seen |= wanted.intersection(_telling_lines(text))
+        lines = _telling_lines(text)
+        at = np.minimum(np.searchsorted(wanted, lines), max(len(wanted) - 1, 0))
+        if len(wanted):
+            seen[at[wanted[at] == lines]] = True
     return {
         key
         for key, lines in telling.items()
-        if lines and 2 * sum(line in seen for line in lines) >= len(lines)
+        if len(lines) and 2 * seen[np.searchsorted(wanted, lines)].sum() >= len(lines)
     }
 
 
-def _telling_lines(text: str) -> list[str]:
-    return [line for line in map(str.strip, text.splitlines()) if len(line) > _TELLING_LINE]
+def _telling_lines(text: str) -> np.ndarray:
+    lines = [line for line in map(str.strip, text.splitlines()) if len(line) > _TELLING_LINE]
+    return np.fromiter(map(hash, lines), np.int64, len(lines))
 
 
 def write_tokens(
@@ -191,7 +208,10 @@ def write_tokens(
         start = train.num_tokens
         train.write((text for _, text in read_documents(store, "train")), report)
         stretches.append([start, train.num_tokens])
-    held_out = dict(sorted(p for store in stores for p in read_documents(store, "validation")))
+
+    def held_out() -> Iterator[tuple[str, str]]:
+        return heapq.merge(*(read_documents(store, "validation") for store in stores))
+
     validation, copies = _write_unseen(directory, "validation", held_out, stores, tokenizer, report)
     return {
         "tokenizer": {
@@ -215,8 +235,10 @@ def write_set(
     report: OnProgress,
 ) -> dict[str, Any]:
     """Encodes some documents of a source for evaluation, and returns what the manifest says."""
-    documents = {key: document.text for key, document in sorted(_keyed(source, keys))}
-    facts, copies = _write_unseen(directory, SET, documents, stores, tokenizer, report)
+    documents = sorted((key, document.text) for key, document in _keyed(source, keys))
+    facts, copies = _write_unseen(
+        directory, SET, lambda: iter(documents), stores, tokenizer, report
+    )
     dtype = np.dtype(_SplitWriter.dtype_for(tokenizer)).name
     return {"name": source.name, "dtype": dtype, "splits": {SET: facts}, "near_copies": copies}
 
@@ -224,7 +246,7 @@ def write_set(
 def _write_unseen(
     directory: Path,
     split: str,
-    documents: Mapping[str, str],
+    documents: Callable[[], Iterator[tuple[str, str]]],
     stores: Sequence[Path],
     tokenizer: Tokenizer,
     report: OnProgress,
@@ -233,20 +255,22 @@ def _write_unseen(
     from jaxopt_lab.data.builder import read_documents
 
     training = (text for store in stores for _, text in read_documents(store, "train"))
-    copies = near_copies(documents, training)
+    copies = near_copies(documents(), training)
+    writer = _SplitWriter(directory, split, tokenizer)
+    writer.write((text for key, text in documents() if key not in copies), report)
+    facts = writer.finish()
     if copies:
         report(
-            f"{len(copies)} of {len(documents)} held-out documents are left out: at least half of "
-            f"their lines with more than {_TELLING_LINE} characters are in training documents"
+            f"{len(copies)} of {len(copies) + facts['documents']} held-out documents are left out: "
+            f"at least half of their lines with more than {_TELLING_LINE} characters are in "
+            "training documents"
         )
-    if documents and len(copies) == len(documents):
-        raise ValueError(
-            "all held-out documents are near copies of training documents; raise "
-            "validation_fraction, or give other documents"
-        )
-    writer = _SplitWriter(directory, split, tokenizer)
-    writer.write((text for key, text in documents.items() if key not in copies), report)
-    return writer.finish(), len(copies)
+        if not facts["documents"]:
+            raise ValueError(
+                "all held-out documents are near copies of training documents; raise "
+                "validation_fraction, or give other documents"
+            )
+    return facts, len(copies)
 
 
 class _SplitWriter:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from jaxopt_lab.data import groups
 from jaxopt_lab.data.decoding import decode, printable
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
@@ -30,6 +31,7 @@ class Document(NamedTuple):
     name: str
     text: str
     replaced: int = 0  # sequences of bytes that were no text, each a replacement character now
+    group: str = ""  # of what stays on one side of a split, see `groups`; empty: itself
 
 
 @dataclass(frozen=True)
@@ -82,17 +84,23 @@ def _python_trees(root: str) -> Iterator[tuple[str, Path, frozenset[str]]]:
 
 
 def _python_files(label: str, directory: Path, skip: frozenset[str]) -> Iterator[Document]:
-    found = False
+    paths = list(_python_paths(directory, skip))
+    if not paths:
+        raise ValueError(f"PythonSource.roots: no *.py file below {directory}")
+    installed = label == "site-packages"
+    of = groups.of_installed(directory, paths) if installed else groups.of_files(paths)
+    for path, group in zip(paths, of, strict=True):
+        name = f"{label}/{path.relative_to(directory).as_posix()}"
+        yield Document(printable(name), *decode(path.read_bytes()), group)
+
+
+def _python_paths(directory: Path, skip: frozenset[str]) -> Iterator[Path]:
     for folder, subfolders, files in os.walk(directory):
         subfolders[:] = sorted(d for d in subfolders if d not in skip and not d.startswith("."))
         for file in sorted(files):
             path = Path(folder, file)
             if path.suffix == ".py" and path.is_file():
-                found = True
-                name = f"{label}/{path.relative_to(directory).as_posix()}"
-                yield Document(printable(name), *decode(path.read_bytes()))
-    if not found:
-        raise ValueError(f"PythonSource.roots: no *.py file below {directory}")
+                yield path
 
 
 @dataclass(frozen=True)
@@ -117,14 +125,15 @@ class TextFiles:
             ValueError: no file matches, a file is of another type or damaged, or a jsonl row has
                 no text field (the message names file and line).
         """
-        for path in self._files():
+        files = self._files()
+        for path, group in zip(files, groups.of_files(files), strict=True):
             opener: Any = gzip.open if path.suffix == ".gz" else open
             try:
                 with opener(path, "rb") as stream:
                     if _text_suffix(path) == ".jsonl":
                         yield from self._rows(path, stream)
                     else:
-                        yield Document(printable(path), *decode(stream.read()))
+                        yield Document(printable(path), *decode(stream.read()), group)
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 raise ValueError(
                     f"TextFiles: {printable(path)} is not a complete gzip file: {error}"

@@ -20,6 +20,7 @@ class Windows:
 
     train: dict[int, np.ndarray]  # seed -> (steps, batch, context + 1)
     validation: np.ndarray  # (batches, batch, context + 1)
+    documents: np.ndarray  # (batches, batch, context), of the held-out targets
     bytes_per_token: float  # of the held-out targets
     corpus_hash: str
 
@@ -28,8 +29,10 @@ class Windows:
         return {"tokens": self.train[seed][start:stop].astype(np.int32)}
 
     def held_out(self) -> Batch:
-        """All held-out batches, stacked."""
-        return {"tokens": self.validation.astype(np.int32)}
+        """All held-out batches, stacked; every target counts."""
+        mask = np.ones(self.documents.shape, np.float32)
+        tokens = self.validation.astype(np.int32)
+        return {"tokens": tokens, "mask": mask, "documents": self.documents}
 
     def save(self, path: Path) -> None:
         """Writes one compressed NumPy archive; the path ends in .npz."""
@@ -37,6 +40,7 @@ class Windows:
         np.savez_compressed(
             path,
             validation=self.validation,
+            documents=self.documents,
             bytes_per_token=self.bytes_per_token,
             corpus_hash=self.corpus_hash,
             **train,
@@ -48,7 +52,7 @@ class Windows:
         with np.load(path) as saved:
             train = {int(k[len(_TRAIN) :]): saved[k] for k in saved if k.startswith(_TRAIN)}
             size, digest = float(saved["bytes_per_token"]), str(saved["corpus_hash"])
-            return cls(train, saved["validation"], size, digest)
+            return cls(train, saved["validation"], saved["documents"], size, digest)
 
 
 def draw_windows(
@@ -93,4 +97,5 @@ def draw_windows(
         )
     tokens, size = count_targets(held_out, corpus.tokenizer)
     validation = np.stack([batch["tokens"] for batch in held_out]).astype(np.uint16)
-    return Windows(train, validation, size / tokens, corpus.hash)
+    documents = np.stack([batch["documents"] for batch in held_out])
+    return Windows(train, validation, documents, size / tokens, corpus.hash)

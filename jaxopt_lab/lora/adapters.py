@@ -1,6 +1,7 @@
 """The trainable tree: created, read, and put together with the parameters it belongs to."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -177,7 +178,8 @@ def difference(adapters: Adapters, start: Adapters, spec: LoraSpec) -> tuple[Ada
       spec: Of both.
 
     Returns:
-      The adapters and their spec, whose ranks are doubled and whose scales stay.
+      The adapters and their spec, whose ranks are doubled and whose scales stay; its init is
+      "default", as they need no other base any more.
     """
     out = jax.tree.map(lambda x: x, adapters)
     doubled = []
@@ -195,7 +197,8 @@ def difference(adapters: Adapters, start: Adapters, spec: LoraSpec) -> tuple[Ada
             },
         )
         doubled.append(entry._replace(rank=2 * entry.rank))
-    return out, spec.with_adapters(doubled)
+    config = replace(spec.config, init="default")
+    return out, replace(spec, config=config, adapters=tuple(doubled))
 
 
 def shardings(spec: LoraSpec, param_shardings: Any) -> Adapters:

@@ -64,6 +64,9 @@ def _orthonormal(matrix: Array, rank: int, scale: float) -> tuple[Array, Array]:
     return jnp.matrix_transpose(r[..., :rank, :]), jnp.matrix_transpose(q[..., :rank])
 
 
+FROM_KERNEL = {"pissa", "olora"}
+"""Starts from a product that is not zero, which the base has to lose."""
+
 START: dict[str, Start] = {
     "default": _drawn(lambda key, n, r: _uniform(key, n, r, 1 / math.sqrt(n))),
     "gaussian": _drawn(lambda key, n, r: jax.random.normal(key, (n, r)) / r),

@@ -201,9 +201,12 @@ def _tap(entry: AdapterSpec, probes: tuple[Probe, ...]) -> Tap:
         lead = x.ndim - 1
         pieces = [i % per_layer for i in entry.kept if i // per_layer == layer]
         # The output has the kernel's axes after that of its inputs.
-        order = [lead + axis - first - 1 for axis in (*inner, *entry.axes.output)]
-        rows = s.transpose(*order, *range(lead)).reshape(per_layer, m, -1)
-        outputs.append(jnp.swapaxes(rows[as_array(pieces)], 1, 2))
+        batch, output = (
+            [lead + axis - first - 1 for axis in axes] for axes in (inner, entry.axes.output)
+        )
+        rows = s.transpose(*batch, *range(lead), *output).reshape(per_layer, -1, m)
+        # A gather of all would be a copy, and a slow one.
+        outputs.append(rows if len(pieces) == per_layer else rows[as_array(pieces)])
         xs.append(x.reshape(-1, n))
     if not entry.axes.batch:
         return Tap(xs[0], outputs[0][0], entry.scale)

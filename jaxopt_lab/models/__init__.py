@@ -1,7 +1,7 @@
 """Flax NNX transformers, and what optimizers, trainers and meshes need to know about them."""
 
 from jaxopt_lab.models.config import DecoderConfig
-from jaxopt_lab.models.cross_entropy import loss
+from jaxopt_lab.models.cross_entropy import loss, target_nats
 from jaxopt_lab.models.decoder import Decoder, Params, apply, bind, init_params
 from jaxopt_lab.models.encoder_config import EncoderConfig
 from jaxopt_lab.models.forward_only import probe_loss
@@ -54,4 +54,5 @@ __all__ = [
     "partition_specs",
     "probe_loss",
     "roles",
+    "target_nats",
 ]

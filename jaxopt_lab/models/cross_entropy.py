@@ -62,18 +62,71 @@ def loss(
     >>> int(aux["tokens"])
     16
     """
-    tokens_BxT, targets_BxT, segment_ids_BxT, weights_BxT, count = predictions(config, batch)
-    if head_chunks < 1 or targets_BxT.shape[1] % head_chunks:
-        raise ValueError(
-            f"head_chunks: got {head_chunks}, wanted a divisor of {targets_BxT.shape[1]} positions"
-        )
-    decoder = bind(config, params)
-    x_BxTxD = decoder.hidden(tokens_BxT, segment_ids_BxT, mesh=mesh, side=side)
-
+    asked = predictions(config, batch)
+    _check_chunks(head_chunks, asked)
+    x_BxTxD, head = _hidden(config, params, asked, mesh, side)
     sums = _weighted_sums if head_chunks == 1 else _chunked_sums(head_chunks)
-    head = (decoder.head_kernel(), decoder.head_side(side))
-    objective, nats = sums(x_BxTxD, head, targets_BxT, weights_BxT, z_loss, mesh)
-    return objective, {"tokens": count, "cross_entropy": jax.lax.stop_gradient(nats)}
+    objective, nats = sums(x_BxTxD, head, asked.targets_BxT, asked.weights_BxT, z_loss, mesh)
+    return objective, {"tokens": asked.count, "cross_entropy": jax.lax.stop_gradient(nats)}
+
+
+def target_nats(
+    config: DecoderConfig,
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    *,
+    head_chunks: int = 1,
+    mesh: Mesh | None = None,
+    side: Sides = None,
+) -> jax.Array:
+    """Next-token loss of every target by itself, for held-out text.
+
+    Args:
+        config: of the decoder.
+        params: as from `init_params`.
+        batch: as for `loss`.
+        head_chunks: pieces into which the T positions are cut for the head.
+        mesh: as for `loss`.
+        side: as for `loss`.
+
+    Returns:
+        Nats (B, T), 0 where the mask is; their sum over the number of valid positions is the
+        cross-entropy of `loss`.
+
+    Raises:
+        ValueError: as for `loss`.
+    """
+    asked = predictions(config, batch)
+    _check_chunks(head_chunks, asked)
+    x_BxTxD, head = _hidden(config, params, asked, mesh, side)
+    targets_BxT = asked.targets_BxT
+    if head_chunks == 1:
+        nats_BxT = _nats(x_BxTxD, head, targets_BxT, mesh)[0]
+    else:
+        pieces = (_pieces(x_BxTxD, head_chunks), _pieces(targets_BxT, head_chunks))
+        found = jax.lax.map(lambda piece: _nats(piece[0], head, piece[1], mesh)[0], pieces)
+        nats_BxT = jnp.moveaxis(found, 0, 1).reshape(targets_BxT.shape)
+    return jnp.where(asked.weights_BxT > 0, nats_BxT, 0)
+
+
+Head = tuple[jax.Array, Side | None]
+
+
+def _check_chunks(head_chunks: int, asked: "Predictions") -> None:
+    positions = asked.targets_BxT.shape[1]
+    if head_chunks < 1 or positions % head_chunks:
+        raise ValueError(
+            f"head_chunks: got {head_chunks}, wanted a divisor of {positions} positions"
+        )
+
+
+def _hidden(
+    config: DecoderConfig, params: Params, asked: "Predictions", mesh: Mesh | None, side: Sides
+) -> tuple[jax.Array, Head]:
+    """What the head is applied to, and the head."""
+    decoder = bind(config, params)
+    x_BxTxD = decoder.hidden(asked.tokens_BxT, asked.segment_ids_BxT, mesh=mesh, side=side)
+    return x_BxTxD, (decoder.head_kernel(), decoder.head_side(side))
 
 
 class Predictions(NamedTuple):
@@ -113,13 +166,22 @@ def predictions(config: DecoderConfig, batch: Mapping[str, jax.Array]) -> Predic
 
 def _weighted_sums(
     x_BxTxD: jax.Array,
-    head: tuple[jax.Array, Side | None],
+    head: Head,
     targets_BxT: jax.Array,
     weights_BxT: jax.Array,
     z_loss: float,
     mesh: Mesh | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sums over positions of the objective and of the plain cross-entropy."""
+    nats_BxT, normaliser_BxT = _nats(x_BxTxD, head, targets_BxT, mesh)
+    objective_BxT = nats_BxT + z_loss * jnp.square(normaliser_BxT)
+    return jnp.sum(weights_BxT * objective_BxT), jnp.sum(weights_BxT * nats_BxT)
+
+
+def _nats(
+    x_BxTxD: jax.Array, head: Head, targets_BxT: jax.Array, mesh: Mesh | None
+) -> tuple[jax.Array, jax.Array]:
+    """Loss of every position, and its log-sum-exp."""
     head_DxV, side = head
     logits_BxTxV = constrain(matmul(side, x_BxTxD, head_DxV), mesh, ("batch", None, "vocab"))
     logits_BxTxV = logits_BxTxV.astype(jnp.promote_types(logits_BxTxV.dtype, jnp.float32))
@@ -128,18 +190,19 @@ def _weighted_sums(
     # gradient is elementwise where a gather's is a scatter.
     is_target_BxTxV = jnp.arange(logits_BxTxV.shape[-1]) == targets_BxT[:, :, None]
     nats_BxT = normaliser_BxT - jnp.sum(jnp.where(is_target_BxTxV, logits_BxTxV, 0), axis=-1)
-    objective_BxT = nats_BxT + z_loss * jnp.square(normaliser_BxT)
-    return jnp.sum(weights_BxT * objective_BxT), jnp.sum(weights_BxT * nats_BxT)
+    return nats_BxT, normaliser_BxT
+
+
+def _pieces(a_BxTx: jax.Array, chunks: int) -> jax.Array:
+    # Pieces of T keep every device busy with its own rows of a sharded batch.
+    shape = (a_BxTx.shape[0], chunks, -1, *a_BxTx.shape[2:])
+    return jnp.moveaxis(a_BxTx.reshape(shape), 1, 0)
 
 
 @functools.cache
 def _chunked_sums(chunks: int) -> Any:
     """`_weighted_sums` over pieces of the positions, differentiated in its forward pass."""
-
-    def split(a_BxTx: jax.Array) -> jax.Array:
-        # Pieces of T keep every device busy with its own rows of a sharded batch.
-        shape = (a_BxTx.shape[0], chunks, -1, *a_BxTx.shape[2:])
-        return jnp.moveaxis(a_BxTx.reshape(shape), 1, 0)
+    split = functools.partial(_pieces, chunks=chunks)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
     def sums(x_BxTxD, head, targets_BxT, weights_BxT, z_loss, mesh):

@@ -95,7 +95,13 @@ class Progress:
 
         The time it took is left out of tokens/s.
         """
-        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        errors = {error_of(name) for name in metrics}
+        parts = []
+        for name in [name for name in metrics if name not in errors]:
+            error = metrics.get(error_of(name))
+            beside = "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.4f}"
+            parts.append(f"{name} {metrics[name]:.4f}{beside}")
+        values = "  ".join(parts)
         self.message(f"step {step}/{self.total_steps}  evaluation  {values}")
         self._recent.clear()
 
@@ -154,6 +160,11 @@ class Progress:
         with contextlib.suppress(OSError):
             self._stream.write(text + "\n")
             self._stream.flush()
+
+
+def error_of(name: str) -> str:
+    """What the standard error of a score is called in the log."""
+    return f"{name}_se"
 
 
 def to_stderr(text: str) -> None:

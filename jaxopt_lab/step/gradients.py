@@ -5,17 +5,18 @@ often, is its own business.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxopt_lab.zeroth_order.losses import fill_masked
+from jaxopt_lab.zeroth_order.low_rank import beside
 from jaxopt_lab.zeroth_order.replay import recorded
 
 Batch = Mapping[str, Array]
-Loss = Callable[[PyTree, Batch, Array], tuple[Array, Array, Mapping[str, Array]]]
+Loss = Callable[..., tuple[Array, Array, Mapping[str, Array]]]
 """(params, batch, key) -> (objective, weight, metrics), means over what the weight counts.
 
 The objective is what gradients are of. Where it has terms besides the loss that is reported and
@@ -54,13 +55,13 @@ Estimator = Callable[[Loss, PyTree, Batch, Array], Estimate]
 
 
 def measured(
-    loss: Loss, params: PyTree, batch: Batch, key: Array
+    loss: Loss, params: PyTree, batch: Batch, key: Array, **options: Any
 ) -> tuple[Array, tuple[Array, dict[str, Array]]]:
     """(objective, (weight, metrics)), the loss to be reported among the metrics.
 
-    Weight and metrics are float32 or wider.
+    Weight and metrics are float32 or wider. Options are passed to the loss.
     """
-    objective, weight, metrics = loss(params, batch, key)
+    objective, weight, metrics = loss(params, batch, key, **options)
     metrics = {"loss": objective, **metrics}
     return objective, (_wide(weight), {name: _wide(value) for name, value in metrics.items()})
 
@@ -119,7 +120,10 @@ def accumulated(
 
 
 def forward_only(
-    microbatches: int = 1, *, losses: Callable[[PyTree], Array] = recorded
+    microbatches: int = 1,
+    *,
+    losses: Callable[[PyTree], Array] = recorded,
+    perturbed: Literal["trees", "layers", "beside"] = "trees",
 ) -> Estimator:
     """No gradient and no backward pass: the optimizer evaluates the objective itself.
 
@@ -132,6 +136,10 @@ def forward_only(
       microbatches: Number of parts of the batch, evaluated one after the other; as for
         `accumulated`, with its keys and weights.
       losses: (optimizer state after the update) -> losses at or near the parameters.
+      perturbed: Where parameters are perturbed. `trees`: before the loss sees them. `layers`:
+        inside of it, one layer at a time; the loss takes `perturbation=(direction, scale)`
+        (`zeroth_order.layerwise`). `beside`: low-rank directions stand beside the matrices; the
+        loss takes `side=` (`zeroth_order.beside`). The last two need every parameter to move.
 
     Raises:
       ValueError: Below 1 part.
@@ -139,22 +147,27 @@ def forward_only(
     _check(microbatches)
 
     def estimate(loss: Loss, params: PyTree, batch: Batch, key: Array) -> Estimate:
-        def mean(params: PyTree) -> Array:
+        def mean(params: PyTree, **options: Any) -> Array:
             def one(part: tuple[Array, Batch]) -> tuple[Array, Array]:
                 number, micro = part
-                value, (weight, _) = measured(loss, params, micro, jax.random.fold_in(key, number))
+                of_part = jax.random.fold_in(key, number)
+                value, (weight, _) = measured(loss, params, micro, of_part, **options)
                 return _wide(value), weight
 
             if microbatches == 1:
-                return measured(loss, params, batch, key)[0]
+                return measured(loss, params, batch, key, **options)[0]
             parts = (jnp.arange(microbatches), _split(batch, microbatches))
             values, weights = jax.lax.map(one, parts)
             return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1.0)
 
         # Nothing else of this evaluation is used, so that nothing else of it is compiled.
         _, (weight, _) = measured(loss, params, batch, key)
-        # What is frozen is a hole in `params`, which the loss fills.
-        extra = {"value_fn": fill_masked(mean, params)}
+        extra: dict[str, Any] = {
+            # What is frozen is a hole in `params`, which the loss fills.
+            "trees": lambda: {"value_fn": fill_masked(mean, params)},
+            "layers": lambda: {"probe_fn": lambda p, *at: mean(p, perturbation=at)},
+            "beside": lambda: {"probe_fn": beside(lambda p, sides: mean(p, side=sides))},
+        }[perturbed]()
         return Estimate(None, weight, {}, None, extra, losses)
 
     return estimate

@@ -86,8 +86,8 @@ class Step:
         """Loss and gradient at the state, neither clipped nor cast."""
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-        def loss(params: PyTree, batch: Batch, key: Array) -> tuple[Array, Array, PyTree]:
-            return self.loss(merged(params, state.frozen), batch, key)
+        def loss(params: PyTree, batch: Batch, key: Array, **options: Any) -> Any:
+            return self.loss(merged(params, state.frozen), batch, key, **options)
 
         return self.gradient(loss, state.params, batch, key)
 
@@ -156,13 +156,20 @@ def _wholly(found: Estimate, finite: Bool[Array, ""]) -> Estimate:
 def _guarded(old: TrainState, new: TrainState, finite: Bool[Array, ""]) -> TrainState:
     """The new state, or of a step that is dropped only its counters and keys."""
 
-    def keep_if_bad(new: Array, old: Array) -> Array:
+    def has_own_rule(node: Any) -> bool:
+        return hasattr(node, "not_guarded")
+
+    def keep_if_bad(new: Any, old: Any) -> Any:
+        if has_own_rule(new):
+            names = [name for name in new._fields if name not in new.not_guarded]
+            both = ((name, getattr(new, name), getattr(old, name)) for name in names)
+            return new._replace(**{name: jax.tree.map(keep_if_bad, *pair) for name, *pair in both})
         return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
 
     return new._replace(
         skipped=old.skipped + jnp.where(finite, 0, 1).astype(jnp.int32),
         params=jax.tree.map(keep_if_bad, new.params, old.params),
-        opt_state=jax.tree.map(keep_if_bad, new.opt_state, old.opt_state),
+        opt_state=jax.tree.map(keep_if_bad, new.opt_state, old.opt_state, is_leaf=has_own_rule),
     )
 
 

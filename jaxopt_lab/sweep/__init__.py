@@ -22,9 +22,10 @@ from jaxopt_lab.sweep.significance import (
     seed_noise,
 )
 from jaxopt_lab.sweep.task import Task
-from jaxopt_lab.sweep.tuning import Tuned, tune
+from jaxopt_lab.sweep.tuning import FRESH_WINDOWS, Tuned, tune
 
 __all__ = [
+    "FRESH_WINDOWS",
     "PAIRED_RULE",
     "RULE",
     "Curves",

@@ -33,13 +33,13 @@ class Difference(NamedTuple):
         return math.copysign(math.inf, self.value) if self.value else 0.0
 
     def verdict(self, first: str) -> str:
-        """In words, of two losses.
+        """In words, of two losses; a difference that does not count has a direction alone.
 
         >>> difference([4.0, 4.5], [4.75, 5.0], noise=0.25).verdict("SOAP")
         'SOAP is better'
         """
         if not self.counts:
-            return "no difference"
+            return "direction only"
         return f"{first} is {'better' if self.value < 0 else 'worse'}"
 
 

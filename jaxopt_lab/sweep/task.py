@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -26,12 +27,15 @@ class Task:
       loss: (params, batch, key) -> (objective, weight, metrics), as the step takes it.
       batches: (seed, start, stop) -> the batches of steps `start` to `stop - 1` in the order that
         belongs to the seed, as host arrays with a leading axis of that length.
-      held_out: Batches to evaluate on, stacked along a leading axis.
+      held_out: Batches to evaluate on, stacked along a leading axis. With the `documents` of their
+        targets, and a loss that has the metric `nats` then, losses have a standard error.
       steps: Optimizer steps of a run.
       evaluate_every: Steps between evaluations; the last step is always evaluated.
       tokens_per_step: Tokens of a training batch.
       clip: Largest global norm of the gradient; None does not clip.
       gradient: How the gradient is estimated; `forward_only()` for optimizers that do it.
+      init_seed: Seed of the initial parameters, the same for all runs; None: that of the run.
+      data_seed: Seed of the order of the batches, likewise.
       keyed: Whether the optimizer draws and is built with the key of the run. Runs of one seed
         then share their draws.
     """
@@ -46,6 +50,8 @@ class Task:
     clip: float | None = None
     gradient: Estimator = backprop
     keyed: bool = False
+    init_seed: int | None = None
+    data_seed: int | None = None
 
     def evaluated_steps(self) -> list[int]:
         """Numbers of steps after which a run is evaluated.
@@ -55,6 +61,13 @@ class Task:
         """
         inner = range(self.evaluate_every, self.steps, self.evaluate_every)
         return [*inner, self.steps]
+
+    def targets_by_document(self) -> np.ndarray:
+        """Held-out targets of every document, (documents,); empty where these are not told."""
+        if "documents" not in self.held_out:
+            return np.zeros(0, int)
+        documents, mask = (np.asarray(self.held_out[name]) for name in ("documents", "mask"))
+        return np.bincount(documents.ravel(), mask.ravel() > 0)
 
 
 def step_of(task: Task, build: BuildOptimizer, rate: Any, key: Array) -> Step:
@@ -73,7 +86,8 @@ def step_of(task: Task, build: BuildOptimizer, rate: Any, key: Array) -> Step:
 def start(task: Task, build: BuildOptimizer, rate: Any, seed: Int[Array, " "]) -> TrainState:
     """The first state of a seed; under vmap, leaves that no run changes alone stay unbatched."""
     key = jax.random.key(seed)
-    return step_of(task, build, rate, key).start(task.init_params(key), key)
+    of_params = key if task.init_seed is None else jax.random.key(task.init_seed)
+    return step_of(task, build, rate, key).start(task.init_params(of_params), key)
 
 
 def step(
@@ -85,12 +99,17 @@ def step(
     return state, metrics["loss"]
 
 
-def held_out_loss(task: Task, params: PyTree, held_out: Batch) -> Float[Array, " "]:
-    """Mean over all held-out tokens, one batch after the other."""
+def held_out_loss(
+    task: Task, params: PyTree, held_out: Batch
+) -> tuple[Float[Array, " "], Float[Array, " documents"]]:
+    """Mean over all held-out tokens, one batch after the other; and the nats of every document."""
+    count = len(task.targets_by_document())
 
-    def sums(batch: Batch) -> tuple[Array, Array]:
+    def sums(batch: Batch) -> tuple[Array, Array, Array]:
         _, (weight, metrics) = measured(task.loss, params, batch, jax.random.key(0))
-        return metrics["loss"] * weight, weight
+        documents = batch["documents"].ravel() if count else jnp.zeros(0, int)
+        nats = metrics["nats"].ravel() if count else jnp.zeros(0)
+        return metrics["loss"] * weight, weight, jax.ops.segment_sum(nats, documents, count)
 
-    nats, tokens = jax.lax.map(sums, held_out)
-    return jnp.sum(nats) / jnp.sum(tokens)
+    nats, tokens, by_document = jax.lax.map(sums, held_out)
+    return jnp.sum(nats) / jnp.sum(tokens), jnp.sum(by_document, axis=0)

@@ -11,6 +11,9 @@ import numpy as np
 from jaxopt_lab.sweep.program import Curves, Program, Run
 from jaxopt_lab.sweep.task import BuildOptimizer, Task
 
+FRESH_WINDOWS = 100
+"""Windows whose training loss stands beside the held-out one, where there are as many."""
+
 OnProgress = Callable[[str, int, int, float], None]
 """(stage, steps done, steps in all, lowest held-out loss) after every evaluation; steps are
 counted over all runs."""
@@ -38,8 +41,14 @@ class Tuned:
     held_out: np.ndarray
     """Held-out losses of the best cell, (seeds, evaluations); no rows if every cell diverged."""
 
+    errors: tuple[float, ...]
+    """Standard error over documents of the final held-out loss of every seed; NaN where the
+    documents are not told. It is about the text: optimizers share it, so that it says little about
+    their differences."""
+
     train_losses: tuple[float, ...]
-    """Mean training loss over the last tenth of the steps, for every seed."""
+    """Mean training loss of the last 100 windows, of each before it was learnt from, for every
+    seed. Optimizers see the same windows on the same seed."""
 
     runs_at_once: int
     """Largest number of runs in one program."""
@@ -83,6 +92,7 @@ class Tuned:
             "seeds": list(self.seeds),
             "evaluated_steps": list(self.evaluated_steps),
             "held_out": [[_finite(x) for x in curve] for curve in self.held_out],
+            "held_out_se": [_finite(x) for x in self.errors],
             "train_losses": [_finite(x) for x in self.train_losses],
             "runs_at_once": self.runs_at_once,
             "seconds": self.seconds,
@@ -101,6 +111,7 @@ class Tuned:
             seeds=tuple(values["seeds"]),
             evaluated_steps=evaluated,
             held_out=np.asarray(curves, np.float64).reshape(len(curves), len(evaluated)),
+            errors=tuple(_number(x) for x in values["held_out_se"]),
             train_losses=tuple(_number(x) for x in values["train_losses"]),
             runs_at_once=values["runs_at_once"],
             seconds=values["seconds"],
@@ -141,10 +152,11 @@ def tune(
     losses = sweep.held_out[:, -1]
     best = int(np.nanargmin(losses)) if np.isfinite(losses).any() else None
     evaluated = task.evaluated_steps()
-    final = Curves(np.zeros((0, task.steps)), np.zeros((0, len(evaluated))))
+    final = Curves(np.zeros((0, task.steps)), np.zeros((0, len(evaluated))), np.zeros(0))
     if best is not None:
         final = trainer.train("seeds", [Run(rates[best], seed) for seed in seeds])
-    tail = max(1, task.steps // 10)
+    rows = next(iter(task.batches(sweep_seed, 0, 1).values())).shape[1]
+    tail = math.ceil(FRESH_WINDOWS / rows)
     return Tuned(
         rates=tuple(map(float, rates)),
         sweep_losses=tuple(map(float, losses)),
@@ -152,8 +164,9 @@ def tune(
         seeds=tuple(seeds),
         evaluated_steps=tuple(evaluated),
         held_out=final.held_out,
+        errors=tuple(map(float, final.error)),
         train_losses=tuple(map(float, final.train[:, -tail:].mean(axis=1))),
-        runs_at_once=max(trainer.programs),
+        runs_at_once=max(lanes for lanes, _ in trainer.programs),
         seconds=time.perf_counter() - before,
         compile_seconds=sum(p.compile_seconds for p in trainer.programs.values()),
     )
@@ -186,7 +199,7 @@ class _Trainer:
         total_steps: int,
         on_progress: OnProgress | None,
     ):
-        self.programs: dict[int, Program] = {}
+        self.programs: dict[tuple[int, bool], Program] = {}
         self._task, self._build, self._lanes = task, build, lanes
         self._on_progress = on_progress
         self._total, self._finished = total_steps, 0
@@ -195,7 +208,7 @@ class _Trainer:
         # Groups of equal size, the last one filled up: each size is one more compilation.
         groups = -(-len(runs) // self._lanes)
         size = -(-len(runs) // groups)
-        program = self._program(size)
+        program = self._program(size, stage == "sweep" and self._task.keyed and size > 1)
         curves = []
         for first in range(0, len(runs), size):
             group = list(runs[first : first + size])
@@ -205,10 +218,11 @@ class _Trainer:
             self._finished += len(group) * self._task.steps
         return Curves(*(np.concatenate(parts) for parts in zip(*curves, strict=True)))
 
-    def _program(self, size: int) -> Program:
-        if size not in self.programs:
-            self.programs[size] = Program(self._task, self._build, size, vectorized=self._lanes > 1)
-        return self.programs[size]
+    def _program(self, size: int, one_seed: bool) -> Program:
+        if (size, one_seed) not in self.programs:
+            options: Any = {"vectorized": self._lanes > 1, "one_seed": one_seed}
+            self.programs[size, one_seed] = Program(self._task, self._build, size, **options)
+        return self.programs[size, one_seed]
 
     def _reporter(self, stage: str, runs: int) -> Callable[[int, np.ndarray], None]:
         def report(step: int, losses: np.ndarray) -> None:

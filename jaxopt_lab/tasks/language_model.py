@@ -10,8 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxopt_lab import data, models
+from jaxopt_lab.report.progress import error_of
 from jaxopt_lab.step import Loss
-from jaxopt_lab.tasks.task import Evaluation, Task
+from jaxopt_lab.tasks.task import Evaluation, Report, Task
 
 
 def language_model_loss(
@@ -24,7 +25,8 @@ def language_model_loss(
     """Cross-entropy in nats per token, weighted by the number of tokens.
 
     With a z-loss, the objective is the sum of both, and the metrics tell them apart: `loss` is the
-    plain cross-entropy, `z_loss` what is added to it.
+    plain cross-entropy, `z_loss` what is added to it. A batch that has `documents` is held-out
+    text: its metric `nats` is the loss of each target (B, T), and nothing regularises.
 
     >>> config = models.DecoderConfig(vocab_size=64, width=32, depth=2, heads=4, context=16)
     >>> params = models.init_params(config, jax.random.key(0))
@@ -47,6 +49,12 @@ def language_model_loss(
         side: Mapping[str, Any] | None = None,
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         del key  # nothing is drawn
+        if "documents" in batch:
+            nats = models.target_nats(
+                config, params, batch, head_chunks=head_chunks, mesh=mesh, side=side
+            )
+            tokens = jnp.sum(batch["mask"] != 0, dtype=jnp.int32)
+            return jnp.sum(nats) / jnp.maximum(tokens, 1), tokens, {"nats": nats}
         objective, aux = models.loss(
             config, params, batch, z_loss=z_loss, head_chunks=head_chunks, mesh=mesh, side=side
         )
@@ -79,7 +87,7 @@ def language_model(
 
     A held-out set is scored in nats per token, which ranks checkpoints, and in bits per byte: the
     mean over all its targets, end-of-text among them, and the same sum of nats over the bytes that
-    just these targets stand for.
+    just these targets stand for. Beside both stands their standard error over documents.
 
     Args:
       config: Of the decoder.
@@ -127,6 +135,8 @@ def _evaluation(
     loss: Loss,
 ) -> Evaluation:
     tokens, _ = data.count_targets(held_out, tokenizer)
+    told = np.concatenate([batch["documents"][batch["mask"] > 0] for batch in held_out])
+    documents = len(np.unique(told))
     nats, bits = data.nats_under(unigram, held_out, tokenizer)
     bits_per_nat = data.bits_per_byte(1.0, held_out, tokenizer)
     in_nats, in_bits = (
@@ -134,12 +144,13 @@ def _evaluation(
         if name == data.VALIDATION
         else (f"{name}/loss", f"{name}/bits_per_byte")
     )
-    return Evaluation(
-        batches=held_out,
-        loss=loss,
-        report={
-            in_nats: lambda means: means["loss"],
-            in_bits: lambda means: means["loss"] * bits_per_nat,
-        },
-        about={"tokens": tokens, "unigram_nats": nats, "unigram_bits_per_byte": bits},
-    )
+    report: dict[str, Report] = {
+        in_nats: lambda means: means["loss"],
+        in_bits: lambda means: means["loss"] * bits_per_nat,
+    }
+    if documents > 1:
+        report[error_of(in_nats)] = lambda means: means["standard_error"]
+        report[error_of(in_bits)] = lambda means: means["standard_error"] * bits_per_nat
+    about = {"tokens": tokens, "documents": documents}
+    about |= {"unigram_nats": nats, "unigram_bits_per_byte": bits}
+    return Evaluation(held_out, loss, report, about)

@@ -20,6 +20,7 @@ from jaxtyping import Array, PyTree
 
 from jaxopt_lab import data, models
 from jaxopt_lab.data.labelled import SPLITS
+from jaxopt_lab.models.side import matmul
 from jaxopt_lab.step import Batch
 from jaxopt_lab.tasks.classification import Logits, Rows, check_sizes, classification
 from jaxopt_lab.tasks.task import Task
@@ -138,9 +139,11 @@ def prompt_logits(
         hidden = decoder.hidden(tokens, documents, mesh=mesh, side=side)
         # Padding comes behind the prompt, where no token of it looks.
         last = hidden[jnp.arange(len(tokens)), mask.sum(1) - 1]
-        kernel = decoder.head_kernel()[:, words]
         wide = jnp.promote_types(last.dtype, jnp.float32)
-        return last.astype(wide) @ kernel.astype(wide)
+        last, beside = last.astype(wide), decoder.head_side(side)
+        if beside is not None:
+            return matmul(beside, last, decoder.head_kernel().astype(wide))[:, words]
+        return last @ decoder.head_kernel()[:, words].astype(wide)
 
     return logits
 

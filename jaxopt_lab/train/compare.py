@@ -38,6 +38,9 @@ Message = Callable[[str], None]
 
 RESULTS = "results"
 _SECONDS_BETWEEN_LINES = 5.0
+# What losses are measured by: results of another number are not compared with these. 2: standard
+# errors over documents, training loss of the last 100 windows.
+_MEASURE = 2
 # Settings that do not change a result: they may differ when a comparison is continued.
 _FREE = (
     "version", "optimizers", "rates", "cells", "spacing", "vectorize", "run_directory",
@@ -108,7 +111,7 @@ def _task(
             corpus, batch_size=config.batch_size, context=model.context, seed=seed,
             segment_ids=model.document_mask, prefetch=0,
         )
-        for seed in (config.sweep_seed, *config.seeds)
+        for seed in _order_seeds(config)
     }  # fmt: skip
 
     def batches(seed: int, start: int, stop: int) -> dict[str, np.ndarray]:
@@ -127,8 +130,16 @@ def _task(
         evaluate_every=config.eval.every,
         tokens_per_step=config.batch_size * model.context,
         clip=config.clip,
+        init_seed=config.init_seed,
+        data_seed=config.data_seed,
     )
     return task, close
+
+
+def _order_seeds(config: CompareConfig) -> set[int]:
+    """Seeds of the orders of the text that are read."""
+    fixed = config.data_seed
+    return {config.sweep_seed, *config.seeds} | (set() if fixed is None else {fixed})
 
 
 def _builder(config: CompareConfig, entrant: Entrant, vocab_size: int) -> BuildOptimizer:
@@ -178,7 +189,8 @@ def _common_settings(config: CompareConfig, corpus: data.Corpus) -> dict[str, An
     """What all results of a directory must share to be compared."""
     settings = json.loads(to_json(config))
     shared = {name: value for name, value in settings.items() if name not in _FREE}
-    return shared | {"corpus_hash": corpus.hash, "device": jax.devices()[0].device_kind}
+    about = {"corpus_hash": corpus.hash, "device": jax.devices()[0].device_kind}
+    return shared | about | {"measure": _MEASURE}
 
 
 def _read(path: Path, entrant: Entrant, common: Mapping[str, Any]) -> Outcome | None:

@@ -131,22 +131,38 @@ def _table(outcomes: Sequence[Outcome], bits: float) -> str:
         "optimizer",
         "best rate",
         "held-out nats/token",
+        "\N{PLUS-MINUS SIGN} documents",
         "std of seeds",
         "bits/byte",
         f"minus {outcomes[0].label}",
         "standard errors",
         "counts",
+        "training, last 100 windows",
+        f"minus {outcomes[0].label}, by seed",
         "tokens/s",
         "optimizer share",
         "peak MiB",
     ]
     found = _differences(outcomes)
-    against = [found.get((outcome.label, outcomes[0].label)) for outcome in outcomes]
-    rows = [_row(outcome, each, bits) for outcome, each in zip(outcomes, against, strict=True)]
+    first = outcomes[0]
+    rows = [
+        _row(outcome, found.get((outcome.label, first.label)), _by_seed(outcome, first), bits)
+        for outcome in outcomes
+    ]
     return format_table(headers, rows, markdown=True)
 
 
-def _row(outcome: Outcome, against: Difference | None, bits: float) -> list[Any]:
+def _by_seed(outcome: Outcome, other: Outcome) -> str:
+    """Difference of the training losses at equal seeds, with the standard error of its mean."""
+    known = outcome.comparable and other.comparable and len(outcome.tuned.train_losses) > 1
+    if outcome is other or not known:
+        return ""
+    values = np.subtract(outcome.tuned.train_losses, other.tuned.train_losses)
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    return f"{values.mean():+.4f} \N{PLUS-MINUS SIGN} {error:.4f}"
+
+
+def _row(outcome: Outcome, against: Difference | None, by_seed: str, bits: float) -> list[Any]:
     tuned, cost = outcome.tuned, outcome.cost
     losses = np.asarray(tuned.final_losses)
     mean = float(losses.mean()) if outcome.comparable else None
@@ -156,15 +172,24 @@ def _row(outcome: Outcome, against: Difference | None, bits: float) -> list[Any]
         outcome.label,
         rate if tuned.rim is None else f"{rate} ({tuned.rim})",
         "diverged" if mean is None else f"{mean:.4f}",
+        "-" if mean is None else _or_dash(tuned.errors),
         "-" if mean is None else f"{losses.std(ddof=1):.4f}",
         "-" if mean is None else f"{mean * bits:.4f}",
         "" if against is None else f"{against.value:+.4f}",
         "" if against is None else f"{against.standard_errors:+.1f}",
-        "" if against is None else ("yes" if against.counts else "no"),
+        "" if against is None else ("yes" if against.counts else "direction only"),
+        "-" if mean is None else _or_dash(tuned.train_losses),
+        by_seed,
         f"{cost.tokens_per_second:,.0f}",
         f"{100 * cost.optimizer_share:.1f} %",
         None if peak is None else f"{peak / 2**20:,.1f}",
     ]
+
+
+def _or_dash(values: Sequence[float]) -> str:
+    """A mean, where all of it is known."""
+    mean = float(np.mean(values)) if len(values) else math.nan
+    return f"{mean:.4f}" if math.isfinite(mean) else "-"
 
 
 def _notes(outcomes: Sequence[Outcome], noise: PairedNoise | None) -> list[str]:
@@ -194,6 +219,19 @@ def _notes(outcomes: Sequence[Outcome], noise: PairedNoise | None) -> list[str]:
                 f"**{outcome.label}** diverged on {outcome.diverged_seeds} of "
                 f"{len(tuned.seeds)} seeds and takes no part in the comparison."
             )
+    tied = [each for each in outcomes if "adam_lr_ratio" in each.optimizer]
+    if tied:
+        ratios = ", ".join(f"{each.label} {each.optimizer['adam_lr_ratio']:g}" for each in tied)
+        notes.append(
+            "Leaves that are not matrices follow AdamW at a fixed multiple of the tuned rate, "
+            f"which was not tuned for itself: {ratios}."
+        )
+    notes.append(
+        "\N{PLUS-MINUS SIGN} documents is the standard error of one run's held-out loss for other "
+        "documents of the same kind; optimizers share theirs, so that it is no error of a "
+        "difference. Where the training losses, each before it was learnt from, disagree about a "
+        "sign, conclude nothing from it."
+    )
     notes.append(
         "tokens/s, optimizer share and memory belong to one run alone: whole steps timed in turn "
         "with steps without the update, medians; memory is that of the compiled step."
@@ -250,6 +288,8 @@ def _verdict(outcomes: Sequence[Outcome], noise: PairedNoise | None) -> dict[str
                 "mean_final_loss": float(np.mean(outcome.tuned.final_losses))
                 if outcome.comparable
                 else None,
+                "held_out_se": _known(outcome.tuned.errors),
+                "training_loss": _known(outcome.tuned.train_losses),
                 "diverged_seeds": outcome.diverged_seeds,
                 "tokens_per_second": outcome.cost.tokens_per_second,
                 "optimizer_share": outcome.cost.optimizer_share,
@@ -259,6 +299,10 @@ def _verdict(outcomes: Sequence[Outcome], noise: PairedNoise | None) -> dict[str
         ],
         "differences": pairs,
     }
+
+
+def _known(values: Sequence[float]) -> float | None:
+    return _finite(float(np.mean(values))) if len(values) else None
 
 
 def _differences(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], Difference]:

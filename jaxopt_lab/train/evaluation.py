@@ -1,6 +1,6 @@
 """Held-out scores: the evaluations of a task on a mesh."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,10 +8,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from jaxopt_lab.data import RowsOnDemand
+from jaxopt_lab.data import RowsOnDemand, standard_error
 from jaxopt_lab.step import Batch, Loss, measured
 from jaxopt_lab.tasks import Evaluation
 from jaxopt_lab.train.dist.mesh import BATCH_AXES, rows_of_process, to_global
+
+OF_TARGETS = "of_targets"
 
 
 class HeldOut:
@@ -58,11 +60,14 @@ class HeldOut:
         for set_name, each in self.evaluations.items():
             program, batches = self._programs[each.loss], self._batches[set_name]
             sums: Any = jax.device_get([program(params, batch) for batch in batches])
+            targets = [metrics.pop(OF_TARGETS, None) for metrics, _ in sums]
             weight = _total(weight for _, weight in sums)
             means = {
                 metric: _total(metrics[metric] for metrics, _ in sums) / weight
                 for metric in sums[0][0]
             }
+            if targets[0] is not None:
+                means["standard_error"] = _standard_error(targets)
             scores |= {name: report(means) for name, report in each.report.items()}
         return scores
 
@@ -73,12 +78,20 @@ def make_eval(
     mesh: Mesh,
     param_shardings: PyTree,
     compiler_options: Mapping[str, Any] | None = None,
-) -> Callable[[PyTree, Batch], tuple[dict[str, Array], Array]]:
-    """Builds the jitted (parameters, batch) -> (weighted sums of the metrics, sum of weights)."""
+) -> Callable[[PyTree, Batch], tuple[dict[str, Any], Array]]:
+    """Builds the jitted (parameters, batch) -> (weighted sums of the metrics, sum of weights).
 
-    def evaluate(params: PyTree, batch: Batch) -> tuple[dict[str, Array], Array]:
+    Of a loss with the metric `nats` of each target, `OF_TARGETS` among the metrics has these, the
+    mask and the documents of the targets.
+    """
+
+    def evaluate(params: PyTree, batch: Batch) -> tuple[dict[str, Any], Array]:
         _, (weight, metrics) = measured(loss, params, batch, jax.random.key(0))
-        return {name: value * weight for name, value in metrics.items()}, weight
+        nats = metrics.pop("nats", None)
+        sums: dict[str, Any] = {name: value * weight for name, value in metrics.items()}
+        if nats is not None:
+            sums[OF_TARGETS] = (nats, batch["mask"], batch["documents"])
+        return sums, weight
 
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
@@ -87,6 +100,15 @@ def make_eval(
         out_shardings=(replicated, replicated),
         compiler_options=dict(compiler_options) if compiler_options else None,
     )
+
+
+def _standard_error(targets: Sequence[Any]) -> float:
+    """Over documents, from the losses of the targets of every batch."""
+    nats, mask, documents = (
+        np.concatenate([x.ravel() for x in each]) for each in zip(*targets, strict=True)
+    )
+    sums = np.bincount(documents, nats.astype(np.float64))
+    return float(standard_error(sums, np.bincount(documents, mask > 0)))
 
 
 def _total(values: Iterable[Any]) -> float:

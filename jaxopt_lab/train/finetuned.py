@@ -62,7 +62,9 @@ def report(run: Run, state: TrainState, say: Message) -> dict[str, Any]:
     if spec is not None and jax.process_index() == 0:
         target = run.directory / ADAPTER_DIRECTORY
         shutil.rmtree(target, ignore_errors=True)  # of this run, before it went on
-        lora.save(target, host, spec, base=run.base.params)
+        key = jax.random.key(run.config.seed)
+        adapters, spec = found.run.program.trained.ordinary(run.base.params, key, host)
+        lora.save(target, adapters, spec, base=run.base.params)
         say(f"adapters: {target}")
     if isinstance(run.material, Labels):
         summary |= _test(found, state.frozen, run.material, say)

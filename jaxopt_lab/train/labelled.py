@@ -44,7 +44,11 @@ class Labels:
 
     def task(self, config: FinetuneConfig, model: Any, mesh: Mesh) -> Task:
         """The task on a mesh."""
-        options: Any = {"length": config.length, "seed": config.seed, "eval_batch": _EVALUATED}
+        options: Any = {
+            "length": config.length,
+            "seed": config.order_seed,
+            "eval_batch": _EVALUATED,
+        }
         if self.words is None:
             return labelled(model, mesh, self.rows, **options)
         return prompted(model, mesh, self.words, self.rows, **options)

@@ -1,6 +1,7 @@
 """The training loop: steps, evaluations, checkpoints, and stopping in good order."""
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from jaxtyping import Array, Bool, PyTree
 
 from jaxopt_lab import data
 from jaxopt_lab.lora import LoraSpec, spec_to_json
+from jaxopt_lab.report.progress import error_of
 from jaxopt_lab.step import TrainState, merged
+from jaxopt_lab.sweep import FRESH_WINDOWS
 from jaxopt_lab.train.base import Base
 from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.run import PretrainConfig
@@ -23,7 +26,7 @@ from jaxopt_lab.train.errors import TrainingError
 from jaxopt_lab.train.hooks import Hook, Hooks, View
 from jaxopt_lab.train.interrupts import INTERRUPTED, TERMINATED, StopRequests
 from jaxopt_lab.train.io.checkpoints import Checkpoints
-from jaxopt_lab.train.io.run_log import RESERVED, RunLog, logged_at
+from jaxopt_lab.train.io.run_log import RESERVED, RunLog, logged_at, losses_between
 from jaxopt_lab.train.labelled import Labels
 from jaxopt_lab.train.meter import Meter
 from jaxopt_lab.train.profile import PROFILE_DIRECTORY, Trace, profiled_steps
@@ -31,6 +34,10 @@ from jaxopt_lab.train.program import Material, Program, averaged_params, build_p
 from jaxopt_lab.train.step import SIGNALS
 
 Status = Literal["finished", "terminated", "interrupted"]
+
+FRESH_LOSS = "fresh_loss"
+"""Mean training loss of the last 100 windows, each seen for the first time, in the log of
+evaluations; left out where there are fewer, or in a second epoch."""
 
 
 class _Taken(NamedTuple):
@@ -64,7 +71,8 @@ class Run:
         By the names of the settings, so that a change can be refused by name.
         """
         config, corpus = self.config, self.material.corpus
-        common = {"seed": config.seed, "corpus": corpus.hash, "eval.best": config.eval.best}
+        common = {"seed": config.seed, "data_seed": config.order_seed}
+        common |= {"corpus": corpus.hash, "eval.best": config.eval.best}
         if self.base is not None:
             common["model"] = self.base.digest
         if isinstance(self.material, Labels):
@@ -126,6 +134,8 @@ class Loop:
         # Whether loss and gradient of the last step were finite; None before the first is read.
         self._last_finite: bool | None = None
         self._evaluated: dict[int, float] = {}
+        # Losses of the last steps, for the windows of one number.
+        self._recent: deque[float] = deque(maxlen=-(-FRESH_WINDOWS // run.config.batch_size))
         self.last_metrics: dict[str, Any] = {}
         self.last_evaluation: dict[str, float] = {}
 
@@ -192,8 +202,10 @@ class Loop:
     def _take_up(self, start: int) -> None:
         """What was measured at `start` is not measured again: the state is the same bit for bit."""
         logged = logged_at(self._run.directory, start)
+        first = start - (self._recent.maxlen or 0)
+        self._recent.extend(losses_between(self._run.directory, first, start))
         held_out = self._run.program.held_out
-        names = {*held_out.names, *map(_of_average, held_out.names)}
+        names = {*held_out.names, *map(_of_average, held_out.names), FRESH_LOSS}
         measured = {k: v for k, v in logged.items() if k in names}
         if held_out.ranking in measured:
             self._evaluated, self.last_evaluation = {start: self._ranking(measured)}, measured
@@ -208,10 +220,21 @@ class Loop:
         if average is not None:
             scores = held_out.scores(merged(average, state.frozen))
             metrics |= {_of_average(name): score for name, score in scores.items()}
+        metrics |= self._fresh_loss(step)
         loss = self._ranking(metrics)
         self._evaluated, self.last_evaluation = {step: loss}, metrics
         self._log.evaluation(step, metrics)
         return loss
+
+    def _fresh_loss(self, step: int) -> dict[str, float]:
+        """Mean training loss of the last windows, while all of them are new to the model."""
+        material, config = self._run.material, self._config
+        if isinstance(material, Labels) or len(self._recent) < (self._recent.maxlen or 0):
+            return {}
+        seen = self._start.after(step, config.batch_size).samples
+        if seen > data.rows_of_first_epoch(material.corpus, config.model.context):
+            return {}
+        return {FRESH_LOSS: float(np.mean(self._recent))}
 
     def _ranking(self, scores: Mapping[str, float]) -> float:
         """The score that ranks checkpoints: of the average, if the run keeps one."""
@@ -277,6 +300,7 @@ class Loop:
         metrics = {name: float(value) for name, value in metrics.items()}
         finite, skipped = bool(metrics.pop("finite")), int(metrics["skipped"])
         self.last_metrics = metrics
+        self._recent.append(metrics["loss"])
         self._log.training(taken.step, {**metrics, **measured})
         # A step tells about the parameters that it was computed with. Where it was skipped, the
         # next one tells about the same again.
@@ -315,7 +339,8 @@ class Loop:
 
 def _of_average(name: str) -> str:
     """The name of a score of the averaged parameters."""
-    return f"{name}_ema"
+    plain = name.removesuffix(error_of(""))
+    return f"{plain}_ema" if plain == name else error_of(f"{plain}_ema")
 
 
 @jax.jit

@@ -12,13 +12,14 @@ import numpy as np
 from jaxopt_lab import models
 from jaxopt_lab.report.figures import loss_figure
 from jaxopt_lab.report.files import write_json
+from jaxopt_lab.report.progress import error_of
 from jaxopt_lab.report.schedule_figure import schedule_figure
 from jaxopt_lab.step import Adapted, TrainState, merged
 from jaxopt_lab.train.errors import TrainingError
 from jaxopt_lab.train.finetuned import report
 from jaxopt_lab.train.io.run_directory import SUMMARY_FILE
 from jaxopt_lab.train.labelled import Labels
-from jaxopt_lab.train.loop import Loop, Run
+from jaxopt_lab.train.loop import FRESH_LOSS, Loop, Run
 from jaxopt_lab.train.meter import peak_memory
 from jaxopt_lab.train.program import averaged_params, optimizer_share
 from jaxopt_lab.train.smoothness import fit_run
@@ -100,12 +101,15 @@ def _memory(summary: Mapping[str, Any]) -> str:
 
 
 def _held_out(summary: Mapping[str, Any]) -> str:
-    loss = f"{summary['validation_loss']:.4f} nats"
+    error = summary.get(error_of("validation_loss"))
+    beside = "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.4f}"
+    loss = f"{summary['validation_loss']:.4f}{beside} nats"
     if "validation_accuracy" in summary:
         right, majority = summary["validation_accuracy"], summary["majority_accuracy"]
         return f"{loss}/row, {100 * right:.2f} % right (most frequent label: {100 * majority:.2f})"
     bits, unigram = summary["bits_per_byte"], summary["unigram_bits_per_byte"]
-    return f"{loss}/token, {bits:.4f} bits/byte (unigram: {unigram:.4f})"
+    fresh = f", training {summary[FRESH_LOSS]:.4f}" if FRESH_LOSS in summary else ""
+    return f"{loss}/token, {bits:.4f} bits/byte (unigram: {unigram:.4f}){fresh}"
 
 
 def _schedule_outcome(run: Run, state: TrainState, say: Message) -> dict[str, Any]:

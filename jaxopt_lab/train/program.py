@@ -1,5 +1,6 @@
 """From a configuration to compiled programs, and what a compiled program will cost."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +14,13 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxopt_lab import models, optim
+from jaxopt_lab.core.packed import as_shapes, packed_shardings
 from jaxopt_lab.lora import LoraSpec
 from jaxopt_lab.report.hlo import CollectiveTotal, collectives
 from jaxopt_lab.report.tables import format_table
 from jaxopt_lab.step import Adapted, Estimator, TrainState, merged
 from jaxopt_lab.tasks import Task, Text, language_model
-from jaxopt_lab.train.config.finetune import FinetuneConfig
+from jaxopt_lab.train.config.finetune import FinetuneConfig, gguf_file, model_directory
 from jaxopt_lab.train.config.optimizer_base import ModelInfo
 from jaxopt_lab.train.config.optimizers_pairs import PairConfig
 from jaxopt_lab.train.config.run import PretrainConfig
@@ -64,7 +66,7 @@ class Program:
     def parameters(self) -> int:
         """Number of parameters of the model, without adapters."""
         params = merged(self.step.abstract_state.params, self.step.abstract_state.frozen)
-        return _size(params.base if isinstance(params, Adapted) else params)
+        return _size(as_shapes(params.base if isinstance(params, Adapted) else params))
 
     @property
     def trained_count(self) -> int:
@@ -129,6 +131,8 @@ def build_program(
     is_text = isinstance(material, Text)
     vocab_size = material.corpus.tokenizer.vocab_size if is_text else model.vocab_size
     info = ModelInfo.of(model, shardings, vocab_size, jax.random.key(config.seed))
+    if isinstance(config, FinetuneConfig) and config.packed:
+        task = _on_packed(config, task, shardings)
     trained = _trained(config, model, task, info._replace(clip=config.clip), spec)
     task, info = trained.task, trained.info
     rule = build_rule(config.optimizer, config.schedule, info, config.steps)
@@ -164,10 +168,21 @@ def _task(config: PretrainConfig, model: Any, mesh: Mesh, material: Material | N
         model,
         mesh,
         material,
-        seed=config.seed,
+        seed=config.order_seed,
         z_loss=config.z_loss,
         head_chunks=config.head_chunks,
     )
+
+
+def _on_packed(config: FinetuneConfig, task: Task, shardings: PyTree) -> Task:
+    """A task whose parameters are the packed ones of a file, which are never drawn."""
+    file = gguf_file(model_directory("model", config.preset))
+    assert file is not None
+    _, params = models.load_gguf(file, packed=True)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    specs = jax.tree.map(lambda placed: placed.spec, packed_shardings(shapes, shardings))
+    zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return replace(task, init=lambda key: zeros(), param_specs=specs)
 
 
 def _trained(
@@ -180,7 +195,10 @@ def _trained(
     optimizer = config.optimizer
     weights = isinstance(optimizer, PairConfig) and optimizer.needs_weights
     names = models.matrix_names(model)
-    return adapted(config.trainable, task, info, names, weights=weights, spec=spec)
+    dtype = None if config.packed else model.compute_dtype
+    return adapted(
+        config.trainable, task, info, names, weights=weights, spec=spec, computed_in=dtype
+    )
 
 
 def _estimator(config: PretrainConfig, trained: Trained) -> Estimator:
@@ -259,7 +277,10 @@ def model_of(config: PretrainConfig, material: Material | None = None) -> Any:
     """
     model = material.model if isinstance(material, Labels) else config.model
     if config.deterministic and model.attention == "auto":
-        return replace(model, attention="xla")
+        model = replace(model, attention="xla")
+    if isinstance(config, FinetuneConfig) and config.packed:
+        # In an unrolled loop XLA's CPU scheduler unpacks all layers at once.
+        model = replace(model, loop="scanned")
     return model
 
 

@@ -90,11 +90,11 @@ def _fresh(run: Run) -> TrainState:
         if run.config.fork_from is not None:
             return step.init_from(forked_params(run), key)
         if run.config.init_from is None:
-            return step.init(key)
+            return step.init(key, run.config.weights_key)
         given = read_params("init_from", run.config.init_from, run.config.model)
         shardings = param_shardings(run.program.mesh, run.program.task.param_specs)
         return step.init_from(placed(jax.tree.map(np.asarray, given), shardings), key)
-    params = all_params(run, run.base, key)
+    params = all_params(run, run.base, run.config.weights_key)
     if run.config.fork_from is not None:
         _, frozen = split(params, run.program.trained.moves)
         params = merged(forked_params(run), frozen)
@@ -120,7 +120,7 @@ def _resumed(run: Run, say: Message) -> tuple[Run, TrainState, Position]:
     say(f"resuming after step {restored.step} of {run.config.steps}")
     run, state = of_checkpoint(restored.data), restored.state
     if run.base is not None:
-        params = all_params(run, run.base, jax.random.key(run.config.seed))
+        params = all_params(run, run.base, run.config.weights_key)
         _, frozen = split(params, run.program.trained.moves)
         state = state._replace(frozen=frozen)
     return run, state, Position(restored.step, _samples(run, restored))
@@ -134,7 +134,11 @@ def all_params(run: Run, base: Base, key: Array) -> PyTree:
         return placed(base.params, shardings)
     params = placed(base.params, shardings.base)
     make: Any = jax.jit(trained.beside, out_shardings=shardings.beside)
-    return Adapted(params, make(params, key))
+    beside = make(params, key)
+    if not trained.leaves_base:
+        take: Any = jax.jit(trained.beneath, out_shardings=shardings.base, donate_argnums=0)
+        params = take(params, beside)
+    return Adapted(trained.held(params), beside)
 
 
 def _refuse_change(run: Run, stored: Mapping[str, Any]) -> None:

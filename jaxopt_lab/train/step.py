@@ -22,7 +22,7 @@ Rates = Callable[[Array, PyTree], Mapping[str, Array]]
 class PlacedStep(NamedTuple):
     """The programs of a step, and the layouts they were built for."""
 
-    init: Callable[[Array], TrainState]  # (key) -> state, jitted
+    init: Callable[..., TrainState]  # (key, another of the parameters or None) -> state, jitted
     init_from: Callable[
         [PyTree, Array], TrainState
     ]  # (all parameters, which it donates; key) -> state, jitted
@@ -80,8 +80,8 @@ def make_step(
     def init_from(params: PyTree, key: Array) -> TrainState:
         return step.start(params, key, trainable)
 
-    def init(key: Array) -> TrainState:
-        return init_from(init_params(key), key)
+    def init(key: Array, of_params: Array | None = None) -> TrainState:
+        return init_from(init_params(key if of_params is None else of_params), key)
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     params_at, abstract = param_shardings(mesh, param_specs), jax.eval_shape(init, key)

@@ -18,6 +18,7 @@ from jaxopt_lab import lora
 from jaxopt_lab.core.keys import path_names, purpose_key
 from jaxopt_lab.lora.adapters import get
 from jaxopt_lab.lora.config import matches
+from jaxopt_lab.lora.inits import FROM_KERNEL
 from jaxopt_lab.step import (
     Adapted,
     Batch,
@@ -42,11 +43,49 @@ class Trained:
     info: ModelInfo  # about what moves
     moves: PyTree | None = None  # tree of bools; None: everything, or the adapters
     spec: lora.LoraSpec | None = None  # of the adapters
+    computed_in: str | None = None  # dtype of products beside adapters
 
     def beside(self, base: PyTree, key: Array) -> lora.Adapters:
         """The adapters at the start of a run."""
         assert self.spec is not None
         return _adapters(self.spec, base, key)
+
+    @property
+    def leaves_base(self) -> bool:
+        """Whether adapters start from zero, beside the base as it is."""
+        return self.spec is None or self.spec.config.init not in FROM_KERNEL
+
+    def beneath(self, base: PyTree, start: lora.Adapters) -> PyTree:
+        """What adapters are trained beside: the base without the product that they start from."""
+        assert self.spec is not None
+        return base if self.leaves_base else lora.unmerge(base, start, self.spec)
+
+    def held(self, base: PyTree) -> PyTree:
+        """The base with kernels of layers in the precision that they are multiplied in.
+
+        Frozen, they need no other. The model casts whole stacks in every step, which would keep a
+        second copy of all kernels beside the first.
+        """
+        dtype = self.computed_in
+        if dtype is None:
+            return base
+
+        def leaf(path: Any, x: Array) -> Array:
+            is_kernel = path_names(path)[0] == "layers" and x.ndim > 2
+            is_wider = jnp.promote_types(x.dtype, dtype) == x.dtype
+            return x.astype(dtype) if is_kernel and is_wider else x
+
+        return tree_map_with_path(leaf, base)
+
+    def ordinary(
+        self, base: PyTree, key: Array, adapters: lora.Adapters
+    ) -> tuple[lora.Adapters, lora.LoraSpec]:
+        """Trained adapters as they stand beside the base as it is; twice the rank where it lost."""
+        assert self.spec is not None
+        if self.leaves_base:
+            return adapters, self.spec
+        start = self.beside(jax.tree.map(jnp.asarray, base), key)
+        return lora.difference(adapters, start, self.spec)
 
 
 class WithSides(NamedTuple):
@@ -110,6 +149,7 @@ def adapted(
     *,
     weights: bool = False,
     spec: lora.LoraSpec | None = None,
+    computed_in: str | None = None,
 ) -> Trained:
     """Low-rank adapters move beside frozen parameters.
 
@@ -120,6 +160,7 @@ def adapted(
       names: Of the matrices, as for `lora.resolve`.
       weights: Whether each adapter has a weight.
       spec: What adapters there are, where some have left or grown; None: those of the start.
+      computed_in: Dtype of the model's products, in which frozen kernels are held; None: as read.
 
     Raises:
       ConfigError: If a pattern matches nothing or a rank is too large.
@@ -155,7 +196,8 @@ def adapted(
 
     def init(key: Array) -> Adapted:
         base = task.init(key)
-        return Adapted(base, _adapters(found, base, key))
+        beside = _adapters(found, base, key)
+        return Adapted(trained.held(trained.beneath(base, beside)), beside)
 
     evaluated: dict[Loss, Loss] = {}  # sets with one loss share a program
     for each in task.evaluations.values():
@@ -170,7 +212,8 @@ def adapted(
             for name, each in task.evaluations.items()
         },
     )
-    return Trained(changed, of_adapters, spec=spec)
+    trained = Trained(changed, of_adapters, spec=spec, computed_in=computed_in)
+    return trained
 
 
 def whole_leaves(params: PyTree, adapters: lora.Adapters, spec: lora.LoraSpec) -> PyTree:

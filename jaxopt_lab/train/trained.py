@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from jaxopt_lab import lora, models, optim
 from jaxopt_lab.data import Tokenizer
+from jaxopt_lab.lora.inits import FROM_KERNEL
 from jaxopt_lab.models import DecoderConfig, Params
 from jaxopt_lab.optim.params_ema import ParamsEmaState
 from jaxopt_lab.step import merged, split
@@ -21,9 +22,9 @@ from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.run import PretrainConfig
 from jaxopt_lab.train.config.sections import MeshConfig
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, within
-from jaxopt_lab.train.io.leaves import describe_leaves, first_difference
 from jaxopt_lab.train.io.run_directory import TOKENIZER_FILE, read_config
 from jaxopt_lab.train.io.stored import checkpoint_path, read_item, read_leaves, select_step
+from jaxopt_lab.train.leaves import describe_leaves, first_difference
 from jaxopt_lab.train.loop import Run
 from jaxopt_lab.train.program import build_program
 from jaxopt_lab.train.step import TrainState
@@ -67,7 +68,12 @@ def load_params(
         base = read_base(config, config.model)
         if base.digest != found.stored["model"]:
             raise other_base(base, found.stored["model"])
-        params = jax.tree.map(np.asarray, whole(base.params, params, found.trained))
+        trained, frozen = found.trained, base.params
+        if not trained.leaves_base:
+            frozen = jax.tree.map(jnp.asarray, frozen)
+            start = trained.beside(frozen, jax.random.key(config.seed))
+            frozen = trained.beneath(frozen, start)
+        params = jax.tree.map(np.asarray, whole(frozen, params, trained))
     model: Any = config.model
     return model, params, found.tokenizer
 
@@ -109,6 +115,12 @@ def forked_params(run: Run) -> Params:
         config = read_config(source)
     wanted = run.program.step.abstract_state.params
     if isinstance(config, FinetuneConfig):
+        ours = getattr(run.config, "trainable", None)
+        init, theirs = (getattr(each, "init", None) for each in (ours, config.trainable))
+        if init != theirs and FROM_KERNEL & {init, theirs}:
+            raise ConfigError(
+                "trainable.init", init, f"but the adapters of {source} started from {theirs}"
+            )
         found: Any = read_leaves(source, select_step(source, None), {"params": _host(wanted)})
         return placed(found["params"], jax.tree.map(lambda leaf: leaf.sharding, wanted))
     found = _read(source, config, run.config.mesh, None, average=False)

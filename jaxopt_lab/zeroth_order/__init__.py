@@ -53,7 +53,7 @@ from jaxopt_lab.zeroth_order.jaguar import (
     scale_by_jaguar,
 )
 from jaxopt_lab.zeroth_order.layerwise import perturbed_layer
-from jaxopt_lab.zeroth_order.ldsd import LDSDState, ldsd
+from jaxopt_lab.zeroth_order.ldsd import LDSDState, ldsd, policy_mean
 from jaxopt_lab.zeroth_order.losses import fill_masked
 from jaxopt_lab.zeroth_order.low_rank import LowRankSide, beside, low_rank
 from jaxopt_lab.zeroth_order.matrix_sign import scale_by_matrix_sign
@@ -130,6 +130,7 @@ __all__ = [
     "nuclear_ball",
     "orthogonal",
     "perturbed_layer",
+    "policy_mean",
     "random_coordinates",
     "random_directions",
     "recorded",

@@ -31,6 +31,11 @@ class Engine:
     both_sides: bool = True
     """Whether losses of one direction are evaluated together."""
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether each loss is known before the next one is evaluated."""
+        return self.chunk == 1 and not self.both_sides
+
     def check(self, num_directions: int) -> None:
         """Raise `ValueError` where chunks do not divide the directions."""
         if self.chunk is not None and num_directions % self.chunk:

@@ -32,12 +32,24 @@ Start = Literal["zero", "random", "gradient", "estimate"]
 _START_DIRECTIONS = 20
 
 
+class PolicyStep(NamedTuple):
+    """A step of the policy's mean: a sum of noise, drawn when it is taken."""
+
+    weights: Array  # (candidates,) of their noise
+    count: Array  # shape=(), dtype=int32: of the step that drew it
+
+
 class LDSDState(NamedTuple):
-    """State of `ldsd`."""
+    """State of `ldsd`; `policy_mean` is the mean after the step."""
 
     probes: ProbeState  # key, count and losses of the probes
-    mean: optax.Updates  # of the policy: like the parameters, float32 or wider
+    mean: optax.Updates  # of the policy in the last step: like the parameters, float32 or wider
+    pending: PolicyStep  # what its losses move the mean by, at the start of the next step
     base: optax.OptState  # of the optimizer below
+
+    # Where no loss of a step is finite, the mean has moved by the losses of the step before, and
+    # nothing is pending: no guard has to hold a second mean to go back to.
+    not_guarded = ("mean", "pending")
 
 
 def ldsd(
@@ -67,7 +79,9 @@ def ldsd(
 
     a REINFORCE step with a leave-one-out baseline. It turns $\mu$ to the negative gradient: for a
     linear loss the mean of the step is $-\eta \epsilon \nabla f$. $K + 1$ losses a step ($K + c$
-    with `selection="mean"`) and one array of the size of the parameters beside the base.
+    with `selection="mean"`) and one array of the size of the parameters beside the base: the step
+    of $\mu$ is taken at the start of the next one, when nothing else reads the old mean, so in
+    place. `policy_mean` gives $\mu$ after a step.
 
     A loss that is not finite is not selected, and its candidate does not move the policy.
 
@@ -110,7 +124,8 @@ def ldsd(
     Differs from the released code in: the policy is updated with the candidates that were evaluated
     (released: with other draws, so that it learns nothing); the loss of the chosen candidate is
     not evaluated again; leaves draw independently; one subset a step for all candidates under
-    `sparse` (released: one a candidate).
+    `sparse` (released: one a candidate, which is `sparse(per_probe=True)`, but its policy moves on
+    the subset of the chosen one alone, along noise that other candidates were not evaluated with).
     """
     check_rates(policy_rate=policy_rate)
     check_integer("candidates", candidates)
@@ -129,10 +144,11 @@ def ldsd(
     def init(params: optax.Params) -> LDSDState:
         state = initial_state(params, key, eps, candidates + count)
         mean = _start(float_leaves(params), threefry_key(key), probes, start == "random")
-        return LDSDState(state, mean, inner.init(params))
+        pending = PolicyStep(jnp.zeros(candidates), jnp.zeros((), jnp.int32))
+        return LDSDState(state, mean, pending, inner.init(params))
 
     def update(step: Step, state: LDSDState, extra_args: dict[str, Any]) -> Any:
-        mean = jax.tree.leaves(state.mean)
+        mean = jax.tree.leaves(policy_mean(state, probes))
         if start in ("gradient", "estimate"):
             first = _from_first_batch(start, step, start_sign, eps)
             kept = mean
@@ -141,53 +157,106 @@ def ldsd(
         def drawn(probe: Array, purpose: str = "evaluation", key: Array | None = None) -> Direction:
             return step.direction(probe, purpose, mean=mean, std=policy_std, key=key)
 
-        numbers = jnp.arange(candidates)
-        found = step.losses(numbers, jnp.full(candidates, eps), direction=drawn)
-        chosen = _chosen(found, selection, count, purpose_key(step.key, "selection"))
-        behind = step.losses(chosen, jnp.full(count, -eps), direction=drawn)
-        weights = finite_or_zero((found[chosen] - behind) / (2 * eps)) / count
-        g, support = step.combined(weights, chosen, lambda probe: drawn(probe, "update"))
-        changes = _policy_gradient(step, found, mean, policy_std, drawn)
-        # The noise is 0 where nothing was drawn: there the mean stays.
-        new = [(m - policy_rate * c).astype(m.dtype) for m, c in zip(mean, changes, strict=True)]
+        def choose(losses: Array) -> Array:
+            return _chosen(losses, selection, count, purpose_key(step.key, "selection"))
+
+        found, behind = _both_sides(step, candidates, count, eps, choose, drawn)
+        chosen = choose(found)
+        differences = finite_or_zero((found[chosen] - behind) / (2 * eps)) / count
+        g, support = step.combined(differences, chosen, lambda probe: drawn(probe, "update"))
         extra_args["support"] = support
         point = step.tree(step.params)
         out, base_state = inner.update(step.tree(g), state.base, point, **extra_args)
-        mean = jax.tree.structure(state.mean).unflatten(new)
-        return out, LDSDState(step.next_state(), mean, base_state)
+        pending = _policy_step(found, policy_rate / policy_std, state)
+        if step.draws is not None:
+            mean = _moved_along_draws(mean, pending.weights, policy_std, drawn)
+            pending = pending._replace(weights=jnp.zeros_like(pending.weights))
+        tree = jax.tree.structure(state.mean).unflatten(mean)
+        return out, LDSDState(step.next_state(), tree, pending, base_state)
 
     return transformation(probes, default_sampler(probes), eps, init, update)
+
+
+def policy_mean(state: LDSDState, probes: Probes = Probes()) -> optax.Updates:
+    """The mean of the policy of `ldsd` after its last step.
+
+    Args:
+      state: Of `ldsd` itself, not of a chain around it.
+      probes: As `ldsd` was given them.
+
+    Returns:
+      A tree like the parameters.
+    """
+    mean, treedef = jax.tree.flatten(state.mean)
+    leaves = leaves_of(state.mean, probes.matrix_axes, probes.trainable)
+    key = jax.random.wrap_key_data(state.probes.key, impl="threefry2x32")
+    key = jax.random.fold_in(key, state.pending.count)
+
+    def add(mean: list[Array], row: tuple[Array, Array]) -> tuple[list[Array], None]:
+        weight, probe = row
+        # The noise is 0 where nothing was drawn: there the mean stays.
+        noise = Direction(default_sampler(probes), key, probe, leaves)
+        return [m + weight.astype(m.dtype) * noise.of(i) for i, m in enumerate(mean)], None
+
+    # A loop, because the draws of all candidates in one expression take long to compile.
+    rows = (state.pending.weights, jnp.arange(state.pending.weights.size))
+    return treedef.unflatten(jax.lax.scan(add, mean, rows)[0])
 
 
 def _chosen(losses: Array, selection: Selection, count: int, key: Array) -> Array:
     """(count,) numbers of the candidates that become the estimate."""
     if selection == "random":
         return jax.random.randint(key, (1,), 0, losses.size)
-    return jnp.argsort(jnp.where(jnp.isnan(losses), jnp.inf, losses), stable=True)[:count]
+    # Of equal ones the first.
+    return jax.lax.top_k(jnp.where(jnp.isnan(losses), -jnp.inf, -losses), count)[1]
 
 
-def _policy_gradient(
+def _both_sides(
     step: Step,
-    losses: Array,
-    mean: Sequence[Array],
-    std: Scalar,
+    candidates: int,
+    count: int,
+    eps: Scalar,
+    choose: Callable[[Array], Array],
     drawn: Callable[..., Direction],
-) -> list[Array]:
-    """The gradient of the expected loss by the mean, from the noise of the candidates."""
+) -> tuple[Array, Array]:
+    """Losses (candidates,) in front of the point, and (count,) behind it of the chosen ones."""
+    if not step.probes.engine.one_by_one:
+        front = step.losses(jnp.arange(candidates), jnp.full(candidates, eps), direction=drawn)
+        return front, step.losses(choose(front), jnp.full(count, -eps), direction=drawn)
+
+    def row(losses: Array, number: Array) -> tuple[Array, Array]:
+        in_front = number < candidates
+        behind = choose(losses[:candidates])[jnp.maximum(number - candidates, 0)]
+        return jnp.where(in_front, number, behind), jnp.where(in_front, eps, -eps)
+
+    losses = step.losses_in_turn(candidates + count, row, direction=drawn)
+    return losses[:candidates], losses[candidates:]
+
+
+def _policy_step(losses: Array, rate: Scalar, state: LDSDState) -> PolicyStep:
+    """Minus `rate` times the gradient of the expected loss by the mean, for noise of variance 1."""
     finite = jnp.isfinite(losses)
     known = jnp.where(finite, losses, 0)
     baseline = jnp.sum(known) / jnp.maximum(jnp.sum(finite), 1)
-    weights = jnp.where(finite, losses - baseline, 0) / (std * max(losses.size - 1, 1))
-    if step.draws is None:
-        # The noise itself, not (v - mean) / std: that would cancel where std is small.
-        return step.combined(weights, direction=lambda probe: step.direction(probe))[0]
+    advantages = jnp.where(finite, losses - baseline, 0) / max(losses.size - 1, 1)
+    weights = finite_or_zero(-rate * advantages).astype(state.pending.weights.dtype)
+    # A guard that goes back to the old mean and the old weights where no loss was finite lets
+    # counts pass: this one has to be theirs.
+    count = jnp.where(jnp.any(finite), state.probes.count, state.pending.count)
+    return PolicyStep(weights, count)
+
+
+def _moved_along_draws(
+    mean: Sequence[Array], weights: Array, std: Scalar, drawn: Callable[..., Direction]
+) -> list[Array]:
+    """The mean after a step along given candidates, which no key draws again."""
 
     def term(weight: Array, probe: Array) -> list[Array]:
         direction = drawn(probe, "policy")
-        noise = [(direction.of(i) - m) / std for i, m in enumerate(mean)]
-        return [weight * x for x in noise]
+        return [weight * (direction.of(i) - m) / std for i, m in enumerate(mean)]
 
-    return summed(term, weights, jnp.arange(losses.size))
+    changes = summed(term, weights, jnp.arange(weights.size))
+    return [(m + c).astype(m.dtype) for m, c in zip(mean, changes, strict=True)]
 
 
 def _start(params: optax.Params, key: Array, probes: Probes, random: bool) -> optax.Updates:
@@ -213,7 +282,9 @@ def _from_first_batch(
 
     def gradient() -> list[Array]:
         assert value_fn is not None
-        return [sign * widened(g) for g in jax.tree.leaves(jax.grad(value_fn)(point))]
+        return [
+            sign * finite_or_zero(widened(g)) for g in jax.tree.leaves(jax.grad(value_fn)(point))
+        ]
 
     def estimate() -> list[Array]:
         # A step of its own: what is seen in a branch must not leave it.

@@ -187,8 +187,47 @@ class Step:
           sides: Losses a direction, for the size of chunks.
           direction: From a probe, and a `key` of the step, to its direction; None: `direction`.
         """
+        loss, engine = self._loss(direction), self.probes.engine
+
+        def evaluate() -> Array:
+            if self.probe_fn is None or not engine.both_sides:
+                return engine.map(loss, probe, scale, sides=sides)
+            # The scales of a direction in one loop over layers, which draws once.
+            return engine.map(loss, probe[::sides], scale.reshape(-1, sides)).reshape(-1)
+
+        return self.seen(probe.size, evaluate)
+
+    def losses_in_turn(
+        self,
+        size: int,
+        row: Callable[[Array, Array], tuple[Array, Array]],
+        *,
+        direction: Callable[..., Direction],
+    ) -> Array:
+        """(size,) losses, one after the other, each of a probe that those before it may choose.
+
+        One loop: the loss is compiled once.
+
+        Args:
+          size: How many.
+          row: From the losses so far, (size,) with 0 for what is to come, and the number of the
+            next one to its probe and scale.
+          direction: As for `losses`.
+        """
+        loss, dtype = self._loss(direction), self.state.losses.dtype
+
+        def add(losses: Array, number: Array) -> tuple[Array, None]:
+            return losses.at[number].set(loss(*row(losses, number)).astype(dtype)), None
+
+        def evaluate() -> Array:
+            return jax.lax.scan(add, jnp.zeros(size, dtype), jnp.arange(size))[0]
+
+        return self.seen(size, evaluate)
+
+    def _loss(self, direction: Callable[..., Direction] | None) -> Callable[[Array, Array], Array]:
+        """From a probe and a scale, or the scales of both sides, to the loss."""
         drawn = self.direction if direction is None else direction
-        engine, point = self.probes.engine, self.tree(self.params)
+        point = self.tree(self.params)
 
         def loss(probe: Array, scale: Array) -> Array:
             key, probe, scale = self.apart(probe, scale)
@@ -199,13 +238,7 @@ class Step:
             assert self.value_fn is not None
             return widened(self.value_fn(self.perturbed(along, scale)))
 
-        def evaluate() -> Array:
-            if self.probe_fn is None or not engine.both_sides:
-                return engine.map(loss, probe, scale, sides=sides)
-            # The scales of a direction in one loop over layers, which draws once.
-            return engine.map(loss, probe[::sides], scale.reshape(-1, sides)).reshape(-1)
-
-        return self.seen(probe.size, evaluate)
+        return loss
 
     def seen(self, size: int, evaluate: Any) -> Array:
         """`size` numbers from `evaluate`, or the next recorded ones; kept for the state."""

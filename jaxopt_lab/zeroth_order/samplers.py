@@ -133,13 +133,16 @@ def single_coordinate() -> Sampler:
     return Sampler("single_coordinate", ones, chosen, support=support, support_of=lambda z: z != 0)
 
 
-def sparse(*, params_ratio: float = 0.1, noise: Sampler | None = None) -> Sampler:
+def sparse(
+    *, params_ratio: float = 0.1, per_probe: bool = False, noise: Sampler | None = None
+) -> Sampler:
     """Noise on a random subset of the matrices and vectors; 0 on the others.
 
-    One subset a step, shared by all of its probes. A stack of layers counts as its matrices.
+    A stack of layers counts as its matrices.
 
     Args:
       params_ratio: Share of them; at least one is drawn.
+      per_probe: Each probe has a subset of its own; False: one a step, shared by all of them.
       noise: What is drawn on the subset; None: `gaussian()`.
 
     Raises:
@@ -150,7 +153,8 @@ def sparse(*, params_ratio: float = 0.1, noise: Sampler | None = None) -> Sample
 
     def subset(step_key: Array, key: Array, leaves: Sequence[Leaf]) -> tuple[Array, Any]:
         total = sum(leaf.slices for leaf in leaves if leaf.moves)
-        chosen = _subset(purpose_key(step_key, "sparse subset"), total, params_ratio)
+        own = key if per_probe else step_key
+        chosen = _subset(purpose_key(own, "sparse subset"), total, params_ratio)
         return chosen, inner.shared(step_key, key, leaves)
 
     def support(part: Part, shared: tuple[Array, Any]) -> Array:

@@ -161,12 +161,16 @@ def test_scan_equals_loop_and_traces_once(name):
 def test_vmap_over_members(name):
     params, tx = adapters(), make(name)
     members = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
+    stream = jax.tree.map(
+        lambda *x: jnp.stack(x), *((gradients(params, t), taps(t)) for t in range(2))
+    )
+
+    def body(carry, given):
+        _, p, state = step_of(tx)(*given, *carry)
+        return (state, p), None
 
     def run(p):
-        state = tx.init(p)
-        for t in range(2):
-            _, p, state = step_of(tx)(gradients(params, t), taps(t), state, p)
-        return p
+        return jax.lax.scan(body, (tx.init(p), p), stream)[0][1]
 
     together = jax.jit(jax.vmap(run))(members)
     for i in range(2):

@@ -116,18 +116,16 @@ def test_vmap_over_members_with_shared_counters(name):
     members = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
     # Each its own: in the eigenbases of one gradient, the same one again is rounding outside of
     # the diagonal, which a normalised direction brings to full size.
-    draws = [functools.partial(gradients, seed=seed) for seed in range(3)]
-    stream = [jax.vmap(draw)(members) for draw in draws]
+    three = jax.tree.map(lambda p: jax.ShapeDtypeStruct((2, 3, *p.shape), p.dtype), params)
+    stream = gradients(three)
 
-    def run(p, *stream):  # init inside, so that no counter is batched
-        state = tx.init(p)
-        for g in stream:
-            p, state = step(tx)(p, state, g)
-        return p
+    def run(p, stream):  # init inside, so that no counter is batched
+        scanned = jax.lax.scan(lambda c, g: (step(tx)(*c, g), None), (p, tx.init(p)), stream)
+        return scanned[0][0]
 
-    together = jax.jit(jax.vmap(run))(members, *stream)
+    together = jax.jit(jax.vmap(run))(members, stream)
     for i in range(2):
-        one = jax.jit(run)(*jax.tree.map(lambda x, i=i: x[i], (members, *stream)))
+        one = jax.jit(run)(*jax.tree.map(lambda x, i=i: x[i], (members, stream)))
         # bfloat16 products of a batch and of one matrix may be summed in another order.
         chex.assert_trees_all_close(
             jax.tree.map(lambda x, i=i: x[i], together), one, rtol=1e-3, atol=1e-3

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxopt_lab.data import Corpus, CorpusPart, Tokenizer, TokenizerConfig, TokenSplit
-from jaxopt_lab.data.preparation import split_of
+from jaxopt_lab.data.groups import is_held_out
 from jaxopt_lab.data.tokenizer import make_tokenizer
 
 WORDS = "alpha beta gamma delta Straße naïve 数据 def return\n    x = 0x1f\n".split(" ")
@@ -31,7 +31,7 @@ def key_of(text: str) -> str:
 
 
 def held_out(documents: Sequence[str], fraction: float) -> list[str]:
-    return [text for text in documents if split_of(key_of(text), fraction) == "validation"]
+    return [text for text in documents if is_held_out(key_of(text), fraction)]
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxopt_lab.data import TrainBatches, train_batches, train_rows
+from jaxopt_lab.data import TrainBatches, rows_of_first_epoch, train_batches, train_rows
 from tests.data.synthetic import (
     byte_tokenizer,
     corpus_of,
@@ -234,3 +234,11 @@ def test_the_count_of_rows_goes_on_after_a_change_of_the_batch_size(seed, sample
 def test_negative_steps_are_refused():
     with pytest.raises(ValueError, match="step = -1"):
         _batches().batch_at(-1)
+
+
+def test_rows_of_the_first_epoch_are_all_different():
+    corpus = counting_corpus(400, 100, weights=(3.0, 1.0))
+    first = rows_of_first_epoch(corpus, 10)
+    assert first == 40  # ten windows of the second part, a quarter of the rows
+    rows = train_rows(corpus, context=10, seed=0)(range(first))["tokens"]
+    assert len({row.tobytes() for row in rows}) == first

@@ -21,7 +21,8 @@ from jaxopt_lab.data import (
     prepare,
     train_batches,
 )
-from jaxopt_lab.data.preparation import scan_documents, split_of, store_documents
+from jaxopt_lab.data.groups import is_held_out
+from jaxopt_lab.data.preparation import scan_documents, store_documents
 from tests.data.synthetic import held_out, key_of, texts, write_texts
 
 DOCUMENTS = texts(60)
@@ -148,9 +149,8 @@ def test_the_tokenizer_sees_training_documents_only(prepared, tmp_path):
 def test_a_larger_fraction_only_adds_to_the_validation_documents(keys, fractions):
     smaller, larger = sorted(fractions)
     for key in keys:
-        assert split_of(key, 0.0) == "train"
-        if split_of(key, smaller) == "validation":
-            assert split_of(key, larger) == "validation"
+        assert not is_held_out(key, 0.0)
+        assert is_held_out(key, smaller) <= is_held_out(key, larger)
 
 
 def test_adding_documents_moves_no_other_document(prepared, tmp_path):
@@ -163,7 +163,7 @@ def test_adding_documents_moves_no_other_document(prepared, tmp_path):
 
 
 def test_the_share_of_validation_documents():
-    share = np.mean([split_of(key_of(str(i)), 0.2) == "validation" for i in range(2000)])
+    share = np.mean([is_held_out(key_of(str(i)), 0.2) for i in range(2000)])
     assert abs(share - 0.2) < 0.03
 
 
@@ -232,7 +232,7 @@ def test_held_out_documents_that_training_has_mostly_seen_are_not_evaluated(tmp_
         lines = ["    " + line for line in text.splitlines()[:count]]
         for salt in range(100):
             copy = "\n".join([*lines, *long_lines(f"copy {salt}")])
-            if split_of(key_of(copy), FRACTION) == "train":
+            if not is_held_out(key_of(copy), FRACTION):
                 return copy
         raise AssertionError
 
@@ -325,7 +325,7 @@ def test_corpora_without_documents_on_one_side(tmp_path):
 
 def test_files_that_vanish_between_the_passes_are_reported(tmp_path):
     directory = write_texts(tmp_path / "text", DOCUMENTS[:5])
-    (scan,) = scan_documents([TextFiles((str(directory),))], lambda message: None)
+    (scan,) = scan_documents([TextFiles((str(directory),))], 0.0, lambda message: None)
     next(directory.iterdir()).unlink()
     with pytest.raises(ValueError, match="changed while they were read: 1 documents are gone"):
         store_documents(tmp_path, scan, 0.0, lambda message: None)

@@ -168,6 +168,6 @@ def test_targets_without_text_have_no_bits_per_byte():
 def test_rows_are_read_one_by_one_as_the_whole_batch_is(batch_size, context):
     for batch in windows_of(HELD_OUT, 256, batch_size=batch_size, context=context):
         odd = batch.build(range(1, batch_size, 2))
-        assert odd.keys() == set(batch) == {"tokens", "mask"}
+        assert odd.keys() == set(batch) == {"tokens", "mask", "documents"}
         for name, rows in odd.items():
             np.testing.assert_array_equal(rows, batch[name][1::2])

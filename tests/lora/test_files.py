@@ -176,6 +176,7 @@ def test_a_run_goes_on_across_a_pruning():
     tx = lora.weight_lora(1e-2, keep=1, freeze_after=2)
     state = tx.init(adapters)
 
+    @jax.jit
     def step(adapters, state, t):
         grads = jax.tree.map(lambda x: jnp.cos(x + t), adapters)
         updates, state = tx.update(grads, state, adapters)

@@ -109,10 +109,11 @@ def test_a_full_rank_run_is_heavy_ball_on_the_kernel():
         params = {"up": {"a": a, "b": b}}
         tx = lora.lorsum(0.1, rho=1e-9, momentum=0.5, projection=lora.LowRankSum(jitter=0.0))
         state, kernel, trace = tx.init(params), np.asarray(a @ b), np.zeros((M, N))
+        step = jax.jit(lambda params, state, taps: tx.update(params, state, params, taps=taps))
         for t in range(6):
             x, s = draw(ROWS, M, seed=t), draw(ROWS, N, seed=t)
             taps = {"up": Tap(jnp.asarray(x), jnp.asarray(s))}
-            updates, state = tx.update(params, state, params, taps=taps)
+            updates, state = step(params, state, taps)
             params = optax.apply_updates(params, updates)
             trace = 0.5 * trace + x.T @ s
             kernel = kernel - 0.1 * trace

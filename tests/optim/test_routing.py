@@ -209,9 +209,9 @@ MATRIX_METHODS = (jol.lion_muon, jol.soap, jol.shampoo, jol.dykaf, jol.muon)
 
 def moved(tx, params):
     grads = jax.tree.map(jnp.ones_like, params)
-    state = tx.init(params)
+    state, step = tx.init(params), jax.jit(tx.update)
     for _ in range(2):  # SOAP takes no first step
-        updates, state = tx.update(grads, state, params)
+        updates, state = step(grads, state, params)
     return jax.tree.map(lambda u: bool((u != 0).any()), updates)
 
 

@@ -69,11 +69,11 @@ def test_messages_and_evaluations_stand_above_the_live_line():
     with Progress(10, tokens_per_step=10, stream=stream, clock=clock) as progress:
         run(progress, clock, range(1, 6), 0.1)
         progress.message("saved [checkpoints]/5")
-        progress.evaluation(5, {"loss": 3.25, "bits/byte": 1.5})
+        progress.evaluation(5, {"loss": 3.25, "bits/byte": 1.5, "loss_se": 0.125})
         run(progress, clock, range(6, 11), 0.1)
     output = stream.getvalue()
     assert "saved [checkpoints]/5\n" in output
-    assert "step 5/10  evaluation  loss 3.2500  bits/byte 1.5000\n" in output
+    assert "step 5/10  evaluation  loss 3.2500 ± 0.1250  bits/byte 1.5000\n" in output
     assert output.rindex("loss 2.0000") > output.index("evaluation")
 
 

@@ -14,7 +14,18 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 import jaxopt_lab as jol
-from jaxopt_lab.sweep import Program, Run, StepCost, Tuned, cost, lanes_that_fit, measure_step, tune
+from jaxopt_lab import data
+from jaxopt_lab.sweep import (
+    Program,
+    Run,
+    StepCost,
+    Task,
+    Tuned,
+    cost,
+    lanes_that_fit,
+    measure_step,
+    tune,
+)  # fmt: skip
 from tests.sweep.tasks import STEPS, TASK, batches
 
 RATES = (3e-2, 3e-1, 3.0)
@@ -99,6 +110,45 @@ def test_counters_stay_unbatched_and_the_periodic_branch_a_branch():
     assert lion.inner_state[0].mu["table"] == 0
 
 
+def test_the_standard_error_of_a_run_is_that_of_its_documents():
+    """A loss that tells the nats of its targets, and targets of three documents, one masked."""
+    documents = np.asarray([[[0, 0, 1], [1, 2, 2]]], np.int32)
+    mask = np.asarray([[[1, 1, 1], [1, 1, 0]]], np.float32)
+    nats = np.asarray([[0.5, 1.0, 2.0], [1.5, 4.0, 0.0]])
+
+    def loss(params, batch, key):
+        told = {"nats": jnp.asarray(nats, jnp.float32)} if "documents" in batch else {}
+        return params["w"] ** 2 + nats.sum() / 5, 5.0, told
+
+    task = Task(
+        init_params=lambda key: {"w": jax.random.normal(key)},
+        loss=loss,
+        batches=lambda seed, start, stop: {"x": np.full((stop - start, 2), seed)},
+        held_out={"documents": documents, "mask": mask},
+        steps=2, evaluate_every=1, tokens_per_step=1,
+    )  # fmt: skip
+    curves = Program(task, optax.sgd, 2).train([Run(0.1, 0), Run(0.1, 1)])
+    wanted = data.standard_error(np.asarray([1.5, 3.5, 4.0]), np.asarray([2, 2, 1]))
+    np.testing.assert_allclose(curves.error, [wanted, wanted], rtol=1e-6)
+    assert curves.held_out[0, -1] != curves.held_out[1, -1]
+    fixed = Program(replace(task, init_seed=5), optax.sgd, 2).train([Run(0.1, 0), Run(0.1, 1)])
+    assert fixed.held_out[0, -1] == fixed.held_out[1, -1]
+
+
+def test_the_order_of_the_text_has_a_seed_of_its_own():
+    asked = []
+
+    def noted(seed, start, stop):
+        asked.append(seed)
+        return batches(seed, start, stop)
+
+    runs = [Run(0.3, 5), Run(0.3, 6)]
+    free = Program(TASK, optax.sgd, 2).train(runs)
+    fixed = Program(replace(TASK, batches=noted, data_seed=7), optax.sgd, 2).train(runs)
+    assert set(asked[1:]) == {7} and np.ptp(fixed.train[:, 0]) > 0  # weights differ as before
+    assert (free.train != fixed.train).all()
+
+
 class Seen(NamedTuple):
     steps: jax.Array
     large: jax.Array
@@ -158,7 +208,7 @@ def test_a_group_without_a_finite_run_stops_early():
 def test_the_rim_of_a_grid_is_noticed(losses, rim):
     empty = np.zeros((0, 1))
     best = int(np.argmin(losses))
-    tuned = Tuned((1.0, 2.0, 3.0), losses, best, (1, 2), (1,), empty, (), 1, 0.0, 0.0)
+    tuned = Tuned((1.0, 2.0, 3.0), losses, best, (1, 2), (1,), empty, (), (), 1, 0.0, 0.0)
     assert tuned.rim == rim and tuned.to_json()["best_cell_on_rim"] == rim
 
 

@@ -19,8 +19,8 @@ from jaxopt_lab.train.dist.mesh import make_mesh, to_global
 from jaxopt_lab.train.errors import CheckpointError
 from jaxopt_lab.train.io import digests, retention
 from jaxopt_lab.train.io.checkpoints import Checkpoints, committed_steps
-from jaxopt_lab.train.io.leaves import first_difference
 from jaxopt_lab.train.io.stored import read_leaves, select_step
+from jaxopt_lab.train.leaves import first_difference
 from jaxopt_lab.train.step import make_step
 from tests.train import stand_in
 

@@ -1,6 +1,7 @@
 import importlib
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -83,6 +84,8 @@ def test_results_hold_every_run_and_what_a_step_costs(finished):
     assert adamw["best_cell"] == int(np.argmin(adamw["sweep_losses"]))
     assert adamw["best_cell_on_rim"] in ("lowest", "highest")
     assert adamw["evaluated_steps"] == [2, 4] and np.shape(adamw["held_out"]) == (2, 2)
+    assert np.shape(adamw["held_out_se"]) == np.shape(adamw["train_losses"]) == (2,)
+    assert all(0 < error < 1 for error in adamw["held_out_se"])
     assert adamw["runs_at_once"] == 2 and adamw["optimizer_flops_per_step"] > 0
     cost = adamw["cost"]
     assert cost["step_seconds"] > 0 and cost["gradient_seconds"] > 0 and cost["peak_bytes"] > 0
@@ -115,7 +118,9 @@ def test_the_verdict_is_that_of_the_curves(finished):
     table = (result.directory / "table.md").read_text()
     assert table == result.table + "\n"
     for words in (f"{adamw.mean():.4f}", f"{signum.mean():.4f}", f"{found.value:+.4f}", PAIRED_RULE,
-                  "tokens/s", "optimizer share", "peak MiB", "of its grid"):  # fmt: skip
+                  "documents", "direction only" if not found.counts else "yes",
+                  "last 100 windows", "tokens/s", "optimizer share", "peak MiB",
+                  "of its grid"):  # fmt: skip
         assert words in table
 
 
@@ -152,6 +157,16 @@ def test_results_of_other_settings_are_not_mixed(config, finished):
         compare(replace(config, batch_size=8), message=lambda text: None)
 
 
+def test_results_of_an_earlier_measure_are_refused_by_name(config, finished, tmp_path):
+    shutil.copytree(finished[0].directory, tmp_path / "older")
+    for path in (tmp_path / "older" / "results").iterdir():
+        result = json.loads(path.read_text())
+        del result["common"]["measure"], result["held_out_se"]
+        path.write_text(json.dumps(result))
+    with pytest.raises(ConfigError, match="measure: got 2, but .* was made with None; delete it"):
+        compare(replace(config, run_directory=str(tmp_path / "older")), message=lambda text: None)
+
+
 def test_a_run_of_a_comparison_is_the_run_of_pretrain(config, text, finished, tmp_path):
     adamw = finished[0].outcomes[0].tuned
     pretrain(
@@ -165,11 +180,13 @@ def test_a_run_of_a_comparison_is_the_run_of_pretrain(config, text, finished, tm
     rows = read_metrics(tmp_path / "run")
     curve = [row["validation_loss"] for row in rows if "validation_loss" in row and row["step"]]
     np.testing.assert_allclose(adamw.held_out[1], curve, rtol=1e-5)
+    errors = [row["validation_loss_se"] for row in rows if "validation_loss_se" in row]
+    np.testing.assert_allclose(adamw.errors[1], errors[-1], rtol=1e-4)
 
 
 def outcome(label, finals, sweep=(3.0, 2.0, 4.0), best=1):
     curves = np.asarray([[5.0, final] for final in finals]).reshape(len(finals), 2)
-    tuned = Tuned((1.0, 2.0, 4.0), sweep, best, (1, 2), (2, 4), curves, (), 3, 1.0, 0.5)
+    tuned = Tuned((1.0, 2.0, 4.0), sweep, best, (1, 2), (2, 4), curves, (), (), 3, 1.0, 0.5)
     return Outcome(label, {"name": label}, tuned, COST, 1.0)
 
 

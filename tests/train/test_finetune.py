@@ -2,6 +2,7 @@
 was never stopped, and what is refused."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -23,10 +24,12 @@ from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.optimizer_base import ModelInfo
 from jaxopt_lab.train.config.serialize import from_json, to_json
 from jaxopt_lab.train.config.trainable import HeadConfig
+from jaxopt_lab.train.dist import mesh as meshes
 from jaxopt_lab.train.io.checkpoints import committed_steps
 from jaxopt_lab.train.io.run_directory import read_config
 from jaxopt_lab.train.io.stored import checkpoint_path, read_item, read_leaves
 from jaxopt_lab.train.program import build_program, compile_step
+from jaxopt_lab.train.step import SIGNALS
 from jaxopt_lab.train.trainable import part
 from tests.train.tiny_finetune import MODEL, finetune_config, write_base
 from tests.train.tiny_run import Killed
@@ -77,10 +80,14 @@ RUNS = {
     "lora": f"{LORA} --trainable.dropout 0.5 --trainable.whole final_norm",
     "weight-lora": f"{LORA} --optimizer weight-lora --optimizer.keep 1 --optimizer.freeze-after 2",
     "scaled-lorsum": f"{LORA} --optimizer scaled-lorsum --accumulation 2",
+    "pissa": f"{LORA} --trainable.init pissa",
+    "olora": f"{LORA} --trainable.init olora",
 }
+# The starts from the kernel share their path with the others, and compile for as long.
+NAMES = [pytest.param(n, marks=pytest.mark.slow) if n in ("pissa", "olora") else n for n in RUNS]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_stopped_run_goes_on_bit_for_bit(name, base, text, tmp_path):
     config = finetune_config(base, text, tmp_path / "whole", RUNS[name])
     whole, again = finetune(config), stopped_and_resumed(config, 3, tmp_path)
@@ -96,6 +103,32 @@ def test_a_stopped_run_goes_on_bit_for_bit(name, base, text, tmp_path):
     assert stored["model"] == whole.summary["model_hash"]
     if name == "weight-lora":
         _check_pruned(config, whole)
+    if name in ("pissa", "olora"):
+        _check_base(config, whole)
+
+
+def _check_base(config, result):
+    """Trained beside a smaller kernel; what is left stands beside the kernel as it was read."""
+    first, *_ = (r["validation_loss"] for r in read_metrics(result.directory) if r["step"] == 0)
+    params = jax.tree.map(jax.numpy.asarray, read_base(config, config.model).params)
+    names = models.matrix_axes(config.model), models.matrix_names(config.model)
+    adapters, spec = lora.load(result.directory / "adapter", params, *names)
+    assert [entry.rank for entry in spec.adapters] == [4]  # of 2
+    _, merged, _ = load_params(result.directory, step="best")
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, lora.merge(params, adapters, spec), merged)
+    kernel = [tree["layers"]["attention"]["qkv"]["kernel"] for tree in (params, merged)]
+    assert np.abs(kernel[0] - kernel[1]).max() > 1e-4
+    # The first evaluation is that of the base.
+    plain = replace(
+        config,
+        run_directory=f"{result.directory}-plain",
+        steps=1,
+        trainable=replace(config.trainable, init="default"),
+    )
+    finetune(plain)
+    wanted, *_ = (r["validation_loss"] for r in read_metrics(plain.run_directory) if r["step"] == 0)
+    assert first == pytest.approx(wanted, rel=1e-5)
 
 
 def _check_pruned(config, result):
@@ -179,6 +212,42 @@ def test_no_gradient_state_or_reduction_of_what_is_frozen(base, text, tmp_path):
     assert whole["all-reduce"].bytes > 4 * models.parameter_count(MODEL)
 
 
+def test_frozen_kernels_are_held_as_they_are_multiplied(base, text, tmp_path):
+    config = finetune_config(base, text, tmp_path / "run", LORA, "--precision bfloat16")
+    state = build_program(config).step.abstract_state
+    dtypes = jax.tree.map(lambda x: str(x.dtype), state.frozen.base)
+    assert set(jax.tree.leaves([dtypes["layers"][n] for n in ("attention", "mlp")])) == {"bfloat16"}
+    assert dtypes["embedding"] == {"tokens": "float32"}  # rows are gathered before the cast
+    assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"float32"}
+
+
+@pytest.mark.slow  # compiles three steps
+def test_steps_on_eight_devices(base, text, tmp_path):
+    """Values are those of one device, and adapters bring no gather that the model does not have."""
+    alone = finetune_config(base, text, tmp_path / "run", LORA)
+    spread = replace(alone, mesh=replace(alone.mesh, fsdp=4, tensor=2))
+    values, gathers = [], []
+    for config in (alone, spread):
+        program = build_program(config)
+        compiled = compile_step(config, program)
+        gathers.append(collectives(compiled.as_text()).get("all-gather"))
+        tokens = jax.random.randint(jax.random.key(0), (4, 17), 0, 256, "int32")
+        batch = {"tokens": jax.device_put(tokens, meshes.batch_sharding(program.mesh))}
+        state, losses = program.step.init(jax.random.key(1)), []
+        for _ in range(3):
+            state, metrics = compiled(state, batch | {SIGNALS: meshes.flags(program.mesh, (0, 0))})
+            losses.append(float(metrics["loss"]))
+        values.append((losses, jax.tree.map(np.asarray, state.params)))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, *values)
+    assert values[0][0][2] < values[0][0][0]  # something has moved
+    # A gradient of all parameters gathers the same kernels, for the same products. What comes on
+    # top is less than the smallest kernel, of 1,024 bytes: the 128 numbers of the adapters.
+    full = replace(spread, trainable=parse_trainable("full"))
+    whole = collectives(compile_step(full, build_program(full)).as_text())["all-gather"]
+    assert gathers[0] is None and gathers[1].bytes <= whole.bytes + 4 * 128
+
+
 def parse_trainable(name):
     return parse_config(["--trainable", name], "finetune", FinetuneConfig).trainable
 
@@ -230,6 +299,7 @@ WRONG = {
     "--trainable.rank 17": r"^trainable: .*got rank 17, wanted at most 16",
     "--optimizer weight-lora --optimizer.freeze-after 6": r"^optimizer.freeze_after: got 6, "
     r"expected less than steps = 6",
+    "--trainable.init pissa --optimizer weight-lora": r"^trainable.init: got 'pissa', expected",
     "--trainable full --optimizer scaled-lorsum": r"^optimizer: got 'scaled-lorsum', .*--trainable "
     r"lora",
     "--trainable dora --optimizer lorsum": r"^optimizer: got 'lorsum'",

@@ -65,6 +65,7 @@ def test_scores_are_exact_sums_over_tokens_and_their_bytes(evaluated):
         ("notes", "notes/loss", "notes/bits_per_byte"),
     ):
         nats, tokens, size = 0.0, 0, 0
+        of_documents: dict[int, list[float]] = {}
         for batch in held_out[name]:
             logits = models.apply(config.model, params, batch["tokens"][:, :-1])
             targets = batch["tokens"][:, 1:]
@@ -74,9 +75,16 @@ def test_scores_are_exact_sums_over_tokens_and_their_bytes(evaluated):
             counted = batch["mask"] == 1
             nats += losses[counted].sum(dtype=np.float64)
             tokens += counted.sum()
+            for document, lost in zip(batch["documents"][counted], losses[counted], strict=True):
+                of_documents.setdefault(int(document), []).append(float(lost))
             size += tokenizer.bytes_per_token[targets[counted]].sum()
         assert row[loss] == pytest.approx(nats / tokens, rel=1e-5)
         assert row[bits] == pytest.approx(nats / (np.log(2) * size), rel=1e-5)
+        rest = [sum(x) - nats / tokens * len(x) for x in of_documents.values()]
+        error = np.sqrt(np.square(rest).sum() * len(rest) / (len(rest) - 1)) / tokens
+        assert len(rest) > 1 and row[f"{loss}_se"] == pytest.approx(error, rel=1e-4)
+        assert row[f"{bits}_se"] == pytest.approx(error * row[bits] / row[loss], rel=1e-4)
+        assert row[f"{loss}_ema_se"] > 0
 
 
 def test_the_best_checkpoint_is_that_of_the_named_set(evaluated):

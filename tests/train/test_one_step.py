@@ -187,9 +187,11 @@ def test_each_evaluation_reports_its_own_metrics():
 OWN_UPDATES = {
     "step/update.py",
     "zeroth_order/replay.py",
-    # Bare optimizer steps, timed or only compiled, and a regression without a model.
+    # Bare optimizer steps, timed or only compiled, and two regressions without a model.
     "bench/timing.py",
     "bench/adapter_memory.py",
+    "bench/fine_tuning.py",
+    "experiments/lorsum/synthetic/run.py",
     "experiments/weight_lora/planted/run.py",
     "experiments/zeroth_order/memory/run.py",
 }

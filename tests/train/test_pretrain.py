@@ -15,6 +15,7 @@ from jaxopt_lab import cli, models
 from jaxopt_lab.data import TextFiles, Tokenizer
 from jaxopt_lab.optim import params_ema
 from jaxopt_lab.report.tracker import read_metrics
+from jaxopt_lab.train import loop
 from jaxopt_lab.train.config.optimizers import AdamWConfig, LionMuonConfig, OptaxMuonConfig
 from jaxopt_lab.train.config.schedules import ConstantConfig
 from jaxopt_lab.train.config.sections import (
@@ -153,6 +154,10 @@ RESUMED = {
         "optimizer": LionMuonConfig(period=2),
         "mesh": MeshConfig(1, 2),
         "accumulation": 2,
+        # Another seed, of nothing that this run draws.
+        "seed": 7,
+        "init_seed": 0,
+        "data_seed": 0,
     },
     "adamw, average": {"optimizer": AdamWConfig(), "ema": 0.9, "accumulation": 4},
     "optax-muon": {"optimizer": OptaxMuonConfig()},
@@ -166,7 +171,11 @@ RESUMED = {
         for name in RESUMED
     ],
 )
-def test_stopped_and_resumed_is_bitwise_the_straight_run(text, tmp_path, name, request):
+def test_stopped_and_resumed_is_bitwise_the_straight_run(
+    text, tmp_path, name, request, monkeypatch
+):
+    # Losses of two steps, of windows that are all new.
+    monkeypatch.setattr(loop, "FRESH_WINDOWS", 8)
     straight = tiny_config(text, tmp_path / "straight", **RESUMED[name])
     if straight.ema is None:
         pretrain(straight)
@@ -179,7 +188,16 @@ def test_stopped_and_resumed_is_bitwise_the_straight_run(text, tmp_path, name, r
     notes = []
     pretrain(stopped, message=notes.append)
     assert any("resuming after step 3 of 6" in note for note in notes)
-    assert losses_of(tmp_path / "stopped") == losses_of(tmp_path / "straight")
+    losses = losses_of(tmp_path / "straight")
+    assert losses_of(tmp_path / "stopped") == losses
+    fresh = {row["step"]: row["fresh_loss"] for row in read_metrics(tmp_path / "stopped")
+             if "fresh_loss" in row}  # fmt: skip
+    assert fresh[6] == np.mean([losses[5], losses[6]]) and fresh.keys() <= {3, 6}
+    if "data_seed" in RESUMED[name]:
+        first = losses_of(request.getfixturevalue("finished")[1].directory)[1]
+        assert losses[1] == pytest.approx(first, rel=1e-6)
+        with pytest.raises(ConfigError, match="data_seed: got 1, but the run to resume"):
+            pretrain(replace(stopped, data_seed=1))
     step, leaves = restored(straight, tmp_path / "straight")
     again, others = restored(straight, tmp_path / "stopped")
     assert step == again == int(leaves.step) == 6

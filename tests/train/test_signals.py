@@ -119,6 +119,7 @@ def test_a_terminal_that_closes_is_like_sigterm(handlers, monkeypatch):
     def close(*arguments):
         signal.raise_signal(signal.SIGHUP)
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored
     with StopRequests(print) as stop:
         close()
         assert stop.requested == TERMINATED

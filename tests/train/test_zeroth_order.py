@@ -96,7 +96,8 @@ def test_there_is_no_backward_pass_and_no_gradient_in_the_program():
 
 @pytest.mark.parametrize("name", ZEROTH_ORDER)
 def test_every_row_takes_the_step_and_resumes_with_the_same_bits(name):
-    optimizer = ZEROTH_ORDER[name]()
+    # Candidates are compiled one by one.
+    optimizer = ZEROTH_ORDER[name](**({"candidates": 2} if "ldsd" in name else {}))
     step = placed(
         optimizer.build(optax.constant_schedule(1e-3), INFO), gradient=optimizer.gradient(1)
     )
@@ -286,13 +287,15 @@ def test_the_losses_alone_are_as_many_as_a_step_evaluates():
 
     task = replace(TASK, loss=loss, gradient=forward_only(), keyed=True)
 
+    optimizer = LdsdConfig(candidates=2)
+
     def build(rate, key):
-        return LdsdConfig().build(lambda count: rate, INFO._replace(key=key))
+        return optimizer.build(lambda count: rate, INFO._replace(key=key))
 
     measure_step(task, build, 1e-2, steps=1, rounds=1)
     jax.effects_barrier()
     # A warm-up and a round, of a step and of its losses, and the weight of each.
-    assert len(seen) == 4 * (LdsdConfig().forward_passes + 1)
+    assert len(seen) == 4 * (optimizer.forward_passes + 1)
 
 
 def test_work_is_counted_in_forward_passes():

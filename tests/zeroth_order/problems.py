@@ -1,5 +1,7 @@
 """A small tree of every kind of leaf, losses on it, and runs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,17 @@ def tree(seed=0, dtype=None):
     keys = jax.random.split(jax.random.key(seed), len(SHAPES))
     drawn = {n: jax.random.normal(k, s) for (n, s), k in zip(SHAPES.items(), keys, strict=True)}
     return jax.tree.map(lambda x: x.astype(dtype or x.dtype), drawn)
+
+
+# A stacked matrix and a vector, where nothing depends on the kind of leaf: every leaf, sample and
+# candidate is compiled on its own, and LDSD over all of `SHAPES` for many seconds.
+FEW_AXES = {name: AXES[name] for name in ("bias", "kernel")}
+
+
+def few(seed=0, dtype=None):
+    """Two leaves of `tree`."""
+    whole = tree(seed, dtype)
+    return {name: whole[name] for name in FEW_AXES}
 
 
 def entries(tree):
@@ -69,14 +82,21 @@ def mlp(dtype="float32", width=6):
     return params, loss
 
 
-def run(tx, params, loss, steps=3, state=None, **extra):
-    """Parameters, state and the last updates after some steps, from `state` if given."""
-
+def _step(tx, loss, **extra):
     @jax.jit
     def step(params, state):
         updates, state = tx.update(None, state, params, value_fn=loss, **extra)
         return optax.apply_updates(params, updates), state, updates
 
+    return step
+
+
+_compiled_once = functools.cache(_step)
+
+
+def run(tx, params, loss, steps=3, state=None, **extra):
+    """Parameters, state and the last updates after some steps, from `state` if given."""
+    step = _step(tx, loss, **extra) if extra else _compiled_once(tx, loss)
     state, updates = tx.init(params) if state is None else state, None
     for _ in range(steps):
         params, state, updates = step(params, state)

@@ -1,5 +1,7 @@
 """What every zero-order method promises: types, compilation, trees, meshes, replays."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ def ldsd_over_jaguar(learning_rate, *, key):
         optax.scale_by_learning_rate(learning_rate),
     )
     probes = zo.Probes(zo.sparse(params_ratio=0.5))
-    return zo.ldsd(base, candidates=3, start="random", key=key, probes=probes)
+    return zo.ldsd(base, candidates=2, start="random", key=key, probes=probes)
 
 
 # (factory, options); the rates are such that a quadratic shrinks.
@@ -44,7 +46,7 @@ METHODS = {
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 # Programs of few leaves compile quickly.
-SMALL = {"embedding": jnp.ones((5, 3)), "w": 0.3 * jnp.ones((4, 3)), "b": jnp.zeros(3)}
+SMALL = {"w": 0.3 * jnp.ones((4, 3)), "b": jnp.zeros(3)}
 
 
 def make(name, learning_rate=1e-2):
@@ -99,16 +101,6 @@ def test_types_scan_donation_and_replay(name, tmp_path):
 def test_injected_rates_lanes_and_schedules(name):
     params = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
     factory, options = METHODS[name]
-    injected = optax.inject_hyperparams(factory)(1e-2, key=KEY, **options)
-    plain = make(name)
-
-    def after(tx, state):
-        return jax.jit(stepper(tx))(params, state)[0]
-
-    wanted = entries(after(plain, plain.init(params)))
-    np.testing.assert_allclose(entries(after(injected, injected.init(params))), wanted, atol=1e-3)
-    scheduled = make(name, optax.constant_schedule(1e-2))
-    np.testing.assert_allclose(entries(after(scheduled, scheduled.init(params))), wanted, atol=1e-3)
 
     # Lanes with one key share their draws: the same losses, other rates.
     def lane(rate):
@@ -116,9 +108,16 @@ def test_injected_rates_lanes_and_schedules(name):
         return stepper(tx)(params, tx.init(params))
 
     moved, states = jax.jit(jax.vmap(lane))(jnp.array([1e-2, 2e-2]))
-    np.testing.assert_allclose(entries(jax.tree.map(lambda x: x[0], moved)), wanted, atol=1e-3)
     losses = np.asarray(probe_state(states).losses)[:, :2]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+    wanted, other = (entries(jax.tree.map(lambda x, i=i: x[i], moved)) for i in (0, 1))
+    assert np.abs(other - wanted).max() > 3e-3
+    for tx in (
+        optax.inject_hyperparams(factory)(1e-2, key=KEY, **options),
+        make(name, optax.constant_schedule(1e-2)),
+    ):
+        new = jax.jit(lambda p, tx=tx: stepper(tx)(p, tx.init(p))[0])(params)
+        np.testing.assert_allclose(entries(new), wanted, atol=1e-3)
 
 
 def test_trees_of_every_library():
@@ -128,7 +127,8 @@ def test_trees_of_every_library():
         new, _ = jax.eval_shape(stepper(tx), params, jax.eval_shape(tx.init, params))
         chex.assert_trees_all_equal_structs(new, params)
     tx = make("mezo")
-    new, _ = jax.jit(stepper(tx))(params, tx.init(params))
+    some = {library: params[library] for library in ("nnx", "equinox")}
+    new, _ = jax.jit(stepper(tx))(some, tx.init(some))
     assert np.isfinite(entries(new)).all()
     empty, _ = tx.update(None, tx.init({}), {}, value_fn=lambda p: jnp.zeros(()))
     assert empty == {}
@@ -139,8 +139,8 @@ def test_describe_and_shardings(name):
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     params, tx = {"kernel": jnp.ones((16, 8)), "bias": jnp.zeros(8)}, make(name)
     table = jol.describe(tx, params)
-    state = tx.init(params)
-    assert table.total_bytes == sum(x.nbytes for x in jax.tree.leaves(state))
+    state = jax.eval_shape(tx.init, params)
+    assert table.total_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     shardings = {"kernel": NamedSharding(mesh, P("fsdp")), "bias": NamedSharding(mesh, P())}
     placed = jol.state_shardings(tx, params, shardings)
     chex.assert_trees_all_equal_structs(
@@ -150,24 +150,35 @@ def test_describe_and_shardings(name):
         assert sharding.spec == (P("fsdp") if leaf.shape == (16, 8) else P())
 
 
+def for_eight_devices():
+    keys = jax.random.split(jax.random.key(1), 2)
+    shapes = {"kernel": (16, 8), "bias": (8,)}
+    return {
+        n: jax.random.normal(k, shapes[n], "float64") for n, k in zip(shapes, keys, strict=True)
+    }
+
+
+@functools.cache
+def step_of_one_device(name):
+    params, tx = for_eight_devices(), make(name)
+    return entries(jax.jit(lambda p: stepper(tx, quadratic)(p, tx.init(p))[0])(params))
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("name", ["mezo", "low_rank", "jaguar_muon", "ldsd"])
 def test_eight_devices_take_the_step_of_one(name, kind):
     with jax.enable_x64(True):
-        keys = jax.random.split(jax.random.key(1), 2)
-        params = {"kernel": jax.random.normal(keys[0], (16, 8), "float64")}
-        params["bias"] = jax.random.normal(keys[1], (8,), "float64")
+        params = for_eight_devices()
         mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(kind,))
         shardings = {"kernel": NamedSharding(mesh, P("fsdp")), "bias": NamedSharding(mesh, P())}
-        tx, state = make(name), None
+        tx = make(name)
         placed = jol.state_shardings(tx, params, shardings)
-        step = stepper(tx, quadratic)
-        one, _ = jax.jit(step)(params, tx.init(params))
-        state = jax.device_put(tx.init(params), placed)
-        spread = jax.jit(step, out_shardings=(shardings, placed))
+        state = jax.device_put(jax.jit(tx.init)(params), placed)
+        spread = jax.jit(stepper(tx, quadratic), out_shardings=(shardings, placed))
         compiled = spread.lower(jax.device_put(params, shardings), state).compile()
         eight, _ = compiled(jax.device_put(params, shardings), state)
-        np.testing.assert_allclose(entries(jax.device_get(eight)), entries(one), rtol=1e-6)
+        found = entries(jax.device_get(eight))
+        np.testing.assert_allclose(found, step_of_one_device(name), rtol=1e-6)
         if name != "jaguar_muon":  # whole matrices move there
             text = compiled.as_text()
             assert not any(word in text for word in ("all-gather", "all-to-all", "f64[16,8]"))

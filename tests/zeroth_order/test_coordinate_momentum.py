@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from jaxopt_lab import zeroth_order as zo
-from tests.zeroth_order.problems import AXES, KEY, entries, quadratic, rough, run, tree
+from tests.zeroth_order.problems import (
+    AXES,
+    FEW_AXES,
+    KEY,
+    entries,
+    few,
+    quadratic,
+    rough,
+    run,
+    tree,
+)
 
 PROBES = zo.Probes(matrix_axes=AXES)
 HALF = zo.Probes(zo.blocks(rows_ratio=0.5, cols_ratio=0.5), matrix_axes=AXES)
@@ -100,10 +110,10 @@ def test_all_matrices_of_a_sparse_step_are_sign_descent_with_an_average():
 
 
 def test_a_sparse_step_leaves_the_momentum_of_the_others():
-    params = tree()
-    probes = zo.Probes(zo.sparse(params_ratio=0.2), num_directions=3, matrix_axes=AXES)
+    params = few()
+    probes = zo.Probes(zo.sparse(params_ratio=0.2), num_directions=3, matrix_axes=FEW_AXES)
     tx = zo.scale_by_jaguar(b1=0.9, key=KEY, probes=probes)
-    before = tree(5)
+    before = few(5)
     _, state, _ = run(tx, params, rough, 1, state=with_momentum(tx, params, before))
     same = entries(before) == entries(state.momentum.mu)
     assert 0 < (~same).sum() < same.sum()

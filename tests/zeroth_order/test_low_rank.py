@@ -10,7 +10,7 @@ from jaxopt_lab import models
 from jaxopt_lab import zeroth_order as zo
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.zeroth_order.directions import Direction, leaves_of
-from tests.zeroth_order.problems import AXES, KEY, entries, linear, mlp, run, tree
+from tests.zeroth_order.problems import AXES, FEW_AXES, KEY, entries, few, linear, mlp, run, tree
 
 SMALL = {"vocab_size": 40, "width": 16, "depth": 2, "heads": 4, "hidden": 24, "context": 8}
 OLD = {"positions": "learned", "norm": "layer", "mlp": "gelu", "bias": True, "tied": False}
@@ -71,10 +71,10 @@ def test_unbiased_with_the_second_moment_of_its_rank(rank):
 
 def test_the_estimate_is_the_average_of_its_directions():
     with jax.enable_x64(True):
-        params = tree(dtype="float64")
-        tx = zo.estimate(zo.low_rank(rank=2), num_directions=3, eps=0.5, matrix_axes=AXES, key=KEY)
+        params, axes = few(dtype="float64"), {"matrix_axes": FEW_AXES}
+        tx = zo.estimate(zo.low_rank(rank=2), num_directions=3, eps=0.5, key=KEY, **axes)
         _, state, g = run(tx, params, linear(params), 1)
-        key, leaves = jax.random.fold_in(KEY, 0), leaves_of(params, AXES)
+        key, leaves = jax.random.fold_in(KEY, 0), leaves_of(params, FEW_AXES)
 
         def drawn(probe):
             direction = Direction(zo.low_rank(rank=2), key, probe, leaves)
@@ -111,8 +111,7 @@ def test_decoders_beside_their_matrices_as_in_them(name):
         assert abs(found - jax.jit(loss)(params)) > 1e-3
 
 
-@pytest.mark.parametrize("engine", [zo.vmapped(), zo.chunked(2)], ids=["vmapped", "chunked"])
-def test_estimates_beside_the_matrices_are_those_of_dense_engines(engine):
+def test_estimates_beside_the_matrices_are_those_of_dense_engines():
     with jax.enable_x64(True):
         params, loss = mlp("float64")
 
@@ -120,10 +119,11 @@ def test_estimates_beside_the_matrices_are_those_of_dense_engines(engine):
             tx = zo.estimate(zo.low_rank(rank=2), num_directions=4, eps=0.3, key=KEY, engine=engine)
             return jax.jit(lambda p: tx.update(None, tx.init(p), p, **given))(params)
 
-        g, state = estimate(engine, probe_fn=zo.beside(loss))
         wanted, theirs = estimate(zo.sequential(), value_fn=loss)
-        np.testing.assert_allclose(state.losses, theirs.losses, rtol=1e-13)
-        np.testing.assert_allclose(entries(g), entries(wanted), rtol=1e-12, atol=1e-12)
+        for engine in (zo.vmapped(), zo.chunked(2)):
+            g, state = estimate(engine, probe_fn=zo.beside(loss))
+            np.testing.assert_allclose(state.losses, theirs.losses, rtol=1e-13)
+            np.testing.assert_allclose(entries(g), entries(wanted), rtol=1e-12, atol=1e-12)
 
 
 def test_probes_share_the_matrices():

@@ -8,18 +8,30 @@ import pytest
 
 import jaxopt_lab as jol
 from jaxopt_lab import zeroth_order as zo
-from tests.zeroth_order.problems import AXES, KEY, entries, linear, quadratic, rough, run, tree
+from tests.zeroth_order.problems import (
+    AXES,
+    FEW_AXES,
+    KEY,
+    entries,
+    few,
+    linear,
+    quadratic,
+    rough,
+    run,
+    tree,
+)
 
 PROBES = zo.Probes(matrix_axes=AXES)
+FEW = zo.Probes(matrix_axes=FEW_AXES)
 SCALE_FREE = {
     "elementwise": zo.zo_signsgd(0.1, key=KEY),
     "elementwise, averaged": zo.zo_signsgd(0.1, b1=0.9, key=KEY),
     "scalar": zo.zo_signsgd(0.1, rule="scalar", key=KEY),
     "AdaMM": zo.zo_adamm(0.1, key=KEY),
-    "Muon": zo.zo_muon(0.1, key=KEY, probes=PROBES),
-    "sampling Muon": zo.sampling_muon(0.1, key=KEY, probes=PROBES),
-    "JAGUAR SignSGD": zo.jaguar_signsgd(0.1, key=KEY, probes=PROBES),
-    "JAGUAR Muon": zo.jaguar_muon(0.1, key=KEY, probes=PROBES),
+    "Muon": zo.zo_muon(0.1, key=KEY, probes=FEW),
+    "sampling Muon": zo.sampling_muon(0.1, key=KEY, probes=FEW),
+    "JAGUAR SignSGD": zo.jaguar_signsgd(0.1, key=KEY, probes=FEW),
+    "JAGUAR Muon": zo.jaguar_muon(0.1, key=KEY, probes=FEW),
 }
 
 
@@ -27,7 +39,7 @@ SCALE_FREE = {
 def test_the_scale_of_the_loss_does_not_matter(name):
     # In float32 the last digits of a difference of losses differ between two programs.
     with jax.enable_x64(True):
-        tx, params = SCALE_FREE[name], tree(dtype="float64")
+        tx, params = SCALE_FREE[name], few(dtype="float64")
         plain, _, _ = run(tx, params, rough)
         scaled, _, _ = run(tx, params, lambda p: 1000 * rough(p))
         np.testing.assert_allclose(entries(scaled), entries(plain), rtol=1e-5, atol=1e-6)
@@ -52,7 +64,7 @@ def test_mezo_contracts_below_two_over_the_dimension(times):
 
 
 def test_momentum_is_a_heavy_ball_over_the_decayed_estimate():
-    params, options = tree(), {"eps": 1e-2, "key": KEY}
+    params, options = few(), {"eps": 1e-2, "key": KEY}
     whole = zo.mezo(1e-3, momentum=0.9, weight_decay=0.1, **options)
     decay = optax.add_decayed_weights(0.1, {name: name != "bias" for name in params})
     parts = optax.chain(zo.estimate(**options), decay, optax.sgd(1e-3, momentum=0.9))
@@ -76,7 +88,7 @@ def test_decay_takes_a_mask_and_leaves_out_names_without_one():
 
 
 def test_sign_rules():
-    params = tree()
+    params = few()
     g = run(zo.estimate(key=KEY), params, rough, 1)[2]
     elementwise = run(zo.zo_signsgd(0.5, key=KEY), params, rough, 1)[2]
     np.testing.assert_allclose(entries(elementwise), -0.5 * np.sign(entries(g)))
@@ -171,7 +183,7 @@ def test_conservative_takes_the_best_of_three(name):
 
 
 def test_conservative_never_accepts_a_larger_loss():
-    tx, params, state = zo.conservative(2.0, key=KEY), tree(), None
+    tx, params, state = zo.conservative(2.0, key=KEY), few(), None
     losses = [float(rough(params))]
     step = jax.jit(lambda p, s: tx.update(None, s, p, value_fn=rough))
     state = tx.init(params)
@@ -184,9 +196,17 @@ def test_conservative_never_accepts_a_larger_loss():
         zo.conservative(1.0, key=KEY, probes=zo.Probes(num_directions=2))
 
 
+# Matrices with a batch axis between theirs, and a vector.
+HEADS = zo.Probes(matrix_axes={name: AXES[name] for name in ("attention", "bias")})
+
+
+def heads():
+    return {name: x for name, x in tree().items() if name in HEADS.matrix_axes}
+
+
 def subspaces(**options):
     chosen = {"rank": 2, "interval": 2, **options}
-    return zo.scale_by_subspace_muon(key=KEY, subspace=zo.Subspace(**chosen), probes=PROBES)
+    return zo.scale_by_subspace_muon(key=KEY, subspace=zo.Subspace(**chosen), probes=HEADS)
 
 
 def column_space(update):
@@ -196,17 +216,18 @@ def column_space(update):
 
 
 def test_subspaces_are_redrawn_when_their_time_has_come():
-    params, tx = tree(), subspaces()
-    spaces = [column_space(run(tx, params, rough, n)[2]["kernel"][1]) for n in (1, 2, 3)]
+    params, tx = heads(), subspaces()
+    found = [run(tx, params, rough, n)[2]["attention"] for n in (1, 2, 3)]
+    spaces = [column_space(update[1, :, 2]) for update in found]
     np.testing.assert_allclose(spaces[0], spaces[1], atol=1e-5)
     assert np.abs(spaces[0] - spaces[2]).max() > 0.1
     # One step draws other directions inside than the next.
-    first, second = (run(tx, params, quadratic, n)[2]["kernel"] for n in (1, 2))
+    first, second = (run(tx, params, quadratic, n)[2]["attention"] for n in (1, 2))
     assert np.abs(first - second).max() > 0.1
 
 
 def test_what_happens_inside_of_subspaces():
-    params = tree()
+    params = heads()
     found = {
         inner: run(subspaces(inner=inner), params, rough, 1)[2] for inner in ("muon", "svd", "sgd")
     }
@@ -215,17 +236,17 @@ def test_what_happens_inside_of_subspaces():
         low, high = (0.999, 1.001) if name == "svd" else (0.3, 1.21)
         assert low < s[1] and s[0] < high and s[2] < 1e-4
         np.testing.assert_array_equal(found[name]["bias"], found["sgd"]["bias"])
-    whole = zo.subspace_muon(0.5, weight_decay=0.1, key=KEY, probes=PROBES)
+    whole = zo.subspace_muon(0.5, weight_decay=0.1, key=KEY, probes=HEADS)
     updates = run(whole, params, rough, 1)[2]
     expected = run(subspaces(interval=100), params, rough, 1)[2]
-    kernel = -0.5 * (expected["kernel"] + 0.1 * params["kernel"])
-    np.testing.assert_allclose(updates["kernel"], kernel, rtol=1e-5, atol=1e-6)
+    matrices = -0.5 * (expected["attention"] + 0.1 * params["attention"])
+    np.testing.assert_allclose(updates["attention"], matrices, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(updates["bias"], -1e-7 * expected["bias"], rtol=1e-5)
 
 
 def test_bad_subspaces():
     with pytest.raises(ValueError, match=r"rank is 9 and leaf \['attention'\] has matrices of 6"):
-        run(subspaces(rank=9), tree(), rough, 1)
+        run(subspaces(rank=9), heads(), rough, 1)
     with pytest.raises(ValueError, match="Subspace.inner is 'lion'"):
         zo.Subspace(inner="lion")
     with pytest.raises(ValueError, match="Subspace.interval is 0"):

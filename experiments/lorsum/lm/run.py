@@ -6,6 +6,7 @@ python experiments/lorsum/lm/run.py --scale gpu && python experiments/lorsum/lm/
 import argparse
 import functools
 import json
+import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -38,12 +39,13 @@ class Scale(NamedTuple):
     held_out: int | None  # at most so many windows of a part
     rates: slice
     compute: Any
+    length: int = CONTEXT  # tokens of a window
 
 
 SCALES = {
     "gpu": Scale(300, 6, 16, None, slice(0, 5), "bfloat16"),
     # A trial of the machinery; it decides nothing.
-    "cpu": Scale(4, 2, 1, 1, slice(2, 3), "float32"),
+    "cpu": Scale(4, 2, 1, 1, slice(2, 3), "float32", 32),
 }
 
 
@@ -86,12 +88,15 @@ def main() -> None:
     parser.add_argument("--save-tokens", type=pathlib.Path, help="write the windows, and stop")
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "results")
     args = parser.parse_args()
+    # Decompositions side by side can block a CPU of few cores; CHANGELOG.md, known limits.
+    os.environ.setdefault("PJRT_NPROC", "16")
     scale = SCALES[args.scale]
     file = args.model or next(data.find("smollm2").glob("*.gguf"))
     windows = dict(np.load(args.tokens)) if args.tokens else tokenized(file)
     if args.save_tokens:
         np.savez_compressed(args.save_tokens, **windows)
         return
+    windows = {part: rows[:, : scale.length + 1] for part, rows in windows.items()}
     args.out.mkdir(parents=True, exist_ok=True)
     config, params = models.load_gguf(file)
     config = replace(config, compute_dtype=scale.compute, context=CONTEXT, loop="scanned")

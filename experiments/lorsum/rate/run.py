@@ -4,6 +4,7 @@ python experiments/lorsum/rate/run.py --inputs FILE && python experiments/lorsum
 """
 
 import argparse
+import os
 import pathlib
 import sys
 
@@ -29,6 +30,8 @@ def main() -> None:
     parser.add_argument("--inputs", type=pathlib.Path, help="of experiments/finetune/run.py")
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "results")
     args = parser.parse_args()
+    # Decompositions side by side can block a CPU of few cores; CHANGELOG.md, known limits.
+    os.environ.setdefault("PJRT_NPROC", "16")
     scale = SCALES[args.scale]
     inputs = load(args.inputs) if args.inputs else fetched()
     for method in COMPARED:

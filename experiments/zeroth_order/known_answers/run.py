@@ -165,8 +165,8 @@ def _cosines(d: int, candidates: int, released: bool) -> Callable[[jax.Array], j
                 drawn["draws"] = _released(state.mean, slope, of_step, candidates)
             unused: Any = None
             _, state = tx.update(unused, state, jnp.zeros(d), value_fn=lambda x: x @ slope, **drawn)
-            norms = jnp.linalg.norm(state.mean) * jnp.linalg.norm(slope)
-            return state, -state.mean @ slope / norms
+            mean = zo.policy_mean(state)
+            return state, -mean @ slope / (jnp.linalg.norm(mean) * jnp.linalg.norm(slope))
 
         return jax.lax.scan(step, tx.init(jnp.zeros(d)), jnp.arange(TIMES[-1]))[1]
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from jaxopt_lab import data, models
 from jaxopt_lab.data import LabelledSource, Source, TextFiles, TokenizerConfig
+from jaxopt_lab.lora.inits import FROM_KERNEL
 from jaxopt_lab.models import PRESETS, DecoderConfig, EncoderConfig
 from jaxopt_lab.models.encoder_config import ModelConfig
 from jaxopt_lab.tasks import PROMPTS, Prompt
@@ -49,6 +50,9 @@ class FinetuneConfig(PretrainConfig):
     clip: Positive | None = 1.0
     """Largest global norm of the gradient; None does not clip. LoRSum clips by the norm of the
     kernels' gradients instead of the factors'."""
+    packed: bool = False
+    """Keep the blocks of four or eight bits of a GGUF file as they are beneath adapters, and unpack
+    them layer by layer, in a scan. Without it they are unpacked as they are read."""
     length: Count = 64
     """Tokens of a row of labelled text; a longer text loses its end."""
     prompt: Prompt = Prompt()
@@ -97,7 +101,11 @@ class FinetuneConfig(PretrainConfig):
             raise ConfigError("model", self.preset, "which is an encoder: expected a labelled task")
         if self.is_labelled and self.length > self.model.context:
             raise ConfigError("length", self.length, f"expected at most {self.model.context}")
+        if self.packed:
+            self._check_packed()
         optimizer = self.optimizer
+        if isinstance(self.trainable, LoraAdaptersConfig):
+            self._check_start(self.trainable)
         if not isinstance(optimizer, PairConfig):
             return
         dora = isinstance(self.trainable, DoraAdaptersConfig)
@@ -109,6 +117,27 @@ class FinetuneConfig(PretrainConfig):
                 "schedule", "adaptive-warmup",
                 "expected another one: it scales updates, and those of LoRSum are whole moves",
             )  # fmt: skip
+
+    def _check_start(self, adapters: LoraAdaptersConfig) -> None:
+        if adapters.init not in FROM_KERNEL:
+            return
+        given = ("trainable.init", adapters.init)
+        if self.packed:
+            raise ConfigError(*given, "which changes the kernels: expected --no-packed")
+        if adapters.dora or getattr(self.optimizer, "needs_weights", False):
+            raise ConfigError(
+                *given, "expected default: DoRA and WeightLoRA start beside whole kernels"
+            )
+
+    def _check_packed(self) -> None:
+        if not self.trainable.adapters:
+            raise ConfigError(
+                "packed", True,
+                "but packed weights cannot be trained: expected --trainable lora, or --no-packed, "
+                "which unpacks them as they are read",
+            )  # fmt: skip
+        if self.preset in PRESETS or gguf_file(model_directory("model", self.preset)) is None:
+            raise ConfigError("packed", True, "expected a --model in a GGUF file")
 
 
 def given_model(field: str, name: str) -> tuple[ModelConfig, TokenizerConfig]:

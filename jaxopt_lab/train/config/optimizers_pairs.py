@@ -213,6 +213,38 @@ class LorsumConfig(_ProjectedConfig):
 
 
 @dataclass(frozen=True)
+class ProjectedLorsumConfig(_ProjectedConfig):
+    """LoRSum with momentum in the space of the factors ("Proj. PSI-LoRA")."""
+
+    momentum: Average = 0.9
+    """Heavy-ball momentum, carried from the old factors to the new ones."""
+    _factory: ClassVar[Any] = staticmethod(lora.projected_lorsum)
+
+    def validate(self) -> None:
+        """Also refuses what the method does not have."""
+        super().validate()
+        for name, usual in (("weight_decay", 0.0), ("momentum_rank", 1.0)):
+            if getattr(self, name) != usual:
+                raise ConfigError(f"optimizer.{name}", getattr(self, name), f"expected {usual:g}")
+
+    def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
+        """See the base class."""
+        return self._factory(
+            rate, rho=self.rho, momentum=self.momentum, clip=model.clip,
+            projection=self._projection(),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExtrapolatedLorsumConfig(ProjectedLorsumConfig):
+    """LoRSum with Nesterov's extrapolation of the product."""
+
+    momentum: Average = 0.5
+    """How far the product is extrapolated."""
+    _factory: ClassVar[Any] = staticmethod(lora.extrapolated_lorsum)
+
+
+@dataclass(frozen=True)
 class ScaledLorsumConfig(_ProjectedConfig):
     """F-LoRSum: the step preconditioned by diagonal K-FAC, projected to the adapter's rank."""
 
@@ -247,6 +279,8 @@ PAIR_OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "weight-lora": WeightLoraConfig,
     "weight-lora-plus": WeightLoraPlusConfig,
     "lorsum": LorsumConfig,
+    "projected-lorsum": ProjectedLorsumConfig,
+    "extrapolated-lorsum": ExtrapolatedLorsumConfig,
     "scaled-lorsum": ScaledLorsumConfig,
 }
 """Rows of the optimizers' table for adapters."""

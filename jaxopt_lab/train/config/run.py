@@ -4,7 +4,9 @@ import importlib.util
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, TypeVar
 
+import jax
 import tyro
+from jaxtyping import Array
 
 from jaxopt_lab.data import (
     VALIDATION,
@@ -81,6 +83,10 @@ class RunConfig:
     told to), `off`, or a directory."""
     run_directory: str | None = None
     """Where everything is written; by default a new directory below `runs/`."""
+    init_seed: Seed | None = None
+    """Seed of the initial weights; None: the seed of the run."""
+    data_seed: Seed | None = None
+    """Seed of the order of the text; None: the seed of the run."""
 
     @property
     def row_tokens(self) -> int:
@@ -126,7 +132,8 @@ class PretrainConfig(RunConfig):
     ema: InnerShare | None = None
     """Decay of an average of the weights, which is then evaluated and sampled as well."""
     seed: Seed = 0
-    """Seed of the initial weights and of the order of the text."""
+    """Seed of everything that is drawn: the initial weights and the order of the text, unless they
+    have their own, and what an optimizer draws."""
     max_skipped: CountOrZero = 20
     """Steps with a non-finite loss or gradient that a run may skip before it stops."""
     init_from: str | None = None
@@ -152,6 +159,16 @@ class PretrainConfig(RunConfig):
     """Write TensorBoard events."""
     wandb: bool = False
     """Also log to Weights & Biases; needs the package `wandb`."""
+
+    @property
+    def weights_key(self) -> Array:
+        """The key that the initial weights are drawn with."""
+        return jax.random.key(self.seed if self.init_seed is None else self.init_seed)
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of the text."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def check_what_moves(self) -> None:
         """Checks that the optimizer can move what is trained: here, every parameter.

@@ -57,8 +57,10 @@ class LoraAdaptersConfig(TrainableConfig):
     """Biases trained whole: none, all, or those of adapted modules."""
     dropout: Average = 0.0
     """Of the inputs of adapters, in training."""
-    init: Literal["default", "gaussian", "wlora"] = "default"
-    """Start of `a`; `b` starts at zero. `wlora` is the wider start of the released WeightLoRA."""
+    init: Literal["default", "gaussian", "wlora", "pissa", "olora"] = "default"
+    """Start of `a`; `b` starts at zero. `wlora` is the wider start of the released WeightLoRA.
+    `pissa` and `olora` start both from the kernel, which loses their product; the adapters that a
+    run leaves have twice the rank, and stand beside the kernel as it was."""
     rslora: bool = False
     """Scale by alpha over the root of the rank."""
     adapters: ClassVar[bool] = True

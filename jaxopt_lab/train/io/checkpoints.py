@@ -26,10 +26,10 @@ from orbax.checkpoint import v1 as ocp
 from jaxopt_lab.train.dist.agreement import agreed, from_first, leave_last, told_by_all
 from jaxopt_lab.train.errors import CheckpointError
 from jaxopt_lab.train.io import digests, retention, stored
-from jaxopt_lab.train.io.leaves import describe_leaves
 from jaxopt_lab.train.io.restoring import DAMAGED, Restored, restore
 from jaxopt_lab.train.io.retention import committed_steps, labels
 from jaxopt_lab.train.io.stored import DIRECTORY, reason
+from jaxopt_lab.train.leaves import describe_leaves
 
 
 class Checkpoints:

@@ -12,9 +12,9 @@ from jaxtyping import PyTree
 from jaxopt_lab.train.dist.agreement import agreed, from_first, gather
 from jaxopt_lab.train.errors import CheckpointError
 from jaxopt_lab.train.io import digests, retention, stored
-from jaxopt_lab.train.io.leaves import describe_leaves, first_difference
 from jaxopt_lab.train.io.retention import labels
 from jaxopt_lab.train.io.stored import reason
+from jaxopt_lab.train.leaves import describe_leaves, first_difference
 
 # Below the checkpoints, so that moving there is a change of name on any file system.
 DAMAGED = "damaged"

@@ -106,9 +106,14 @@ def _refuse_other_text(directory: Path, config: PretrainConfig) -> None:
     if not labels(directory / CHECKPOINTS):
         return
     before = read_config(directory)
-    for name in ("seed", "validation_fraction"):
-        if getattr(config, name) != getattr(before, name):
-            raise other_text(name, getattr(config, name), getattr(before, name))
+    fixed = {
+        "seed": "seed",
+        "data_seed": "order_seed",
+        "validation_fraction": "validation_fraction",
+    }
+    for name, field in fixed.items():
+        if getattr(config, field) != getattr(before, field):
+            raise other_text(name, getattr(config, field), getattr(before, field))
     if isinstance(config, FinetuneConfig) and config.is_labelled:
         return  # compared when it has been read
     if not _is_tokenizer_of(directory, config.tokenizer, before.tokenizer):

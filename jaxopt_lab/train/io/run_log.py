@@ -34,6 +34,15 @@ def logged_at(directory: Path, step: int) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in _ADDED}
 
 
+def losses_between(directory: Path, first: int, last: int) -> list[float]:
+    """Training losses that are logged for the steps after `first`, up to `last`."""
+    if not (directory / METRICS_FILE).is_file():
+        return []
+    rows = [row for row in read_metrics(directory) if first < row["step"] <= last]
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    return [losses[step] for step in sorted(losses)]
+
+
 class RunLog:
     """Metrics on disk and the live line, in process 0; nothing elsewhere.
 

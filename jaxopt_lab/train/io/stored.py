@@ -13,8 +13,8 @@ from orbax.checkpoint import v1 as ocp
 from jaxopt_lab.report.files import read_json
 from jaxopt_lab.train.errors import CheckpointError
 from jaxopt_lab.train.io import digests, retention
-from jaxopt_lab.train.io.leaves import describe_leaves, first_difference
 from jaxopt_lab.train.io.retention import labels
+from jaxopt_lab.train.leaves import describe_leaves, first_difference
 
 DIRECTORY = "checkpoints"
 _LONGEST_REASON = 300
