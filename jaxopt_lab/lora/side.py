@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.keys import leaf_key
 from jaxopt_lab.core.matrices import MatrixAxes, batch_first
-from jaxopt_lab.core.numerics import widened
+from jaxopt_lab.core.numerics import dropped, widened
 from jaxopt_lab.core.packed import linear, unpacked
 from jaxopt_lab.lora.adapters import Adapters, magnitude_over_norm, nodes, put
 from jaxopt_lab.lora.config import LoraSpec, as_array
@@ -93,7 +93,8 @@ class Adapter:
             hidden = jnp.einsum("...n,knr->...kr", x, a)
         else:
             # Each adapter has a mask of its own, and keeps its own input for the backward pass.
-            masked = [_dropped(x, key, self.dropout) for key in self.keys]
+            keys = map(jax.random.wrap_key_data, self.keys)
+            masked = [dropped(x, self.dropout, key) for key in keys]
             hidden = jnp.stack([x @ a for x, a in zip(masked, a, strict=True)], -2)
         scale = jnp.full(len(self.kept), self.scale, x.dtype)
         if self.weight is not None:
@@ -159,11 +160,3 @@ def side(adapters: Adapters, spec: LoraSpec, key: Array | None = None) -> dict[s
         path = entry.path[:-1] if entry.path[-1] == "kernel" else entry.path
         put(out, path, adapter)
     return out
-
-
-def _dropped(x: Array, key_data: Array, rate: float) -> Array:
-    drawn = jax.random.bernoulli(jax.random.wrap_key_data(key_data), 1 - rate, x.shape)
-    # Packed, since XLA keeps the 32 random bits of a mask for the backward pass otherwise.
-    packed = jnp.packbits(drawn, axis=-1)
-    stays = jnp.unpackbits(packed, axis=-1, count=x.shape[-1]).astype(bool)
-    return jnp.where(stays, x / (1 - rate), 0)

@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jaxopt_lab.core.numerics import dropped
+
 _CUDNN_MAX_HEAD_WIDTH = 128
 
 
@@ -41,16 +43,6 @@ def rotate(
     a, b = jnp.split(x_BxTxHxE, 2, axis=-1)
     turned = (a * cos_Tx1xE - b * sin_Tx1xE, b * cos_Tx1xE + a * sin_Tx1xE)
     return jnp.concatenate(turned, axis=-1).astype(x_BxTxHxE.dtype)
-
-
-def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Entries zeroed with probability ``rate``, the others divided by 1 - rate; no key: x."""
-    if key is None or rate == 0:
-        return x
-    # Packed, since XLA keeps the 32 random bits of a mask for the backward pass otherwise.
-    packed = jnp.packbits(jax.random.bernoulli(key, 1 - rate, x.shape), axis=-1)
-    stays = jnp.unpackbits(packed, axis=-1, count=x.shape[-1]).astype(bool)
-    return jnp.where(stays, x / (1 - rate), 0)
 
 
 def attend(

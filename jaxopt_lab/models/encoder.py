@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxopt_lab.models.attention import dropped
+from jaxopt_lab.core.numerics import dropped
 from jaxopt_lab.models.config import check_dtypes
 from jaxopt_lab.models.encoder_config import EncoderConfig, check_inputs
 from jaxopt_lab.models.encoder_layers import Block, Embedding, Head, split

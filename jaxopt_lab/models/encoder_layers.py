@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxopt_lab.models.attention import attend, dropped
+from jaxopt_lab.core.numerics import dropped
+from jaxopt_lab.models.attention import attend
 from jaxopt_lab.models.encoder_config import EncoderConfig
 from jaxopt_lab.models.layers import Linear, Norm, normal, parameter, zeros
 from jaxopt_lab.models.sharding import constrain
