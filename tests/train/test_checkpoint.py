@@ -496,8 +496,6 @@ def test_nothing_left_to_restore(tmp_path):
         assert checkpoints.are_all_damaged()
 
 
-# What orbax leaves behind of the save that failed: a coroutine that it never awaited.
-@pytest.mark.filterwarnings("ignore:.*_get_array_metadatas")
 def test_a_full_disk_is_a_clear_error_and_harms_no_earlier_checkpoint(tmp_path):
     # A limit on file size makes writes fail in the same place as a full disk, without root.
     big = jax.random.normal(jax.random.key(0), (300, 300))
