@@ -4,8 +4,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxopt_lab.core.numerics import dropped
+from jaxopt_lab.models.splash import splash, splash_applies
 
 _CUDNN_MAX_HEAD_WIDTH = 128
 
@@ -54,6 +56,7 @@ def attend(
     kernel: str = "auto",
     causal: bool = True,
     dropout: tuple[float, jax.Array | None] = (0.0, None),
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Attention with grouped key and value heads, optionally within documents.
 
@@ -62,19 +65,25 @@ def attend(
         k_BxTxKxE: keys; K divides H.
         v_BxTxKxE: values.
         segment_ids_BxT: document of each position; a position sees its own document only.
-        kernel: "xla", "cudnn", or "auto" for cuDNN where it applies.
+        kernel: "xla", "cudnn", or "auto" for cuDNN on a GPU and JAX's own kernel on a TPU, where
+            they apply.
         causal: whether a position sees only those before it and itself.
         dropout: of the attention weights: rate and key; no key, no dropout. No kernel has it: it
             forms the weights.
+        mesh: over which rows and heads are spread; needed by the kernel on several TPUs.
 
     Returns:
         The mixed values, (B, T, H, E).
     """
+    drops = dropout[0] > 0 and dropout[1] is not None
+    fused = q_BxTxHxE.dtype != jnp.float64 and not drops
+    if fused and kernel == "auto" and splash_applies(q_BxTxHxE, mesh):
+        given = (q_BxTxHxE, k_BxTxKxE, v_BxTxKxE, segment_ids_BxT)
+        return splash(*given, causal=causal, mesh=mesh)
     mask_Bx1xTxT = None
     if segment_ids_BxT is not None:
         mask_Bx1xTxT = (segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :])[:, None]
-    drops = dropout[0] > 0 and dropout[1] is not None
-    if q_BxTxHxE.dtype == jnp.float64 or drops:
+    if not fused:
         return _attend_plain(q_BxTxHxE, k_BxTxKxE, v_BxTxKxE, mask_Bx1xTxT, causal, dropout)
     if kernel == "auto":
         kernel = "cudnn" if _cudnn_applies(q_BxTxHxE) else "xla"

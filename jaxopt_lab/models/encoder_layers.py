@@ -86,6 +86,7 @@ class Attention(nnx.Module):
             kernel=config.attention,
             causal=False,
             dropout=(config.attention_dropout, key),
+            mesh=mesh,
         )
         return self.out(y_BxTxHxE.reshape(B, T, D))
 

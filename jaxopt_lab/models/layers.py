@@ -161,7 +161,9 @@ class Attention(nnx.Module):
             q_BxTxHxE = rotate(q_BxTxHxE, config.rope_base, config.rope_scaling)
             k_BxTxKxE = rotate(k_BxTxKxE, config.rope_base, config.rope_scaling)
         y_BxTxHxE = attend(
-            q_BxTxHxE, k_BxTxKxE, v_BxTxKxE, segment_ids_BxT, kernel=config.attention
+            *(q_BxTxHxE, k_BxTxKxE, v_BxTxKxE, segment_ids_BxT),
+            kernel=config.attention,
+            mesh=mesh,
         )
         return self.out(y_BxTxHxE.reshape(B, T, -1))
 

@@ -1,0 +1,155 @@
+"""Attention on TPUs without its T x T scores, through the kernel that ships with JAX."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as kernels,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+)
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxopt_lab.models.sharding import spec_for
+
+SHORTEST = 256
+"""Positions from which the kernel is used: below, the scores are smaller than its own buffers."""
+
+_LANES = 128
+_LARGEST_BLOCK = 512  # of positions; the scores of one block fit beside each other into VMEM
+_OLD = ("TPU v2", "TPU v3")  # their matrix units take no bfloat16 operands from a kernel
+_PRECISIONS = (None, "default", "fastest", "bfloat16")
+# Of positions that fill up the last block; a document has another one.
+_PADDING = -(2**31)
+
+
+def splash_applies(q_BxTxHxE: jax.Array, mesh: Mesh | None) -> bool:
+    """Whether these queries go through the kernel.
+
+    They do on TPUs from v4 on, from `SHORTEST` positions, in bfloat16 or float32 and at the
+    default precision of matrix products (the kernel has no "high" one), for heads of any width.
+    Without a mesh only where there is one device: the compiler cannot split a kernel by itself,
+    and a traced array does not tell over how many devices it will be spread.
+    """
+    if mesh is None and jax.device_count() > 1:
+        return False
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    plain = jax.config.read("jax_default_matmul_precision") in _PRECISIONS
+    numbers = plain and q_BxTxHxE.dtype in (jnp.bfloat16, jnp.float32)
+    here = device.platform == "tpu" and device.device_kind not in _OLD
+    return here and numbers and q_BxTxHxE.shape[1] >= SHORTEST
+
+
+def splash(
+    q_BxTxHxE: jax.Array,
+    k_BxTxKxE: jax.Array,
+    v_BxTxKxE: jax.Array,
+    segment_ids_BxT: jax.Array | None = None,
+    *,
+    causal: bool = True,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """Attention as `jaxopt_lab.models.attention.attend` defines it, in blocks of positions.
+
+    A block of scores is formed, used and forgotten, in the backward pass again; blocks that
+    causality hides are skipped. So memory grows with T. It has a reverse-mode derivative of first
+    order alone.
+
+    Args:
+        q_BxTxHxE: queries.
+        k_BxTxKxE: keys; K divides H.
+        v_BxTxKxE: values.
+        segment_ids_BxT: document of each position; a position sees its own document only.
+        causal: whether a position sees only those before it and itself.
+        mesh: with axes among data, fsdp and tensor. Each device attends for its own rows and
+            heads; nothing is exchanged.
+
+    Returns:
+        The mixed values, (B, T, H, E).
+
+    Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work
+    Partitioning", arXiv 2307.08691, for the method; `jax.experimental.pallas.ops.tpu`
+    (`splash_attention`) for the kernel.
+    """
+    free, sizes = _free_axes(mesh)
+    arrays: list[Any] = [q_BxTxHxE, k_BxTxKxE, v_BxTxKxE]
+    if segment_ids_BxT is not None:
+        arrays.append(segment_ids_BxT.astype(jnp.int32))
+    if mesh is None or not free or mesh.size == 1:
+        return _on_one_device(*arrays, causal=causal)
+    spec = spec_for(("batch", None, "heads", None), q_BxTxHxE.shape, sizes)
+    parts = math.prod(sizes[a] for a in _names(spec[2]))
+    # Where devices outnumber the key heads, several hold a copy of one; H = K G and parts both
+    # are multiples of K copies.
+    copies = parts // math.gcd(parts, k_BxTxKxE.shape[2])
+    arrays[1:3] = [jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in arrays[1:3]]
+    specs = (spec,) * 3 + (PartitionSpec(spec[0], None),) * (len(arrays) - 3)
+    context = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit in mesh.axis_types:
+        arrays = [
+            jax.sharding.reshard(x, NamedSharding(mesh, s))
+            for x, s in zip(arrays, specs, strict=True)
+        ]
+    return jax.shard_map(
+        lambda *arrays: _on_one_device(*arrays, causal=causal),
+        mesh=context if context.manual_axes else mesh,
+        in_specs=specs,
+        out_specs=spec,
+        axis_names=free,
+        check_vma=False,
+    )(*arrays)
+
+
+def _free_axes(mesh: Mesh | None) -> tuple[set[str], dict[str, int]]:
+    """Axes of the mesh over which arrays may still be spread here, and their sizes."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    sizes = {} if mesh is None else {a: n for a, n in mesh.shape.items() if a not in manual}
+    return set(sizes), sizes
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _on_one_device(
+    q_BxTxHxE: jax.Array,
+    k_BxTxKxE: jax.Array,
+    v_BxTxKxE: jax.Array,
+    segment_ids_BxT: jax.Array | None = None,
+    *,
+    causal: bool,
+) -> jax.Array:
+    _, T, H, E = q_BxTxHxE.shape
+    block, padding = _blocks(T)
+    # In float32, or a scale that is no power of two would be rounded before the product is.
+    q_BxTxHxE = (q_BxTxHxE.astype(jnp.float32) * E**-0.5).astype(q_BxTxHxE.dtype)
+    q_BxHxTxE, k_BxKxTxE, v_BxKxTxE = (
+        jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
+        for x in (q_BxTxHxE, k_BxTxKxE, v_BxTxKxE)
+    )
+    if segment_ids_BxT is None and padding and not causal:
+        segment_ids_BxT = jnp.zeros(q_BxTxHxE.shape[:2], jnp.int32)
+    ids = None
+    if segment_ids_BxT is not None:
+        padded = jnp.pad(segment_ids_BxT, ((0, 0), (0, padding)), constant_values=_PADDING)
+        ids = kernels.SegmentIds(padded, padded)
+    mask = (masks.CausalMask if causal else masks.FullMask)((T + padding, T + padding))
+    kernel = kernels.make_splash_mha(
+        masks.MultiHeadMask([mask] * H),
+        # Of queries and of keys, for the forward pass and both kernels of the backward pass.
+        block_sizes=kernels.BlockSizes(block, block, block, block, block, block, block, block),
+        head_shards=1,
+        q_seq_shards=1,
+    )
+    y_BxHxTxE: Any = jax.vmap(kernel)(q_BxHxTxE, k_BxKxTxE, v_BxKxTxE, ids)
+    return jnp.swapaxes(y_BxHxTxE[:, :, :T], 1, 2)
+
+
+def _blocks(positions: int) -> tuple[int, int]:
+    """Length of a block, a multiple of the lanes, and positions missing in the last one."""
+    blocks = -(-positions // _LARGEST_BLOCK)
+    block = _LANES * -(-positions // (_LANES * blocks))
+    return block, blocks * block - positions
