@@ -21,7 +21,7 @@ SHORTEST = 256
 _LANES = 128
 _LARGEST_BLOCK = 512  # of positions; the scores of one block fit beside each other into VMEM
 _OLD = ("TPU v2", "TPU v3")  # their matrix units take no bfloat16 operands from a kernel
-_PRECISIONS = (None, "default", "fastest", "bfloat16")
+_PRECISIONS = (None, "default", "bfloat16")
 # Of positions that fill up the last block; a document has another one.
 _PADDING = -(2**31)
 
@@ -37,7 +37,7 @@ def splash_applies(q_BxTxHxE: jax.Array, mesh: Mesh | None) -> bool:
     if mesh is None and jax.device_count() > 1:
         return False
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    plain = jax.config.read("jax_default_matmul_precision") in _PRECISIONS
+    plain = jax.config.values["jax_default_matmul_precision"] in _PRECISIONS
     numbers = plain and q_BxTxHxE.dtype in (jnp.bfloat16, jnp.float32)
     here = device.platform == "tpu" and device.device_kind not in _OLD
     return here and numbers and q_BxTxHxE.shape[1] >= SHORTEST

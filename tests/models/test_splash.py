@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import importlib.util
+import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -196,3 +200,25 @@ def test_without_a_mesh_a_single_tpu_is_needed(monkeypatch):
         monkeypatch.setattr(jax, "devices", lambda: list(mesh_of().devices))
         monkeypatch.setattr(jax, "device_count", lambda count=count: count)
         assert splash.splash_applies(q, None) == applies
+
+
+@pytest.mark.slow
+def test_the_tpu_compiler_takes_long_contexts():
+    """Three minutes; in an environment with libtpu."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("no libtpu: install it into an environment of its own")
+
+    def rows(*arguments):
+        command = [sys.executable, "-m", "tests.models.tpu_attention", *arguments]
+        # A compiler that hangs shall not outlive the test.
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=500)
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    before, after = rows("--programs", "layer", "--lengths", "8192")
+    assert before["temporaries"] > 4 * 2**30 and before["kernels"] == 0
+    assert after["temporaries"] < 2**26 and after["kernels"] == 3
+    (longest,) = rows("--programs", "layer", "--lengths", "32768", "--kernels", "auto")
+    assert longest["temporaries"] < 2**30
+    plain, split = rows("--programs", "llama-124m", "--lengths", "1024", "--mesh", "1", "2", "2")
+    assert plain["kernels"] == 0 and split["kernels"] == 4  # one of them recomputes
+    assert split["collectives"] == plain["collectives"]
