@@ -69,8 +69,8 @@ class DecoderConfig:
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass recomputes: nothing, whole layers, or all but matrix products."""
     attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """Attention kernel; auto takes cuDNN's on a GPU in bfloat16 where the shapes allow it, and JAX's
-    own on a TPU (`models.splash`). A kernel has no forward-mode and no second derivatives, xla has."""
+    """Attention kernel; auto takes cuDNN's on a GPU in bfloat16 where the shapes allow it, and
+    JAX's own on a TPU (`models.splash`). Forward mode and second derivatives need xla."""
     document_mask: bool = False
     """Restrict attention to the document of the query; needs segment ids with every batch."""
     fused_qkv_as: Literal["three", "one"] = "three"

@@ -60,8 +60,8 @@ class EncoderConfig:
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass recomputes: nothing, whole layers, or all but matrix products."""
     attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """Attention kernel; auto takes cuDNN's on a GPU in bfloat16 where the shapes allow it, and JAX's
-    own on a TPU (`models.splash`), where no dropout of attention weights is drawn."""
+    """Attention kernel; auto takes cuDNN's on a GPU in bfloat16 where the shapes allow it, and
+    JAX's own on a TPU (`models.splash`). Dropout of attention weights needs XLA's, and takes it."""
 
     # What code for decoders as well reads of a configuration.
     norm: ClassVar[str] = "layer"
