@@ -35,7 +35,7 @@ def test_speed_and_remaining_time():
     run(progress, clock, range(1, 101), 0.5)
     assert progress.steps_per_second() == 2.0
     assert stream.getvalue().splitlines()[-1] == (
-        "step 100/1000  loss 2.0000  rate 1.00e-03  16k tokens/s  eta 7:30  500 ms/step  data 0.0 %"
+        "step 100/1000  loss 2.0000  rate 1.00e-03  16k tokens/s  eta 7:30  500 ms/step"
     )
 
 
