@@ -142,9 +142,21 @@ def _build(entry: Path, write: Callable[[Path], Manifest]) -> Manifest:
 
 
 def _remove_leftovers(entry: Path) -> None:
-    """Removes what killed processes left; call with the lock held."""
-    for leftover in entry.parent.glob(f".{entry.name}-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Removes what killed processes left, of any entry beside; call with the entry's lock held."""
+    for leftover in entry.parent.glob(".*-*"):
+        name = leftover.name[1:].rpartition("-")[0]
+        if name == entry.name or _is_free(leftover.with_name(f"{name}.lock")):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_free(lock: Path) -> bool:
+    """Whether a lock is there and nobody holds it."""
+    try:
+        with open(lock, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

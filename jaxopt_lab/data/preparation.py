@@ -110,29 +110,26 @@ class Part(NamedTuple):
 
         return read_documents(self.documents, self.rows)
 
-    def texts(self, tokenizer: Tokenizer | None = None) -> Iterator[tuple[bytes, str]]:
-        """Key and text of the documents; those that come as tokens need the tokenizer."""
+    def texts(self, tokenizer: Tokenizer) -> Iterator[tuple[bytes, str]]:
+        """Key and text of the documents; of tokens, what they stand for."""
         for document in self.read():
-            if not self.comes_tokenized:
-                yield document.key, document.content.decode()
-            else:
-                assert tokenizer is not None  # `make` refuses to train one on tokens
-                text = tokenizer.bytes_of(np.frombuffer(document.content, TOKEN_DTYPE))
-                yield document.key, text.decode("utf-8", "replace")
+            content = document.content
+            if self.comes_tokenized:
+                content = tokenizer.bytes_of(_given_tokens(document, tokenizer))
+            yield document.key, content.decode("utf-8", "replace")
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Refuses a tokenizer that is not the one that lies beside given tokens."""
         if not isinstance(self.source, PreparedTokens):
             return
-        directory = Path(self.source.directory).expanduser()
-        if (directory / "tokenizer.json").exists():
-            theirs = Tokenizer.load(directory)
-            if theirs.hash != tokenizer.hash:
-                raise ValueError(
-                    f"{self.source.name}: its tokenizer.json ({theirs.vocab_size:,} entries) is "
-                    f"not the tokenizer that was given ({tokenizer.vocab_size:,} entries); give "
-                    f"--tokenizer.kind saved --tokenizer.directory {directory}"
-                )
+        directory = self.source.tokenizer_directory()
+        if directory is None or (theirs := Tokenizer.load(directory)).hash == tokenizer.hash:
+            return
+        raise ValueError(
+            f"{self.source.name}: its tokenizer.json ({theirs.vocab_size:,} entries) is not the "
+            f"tokenizer that was given ({tokenizer.vocab_size:,} entries); give --tokenizer.kind "
+            f"saved --tokenizer.directory {directory}"
+        )
 
 
 def parts_of(scans: Sequence[Scan], stores: Sequence[Path], split: str) -> list[Part]:

@@ -99,6 +99,11 @@ class PreparedTokens:
                 )
             yield Document(name, "", tokens=tokens)
 
+    def tokenizer_directory(self) -> Path | None:
+        """Where the tokenizer lies beside the tokens, if it does."""
+        path = _checked("PreparedTokens", self.directory)
+        return path if (path / "tokenizer.json").is_file() else None
+
 
 def _name(kind: str, directory: str) -> str:
     path = Path(directory)

@@ -123,7 +123,7 @@ def _read(
     documents.mkdir(parents=True)
     spill.mkdir()
     sorter, names = DocumentSorter(spill), {}
-    facts: dict[str, Any] = {"read": 0, "replaced": [0, 0, 0, ""]}
+    facts: dict[str, Any] = {"read": 0, "bytes": 0, "replaced": [0, 0, 0, ""]}
     # Compressed text is larger than its file, and all that is known is the size of that.
     is_plain = not any(str(path).endswith((".gz", ".array_record")) for path, *_ in stats)
     size = sum(size for _, size, *_ in stats) if is_plain else None
@@ -133,6 +133,7 @@ def _read(
         if not content:
             continue
         facts["read"] += 1
+        facts["bytes"] += len(content)
         if document.replaced:
             _count_replaced(facts["replaced"], document.name, document.replaced)
         group = names.setdefault(document.group, len(names)) if document.group else ALONE
@@ -142,7 +143,7 @@ def _read(
 
     def stored() -> Iterator[StoredDocument]:
         report(f"storing the documents of {source.name}")
-        pace = Pace(f"{source.name}: stored", report)
+        pace = Pace(f"{source.name}: stored", report, total=facts["bytes"])
         for document in sorter.take(_by_first_byte(earlier)):
             yield document
             pace.add(len(document.content))

@@ -88,11 +88,22 @@ def write_report(run: Run, summary: Mapping[str, Any], say: Message) -> dict[str
         say(f"sample\n{sample['prompt']}\N{BLACK RIGHT-POINTING TRIANGLE}{sample['continuation']}")
     say(f"held-out loss {_held_out(summary)} after {summary['steps']} steps")
     say(_memory(summary))
-    if (share := summary["data_wait_share"] or 0.0) >= WAIT_WORTH_TELLING:
-        say(f"input is a bottleneck: {100 * share:.0f} % of the steps' time is a wait for data")
+    if stalled := _stalled(summary["data_wait_share"]):
+        say(stalled)
     drawn = [FIGURE] if run.program.outcome is None else [FIGURE, SCHEDULE_FIGURE]
     say("\n".join(f"figure: {run.directory / figure}" for figure in drawn))
     return summary
+
+
+def _stalled(share: float | None) -> str | None:
+    """Says that steps waited for their batches, where it is worth a word.
+
+    >>> _stalled(0.234), _stalled(0.04), _stalled(None)
+    ('input is a bottleneck: steps waited for data 23 % of their time', None, None)
+    """
+    if share is None or share < WAIT_WORTH_TELLING:
+        return None
+    return f"input is a bottleneck: steps waited for data {100 * share:.0f} % of their time"
 
 
 def _memory(summary: Mapping[str, Any]) -> str:
