@@ -155,7 +155,13 @@ def read_documents(
     rows = builder.as_data_source(split=_SPLIT)
     numbers = np.arange(len(rows)) if numbers is None else numbers
     for start in range(0, len(numbers), _ROWS_PER_READ):
-        for row in rows.__getitems__(numbers[start : start + _ROWS_PER_READ].tolist()):
+        try:
+            found = rows.__getitems__(numbers[start : start + _ROWS_PER_READ].tolist())
+        except RuntimeError as error:
+            raise ValueError(
+                f"the documents in {directory} are damaged, delete that directory: {error}"
+            ) from error
+        for row in found:
             yield StoredDocument(
                 bytes.fromhex(row["id"].decode()), row["name"].decode(), row["text"]
             )

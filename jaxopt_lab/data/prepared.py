@@ -162,5 +162,11 @@ def _values(rows: Any, place: str, field: str) -> Iterator[tuple[str, Any]]:
     """(name, value of the field) of every row."""
     for start in range(0, len(rows), _ROWS_PER_READ):
         numbers = range(start, min(start + _ROWS_PER_READ, len(rows)))
-        for number, row in zip(numbers, rows.__getitems__(numbers), strict=True):
+        try:
+            found = rows.__getitems__(numbers)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{place}: the rows {numbers[0]} to {numbers[-1]} cannot be read: {error}"
+            ) from error
+        for number, row in zip(numbers, found, strict=True):
             yield f"{place}:{number}", row[field]

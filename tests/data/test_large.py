@@ -18,6 +18,7 @@ from jaxopt_lab.data import (
     sorting,
     unigram_model,
 )
+from jaxopt_lab.data.builder import read_documents
 from jaxopt_lab.data.documents import StoredDocument
 from jaxopt_lab.data.sorting import DocumentSorter
 from jaxopt_lab.data.tokenizer import make_tokenizer
@@ -271,6 +272,27 @@ def test_rows_without_tokens_are_named(tmp_path, rows, feature, message):
     source = _write_rows(tmp_path, rows, feature)
     with pytest.raises(ValueError, match=message):
         list(source.documents())
+
+
+def test_damaged_rows_are_named(tmp_path, settled):
+    def damage(directory):
+        (file,) = directory.rglob("*.array_record*")
+        content = bytearray(file.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 100] = bytes(100)
+        file.write_bytes(content)
+
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 256, 100, dtype=np.int32) for _ in range(600)]
+    source = _write_rows(tmp_path / "rows", rows)
+    damage(Path(source.directory))
+    with pytest.raises(ValueError, match=r"train: the rows \d+ to \d+ cannot be read: "):
+        list(source.documents())
+    _prepare(settled)
+    (store,) = (settled / "cache" / "documents").glob("[!.]*/")
+    damage(store)
+    with pytest.raises(ValueError, match="are damaged, delete that directory"):
+        list(read_documents(store))
 
 
 def test_bytes_of_tokens():
