@@ -7,6 +7,7 @@ a start costs looking them up. What a fraction holds out is a third, small entry
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -75,18 +76,18 @@ def scan_documents(
         ValueError: a source cannot be read or contributes nothing.
     """
     started = time.time_ns()
-    files = [[_stat_of(path) for path in source.files()] for source in sources]
+    files = [_files_of(source) for source in sources]
     about = [[type(source).__name__, dataclasses.asdict(source)] for source in sources]
-    key = hash_json([_FORMAT, about, files])
-    newest = max((file[2] for of_source in files for file in of_source), default=0)
+    key = hash_json([_FORMAT, about, [each.digest for each in files]])
+    newest = max((each.newest for each in files), default=0)
     entry = root / "scans" / key[:24]
 
     def write(directory: Path) -> dict[str, Any]:
         parts = []
-        for number, (source, stats) in enumerate(zip(sources, files, strict=True)):
+        for number, source in enumerate(sources):
             part = directory / str(number)
             earlier = [_column(directory / str(other), "keys") for other in range(number)]
-            parts.append(_read(source, stats, part, earlier, report))
+            parts.append(_read(source, files[number].size, part, earlier, report))
             _keep(part / "documents", root, parts[-1])
         return {"parts": parts, "started": started}
 
@@ -104,13 +105,27 @@ def scan_documents(
     return scans
 
 
-def _stat_of(path: Path) -> list[Any]:
-    return [os.path.abspath(path), *cache.stat_of(path)]
+class _Files(NamedTuple):
+    """What the files of a source are, without reading them."""
+
+    digest: str  # of path, size, time and inode of each
+    size: int | None  # bytes in all; None where some are compressed: their text is larger
+    newest: int  # time of the last change, ns
+
+
+def _files_of(source: SinglePart) -> _Files:
+    digest, total, newest, is_plain = hashlib.sha256(), 0, 0, True
+    for path in source.files():
+        size, changed, inode = cache.stat_of(path)
+        digest.update(json.dumps([os.path.abspath(path), size, changed, inode]).encode())
+        total, newest = total + size, max(newest, changed)
+        is_plain = is_plain and not str(path).endswith(".gz") and "array_record" not in path.name
+    return _Files(digest.hexdigest(), total if is_plain else None, newest)
 
 
 def _read(
     source: SinglePart,
-    stats: Sequence[Sequence[Any]],
+    size: int | None,
     directory: Path,
     earlier: Sequence[np.ndarray],
     report: OnProgress,
@@ -118,45 +133,42 @@ def _read(
     """Reads a source into `directory`: columns of hashes, groups and sizes, and `documents`."""
     from jaxopt_lab.data.builder import write_documents
 
-    report(f"reading {source.name}")
     documents, spill = directory / "documents", directory / "spill"
     documents.mkdir(parents=True)
     spill.mkdir()
-    sorter, names = DocumentSorter(spill), {}
-    facts: dict[str, Any] = {"read": 0, "bytes": 0, "replaced": [0, 0, 0, ""]}
-    # Compressed text is larger than its file, and all that is known is the size of that.
-    is_plain = not any(str(path).endswith((".gz", ".array_record")) for path, *_ in stats)
-    size = sum(size for _, size, *_ in stats) if is_plain else None
+    sorter = DocumentSorter(spill)
+    facts = _collect(source, size, sorter, report)
+    report(f"storing the documents of {source.name}")
+    pace = Pace(f"{source.name}: stored", report, total=facts["bytes"])
+    rest = _with_columns(sorter.take(_by_first_byte(earlier)), directory, pace)
+    if (first := next(rest, None)) is None:
+        why = "all its documents are in other parts too" if facts["read"] else "it has no text"
+        raise ValueError(f"the corpus {source.name} is empty: {why}")
+    write_documents(documents, itertools.chain([first], rest))
+    spill.rmdir()
+    return facts | {"name": source.name, "hash": _hash_keys(_column(directory, "keys"))}
+
+
+def _collect(
+    source: SinglePart, size: int | None, sorter: DocumentSorter, report: OnProgress
+) -> dict[str, Any]:
+    """Hands all documents to the sorter; says what the manifest keeps of them."""
+    report(f"reading {source.name}")
     pace = Pace(f"{source.name}: read", report, total=size)
+    names: dict[str, int] = {}
+    count, total, replaced = 0, 0, [0, 0, 0, ""]
     for document in source.documents():
         content = document.content
         if not content:
             continue
-        facts["read"] += 1
-        facts["bytes"] += len(content)
+        count, total = count + 1, total + len(content)
         if document.replaced:
-            _count_replaced(facts["replaced"], document.name, document.replaced)
+            _count_replaced(replaced, document.name, document.replaced)
         group = names.setdefault(document.group, len(names)) if document.group else ALONE
         key = hashlib.sha256(content).digest()
         sorter.add(StoredDocument(key, document.name, content, group))
         pace.add(len(content))
-
-    def stored() -> Iterator[StoredDocument]:
-        report(f"storing the documents of {source.name}")
-        pace = Pace(f"{source.name}: stored", report, total=facts["bytes"])
-        for document in sorter.take(_by_first_byte(earlier)):
-            yield document
-            pace.add(len(document.content))
-
-    rest = _with_columns(stored(), directory)
-    if (first := next(rest, None)) is None:
-        why = "all its documents are in other parts too" if facts["read"] else "it has no text"
-        raise ValueError(f"the corpus {source.name} is empty: {why}")
-    write_documents(documents, _chained(first, rest))
-    spill.rmdir()
-    keys = _column(directory, "keys")
-    groups = sorted(names, key=names.__getitem__)
-    return facts | {"name": source.name, "groups": groups, "hash": _hash_keys(keys)}
+    return {"read": count, "bytes": total, "replaced": replaced, "groups": list(names)}
 
 
 def _by_first_byte(columns: Sequence[np.ndarray]) -> Callable[[int], set[bytes]]:
@@ -174,12 +186,9 @@ def _by_first_byte(columns: Sequence[np.ndarray]) -> Callable[[int], set[bytes]]
     return keys
 
 
-def _chained(first: StoredDocument, rest: Iterator[StoredDocument]) -> Iterator[StoredDocument]:
-    yield first
-    yield from rest
-
-
-def _with_columns(documents: Iterable[StoredDocument], directory: Path) -> Iterator[StoredDocument]:
+def _with_columns(
+    documents: Iterable[StoredDocument], directory: Path, pace: Pace
+) -> Iterator[StoredDocument]:
     """Yields the documents, and appends hash, group and size of each to the files of `_column`."""
     with (
         open(directory / "keys", "wb") as keys,
@@ -191,6 +200,7 @@ def _with_columns(documents: Iterable[StoredDocument], directory: Path) -> Itera
             groups.write(_COLUMNS["groups"].type(document.group).tobytes())
             sizes.write(_COLUMNS["sizes"].type(len(document.content)).tobytes())
             yield document
+            pace.add(len(document.content))
 
 
 def _column(directory: Path, name: str) -> np.ndarray:
@@ -244,9 +254,8 @@ def store_documents(root: Path, scan: Scan, earlier: Sequence[Scan], report: OnP
     """
 
     def write(directory: Path) -> dict[str, Any]:
-        stats = [_stat_of(path) for path in scan.source.files()]
         part, before = directory / "part", [other.keys for other in earlier]
-        facts = _read(scan.source, stats, part, before, report)
+        facts = _read(scan.source, None, part, before, report)
         if not np.array_equal(_column(part, "keys"), scan.keys):
             raise ValueError(
                 f"the files of {scan.source.name} changed while they were read; prepare the corpus "
@@ -265,7 +274,7 @@ def _split(
     source: SinglePart, directory: Path, facts: dict[str, Any], fraction: float, root: Path
 ) -> Scan:
     keys, groups, sizes = (_column(directory, name) for name in _COLUMNS)
-    key = hash_json([_FORMAT, directory.parent.name, directory.name, fraction])
+    key = hash_json([_FORMAT, directory.parent.name, directory.name, facts["hash"], fraction])
     entry = root / "splits" / key[:24]
 
     def write(building: Path) -> dict[str, Any]:

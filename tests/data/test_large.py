@@ -100,9 +100,14 @@ def test_a_change_of_files_is_seen(settled, change):
 def test_a_file_that_was_just_written_is_read_once_more(tmp_path, reads):
     """Another change within the same tick of the clock would not show."""
     write_texts(tmp_path / "text", DOCUMENTS)
-    _prepare(tmp_path)
-    _prepare(tmp_path)
-    assert len(reads) == 2
+    before = _prepare(tmp_path)
+    path = tmp_path / "text" / "003.txt"
+    found = path.stat()
+    _changed_in_place(path)
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    after = _prepare(tmp_path)
+    assert len(reads) == 2 and after.hash != before.hash
+    assert after.train.num_documents + after.validation.num_documents == 60
 
 
 def test_corpora_are_those_of_earlier_versions(settled):
