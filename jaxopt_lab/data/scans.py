@@ -119,7 +119,7 @@ def _files_of(source: SinglePart) -> _Files:
         size, changed, inode = cache.stat_of(path)
         digest.update(json.dumps([os.path.abspath(path), size, changed, inode]).encode())
         total, newest = total + size, max(newest, changed)
-        is_plain = is_plain and not str(path).endswith(".gz") and "array_record" not in path.name
+        is_plain = is_plain and not str(path).endswith(".gz") and ".array_record" not in path.name
     return _Files(digest.hexdigest(), total if is_plain else None, newest)
 
 

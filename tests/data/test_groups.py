@@ -1,6 +1,7 @@
 import collections
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -112,24 +113,34 @@ def _reference(groups, sizes, fraction):
     return {key for key in groups if is_held_out(key, fraction)}, False
 
 
+def _agree(documents, fraction):
+    """Compares columns with the reference; documents are (group or `ALONE`, bytes)."""
+    names = [f"package {i}" for i in range(13)]
+    rows = sorted((key_of(str(i)), *pair) for i, pair in enumerate(documents))
+    groups = {key: names[group] if group != ALONE else key for key, group, _ in rows}
+    bytes_of = collections.Counter()
+    for key, _, size in rows:
+        bytes_of[groups[key]] += size
+    keys, numbers, sizes = zip(*rows, strict=True)
+    keys = np.asarray([bytes.fromhex(key) for key in keys], KEY_DTYPE)
+    out, by_group = held_out_documents(
+        keys, np.asarray(numbers), np.asarray(sizes), names, fraction
+    )
+    chosen = {keys[i : i + 1].tobytes().hex() for i in np.flatnonzero(out)}
+    assert (chosen, by_group) == _reference(groups, bytes_of, fraction)
+
+
 @given(
     st.lists(st.tuples(st.integers(ALONE, 12), st.integers(1, 1000)), min_size=1, max_size=60),
     st.sampled_from([0.0, 0.05, 0.2, 0.5, 0.99]),
 )
 def test_columns_give_what_one_document_after_another_gives(documents, fraction):
-    names = [f"package {i}" for i in range(13)]
-    rows = sorted((key_of(str(i)), *pair) for i, pair in enumerate(documents))
-    groups = {key: names[group] if group != ALONE else key for key, group, _ in rows}
-    sizes = collections.Counter()
-    for key, _, size in rows:
-        sizes[groups[key]] += size
-    keys, numbers, lengths = zip(*rows, strict=True)
-    keys = np.asarray([bytes.fromhex(key) for key in keys], KEY_DTYPE)
-    out, by_group = held_out_documents(
-        keys, np.asarray(numbers), np.asarray(lengths), names, fraction
-    )
-    chosen = {keys[i : i + 1].tobytes().hex() for i in np.flatnonzero(out)}
-    assert (chosen, by_group) == _reference(groups, sizes, fraction)
+    _agree(documents, fraction)
+
+
+@pytest.mark.parametrize("large", range(13))
+def test_a_group_of_exactly_half_the_share_may_be_held_out(large):
+    _agree([(group, 20 if group == large else 5) for group in range(13)] * 2, 0.5)
 
 
 def test_python_files_have_groups(tmp_path):

@@ -123,7 +123,7 @@ TOKENS = "c14d9f720679058ea154beb2632fc7a2c9070bba019b80e2f67fc11559667cd7"
 ENTRY = "43b8ed5810910ee53935c38b"
 
 
-@pytest.mark.parametrize("memory", [0, 1 << 10, 64 << 20])
+@pytest.mark.parametrize("memory", [0, 1 << 10, 10_000, 64 << 20])
 def test_sorting_is_the_same_in_memory_and_on_disk(tmp_path, monkeypatch, memory):
     monkeypatch.setattr(sorting, "_MEMORY", memory)
     keys = [bytes.fromhex(key_of(text)) for text in DOCUMENTS]
@@ -174,7 +174,8 @@ def test_a_vocabulary_is_learnt_from_a_sample_of_a_large_corpus(settled, monkeyp
     assert corpus.train.num_documents == len(training)
 
 
-def test_counts_of_tokens_are_kept(settled):
+def test_counts_of_tokens_are_kept(settled, monkeypatch):
+    monkeypatch.setattr(preparation, "_WRITTEN_AT_ONCE", 100)
     corpus = _prepare(settled)
     assert corpus.counts is not None
     counted = np.bincount(corpus.train.tokens, minlength=corpus.tokenizer.vocab_size)
