@@ -196,6 +196,9 @@ def prepare(
             store_documents(root, scan, scans[:number], report) for number, scan in enumerate(scans)
         ]
 
+    def training() -> list[Part]:
+        return parts_of(scans, stores(), "train")
+
     def write(directory: Path) -> dict[str, Any]:
         facts = write_tokens(directory, scans, stores(), tokenizer, report)
         return {
@@ -230,7 +233,6 @@ def prepare(
         try:
             (scan,) = scan_documents([part], 0.0, root, report)
             trained = np.logical_or.reduce([each.are_trained(scan.keys) for each in scans])
-            training = lambda: parts_of(scans, stores(), "train")  # noqa: E731
             return _open_set(scan, np.flatnonzero(~trained), corpus, training, report)
         except ValueError as error:
             raise SetError(f"{name}: {error}") from error

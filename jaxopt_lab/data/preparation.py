@@ -189,6 +189,7 @@ def write_set(
     report: OnProgress,
 ) -> dict[str, Any]:
     """Encodes documents for evaluation, and returns what the manifest says."""
+    part.check(tokenizer)
     facts, copies = _write_unseen(directory, SET, [part], training, tokenizer, report)
     dtype = np.dtype(_SplitWriter.dtype_for(tokenizer)).name
     name = part.source.name
