@@ -30,11 +30,11 @@ from jaxopt_lab.data.labelled import (
     prepare_labelled,
 )
 from jaxopt_lab.data.packages import PACKAGES, Package, fetch, find, list_packages
+from jaxopt_lab.data.prepared import PreparedTfds, PreparedTokens
 from jaxopt_lab.data.sources import (
     CORPORA,
     VALIDATION,
     Mixture,
-    PreparedTfds,
     PythonSource,
     Source,
     TextFiles,
@@ -60,6 +60,7 @@ __all__ = [
     "MovieSentences",
     "Package",
     "PreparedTfds",
+    "PreparedTokens",
     "PythonSource",
     "RowsOnDemand",
     "SetError",

@@ -1,15 +1,20 @@
-"""Documents on disk: a TensorFlow Datasets builder in array_record format, without TensorFlow."""
+"""Documents on disk: TensorFlow Datasets builders in array_record format, without TensorFlow."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
+from jaxtyping import Int
 
+from jaxopt_lab.data.documents import StoredDocument, in_chunks
 from jaxopt_lab.data.labelled import LabelledText
-from jaxopt_lab.data.sources import Document
 
 _ROWS_PER_READ = 256
+_ROWS_PER_SHARD = 1 << 18
+_WRITE_BYTES = 1 << 24
+_SPLIT = "documents"
 
 
 class _LocalInfo(tfds.core.DatasetInfo):
@@ -28,41 +33,25 @@ class _QuietBuilder(tfds.core.GeneratorBasedBuilder):
 
 
 class TextDocuments(_QuietBuilder):
-    """Text documents that the caller hands over; one split per entry of `documents`.
+    """Documents in the order of the hash of their content; `text` holds the content.
 
-    The key of a row is the hash of its text, which TFDS hashes again to order the rows.
+    Written by `write_documents`, and not by the builder itself: that one orders the rows anew, and
+    holds a gigabyte of them in memory before it does so on disk.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(
-        self,
-        *,
-        documents: Mapping[str, Iterable[tuple[str, Document]]] | None = None,
-        **kwargs: Any,
-    ):
-        """Keeps the documents for `download_and_prepare`.
-
-        Args:
-            documents: split -> (key, document) pairs; read once.
-            **kwargs: for the TFDS builder.
-        """
-        self._documents = documents or {}
-        super().__init__(**kwargs)
+    VERSION = tfds.core.Version("2.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
         # Not dataset_info_from_configs: that looks for a metadata directory beside this module.
         text = tfds.features.Text
         features = tfds.features.FeaturesDict({"id": text(), "name": text(), "text": text()})
-        return _LocalInfo(builder=self, features=features)
+        return _LocalInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        del dl_manager
-        return {split: self._generate_examples(split) for split in self._documents}
+        raise NotImplementedError
 
-    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, str]]]:
-        for key, document in self._documents[split]:
-            yield key, {"id": key, "name": document.name, "text": document.text}
+    def _generate_examples(self, **kwargs: Any) -> Iterator[Any]:
+        raise NotImplementedError
 
 
 class LabelledTexts(_QuietBuilder):
@@ -101,16 +90,23 @@ class LabelledTexts(_QuietBuilder):
             yield row.id, row._asdict()
 
 
-def write_documents(
-    directory: Path, documents: Mapping[str, Iterable[tuple[str, Document]]]
-) -> None:
-    """Prepares a TFDS dataset of documents below `directory`.
+def write_documents(directory: Path, documents: Iterable[StoredDocument]) -> None:
+    """Writes a TFDS dataset of documents below `directory`, in their order.
 
     Args:
         directory: an existing directory; the dataset is the only thing in it.
-        documents: split -> (key, document) pairs, no split empty.
+        documents: at least one; read once.
     """
-    _write(TextDocuments(documents=documents, data_dir=directory, file_format="array_record"))
+    builder = TextDocuments(data_dir=directory, file_format="array_record")
+    Path(builder.data_dir).mkdir(parents=True)
+    writer: Any = tfds.core.SequentialWriter(
+        builder.info, _ROWS_PER_SHARD, overwrite=False, file_format="array_record"
+    )
+    writer.initialize_splits([_SPLIT])
+    for chunk in in_chunks(documents, _WRITE_BYTES, lambda document: len(document.content)):
+        rows = [{"id": d.key.hex(), "name": d.name, "text": d.content} for d in chunk]
+        writer.add_examples({_SPLIT: rows})
+    writer.close_all()
 
 
 def write_labelled(
@@ -149,21 +145,23 @@ def _write(builder: Any) -> None:
     )
 
 
-def read_documents(directory: Path, split: str) -> Iterator[tuple[str, str]]:
-    """Yields (key, text) of a split in the order of the keys, which is that of the content.
-
-    Rows are stored in another order, and that order is TFDS's business; sorting by key makes the
-    token stream a function of the texts alone.
-    """
+def read_documents(
+    directory: Path, numbers: Int[np.ndarray, " rows"] | None = None
+) -> Iterator[StoredDocument]:
+    """Yields documents by their numbers, all without, in the order of the keys."""
     builder: Any = tfds.builder_from_directory(
         directory / TextDocuments.name / str(TextDocuments.VERSION)
     )
-    if split not in builder.info.splits:
-        return
-    rows = builder.as_data_source(split=split)
-    keys = [rows[index]["id"].decode() for index in range(len(rows))]
-    order = sorted(range(len(rows)), key=keys.__getitem__)
-    for start in range(0, len(order), _ROWS_PER_READ):
-        chunk = order[start : start + _ROWS_PER_READ]
-        for index, row in zip(chunk, rows.__getitems__(chunk), strict=True):
-            yield keys[index], row["text"].decode()
+    rows = builder.as_data_source(split=_SPLIT)
+    numbers = np.arange(len(rows)) if numbers is None else numbers
+    for start in range(0, len(numbers), _ROWS_PER_READ):
+        try:
+            found = rows.__getitems__(numbers[start : start + _ROWS_PER_READ].tolist())
+        except RuntimeError as error:
+            raise ValueError(
+                f"the documents in {directory} are damaged, delete that directory: {error}"
+            ) from error
+        for row in found:
+            yield StoredDocument(
+                bytes.fromhex(row["id"].decode()), row["name"].decode(), row["text"]
+            )

@@ -1,7 +1,8 @@
 """From documents to memory-mapped tokens, cached by content."""
 
+import hashlib
 import os
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,24 @@ from typing import Any
 import numpy as np
 
 from jaxopt_lab.data import cache
+from jaxopt_lab.data.pace import OnProgress
 from jaxopt_lab.data.preparation import (
+    COUNTS,
     FORMAT,
     SET,
-    OnProgress,
-    Scan,
+    Part,
     check_splits,
-    hash_json,
-    scan_documents,
+    parts_of,
     split_paths,
-    store_documents,
     write_set,
     write_tokens,
 )
+from jaxopt_lab.data.prepared import PreparedTokens
+from jaxopt_lab.data.scans import Scan, hash_json, scan_documents, store_documents
 from jaxopt_lab.data.sources import Mixture, SinglePart, Source
 from jaxopt_lab.data.tokenizer import Tokenizer, TokenizerConfig
+
+_BLOCK, _BLOCKS = 4096, 64  # tokens of a block, and blocks, that stand for a file
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,15 @@ class TokenSplit:
     def num_documents(self) -> int:
         """Documents."""
         return len(self.document_offsets) - 1
+
+
+def _sample_digest(tokens: np.ndarray) -> str:
+    """A hash of blocks spread evenly over tokens, the first and the last among them."""
+    digest = hashlib.sha256(f"{tokens.dtype} {len(tokens)}".encode())
+    last = max(len(tokens) - _BLOCK, 0)
+    for start in np.unique(np.linspace(0, last, _BLOCKS).astype(np.int64)):
+        digest.update(tokens[start : start + _BLOCK].tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,8 @@ class Corpus:
     """Documents dropped because an equal one was there."""
     sets: Mapping[str, TokenSplit] = field(default_factory=dict)
     """What else is evaluated, by the names given to `prepare`."""
+    counts: np.ndarray | None = None
+    """(parts, vocabulary) int64: how often each token occurs in training; None: not counted yet."""
 
     def summary(self) -> dict[str, Any]:
         """What identifies and describes the corpus, as JSON values."""
@@ -95,6 +110,19 @@ class Corpus:
                 {"name": part.name, "hash": part.hash, "weight": part.weight} for part in self.parts
             ],
             "train_tokens_sha256": self.manifest["files"]["train.tokens"],
+        }
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What has to be equal wherever the corpus is opened, as JSON values.
+
+        The tokens themselves count by blocks spread over their file, so that it costs little.
+        """
+        about = ("hash", "validation_fraction", "tokenizer", "splits")
+        splits = {"train": self.train, "validation": self.validation, **self.sets}
+        return {
+            **{key: self.manifest[key] for key in about},
+            "train_tokens_sha256": self.manifest["files"]["train.tokens"],
+            "written": {name: _sample_digest(split.tokens) for name, split in splits.items()},
         }
 
 
@@ -115,8 +143,8 @@ def prepare(
     there are too few, a document belongs to the validation split when its content hash falls below
     that fraction of the hash range, so adding documents never moves another one. One that training
     has mostly seen (`preparation.near_copies`) is held out, but not evaluated. The cache
-    is keyed by the documents' content and the tokenizer; the source is read and hashed on
-    every call.
+    is keyed by the documents' content and the tokenizer. A source whose files have the size, time
+    and inode of then is not read again; neither are tokens, which are memory-mapped.
 
     Args:
         source: where the documents come from.
@@ -154,16 +182,22 @@ def prepare(
         )
     sources = source.parts if isinstance(source, Mixture) else (source,)
     weights = source.weights if isinstance(source, Mixture) else (1.0,)
+    _check_tokenizer([*sources, *(sets or {}).values()], tokenizer)
     identity = tokenizer.identity()
-    scans = scan_documents(sources, validation_fraction, report)
-    check_splits(source.name, scans, validation_fraction)
     root = cache.cache_root(cache_dir)
+    scans = scan_documents(sources, validation_fraction, root, report)
+    check_splits(source.name, scans, validation_fraction)
     parts_hash = [scan.hash for scan in scans]
     key = hash_json([FORMAT, parts_hash, validation_fraction, identity])
     entry = root / "tokens" / key[:24]
 
     def stores() -> list[Path]:
-        return [store_documents(root, scan, validation_fraction, report) for scan in scans]
+        return [
+            store_documents(root, scan, scans[:number], report) for number, scan in enumerate(scans)
+        ]
+
+    def training() -> list[Part]:
+        return parts_of(scans, stores(), "train")
 
     def write(directory: Path) -> dict[str, Any]:
         facts = write_tokens(directory, scans, stores(), tokenizer, report)
@@ -190,15 +224,16 @@ def prepare(
         path=entry,
         manifest=manifest,
         duplicates=sum(scan.duplicates for scan in scans),
+        counts=np.load(entry / COUNTS, mmap_mode="r") if (entry / COUNTS).exists() else None,
     )
 
     def open_set(name: str, part: SinglePart | None) -> TokenSplit:
         if part is None:
             return corpus.train
         try:
-            (scan,) = scan_documents([part], 0.0, report)
-            trained = [each.keys_of("train") for each in scans]
-            return _open_set(scan, scan.keys.difference(*trained), corpus, stores, report)
+            (scan,) = scan_documents([part], 0.0, root, report)
+            trained = np.logical_or.reduce([each.are_trained(scan.keys) for each in scans])
+            return _open_set(scan, np.flatnonzero(~trained), corpus, training, report)
         except ValueError as error:
             raise SetError(f"{name}: {error}") from error
 
@@ -210,17 +245,33 @@ class SetError(ValueError):
 
 
 def _open_set(
-    scan: Scan, keys: Set[str], corpus: Corpus, stores: Callable[[], list[Path]], report: OnProgress
+    scan: Scan,
+    rows: np.ndarray,
+    corpus: Corpus,
+    training: Callable[[], list[Part]],
+    report: OnProgress,
 ) -> TokenSplit:
-    if not keys:
+    if not len(rows):
         raise ValueError(f"all documents of {scan.source.name} are training documents")
-    entry = corpus.path.parents[1] / "sets" / hash_json([corpus.path.name, scan.hash])[:24]
+    root = corpus.path.parents[1]
+    entry = root / "sets" / hash_json([corpus.path.name, scan.hash])[:24]
 
     def write(directory: Path) -> dict[str, Any]:
         report(f"encoding {scan.source.name} for evaluation")
-        return write_set(directory, scan.source, keys, stores(), corpus.tokenizer, report)
+        part = Part(scan.source, store_documents(root, scan, [], report), rows)
+        return write_set(directory, part, training(), corpus.tokenizer, report)
 
     return _open_split(entry, SET, cache.open_or_build(entry, write, report))
+
+
+def _check_tokenizer(sources: Sequence[SinglePart | None], tokenizer: TokenizerConfig) -> None:
+    tokens = [source.name for source in sources if isinstance(source, PreparedTokens)]
+    if tokens and tokenizer.kind == "bpe":
+        raise ValueError(
+            f"{tokens[0]} holds tokens, and no vocabulary can be learnt from them: give the "
+            "tokenizer that made them with --tokenizer.kind saved (or gpt2) and "
+            "--tokenizer.directory, or --tokenizer.kind bytes"
+        )
 
 
 def list_corpora(cache_dir: str | os.PathLike[str] | None = None) -> list[dict[str, Any]]:
@@ -251,4 +302,4 @@ def _open_split(entry: Path, split: str, manifest: dict[str, Any]) -> TokenSplit
     facts = manifest["splits"][split]
     # An empty file cannot be mapped.
     tokens = np.memmap(tokens_path, dtype, "r") if facts["tokens"] else np.empty(0, dtype)
-    return TokenSplit(tokens, np.load(offsets_path), facts["bytes"])
+    return TokenSplit(tokens, np.load(offsets_path, mmap_mode="r"), facts["bytes"])

@@ -209,13 +209,22 @@ def unigram_model(corpus: Corpus) -> Float[np.ndarray, " vocabulary"]:
     """
     size = corpus.tokenizer.vocab_size
     probability = np.zeros(size)
-    for part in corpus.parts:
-        counts = np.ones(size)
-        for start in range(part.start, part.stop, _CHUNK):
-            stop = min(start + _CHUNK, part.stop)
-            counts += np.bincount(corpus.train.tokens[start:stop], minlength=size)
+    for number, part in enumerate(corpus.parts):
+        if corpus.counts is None:
+            counts = _count(corpus.train.tokens[part.start : part.stop], size)
+        else:
+            counts = corpus.counts[number]
+        counts = counts + 1.0
         probability += part.weight * counts / counts.sum()
     return probability
+
+
+def _count(tokens: np.ndarray, size: int) -> np.ndarray:
+    """How often each of `size` tokens occurs."""
+    counts = np.zeros(size, np.int64)
+    for start in range(0, len(tokens), _CHUNK):
+        counts += np.bincount(tokens[start : start + _CHUNK], minlength=size)
+    return counts
 
 
 def nats_under(

@@ -11,11 +11,18 @@ what it is asked.
 """
 
 import hashlib
+import itertools
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Bool, Num
+
+KEY_DTYPE = np.dtype("S32")
+"""Of SHA-256 hashes; NumPy compares them byte by byte."""
 # With fewer groups on either side documents are held out one by one.
 _FEWEST = 3
 
@@ -45,54 +52,84 @@ def of_installed(directory: Path, paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def is_held_out(key: str, fraction: float) -> bool:
-    """Whether a hash falls below a share of the range of hashes."""
-    return int(key[:16], 16) < fraction * 2**64
+ALONE = -1
+"""Number of the group of a document that is its own."""
 
 
-def held_out_groups(sizes: Mapping[str, int], fraction: float) -> set[str]:
+def held_out_groups(
+    names: Num[np.ndarray, " groups"], sizes: Num[np.ndarray, " groups"], fraction: float
+) -> Bool[np.ndarray, " groups"]:
     """Groups to hold out, about a share of the text.
 
     They are taken in the order of their hashes until they have that share. A group with more than
     half of it stays in training: packages differ in size by orders of magnitude, and one of them
     must not be all that is held out.
 
-    >>> sizes = {f"package {number}": 100 for number in range(40)}
-    >>> sorted(held_out_groups(sizes | {"a large one": 4000}, 0.05))
-    ['package 0', 'package 30', 'package 35', 'package 36']
+    >>> names = [hash_name(f"package {number}") for number in range(40)]
+    >>> sizes = np.array([100] * 40 + [4000])
+    >>> chosen = held_out_groups(np.array([*names, hash_name("a large one")]), sizes, 0.05)
+    >>> np.flatnonzero(chosen).tolist()
+    [0, 30, 35, 36]
 
     Args:
-        sizes: group -> bytes.
+        names: SHA-256 of the names.
+        sizes: bytes.
         fraction: share of all bytes to hold out.
 
     Returns:
-        The groups; none where fewer than three would be on either side.
+        Which of the groups; none where fewer than three would be on either side.
     """
-    left = fraction * sum(sizes.values())
-    largest, chosen = left / 2, set()
-    for group in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        if left <= 0:
-            break
-        if sizes[group] <= largest:
-            chosen.add(group)
-            left -= sizes[group]
-    return chosen if min(len(chosen), len(sizes) - len(chosen)) >= _FEWEST else set()
+    share = fraction * float(sizes.sum())
+    order = np.argsort(names, kind="stable")
+    fits = sizes[order] <= share / 2
+    taken = np.where(fits, sizes[order], 0)
+    chosen = np.zeros(len(names), bool)
+    chosen[order] = fits & (share - (np.cumsum(taken) - taken) > 0)
+    count = int(chosen.sum())
+    return chosen if min(count, len(names) - count) >= _FEWEST else np.zeros_like(chosen)
+
+
+def hash_name(name: str) -> bytes:
+    """The hash that puts groups in order."""
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
 
 
 def held_out_documents(
-    groups: Mapping[str, str], sizes: Mapping[str, int], fraction: float
-) -> tuple[frozenset[str], bool]:
+    keys: Num[np.ndarray, " documents"],
+    groups: Num[np.ndarray, " documents"],
+    sizes: Num[np.ndarray, " documents"],
+    names: Sequence[str],
+    fraction: float,
+) -> tuple[Bool[np.ndarray, " documents"], bool]:
     """Documents to hold out, and whether whole groups are.
 
     By groups where some document shares one and there are enough, else those whose own hash falls
     below the fraction, so that adding documents never moves another one.
 
     Args:
-        groups: hash of a document -> its group; that hash itself for one that is alone.
-        sizes: group -> bytes.
+        keys: SHA-256 of the documents, sorted.
+        groups: number of the group of each in `names`, or `ALONE`.
+        sizes: bytes of each.
+        names: of the groups.
         fraction: share to hold out.
     """
-    chosen = held_out_groups(sizes, fraction) if len(sizes) < len(groups) else set()
-    if chosen:
-        return frozenset(key for key, group in groups.items() if group in chosen), True
-    return frozenset(key for key in groups if is_held_out(key, fraction)), False
+    alone = np.asarray(groups == ALONE)
+    counts = np.bincount(groups[~alone], minlength=len(names))
+    if (counts > 1).any():
+        of_groups = np.bincount(groups[~alone], sizes[~alone], len(names)).astype(np.int64)
+        # A document that is alone is a group by the name of its hash.
+        own = (keys[i : i + 1].tobytes().hex() for i in np.flatnonzero(alone))
+        there = np.concatenate([counts > 0, np.ones(int(alone.sum()), bool)])
+        hashes = map(hash_name, itertools.chain(names, own))
+        hashes = np.fromiter(hashes, KEY_DTYPE, len(there))
+        every = np.concatenate([of_groups, sizes[alone]])
+        chosen = np.zeros(len(there), bool)
+        chosen[there] = held_out_groups(hashes[there], every[there], fraction)
+        if chosen.any():
+            held_out = np.zeros(len(keys), bool)
+            held_out[alone] = chosen[len(names) :]
+            held_out[~alone] = chosen[groups[~alone]]
+            return held_out, True
+    # The share of the range of the first eight bytes.
+    first = np.ndarray(len(keys), ">u8", keys, strides=(KEY_DTYPE.itemsize,))
+    return first < math.ceil(fraction * 2**64), False

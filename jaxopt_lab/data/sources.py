@@ -1,4 +1,4 @@
-"""Where documents come from: Python source, text files, prepared TFDS directories, mixtures."""
+"""Where documents come from: Python source, text files, mixtures; `prepared` has the others."""
 
 import fnmatch
 import glob
@@ -12,10 +12,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from jaxopt_lab.data import groups
 from jaxopt_lab.data.decoding import decode, printable
+from jaxopt_lab.data.documents import Document, encodable
+from jaxopt_lab.data.prepared import PreparedTfds, PreparedTokens
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 # The standard library's own tests are generated tables for a good part; installed packages may
@@ -23,15 +25,6 @@ _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 _NOT_STDLIB = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
-
-
-class Document(NamedTuple):
-    """One document: a name for people, and its text."""
-
-    name: str
-    text: str
-    replaced: int = 0  # sequences of bytes that were no text, each a replacement character now
-    group: str = ""  # of what stays on one side of a split, see `groups`; empty: itself
 
 
 @dataclass(frozen=True)
@@ -49,6 +42,14 @@ class PythonSource:
     def name(self) -> str:
         """Short name for tables and manifests."""
         return "python:" + "+".join(_short(root) for root in self.roots)
+
+    def files(self) -> Iterator[Path]:
+        """Yields the files that decide the documents and their groups."""
+        for root in self.roots:
+            for label, directory, skip in _python_trees(root):
+                yield from _python_paths(directory, skip)
+                if label == "site-packages":
+                    yield from sorted(directory.glob("*.dist-info/RECORD"))
 
     def documents(self) -> Iterator[Document]:
         """Yields the documents, sorted by path within each root.
@@ -118,6 +119,10 @@ class TextFiles:
         """Short name for tables and manifests."""
         return "text:" + "+".join(_short(path) for path in self.paths)
 
+    def files(self) -> Iterator[Path]:
+        """Yields the files that decide the documents."""
+        yield from self._files()
+
     def documents(self) -> Iterator[Document]:
         """Yields the documents, sorted by path, rows of a jsonl file in order.
 
@@ -174,7 +179,7 @@ class TextFiles:
                     f"TextFiles: {where}: wanted an object with a string in the field "
                     f"{self.text_field!r}, got {_describe_row(fields)}"
                 )
-            yield Document(f"{printable(path)}:{line}", _encodable(text), decoded.replaced)
+            yield Document(f"{printable(path)}:{line}", encodable(text), decoded.replaced)
 
 
 def _matches(pattern: str) -> Iterator[Path]:
@@ -229,70 +234,6 @@ def _text_suffix(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class PreparedTfds:
-    """A dataset that TensorFlow Datasets has already prepared, in array_record format."""
-
-    directory: str = ""
-    """The prepared version: `<data_dir>/<name>/[<config>/]<version>`."""
-    text_field: str = "text"
-    """The feature that holds the document."""
-    split: str = "train"
-    """Which rows to take, in TFDS notation (`train`, `train[:10%]`, `train+test`). Training and
-    validation documents are told apart by content, as for every other source."""
-
-    @property
-    def name(self) -> str:
-        """Short name for tables and manifests."""
-        path = Path(self.directory)
-        return f"tfds:{path.parent.name}/{path.name}"
-
-    def documents(self) -> Iterator[Document]:
-        """Yields the rows in the order of the prepared files.
-
-        Raises:
-            ValueError: the directory is no prepared array_record dataset, or has no such split
-                or feature.
-        """
-        rows = self._rows()
-        for index in range(len(rows)):
-            text = rows[index][self.text_field]
-            # Stored text comes back as bytes, TFDS's mocked data as str.
-            text = text.decode("utf-8", "replace") if isinstance(text, bytes) else _encodable(text)
-            yield Document(f"{self.name}/{self.split}:{index}", text)
-
-    def _rows(self) -> Any:
-        directory = Path(self.directory).expanduser()
-        for file in ("dataset_info.json", "features.json"):
-            if not (directory / file).is_file():
-                raise ValueError(
-                    f"PreparedTfds.directory: {str(directory)!r} is not a prepared dataset (it has "
-                    f"no {file}); give the version directory, <data_dir>/<name>/<version>"
-                )
-        import tensorflow_datasets as tfds
-
-        builder: Any = tfds.builder_from_directory(directory)
-        file_format = builder.info.file_format
-        if file_format is not tfds.core.FileFormat.ARRAY_RECORD:
-            raise ValueError(
-                f"PreparedTfds.directory: {str(directory)!r} is stored as {file_format}; only "
-                "array_record can be read without TensorFlow"
-            )
-        features = sorted(builder.info.features or {})
-        if self.text_field not in features:
-            raise ValueError(
-                f"PreparedTfds.text_field: {self.text_field!r} is not a feature of {directory}, "
-                f"which has {features}"
-            )
-        try:
-            return builder.as_data_source(split=self.split)
-        except ValueError as error:
-            raise ValueError(
-                f"PreparedTfds.split: {self.split!r} of {directory}, which has the splits "
-                f"{sorted(builder.info.splits)}: {error}"
-            ) from None
-
-
-@dataclass(frozen=True)
 class Mixture:
     """Several sources with sampling weights.
 
@@ -301,7 +242,7 @@ class Mixture:
     text, which holds the parts in their natural sizes.
     """
 
-    parts: tuple[PythonSource | TextFiles | PreparedTfds, ...] = ()
+    parts: tuple[PythonSource | TextFiles | PreparedTfds | PreparedTokens, ...] = ()
     weights: tuple[float, ...] = ()
     """One positive number per part; normalised to sum to one. None at all means equal ones."""
 
@@ -329,13 +270,14 @@ class Mixture:
         return "mixture(" + ", ".join(part.name for part in self.parts) + ")"
 
 
-SinglePart = PythonSource | TextFiles | PreparedTfds
+SinglePart = PythonSource | TextFiles | PreparedTfds | PreparedTokens
 Source = SinglePart | Mixture
 
 PARTS: dict[str, type[SinglePart]] = {
     "python-source": PythonSource,
     "text-files": TextFiles,
     "prepared-tfds": PreparedTfds,
+    "prepared-tokens": PreparedTokens,
 }
 VALIDATION = "validation"
 """Name of the set that every run evaluates: the held-out documents of its corpus."""
@@ -355,13 +297,13 @@ def part_from_text(text: str) -> SinglePart:
     name, _, argument = text.partition(":")
     if name not in PARTS:
         raise ValueError(
-            f"parts: got {text!r}, expected python-source:ROOT[,...], text-files:GLOB[,...] or "
-            "prepared-tfds:DIRECTORY"
+            f"parts: got {text!r}, expected python-source:ROOT[,...], text-files:GLOB[,...], "
+            "prepared-tfds:DIRECTORY or prepared-tokens:DIRECTORY"
         )
     kind = PARTS[name]
     if not argument:
         return kind()
-    if issubclass(kind, PreparedTfds):
+    if issubclass(kind, PreparedTfds | PreparedTokens):
         return kind(argument)
     return kind(tuple(argument.split(",")))
 
@@ -392,8 +334,3 @@ def sets_from_text(texts: Sequence[str]) -> dict[str, SinglePart | None]:
 def _short(path: str) -> str:
     """The telling end of a path or glob."""
     return "/".join(Path(path).parts[-2:])
-
-
-def _encodable(text: str) -> str:
-    """The text without lone surrogates, which JSON can spell and UTF-8 cannot."""
-    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,5 +1,6 @@
 """Byte-level tokenizers: every text has an encoding, and every token knows its bytes."""
 
+import functools
 import hashlib
 import os
 import re
@@ -176,6 +177,20 @@ class Tokenizer:
             return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
         encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+    def bytes_of(self, ids: Int[np.ndarray, " tokens"]) -> bytes:
+        """The bytes that token ids stand for; end-of-text stands for none."""
+        return b"".join(map(self._spellings.__getitem__, ids.tolist()))
+
+    @functools.cached_property
+    def _spellings(self) -> list[bytes]:
+        """The bytes of every token."""
+        byte_of = {spelled: byte for spelled, byte in _byte_vocabulary().items() if byte < 256}
+        spellings = [b""] * self.vocab_size
+        for token, index in self._model.get_vocab(with_added_tokens=True).items():
+            if index != self.end_of_text:
+                spellings[index] = bytes(map(byte_of.__getitem__, token))
+        return spellings
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """The text of token ids; bytes that are no UTF-8 become replacement characters."""

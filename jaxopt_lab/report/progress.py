@@ -12,6 +12,9 @@ from typing import TextIO
 _WINDOW_SECONDS = 20.0
 _REFRESHES_PER_SECOND = 4
 
+WAIT_WORTH_TELLING = 0.05
+"""Share of a step's time; a shorter wait for data is nobody's bottleneck."""
+
 
 class Progress:
     """The live line of a run.
@@ -149,7 +152,9 @@ class Progress:
             parts.append(f"eta {_duration((self.total_steps - step) / speed)}")
             if self._utilization:
                 parts.append(f"mfu {_percent(speed * self._utilization)}")
-            parts += [f"{_seconds(1 / speed)}/step", f"data {_percent(waited * speed)}"]
+            parts.append(f"{_seconds(1 / speed)}/step")
+            if waited * speed >= WAIT_WORTH_TELLING:
+                parts.append(f"data {_percent(waited * speed)}")
         if memory is not None:
             parts.append(f"memory {memory / 2**30:.1f} GiB")
         if speed and self._optimizer_share is not None:

@@ -199,6 +199,11 @@ class Loop:
         memory: Any = self._compiled.memory_analysis()
         return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
+    @property
+    def data_wait_share(self) -> float | None:
+        """Share of the time of this process's steps in which it waited for a batch."""
+        return self._meter.data_wait_share
+
     def _take_up(self, start: int) -> None:
         """What was measured at `start` is not measured again: the state is the same bit for bit."""
         logged = logged_at(self._run.directory, start)

@@ -75,6 +75,12 @@ class Meter:
         self._clock = clock
         self._since: float | None = None
         self._waited = 0.0
+        self._all_seconds, self._all_waited = 0.0, 0.0
+
+    @property
+    def data_wait_share(self) -> float | None:
+        """Share of the time of all steps in which the loop waited for a batch; None before any."""
+        return self._all_waited / self._all_seconds if self._all_seconds else None
 
     def begin(self) -> None:
         """A step begins: its time counts from here, unless one before it is still being timed."""
@@ -104,6 +110,8 @@ class Meter:
         self._since, self._waited = now, 0.0
         if since is None:
             return peak_memory()
+        self._all_seconds += now - since
+        self._all_waited += waited
         return {"step_seconds": now - since, "data_wait_seconds": waited, **peak_memory()}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxopt_lab import models
 from jaxopt_lab.report.figures import loss_figure
 from jaxopt_lab.report.files import write_json
-from jaxopt_lab.report.progress import error_of
+from jaxopt_lab.report.progress import WAIT_WORTH_TELLING, error_of
 from jaxopt_lab.report.schedule_figure import schedule_figure
 from jaxopt_lab.step import Adapted, TrainState, merged
 from jaxopt_lab.train.errors import TrainingError
@@ -45,6 +45,7 @@ def summary_of(
         "parameters": run.program.parameters,
         "seconds": round(seconds, 1),
         "optimizer_share_of_flops": optimizer_share(run.program),
+        "data_wait_share": loop.data_wait_share,
         "training_loss": loop.last_metrics.get("loss"),
         **_schedule_outcome(run, state, say),
         **loop.last_evaluation,
@@ -87,9 +88,22 @@ def write_report(run: Run, summary: Mapping[str, Any], say: Message) -> dict[str
         say(f"sample\n{sample['prompt']}\N{BLACK RIGHT-POINTING TRIANGLE}{sample['continuation']}")
     say(f"held-out loss {_held_out(summary)} after {summary['steps']} steps")
     say(_memory(summary))
+    if stalled := _stalled(summary["data_wait_share"]):
+        say(stalled)
     drawn = [FIGURE] if run.program.outcome is None else [FIGURE, SCHEDULE_FIGURE]
     say("\n".join(f"figure: {run.directory / figure}" for figure in drawn))
     return summary
+
+
+def _stalled(share: float | None) -> str | None:
+    """Says that steps waited for their batches, where it is worth a word.
+
+    >>> _stalled(0.234), _stalled(0.04), _stalled(None)
+    ('input is a bottleneck: steps waited for data 23 % of their time', None, None)
+    """
+    if share is None or share < WAIT_WORTH_TELLING:
+        return None
+    return f"input is a bottleneck: steps waited for data {100 * share:.0f} % of their time"
 
 
 def _memory(summary: Mapping[str, Any]) -> str:

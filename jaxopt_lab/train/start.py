@@ -52,7 +52,10 @@ def check(config: PretrainConfig, say: Message) -> None:
 
 
 def prepare_text(config: PretrainConfig, say: Message) -> Material:
-    """Opens what is learnt; process 0 first, so that the others find it in the cache."""
+    """Opens what is learnt; process 0 first, so that the others find it in the cache.
+
+    Where the cache is not shared, hosts may have prepared other text: they compare what they have.
+    """
     rows, leads = config.batch_size // config.accumulation, jax.process_index() == 0
 
     def opened() -> Material:
@@ -62,7 +65,11 @@ def prepare_text(config: PretrainConfig, say: Message) -> Material:
             return open_text(config, config.eval, rows, say, config.eval.sets)
 
     text = agreed(lambda: opened() if leads else None)
-    return agreed(lambda: opened() if text is None else text)
+    material = agreed(lambda: opened() if text is None else text)
+    is_text = isinstance(material, Text)
+    same = material.corpus.fingerprint() if is_text else {"hash": material.corpus.hash}
+    same_everywhere({"corpus": same})
+    return material
 
 
 def first_state(run: Run, say: Message) -> tuple[Run, TrainState, Position]:

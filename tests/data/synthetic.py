@@ -1,13 +1,14 @@
 """Small corpora for the tests of `data`."""
 
 import hashlib
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from jaxopt_lab.data import Corpus, CorpusPart, Tokenizer, TokenizerConfig, TokenSplit
-from jaxopt_lab.data.groups import is_held_out
 from jaxopt_lab.data.tokenizer import make_tokenizer
 
 WORDS = "alpha beta gamma delta Straße naïve 数据 def return\n    x = 0x1f\n".split(" ")
@@ -26,8 +27,21 @@ def write_texts(directory: Path, documents: Sequence[str]) -> Path:
     return directory
 
 
+def make_settled(directory: Path) -> Path:
+    """As if the files had been written some time ago: others are read at every start."""
+    long_ago = time.time() - 1000
+    for path in directory.iterdir():
+        os.utime(path, (long_ago, long_ago))
+    return directory
+
+
 def key_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_held_out(key: str, fraction: float) -> bool:
+    """Whether a hash falls below a share of the range of hashes: the rule for single documents."""
+    return int(key[:16], 16) < fraction * 2**64
 
 
 def held_out(documents: Sequence[str], fraction: float) -> list[str]:

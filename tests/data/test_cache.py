@@ -1,5 +1,6 @@
 import fcntl
 import json
+import shutil
 import threading
 import time
 
@@ -74,6 +75,37 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     (tmp_path / ".other-abc").mkdir()
     _open(tmp_path / "key", [])
     assert sorted(p.name for p in tmp_path.iterdir()) == [".other-abc", "key", "key.lock"]
+
+
+def test_leftovers_of_other_entries_go_unless_they_are_at_work(tmp_path):
+    for name in ("dead", "alive"):
+        (tmp_path / f".{name}-abc").mkdir()
+        (tmp_path / f"{name}.lock").touch()
+    with open(tmp_path / "alive.lock", "r+b") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        _open(tmp_path / "key", [])
+    assert [path.name for path in tmp_path.glob(".*")] == [".alive-abc"]
+
+
+def test_an_intact_entry_that_does_not_fit_is_built_again(tmp_path):
+    calls, messages = [], []
+    _open(tmp_path / "key", calls)
+    for fits in (True, False):
+        cache.open_or_build(
+            tmp_path / "key", _writer(calls), messages.append, lambda manifest, fits=fits: fits
+        )
+    assert len(calls) == 2 and not messages
+
+
+def test_a_copy_of_the_cache_is_compared_by_its_hash(tmp_path):
+    calls = []
+    _open(tmp_path / "key", calls)
+    shutil.copytree(tmp_path / "key", tmp_path / "copy")
+    _open(tmp_path / "copy", calls)
+    assert len(calls) == 1
+    (tmp_path / "copy" / "sub" / "file").write_text("Content")
+    _open(tmp_path / "copy", calls)
+    assert len(calls) == 2
 
 
 def test_concurrent_openers_build_once(tmp_path):

@@ -1,3 +1,4 @@
+import itertools
 import os
 import shutil
 import subprocess
@@ -17,13 +18,15 @@ from jaxopt_lab.data import (
     TextFiles,
     TokenizerConfig,
     list_corpora,
+    pace,
     preparation,
     prepare,
     train_batches,
 )
-from jaxopt_lab.data.groups import is_held_out
-from jaxopt_lab.data.preparation import scan_documents, store_documents
-from tests.data.synthetic import held_out, key_of, texts, write_texts
+from jaxopt_lab.data.groups import ALONE, KEY_DTYPE, held_out_documents
+from jaxopt_lab.data.preparation import Encoded
+from jaxopt_lab.data.scans import scan_documents, store_documents
+from tests.data.synthetic import held_out, is_held_out, key_of, make_settled, texts, write_texts
 
 DOCUMENTS = texts(60)
 FRACTION = 0.2
@@ -47,7 +50,7 @@ def prepared(tmp_path_factory):
     """A BPE corpus of 60 documents, two duplicates and an empty one, and where it was made."""
     root = tmp_path_factory.mktemp("corpus")
     extra = [DOCUMENTS[3], DOCUMENTS[3], ""]
-    write_texts(root / "text", [*DOCUMENTS, *extra])
+    make_settled(write_texts(root / "text", [*DOCUMENTS, *extra]))
     return _prepare(TextFiles((str(root / "text"),)), root / "cache", SMALL), root
 
 
@@ -142,15 +145,21 @@ def test_the_tokenizer_sees_training_documents_only(prepared, tmp_path):
     assert other.tokenizer.hash == corpus.tokenizer.hash
 
 
+def _chosen_alone(keys, fraction):
+    """Which of some documents are held out, each for itself."""
+    columns = np.asarray([bytes.fromhex(key) for key in keys], KEY_DTYPE)
+    alone, sizes = np.full(len(keys), ALONE), np.ones(len(keys), int)
+    return held_out_documents(columns, alone, sizes, [], fraction)[0]
+
+
 @given(
     keys=st.lists(st.text().map(key_of), min_size=1),
-    fractions=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    fractions=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),
 )
 def test_a_larger_fraction_only_adds_to_the_validation_documents(keys, fractions):
-    smaller, larger = sorted(fractions)
-    for key in keys:
-        assert not is_held_out(key, 0.0)
-        assert is_held_out(key, smaller) <= is_held_out(key, larger)
+    smaller, larger = (_chosen_alone(keys, fraction) for fraction in sorted(fractions))
+    assert not _chosen_alone(keys, 0.0).any()
+    assert (smaller <= larger).all()
 
 
 def test_adding_documents_moves_no_other_document(prepared, tmp_path):
@@ -163,29 +172,29 @@ def test_adding_documents_moves_no_other_document(prepared, tmp_path):
 
 
 def test_the_share_of_validation_documents():
-    share = np.mean([is_held_out(key_of(str(i)), 0.2) for i in range(2000)])
+    share = _chosen_alone([key_of(str(i)) for i in range(2000)], 0.2).mean()
     assert abs(share - 0.2) < 0.03
 
 
 def test_long_work_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(preparation, "_REPORT_BYTES", 1)
+    monkeypatch.setattr(pace, "SECONDS", 0.0)
     source = TextFiles((str(write_texts(tmp_path / "text", DOCUMENTS)),))
     messages = []
     _prepare(source, tmp_path, SMALL, on_progress=messages.append)
-    starts = [message.split()[0] for message in messages]
-    wanted = ["reading", "60", "storing", "training", "encoding", "encoded", "encoded"]
-    assert starts == wanted, messages
+    about = [message.removeprefix(f"{source.name}: ").split()[0] for message in messages]
+    stages = [word for word, _ in itertools.groupby(about)]
+    reading = ["reading", "read", "storing", "stored", "60", "training", "read"]
+    assert stages == [*reading, "encoding", "encoded", "looked", "encoded"], messages
 
 
 def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path):
     class Wide:
         vocab_size, end_of_text = 70_000, 69_999
 
-        def encode_batch(self, batch):
-            return [np.asarray([66_000]) for _ in batch]
-
     writer = preparation._SplitWriter(tmp_path, "train", Wide())  # pyright: ignore[reportArgumentType]
-    writer.write(iter(["text"]), lambda message: None)
+    document = Encoded(b"key", np.asarray([66_000]), 4)
+    counts = writer.write([document], pace.Pace("encoded", lambda message: None))
+    assert np.flatnonzero(counts).tolist() == [66_000, 69_999]
     assert np.fromfile(tmp_path / "train.tokens", np.int32).tolist() == [66_000, 69_999]
 
 
@@ -323,12 +332,16 @@ def test_corpora_without_documents_on_one_side(tmp_path):
             _prepare(one, tmp_path, fraction=fraction)
 
 
-def test_files_that_vanish_between_the_passes_are_reported(tmp_path):
+def test_files_that_vanish_before_they_are_stored_again_are_reported(tmp_path):
     directory = write_texts(tmp_path / "text", DOCUMENTS[:5])
-    (scan,) = scan_documents([TextFiles((str(directory),))], 0.0, lambda message: None)
+    silent = lambda message: None  # noqa: E731
+    (scan,) = scan_documents([TextFiles((str(directory),))], 0.0, tmp_path, silent)
     next(directory.iterdir()).unlink()
-    with pytest.raises(ValueError, match="changed while they were read: 1 documents are gone"):
-        store_documents(tmp_path, scan, 0.0, lambda message: None)
+    assert store_documents(tmp_path, scan, [], silent) == scan.documents
+    shutil.rmtree(scan.documents)
+    with pytest.raises(ValueError, match="changed while they were read"):
+        store_documents(tmp_path, scan, [], silent)
+    assert not scan.documents.exists()
 
 
 _CONCURRENT = """

@@ -1,8 +1,20 @@
+import collections
+
 import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxopt_lab.data import PythonSource, TextFiles, TokenizerConfig, prepare
-from jaxopt_lab.data.groups import held_out_documents, held_out_groups, of_installed
-from tests.data.synthetic import texts
+from jaxopt_lab.data.groups import (
+    ALONE,
+    KEY_DTYPE,
+    hash_name,
+    held_out_documents,
+    held_out_groups,
+    of_installed,
+)
+from tests.data.synthetic import is_held_out, key_of, texts
 
 BYTES = TokenizerConfig("bytes")
 
@@ -71,18 +83,64 @@ def test_files_of_a_distribution_belong_together(tmp_path):
 
 
 def test_the_share_of_the_text_is_kept_where_packages_differ_in_size():
-    sizes = {f"package {i}": int(1000 * 1.05**i) for i in range(200)}
+    sizes = (1000 * 1.05 ** np.arange(200)).astype(int)
+    names = np.asarray([hash_name(f"package {i}") for i in range(200)], KEY_DTYPE)
     for fraction in (0.02, 0.05, 0.2):
-        chosen = held_out_groups(sizes, fraction)
-        share = sum(sizes[group] for group in chosen) / sum(sizes.values())
+        share = sizes[held_out_groups(names, sizes, fraction)].sum() / sizes.sum()
         assert fraction <= share < 1.5 * fraction
-    assert held_out_groups(sizes, 0.0) == set()
+    assert not held_out_groups(names, sizes, 0.0).any()
 
 
 def test_documents_that_are_alone_are_chosen_by_their_own_hash():
-    keys = {f"{i:016x}" for i in range(0, 2**64, 2**58)}
-    out, by_group = held_out_documents({key: key for key in keys}, dict.fromkeys(keys, 1), 0.25)
-    assert not by_group and out == {f"{i:016x}" for i in range(0, 2**62, 2**58)}
+    keys = [f"{i:016x}" for i in range(0, 2**64, 2**58)]
+    columns = np.asarray([bytes.fromhex(key) for key in keys], KEY_DTYPE)
+    alone, sizes = np.full(len(keys), ALONE), np.ones(len(keys), int)
+    out, by_group = held_out_documents(columns, alone, sizes, [], 0.25)
+    assert not by_group and out.tolist() == [is_held_out(key, 0.25) for key in keys]
+    assert out.sum() == 16
+
+
+def _reference(groups, sizes, fraction):
+    """Which documents are held out, one group after another: {key: group}, {group: bytes}."""
+    left = fraction * sum(sizes.values())
+    largest, chosen = left / 2, set()
+    for group in sorted(sizes, key=hash_name):
+        if left > 0 and sizes[group] <= largest:
+            chosen.add(group)
+            left -= sizes[group]
+    if len(sizes) < len(groups) and min(len(chosen), len(sizes) - len(chosen)) >= 3:
+        return {key for key, group in groups.items() if group in chosen}, True
+    return {key for key in groups if is_held_out(key, fraction)}, False
+
+
+def _agree(documents, fraction):
+    """Compares columns with the reference; documents are (group or `ALONE`, bytes)."""
+    names = [f"package {i}" for i in range(13)]
+    rows = sorted((key_of(str(i)), *pair) for i, pair in enumerate(documents))
+    groups = {key: names[group] if group != ALONE else key for key, group, _ in rows}
+    bytes_of = collections.Counter()
+    for key, _, size in rows:
+        bytes_of[groups[key]] += size
+    keys, numbers, sizes = zip(*rows, strict=True)
+    keys = np.asarray([bytes.fromhex(key) for key in keys], KEY_DTYPE)
+    out, by_group = held_out_documents(
+        keys, np.asarray(numbers), np.asarray(sizes), names, fraction
+    )
+    chosen = {keys[i : i + 1].tobytes().hex() for i in np.flatnonzero(out)}
+    assert (chosen, by_group) == _reference(groups, bytes_of, fraction)
+
+
+@given(
+    st.lists(st.tuples(st.integers(ALONE, 12), st.integers(1, 1000)), min_size=1, max_size=60),
+    st.sampled_from([0.0, 0.05, 0.2, 0.5, 0.99]),
+)
+def test_columns_give_what_one_document_after_another_gives(documents, fraction):
+    _agree(documents, fraction)
+
+
+@pytest.mark.parametrize("large", range(13))
+def test_a_group_of_exactly_half_the_share_may_be_held_out(large):
+    _agree([(group, 20 if group == large else 5) for group in range(13)] * 2, 0.5)
 
 
 def test_python_files_have_groups(tmp_path):

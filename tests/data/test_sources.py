@@ -3,11 +3,13 @@ import json
 import site
 import sysconfig
 
+import numpy as np
 import pytest
 
 from jaxopt_lab.data import Mixture, PreparedTfds, PythonSource, TextFiles
+from jaxopt_lab.data import prepared as prepared_sources
 from jaxopt_lab.data.builder import read_documents, write_documents
-from jaxopt_lab.data.sources import Document
+from jaxopt_lab.data.documents import StoredDocument
 from tests.data.synthetic import key_of, texts
 
 
@@ -130,50 +132,63 @@ def test_a_mixture_needs_parts():
         Mixture((), ())
 
 
+def _stored(documents):
+    """Rows of the store, in the order of their keys."""
+    rows = [(key_of(text), f"doc {i}", text) for i, text in enumerate(documents)]
+    return [
+        StoredDocument(bytes.fromhex(key), name, text.encode()) for key, name, text in sorted(rows)
+    ]
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A directory that TFDS prepared, and its documents."""
     directory = tmp_path_factory.mktemp("tfds")
     documents = texts(20)
-    rows = [(key_of(text), Document(f"doc {i}", text)) for i, text in enumerate(documents)]
-    write_documents(directory, {"train": rows[:15], "test": rows[15:]})
+    write_documents(directory, _stored(documents))
     return directory, documents
 
 
 def test_stored_documents_come_back_in_the_order_of_their_keys(prepared):
     directory, documents = prepared
-    found = list(read_documents(directory, "train"))
-    assert found == sorted((key_of(text), text) for text in documents[:15])
-    assert list(read_documents(directory, "absent")) == []
+    wanted = _stored(documents)
+    assert list(read_documents(directory)) == wanted
+    assert list(read_documents(directory, np.asarray([1, 7]))) == [wanted[1], wanted[7]]
 
 
 def test_storing_is_silent(tmp_path, capfd):
-    write_documents(tmp_path, {"train": [("k", Document("name", "text"))]})
+    write_documents(tmp_path, _stored(["text"]))
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_prepared_dataset_is_a_source(prepared):
     directory, documents = prepared
-    version = str(directory / "text_documents" / "1.0.0")
-    found = {document.text for document in PreparedTfds(version).documents()}
-    assert found == set(documents[:15])
-    everything = PreparedTfds(version, split="train+test")
-    assert {document.text for document in everything.documents()} == set(documents)
-    names = PreparedTfds(version, text_field="name", split="test").documents()
-    assert {document.text for document in names} == {f"doc {i}" for i in range(15, 20)}
+    version = str(directory / "text_documents" / "2.0.0")
+    wanted = [row.content.decode() for row in _stored(documents)]
+    source = PreparedTfds(version, split="documents")
+    assert [document.text for document in source.documents()] == wanted
+    first = PreparedTfds(version, split="documents[:5]+documents[15:]")
+    assert [document.text for document in first.documents()] == wanted[:5] + wanted[15:]
+    names = PreparedTfds(version, text_field="name", split="documents").documents()
+    assert {document.text for document in names} == {f"doc {i}" for i in range(20)}
 
 
 def test_mocked_rows_hold_str(monkeypatch):
+    class Rows(list):
+        def __getitems__(self, numbers):
+            return [self[number] for number in numbers]
+
     source = PreparedTfds("/data/mocked/1.0.0")
-    monkeypatch.setattr(PreparedTfds, "_rows", lambda self: [{"text": "str"}, {"text": b"bytes"}])
+    rows = Rows([{"text": "str"}, {"text": b"bytes"}])
+    monkeypatch.setattr(prepared_sources, "_rows", lambda *arguments: rows)
     assert [document.text for document in source.documents()] == ["str", "bytes"]
 
 
 def test_wrong_fields_of_a_prepared_dataset(prepared):
-    version = prepared[0] / "text_documents" / "1.0.0"
+    version = prepared[0] / "text_documents" / "2.0.0"
     with pytest.raises(ValueError, match=r"text_field: 'body' is not a feature of .*'text'"):
         list(PreparedTfds(str(version), text_field="body").documents())
-    with pytest.raises(ValueError, match=r"split: 'dev' of .* splits \['test', 'train'\]"):
+    with pytest.raises(ValueError, match=r"split: 'dev' of .* splits \['documents'\]"):
         list(PreparedTfds(str(version), split="dev").documents())
     with pytest.raises(ValueError, match="is not a prepared dataset"):
         list(PreparedTfds(str(version.parent)).documents())

@@ -1,5 +1,7 @@
 import io
 
+import pytest
+
 from jaxopt_lab.report import Progress
 
 
@@ -35,7 +37,7 @@ def test_speed_and_remaining_time():
     run(progress, clock, range(1, 101), 0.5)
     assert progress.steps_per_second() == 2.0
     assert stream.getvalue().splitlines()[-1] == (
-        "step 100/1000  loss 2.0000  rate 1.00e-03  16k tokens/s  eta 7:30  500 ms/step  data 0.0 %"
+        "step 100/1000  loss 2.0000  rate 1.00e-03  16k tokens/s  eta 7:30  500 ms/step"
     )
 
 
@@ -52,6 +54,16 @@ def test_what_the_run_measures_of_itself():
         "memory 3.0 GiB  optimizer 7.0 %"
     )
     assert stream.getvalue().splitlines()[0] == "step 1/100  loss 2.0000  memory 3.0 GiB"
+
+
+@pytest.mark.parametrize(("wait", "told"), [(0.049, False), (0.051, True)])
+def test_a_short_wait_for_data_is_not_shown(wait, told):
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(100, stream=stream, interval=0.0, clock=clock)
+    for step in range(1, 4):
+        clock.now += 1.0
+        progress.update(step, loss=2.0, data_wait=wait)
+    assert ("  data " in stream.getvalue().splitlines()[-1]) == told
 
 
 def test_an_evaluation_does_not_count_as_training_time():

@@ -1,11 +1,14 @@
 """Two processes that are asked to stop, to save, or that were started in different ways."""
 
+import json
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
+import jax
 import pytest
 
 from jaxopt_lab import cli
@@ -13,6 +16,8 @@ from jaxopt_lab.data import prepare
 from jaxopt_lab.train.config.optimizers import AdamWConfig
 from jaxopt_lab.train.config.sections import CheckpointConfig, EvalConfig, MeshConfig
 from jaxopt_lab.train.config.serialize import to_json
+from jaxopt_lab.train.dist import agreement
+from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.io.checkpoints import committed_steps
 from tests.train.test_processes import free_port, start_two
 from tests.train.tiny_run import tiny_config, write_text
@@ -90,6 +95,51 @@ def test_what_one_process_was_told_otherwise_ends_both(tmp_path, settings, chang
     assert [first.returncode, second.returncode] == [2, 2], "\n".join(outputs)
     assert all(named in output for output in outputs)
     assert not (tmp_path / "run").exists()
+
+
+def test_hosts_with_other_text_are_named(monkeypatch):
+    told = ["host-a", {"corpus.hash": "abc", "corpus.splits.train.tokens": 7}]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(agreement, "gather", lambda text: [json.dumps(told), text])
+    monkeypatch.setattr(socket, "gethostname", lambda: "host-b")
+    mine = {"hash": "abc", "splits": {"train": {"tokens": 7}}}
+    agreement.same_everywhere({"corpus": mine})
+    mine["splits"]["train"]["tokens"] = 6
+    with pytest.raises(ConfigError) as error:
+        agreement.same_everywhere({"corpus": mine})
+    assert str(error.value) == (
+        "corpus.splits.train.tokens: got 6, on process 1, expected 7, which process 0 has "
+        "(on the hosts host-b and host-a)"
+    )
+
+
+_OF_ITS_OWN = """
+import os, sys
+number = sys.argv[sys.argv.index("--distributed.process-id") + 1]
+os.chdir("host" + number)
+os.environ["JAXOPT_LAB_CACHE"] = "cache"
+from jaxopt_lab import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_processes_with_other_text_end_with_one_line_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(2):
+        write_text(tmp_path / f"host{number}" / "text")
+    (tmp_path / "host1" / "text" / "more.txt").write_text("what the other host does not have")
+    config = tiny_config("text", None, steps=2, mesh=MESHES["data"])
+    (tmp_path / "config.json").write_text(to_json(config))
+    program = "-c", _OF_ITS_OWN, "pretrain"
+    processes = start_two(str(tmp_path / "config.json"), tmp_path / "run", program=program)
+    outputs = ended(processes)
+    assert [process.returncode for process in processes] == [2, 2], "\n".join(outputs)
+    for output in outputs:
+        (line,) = (line for line in output.splitlines() if "corpus.hash: got" in line)
+        assert "on process 1, expected" in line and f"on the hosts {socket.gethostname()}" in line
+        assert "Traceback" not in output
 
 
 @pytest.mark.slow

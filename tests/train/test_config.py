@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optax.contrib import MuonDimensionNumbers
 
-from jaxopt_lab.data import CORPORA, Mixture, PreparedTfds, PythonSource, TextFiles
+from jaxopt_lab.data import CORPORA, Mixture, PreparedTfds, PreparedTokens, PythonSource, TextFiles
 from jaxopt_lab.models import PRESETS, DecoderConfig, abstract_params, roles
 from jaxopt_lab.train.arguments import parse_config
 from jaxopt_lab.train.config.bounds import Count, check_bounds
@@ -48,6 +48,7 @@ CORPUS_EXAMPLES = {
     "python-source": PythonSource(("stdlib", "/src")),
     "text-files": TextFiles(("a/*.txt", "b.md")),
     "prepared-tfds": PreparedTfds("/data", text_field="body"),
+    "prepared-tokens": PreparedTokens("/data", tokens_field="ids"),
     "mixture": Mixture((PythonSource(), TextFiles(("a",))), (3.0, 1.0)),
 }
 

@@ -40,6 +40,8 @@ def test_a_step_lasts_from_one_reading_to_the_next_without_what_lies_between():
     meter.pause()
     clock.now += 100.0  # an evaluation
     assert [step(1.0), step(1.5)] == [1.0, 1.5]
+    assert meter.data_wait_share == 0.25 / (1.0 + 0.75 + 2.0 + 1.0 + 1.5)
+    assert Meter(clock).data_wait_share is None
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,11 @@ def test_every_step_is_measured(measured):
     flops = 4 * 16 * models.flops_per_token(config.model)
     for row in stated:
         assert row["mfu"] == pytest.approx(flops / row["step_seconds"] / 1e9)
+    summary = json.loads(Path(config.run_directory, "summary.json").read_text())
+    waited, seconds = (
+        sum(row[f"{name}_seconds"] for row in stated) for name in ("data_wait", "step")
+    )
+    assert summary["data_wait_share"] == pytest.approx(waited / seconds)
     manifest = json.loads(Path(config.run_directory, "manifest.json").read_text())
     assert manifest["sessions"][0]["peak"] == {"tflops": 1e-3, "source": "stated"}
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -87,24 +88,27 @@ def from_first(work: Callable[[], Any]) -> Any:
 
 
 def same_everywhere(settings: Mapping[str, Any]) -> None:
-    """Refuses to start if processes were given different settings.
+    """Refuses to start if processes were given different settings, or have different text.
 
     Args:
       settings: JSON values by name, sections as mappings.
 
     Raises:
-      ConfigError: On all processes alike; names a setting that differs, and two of its values.
+      ConfigError: On all processes alike; names a setting that differs, two of its values, and the
+        hosts that have them.
     """
     if jax.process_count() == 1:
         return
-    first, *others = [json.loads(text) for text in gather(json.dumps(_flat(settings)))]
-    for process, other in enumerate(others, start=1):
+    told = gather(json.dumps([socket.gethostname(), _flat(settings)]))
+    (host, first), *others = [json.loads(text) for text in told]
+    for process, (its_host, other) in enumerate(others, start=1):
         for name in sorted(first | other):
             here, there = first.get(name), other.get(name)
             if here != there:
                 leave_last()
+                where = f"which process 0 has (on the hosts {its_host} and {host})"
                 raise ConfigError(
-                    name, there, f"on process {process}, expected {here!r}, which process 0 has"
+                    name, there, f"on process {process}, expected {here!r}, {where}"
                 )
 
 
