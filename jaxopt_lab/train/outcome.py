@@ -88,7 +88,8 @@ def write_report(run: Run, summary: Mapping[str, Any], say: Message) -> dict[str
     say(f"held-out loss {_held_out(summary)} after {summary['steps']} steps")
     say(_memory(summary))
     drawn = [FIGURE] if run.program.outcome is None else [FIGURE, SCHEDULE_FIGURE]
-    say("\n".join(f"figure: {run.directory / figure}" for figure in drawn))
+    place = run.checkpoints.run_directory
+    say("\n".join(f"figure: {place / figure}" for figure in drawn))
     return summary
 
 
