@@ -13,6 +13,7 @@ from jaxopt_lab.bench import shapes
 from jaxopt_lab.bench.methods import DEFAULT_METHODS
 from jaxopt_lab.bench.optimizers import run_optimizers
 from jaxopt_lab.report.progress import to_stderr
+from jaxopt_lab.report.storage import local
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -250,7 +250,7 @@ def test_text_and_adapters(store, tmp_path, monkeypatch):
 
     params = {"layer": {"kernel": jax.numpy.ones((4, 6))}}
     spec = lora.resolve(lora.LoraConfig(rank=2), params)
-    adapters = lora.init(spec, params, jax.random.key(0))
+    adapters = lora.init(jax.random.key(0), spec, params)
     lora.save("gs://bucket/adapter", adapters, spec, base=params)
     found, _ = lora.load("gs://bucket/adapter", params)
     jax.tree.map(np.testing.assert_array_equal, found, adapters)

@@ -39,7 +39,7 @@ def only_launcher(directory: Path, say: Message) -> Iterator[Callable[[], None]]
       say: Receives lines of plain text.
 
     Returns:
-      A function that raises CheckpointError if the lease was lost.
+      A function that raises CheckpointError if the lease was lost, or OSError if nobody can tell.
 
     Raises:
       ConfigError: If a launcher that is alive holds it; names that process.
@@ -50,7 +50,8 @@ def only_launcher(directory: Path, say: Message) -> Iterator[Callable[[], None]]
 
     def beat() -> None:
         while not ended.wait(_BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # the next one may succeed
+            # The next one may succeed; that the lease is lost is said where it matters.
+            with contextlib.suppress(OSError, CheckpointError):
                 lease.beat()
 
     thread = threading.Thread(target=beat, daemon=True)
@@ -76,20 +77,20 @@ class _Lease:
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             "beat": 0,
         }
-        self._lost: str | None = None
 
     def acquire(self, say: Message) -> None:
-        while not storage.create(self._path, self._content()):
-            if (found := self._read()) is not None:
+        taken_over = False
+        while (found := self._read()) is not None or not storage.create(
+            self._path, self._content()
+        ):
+            if found is not None:
                 self._watch(found, say)
                 storage.delete_below(self._path)
-                say(f"{_named(found)} has died: its lease is taken over")
-                with storage.asking(self._path):
-                    self._path.write_bytes(self._content())
-                time.sleep(_SETTLE_SECONDS)
-                if not self._is_ours(found := self._read()):
-                    raise self._refusal(found)
-                return
+                taken_over = True
+        if taken_over:
+            time.sleep(_SETTLE_SECONDS)
+            if not self._is_ours(found := self._read()):
+                raise self._refusal(found)
 
     def _watch(self, found: dict[str, Any], say: Message) -> None:
         """Returns once the lease has not changed for a while."""
@@ -105,19 +106,18 @@ class _Lease:
                 return
             if now != found:
                 raise self._refusal(now)
+        say(f"{_named(found)} has died: its lease is taken over")
 
     def beat(self) -> None:
-        if not self._is_ours(found := self._read()):
-            self._lost = _named(found)
-            return
+        self.check()
         self._about["beat"] += 1
         with storage.asking(self._path):
             self._path.write_bytes(self._content())
 
     def check(self) -> None:
-        if self._lost is not None:
+        if not self._is_ours(found := self._read()):
             raise CheckpointError(
-                f"{self._directory}: {self._lost} has taken over the lease; this run commits "
+                f"{self._directory}: {_named(found)} has taken over the lease; this run commits "
                 "nothing more"
             )
 
