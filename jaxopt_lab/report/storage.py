@@ -60,6 +60,8 @@ def path_of(name: AnyPath) -> Path:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) or text.startswith("gs:/"):
             raise StorageError(f"{text}: expected a local path or gs://BUCKET/PATH")
         return Path(name)
+    # Or etils, and orbax with it, takes TensorFlow's client where that happens to be installed.
+    os.environ.setdefault("EPATH_USE_TF", "false")
     _reach(text)
     from etils import epath
 
