@@ -11,6 +11,7 @@ import io
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 from etils.epath import backend
@@ -72,7 +73,9 @@ class Store(AbstractFileSystem):
         if mode == "create" and file.exists():
             raise FileExistsError(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(value)
+        whole = self.root.parent / f"upload-{threading.get_ident()}"
+        whole.write_bytes(value)
+        whole.replace(file)  # readers see all of it or nothing
 
     def cp_file(self, path1, path2, **options):
         self._writing("copy", path2)

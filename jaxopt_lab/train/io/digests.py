@@ -101,6 +101,11 @@ def _files(path: Path) -> list[str]:
     return [name for name in files_below(path) if "/" in name or not is_ours(name)]
 
 
+def is_digests(name: str) -> bool:
+    """Whether a file holds the digests of a process."""
+    return _NAME.fullmatch(name) is not None
+
+
 def is_ours(name: str) -> bool:
     """Whether a file is not orbax's."""
     return name.startswith("_DIGESTS-") or name in (FINITE, NOT_FINITE)

@@ -26,6 +26,8 @@ _BEAT_SECONDS = 10.0
 _WATCH_SECONDS, _POLL_SECONDS = 3 * _BEAT_SECONDS, 1.0
 # Of two that take over the same lease at the same time, the later one has written by then.
 _SETTLE_SECONDS = 3.0
+# A beat that is under way would bring the lease back.
+_LAST_BEAT_SECONDS = 60.0
 
 Message = Callable[[str], None]
 
@@ -60,7 +62,7 @@ def only_launcher(directory: Path, say: Message) -> Iterator[Callable[[], None]]
         yield lease.check
     finally:
         ended.set()
-        thread.join(_BEAT_SECONDS)
+        thread.join(_LAST_BEAT_SECONDS)
         with contextlib.suppress(OSError):
             lease.release()
 
@@ -129,10 +131,12 @@ class _Lease:
         """What the lease says; None where there is none."""
         try:
             with storage.asking(self._path):
-                found = json.loads(self._path.read_bytes())
+                content = self._path.read_bytes()
         except FileNotFoundError:
             return None
-        except ValueError:
+        try:
+            found = json.loads(content)
+        except ValueError:  # written by something else
             return {}
         return found if isinstance(found, dict) else {}
 

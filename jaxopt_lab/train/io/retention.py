@@ -12,6 +12,7 @@ from jaxopt_lab.train.io.digests import (
     FINITE,
     NOT_FINITE,
     held_out_loss,
+    is_digests,
     is_ours,
     is_sealed,
 )
@@ -33,8 +34,8 @@ def _is_complete(path: Path) -> bool:
     if not is_remote(path):
         return path.is_dir()
     names = names_in(path)
-    # Without that object but with ours, which come later, a checkpoint is damaged.
-    return _COMPLETE in names or any(map(is_ours, names))
+    # Without that object but with digests, which come later, a checkpoint is damaged.
+    return _COMPLETE in names or any(map(is_digests, names))
 
 
 def committed_steps(directory: Path) -> list[int]:
