@@ -59,8 +59,8 @@ def _run(arguments: list[str], sigterm_exit: int) -> int:
     verb, rest = arguments[0], arguments[1:]
     if verb not in _VERBS:
         return _fail(f"unknown verb {verb!r}, expected one of {', '.join(_VERBS)}", 2)
-    # Background threads of the checkpoint library log tracebacks of errors that we report.
-    for name in ("absl", "asyncio"):
+    # The libraries for checkpoints and object storage log tracebacks of errors that we report.
+    for name in ("absl", "asyncio", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.formatwarning = lambda message, *rest, **options: f"jaxopt-lab: warning: {message}\n"
     os.environ.setdefault("PJRT_NPROC", str(max(_CPU_THREADS, os.cpu_count() or 1)))

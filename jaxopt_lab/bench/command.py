@@ -5,7 +5,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from jaxopt_lab.bench import shapes
 from jaxopt_lab.bench.methods import DEFAULT_METHODS
 from jaxopt_lab.bench.optimizers import run_optimizers
 from jaxopt_lab.report.progress import to_stderr
+from jaxopt_lab.report.storage import local
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -299,4 +299,4 @@ def _add_verb(verbs: Any, name: str, description: str) -> argparse.ArgumentParse
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    parser.add_argument("--json", type=local, metavar="FILE", help="also write the results here")

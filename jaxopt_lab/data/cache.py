@@ -13,22 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxopt_lab.report.files import naming
+from jaxopt_lab.report.storage import cache_root as cache_root
 
 _MANIFEST = "entry.json"
 _CHUNK = 1 << 20
 _BACKDATED_NS = 10 * 10**9
 
 Manifest = dict[str, Any]
-
-
-def cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
-    """The cache directory: the argument, else `JAXOPT_LAB_CACHE`, else the XDG cache directory."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    if own := os.environ.get("JAXOPT_LAB_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "jaxopt-lab"
 
 
 def open_or_build(

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxopt_lab.data import cache, packages
 from jaxopt_lab.data.decoding import decode
+from jaxopt_lab.report.storage import staged
 
 _FORMAT = 1  # part of the cache key: raise it when the stored layout changes
 SPLITS = "train", "validation", "test"
@@ -171,7 +172,7 @@ class LabelledFiles:
         """Reads the files."""
         del cache_dir
         given = {
-            split: list(self._rows(Path(path).expanduser()))
+            split: list(self._rows(Path(staged(path)).expanduser()))
             for split in SPLITS
             if (path := getattr(self, split)) is not None
         }

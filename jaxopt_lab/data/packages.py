@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from jaxopt_lab.data import cache
 from jaxopt_lab.data.archives import read_members
+from jaxopt_lab.report.storage import local
 
 OnProgress = Callable[[str], None]
 
@@ -175,7 +176,7 @@ def fetch(
     package, report = _known(name), on_progress or (lambda message: None)
 
     def write(directory: Path) -> dict[str, Any]:
-        files = _from_there(name, package, Path(from_).expanduser()) if from_ else None
+        files = _from_there(name, package, local(from_).expanduser()) if from_ else None
         if files is None:
             archive = _download(name, package, report)
             files = _unpack(name, package, archive, package.archive)

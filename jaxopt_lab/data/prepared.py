@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxopt_lab.data.documents import Document, encodable
+from jaxopt_lab.report.storage import staged
 
 _ROWS_PER_READ = 256
 
@@ -118,7 +119,7 @@ def _described(value: Any) -> str:
 
 
 def _checked(kind: str, directory: str) -> Path:
-    path = Path(directory).expanduser()
+    path = Path(staged(directory)).expanduser()
     for file in ("dataset_info.json", "features.json"):
         if not (path / file).is_file():
             raise ValueError(

@@ -18,6 +18,7 @@ from jaxopt_lab.data import groups
 from jaxopt_lab.data.decoding import decode, printable
 from jaxopt_lab.data.documents import Document, encodable
 from jaxopt_lab.data.prepared import PreparedTfds, PreparedTokens
+from jaxopt_lab.report.storage import staged
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 # The standard library's own tests are generated tables for a good part; installed packages may
@@ -75,7 +76,7 @@ def _python_trees(root: str) -> Iterator[tuple[str, Path, frozenset[str]]]:
             if next(directory.glob("**/*.py"), None) is not None:
                 yield "site-packages", directory, everything
         return
-    directory = Path(root).expanduser()
+    directory = Path(staged(root)).expanduser()
     if not directory.is_dir():
         raise ValueError(
             f"PythonSource.roots: {root!r} is not a directory; give 'stdlib', 'site-packages' or "
@@ -147,7 +148,7 @@ class TextFiles:
     def _files(self) -> list[Path]:
         files: dict[str, Path] = {}
         for pattern in self.paths:
-            matches = list(_matches(os.path.expanduser(pattern)))
+            matches = list(_matches(os.path.expanduser(staged(pattern))))
             readable = [path for path in matches if _text_suffix(path) in _TEXT_SUFFIXES]
             if not readable:
                 count = f"{len(matches)} files, none of them" if matches else "no file"

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxopt_lab.report.files import naming
+from jaxopt_lab.report.storage import local, path_of, staged
 
 if TYPE_CHECKING:
     import tokenizers
@@ -80,7 +81,7 @@ class TokenizerConfig:
 
     def gpt2_files(self) -> tuple[Path, Path]:
         """The vocabulary and the merges file."""
-        directory = Path(self.directory or "").expanduser()
+        directory = Path(staged(self.directory or "")).expanduser()
         found = []
         for names in _GPT2_FILES:
             present = [directory / name for name in names if (directory / name).is_file()]
@@ -141,12 +142,13 @@ class Tokenizer:
         """
         import tokenizers
 
-        path = Path(directory, _FILE)
-        if not path.exists() and len(found := list(Path(directory).glob("*.gguf"))) == 1:
+        path = path_of(directory) / _FILE
+        if not path.exists() and len(found := list(path.parent.glob("*.gguf"))) == 1:
             from jaxopt_lab.data.gguf_tokenizer import gguf_tokenizer
 
-            return gguf_tokenizer(found[0])
-        content = path.read_bytes()
+            return gguf_tokenizer(Path(staged(found[0])))
+        with naming(path):
+            content = path.read_bytes()
         try:
             return cls(tokenizers.Tokenizer.from_buffer(content))
         except Exception as error:  # the library raises bare exceptions
@@ -154,8 +156,8 @@ class Tokenizer:
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Writes `tokenizer.json`, which Hugging Face libraries read; returns its path."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        path = Path(directory, _FILE)
+        path = local(directory) / _FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(_FILE + ".partial")
         with naming(path):
             partial.write_text(self._model.to_str(pretty=True), encoding="utf-8")

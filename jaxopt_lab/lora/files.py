@@ -25,6 +25,7 @@ from jaxopt_lab.lora.adapters import Adapters, get, nodes, put
 from jaxopt_lab.lora.config import AdapterSpec, LoraConfig, LoraSpec, resolve
 from jaxopt_lab.lora.resize import fold
 from jaxopt_lab.optim.routing import MatrixAxesSpec
+from jaxopt_lab.report.storage import path_of, staged, uploading
 
 _CONFIG, _WEIGHTS, _FULL = "adapter_config.json", "adapter_model.safetensors", "full.safetensors"
 _PREFIX, _OUR_KEY = "base_model.model.", "jaxopt_lab"
@@ -56,7 +57,7 @@ def save(
     # Here: the optimizers of this package work where safetensors is not installed.
     from safetensors.flax import save_file
 
-    directory = pathlib.Path(directory)
+    directory = path_of(directory)
     if (directory / _CONFIG).exists():
         raise FileExistsError(f"{directory / _CONFIG} already exists, wanted a new directory")
     if spec.config.weights:
@@ -75,19 +76,20 @@ def save(
                             'resolve it as one matrix, with DecoderConfig(fused_qkv_as="one")'
                         )
                     tensors[key] = tensor
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / _WEIGHTS, {"format": "pt"})
-    if spec.full:
-        whole = {".".join(path): get(adapters, path) for path in spec.full}
-        save_file(whole, directory / _FULL)
     config = _to_peft(spec)
     config[_OUR_KEY] = {
         "base": None if base is None else digest(base, spec),
         "full": [list(path) for path in spec.full],
         "init": spec.config.init,
     }
-    # Last: nobody loads a directory without it.
-    (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    with uploading(directory) as local:
+        local.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, local / _WEIGHTS, {"format": "pt"})
+        if spec.full:
+            whole = {".".join(path): get(adapters, path) for path in spec.full}
+            save_file(whole, local / _FULL)
+        # Last: nobody loads a directory without it.
+        (local / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load(
@@ -111,7 +113,7 @@ def load(
     """
     from safetensors.flax import load_file
 
-    directory = pathlib.Path(directory)
+    directory = pathlib.Path(staged(directory))
     theirs = json.loads((directory / _CONFIG).read_text())
     if theirs.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{directory}: got peft_type {theirs['peft_type']!r}, wanted LORA")

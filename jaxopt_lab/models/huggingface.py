@@ -38,6 +38,7 @@ from jaxopt_lab.models.huggingface_tensors import (
     stacked,
 )
 from jaxopt_lab.models.layout import abstract_params
+from jaxopt_lab.report.storage import is_remote, path_of, staged, uploading
 
 _OUR_KEY = "jaxopt_lab"
 _CONFIG = "config.json"
@@ -102,7 +103,7 @@ def export_huggingface(
     """
     theirs = to_huggingface_config(config)
     theirs[_OUR_KEY] = dataclasses.asdict(config)
-    directory = pathlib.Path(directory)
+    directory = path_of(directory)
     for path in (directory / WEIGHTS, directory / _CONFIG):
         if path.exists():
             raise FileExistsError(f"directory: {path} already exists, wanted a new directory")
@@ -155,6 +156,11 @@ def _appearing_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
 
     Nobody can load a model without its `config.json`, which comes last where the directory exists.
     """
+    if is_remote(directory):
+        with uploading(directory) as local:
+            local.mkdir()
+            yield local
+        return
     directory = directory.resolve()
     partial = directory.with_name(f"{directory.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)  # one that was interrupted is written again
@@ -185,7 +191,7 @@ def load_huggingface(directory: str | pathlib.Path) -> tuple[DecoderConfig, Para
             windows among them; for tensors that are missing, unknown, or of another shape or kind:
             one error lists all; for shards that are not those of the index.
     """
-    directory = pathlib.Path(directory)
+    directory = pathlib.Path(staged(directory))
     config = huggingface_config_of(directory)
     check_dtypes(config)
     tensors = read_tensors(directory)
@@ -217,7 +223,7 @@ def huggingface_config_of(directory: str | pathlib.Path) -> DecoderConfig:
         ValueError: for an architecture or field that the decoder has no counterpart of, or one
             that was changed beside our own configuration.
     """
-    theirs = json.loads((pathlib.Path(directory) / _CONFIG).read_text())
+    theirs = json.loads((pathlib.Path(staged(directory)) / _CONFIG).read_text())
     found, ours = from_huggingface_config(theirs), theirs.get(_OUR_KEY)
     if ours is None:
         return found

@@ -19,6 +19,7 @@ from jaxopt_lab.models.huggingface_tensors import (
     stacked,
 )
 from jaxopt_lab.models.layout import abstract_params
+from jaxopt_lab.report.storage import staged
 
 _CONFIG, _POOLING = "config.json", "1_Pooling/config.json"
 _TABLES = {
@@ -66,7 +67,7 @@ def load_bert(directory: str | pathlib.Path) -> tuple[EncoderConfig, Params]:
         ValueError: for another architecture, a field that the encoder has no counterpart of, or
             tensors that are missing, unknown, or of another shape or kind: one error lists all.
     """
-    directory = pathlib.Path(directory)
+    directory = pathlib.Path(staged(directory))
     config = bert_config_of(directory)
     tensors = {_plain(name): tensor for name, tensor in read_tensors(directory).items()}
     abstract = jax.tree_util.tree_leaves_with_path(abstract_params(config))
@@ -89,7 +90,7 @@ def bert_config_of(directory: str | pathlib.Path) -> EncoderConfig:
         FileNotFoundError: when there is no ``config.json``.
         ValueError: as for `load_bert`.
     """
-    directory = pathlib.Path(directory)
+    directory = pathlib.Path(staged(directory))
     return from_bert_config(json.loads((directory / _CONFIG).read_text()), _pooling(directory))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jaxopt_lab.report.files import appearing_whole
+from jaxopt_lab.report.storage import is_remote, path_of
 from jaxopt_lab.report.tracker import read_metrics
 
 # Okabe and Ito's palette, told apart with any colour vision; its yellow is too faint on white.
@@ -113,8 +114,9 @@ def curves_figure(
 
 def save_figure(figure: Any, out_path: str | os.PathLike[str]) -> Path:
     """Writes a figure of matplotlib; a killed process leaves the one that was there before."""
-    path = Path(out_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = path_of(out_path)
+    if not is_remote(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with appearing_whole(path) as partial:
         figure.savefig(partial)
     return path
@@ -250,5 +252,6 @@ def _column(
 
 def _run_names(run_dirs: Sequence[str | os.PathLike[str]]) -> list[str]:
     """The directories' own names, or the whole paths where those are not distinct."""
-    names = [Path(run_dir).resolve().name for run_dir in run_dirs]
+    paths = [path_of(run_dir) for run_dir in run_dirs]
+    names = [path.name if is_remote(path) else path.resolve().name for path in paths]
     return names if len(set(names)) == len(names) else [str(run_dir) for run_dir in run_dirs]

@@ -9,14 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxopt_lab.report.storage import StorageError, asking, is_remote, uploading
+
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Within the block, an OSError without a file name gets one: a full disk has none to give."""
+    if is_remote(path):
+        with asking(path):
+            yield
+        return
     try:
         yield
     except OSError as error:
-        if error.filename is not None:
+        if error.filename is not None or isinstance(error, StorageError):
             raise
         if error.errno is None:
             raise OSError(f"{path}: {error}") from error
@@ -58,6 +64,10 @@ def appearing_whole(path: Path) -> Iterator[Path]:
 
     A process that is killed before leaves what was there as it was.
     """
+    if is_remote(path):
+        with uploading(path) as local:
+            yield local
+        return
     partial = path.with_name(f".partial-{path.name}")
     try:
         yield partial
@@ -80,11 +90,19 @@ def sync_to_disk(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file in one piece: readers see the old one or the new one."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file in one piece, and waits until it is on the disk."""
+    if is_remote(path):
+        with naming(path):
+            path.write_bytes(text.encode())
+        return
     partial = path.with_name(path.name + ".partial")
     try:
         with naming(path):
-            partial.write_text(text)
+            partial.write_bytes(text.encode())
             sync_to_disk(partial)
             partial.replace(path)
             sync_to_disk(path.parent)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxopt_lab.report.files import naming
+from jaxopt_lab.report.storage import local, path_of, staged
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
@@ -55,7 +56,7 @@ class Tracker:
         forward: Callable[[int, Mapping[str, float]], None] | None = None,
     ):
         """Repairs what a killed process left behind, then opens the files for appending."""
-        self.directory = Path(directory)
+        self.directory = local(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / METRICS_FILE
         seconds_before = _repair(path, resume_step)
@@ -128,10 +129,11 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
       ValueError: If the directory holds no metrics, or a complete line is no row of numbers.
     """
-    path = Path(run_dir)
+    path = path_of(run_dir)
     path = path / METRICS_FILE if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{run_dir}: no {METRICS_FILE} here; expected a run directory")
+    path = Path(staged(path))
     return [row for _, row in _complete_rows(path)]
 
 

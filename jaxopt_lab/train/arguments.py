@@ -8,11 +8,11 @@ same decoder as those of a JSON file; tyro writes the help.
 import inspect
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxopt_lab.models import DecoderConfig
 from jaxopt_lab.report.files import read_text
+from jaxopt_lab.report.storage import path_of
 from jaxopt_lab.train.config.bounds import check_bounds
 from jaxopt_lab.train.config.choices import CHOICES
 from jaxopt_lab.train.config.decode import Words, only_word
@@ -126,9 +126,11 @@ def _default(values: dict[str, Any], known: set[str], kind: type[Any]) -> Any:
         path = given["config"]
         try:
             with within("config"):
-                text = read_text(Path(path))
+                text = read_text(path_of(path))
         except OSError as error:
-            raise ConfigError("config", path, f"expected a file: {error.strerror}") from error
+            raise ConfigError(
+                "config", path, f"expected a file: {error.strerror or error}"
+            ) from error
         config = from_json(text, kind)
     elif fork is not None and "fork_from" in known:
         config = _forked(fork, kind)

@@ -29,6 +29,7 @@ from jaxopt_lab.train.dist.mesh import make_mesh
 from jaxopt_lab.train.errors import ConfigError, within
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.manifest import add_session, describe_session
+from jaxopt_lab.train.io.mirror import RunFiles
 from jaxopt_lab.train.io.run_directory import open_comparison
 from jaxopt_lab.train.machine import check_machine, check_memory
 from jaxopt_lab.train.rule import build_rule
@@ -71,8 +72,15 @@ def compare(config: CompareConfig, *, message: Message | None = None) -> Compare
     entrants = validate_comparison(config)
     check_machine(config)
     check_memory(config)
-    directory = open_comparison(config)
-    say(f"run directory: {directory}")
+    with open_comparison(config, RESULTS, say) as files:
+        say(f"run directory: {files.directory}")
+        return replace(_compare(config, entrants, files, say), directory=files.directory)
+
+
+def _compare(
+    config: CompareConfig, entrants: Sequence[Entrant], files: RunFiles, say: Message
+) -> CompareResult:
+    directory = files.local
     with interrupt_by_the_end():
         text = open_text(config, config.eval, config.batch_size, say)
     corpus, held_out = text.corpus, text.held_out[data.VALIDATION]
@@ -94,6 +102,7 @@ def compare(config: CompareConfig, *, message: Message | None = None) -> Compare
                 outcome = _run(config, task, entrant, corpus.tokenizer.vocab_size, lines)
                 outcomes[entrant.label] = outcome
                 write_json(results / entrant.file_name, {**outcome.to_json(), "common": common})
+                files.publish()
     finally:
         close()
     finished = tuple(outcome for outcome in outcomes.values() if outcome is not None)

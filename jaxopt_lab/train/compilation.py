@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxopt_lab.data.cache import cache_root
+from jaxopt_lab.report.storage import cache_root, local
 
 # Beyond that the oldest programs go.
 _LARGEST_BYTES = 4 << 30
@@ -35,7 +35,7 @@ def compiled_once(choice: str, message: Callable[[str], None]) -> Iterator[None]
         yield
         return
     own = choice == "auto"
-    directory = cache_root(None) / "programs" if own else Path(choice).expanduser()
+    directory = cache_root(None) / "programs" if own else local(choice).expanduser()
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not os.access(directory, os.W_OK | os.X_OK):

@@ -65,23 +65,24 @@ def report(run: Run, state: TrainState, say: Message) -> dict[str, Any]:
         key = jax.random.key(run.config.seed)
         adapters, spec = found.run.program.trained.ordinary(run.base.params, key, host)
         lora.save(target, adapters, spec, base=run.base.params)
-        say(f"adapters: {target}")
+        say(f"adapters: {run.checkpoints.run_directory / ADAPTER_DIRECTORY}")
     if isinstance(run.material, Labels):
         summary |= _test(found, state.frozen, run.material, say)
     return summary
 
 
 def _best(run: Run, state: TrainState) -> Best:
-    step = select_step(run.directory, "best")
+    directory = run.checkpoints.run_directory
+    step = select_step(directory, "best")
     if step == int(state.step):
         return Best(step, run, state.params)
-    stored = read_item(checkpoint_path(run.directory, step), "data")
+    stored = read_item(checkpoint_path(directory, step), "data")
     if "adapters" in stored:
         spec = lora.spec_from_json(stored["adapters"])
         run = run if spec == run.program.trained.spec else run.with_spec(spec)
     abstract = run.program.step.abstract_state.params
     target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), abstract)
-    moving = read_leaves(run.directory, step, {"params": target})["params"]
+    moving = read_leaves(directory, step, {"params": target})["params"]
     return Best(step, run, placed(moving, run.program.step.shardings.params))
 
 

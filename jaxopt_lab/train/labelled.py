@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from jaxopt_lab.data.tokenizer import make_tokenizer
 from jaxopt_lab.data.wordpiece import WordPiece
 from jaxopt_lab.models import EncoderConfig
 from jaxopt_lab.models.encoder_config import ModelConfig
+from jaxopt_lab.report.storage import staged
 from jaxopt_lab.tasks import (
     Rows,
     Task,
@@ -82,7 +82,7 @@ def open_labels(config: FinetuneConfig, say: Callable[[str], None]) -> Labels:
         model = replace(model, classes=len(corpus.classes))
     try:
         if isinstance(model, EncoderConfig):
-            pieces = WordPiece.load(Path(config.tokenizer.directory or ""))
+            pieces = WordPiece.load(staged(config.tokenizer.directory or ""))
             rows, words = encoder_rows(model, corpus, pieces, length=config.length), None
             hashed = pieces.hash
         else:

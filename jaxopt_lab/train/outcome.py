@@ -91,7 +91,8 @@ def write_report(run: Run, summary: Mapping[str, Any], say: Message) -> dict[str
     if stalled := _stalled(summary["data_wait_share"]):
         say(stalled)
     drawn = [FIGURE] if run.program.outcome is None else [FIGURE, SCHEDULE_FIGURE]
-    say("\n".join(f"figure: {run.directory / figure}" for figure in drawn))
+    place = run.checkpoints.run_directory
+    say("\n".join(f"figure: {place / figure}" for figure in drawn))
     return summary
 
 

@@ -20,6 +20,7 @@ from jaxopt_lab.train.errors import TrainingError
 from jaxopt_lab.train.hooks import Callback, Hook, hook_of
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.checkpoints import Checkpoints
+from jaxopt_lab.train.io.mirror import RunFiles
 from jaxopt_lab.train.io.run_directory import open_run, resume_command
 from jaxopt_lab.train.io.run_log import RunLog
 from jaxopt_lab.train.loop import Loop, Run, Status
@@ -118,21 +119,21 @@ def _run(
         return _dry_run(config, say)
     # Where other processes wait, a signal is told first, and stops all of them as a block ends.
     note = say if jax.process_count() > 1 else None
-    with interrupt_by_the_end(note, "all know"), _opened(config, say, tell) as directory:
+    with interrupt_by_the_end(note, "all know"), _opened(config, say, tell) as files:
         with interrupt_by_the_end(note, "the text is prepared"):
             text = prepare_text(config, say)
         with interrupt_by_the_end(say):
-            program = agreed(lambda: build_program(config, text, directory))
-        with _checkpoints(config, directory, say) as checkpoints:
+            program = agreed(lambda: build_program(config, text, files.local))
+        with _checkpoints(config, files, say) as checkpoints:
             with interrupt_by_the_end(say):
                 base = agreed(lambda: _base(config, text))
-                new = Run(config, directory, text, program, checkpoints, base)
+                new = Run(config, files.local, text, program, checkpoints, base)
                 run, state, position = agreed(lambda: first_state(new, say))
                 agreed(lambda: record_start(run, position.step, say))
                 run, state = changed(run, state, position.step, say)
                 compiled = agreed(lambda: compiled_step(config, run.program, say))
             before, measurements = time.monotonic(), (*hooks, *map(hook_of, callbacks))
-            with agreed(lambda: RunLog(config, run.program, directory, *position)) as log:
+            with agreed(lambda: RunLog(config, run.program, files.local, *position)) as log:
                 for end in stage_ends(config, position.step):
                     loop = Loop(run, compiled, log, measurements)
                     state, status = loop.run(state, position, end)
@@ -143,12 +144,12 @@ def _run(
                         run, state = changed(run, state, end, log.message)
                         compiled = compiled_step(config, run.program, log.message)
             if status != "finished":
-                say(f"stopped and saved; continue with: {resume_command(directory)}")
-                return RunResult(status, directory)
+                say(f"stopped and saved; continue with: {resume_command(files.directory)}")
+                return RunResult(status, files.directory)
             summary = summary_of(run, loop, state, time.monotonic() - before, say)
             with interrupt_by_the_end(say, "the report is written"):
                 summary = agreed(lambda: write_report(run, summary, say))
-            return RunResult(status, directory, summary)
+            return RunResult(status, files.directory, summary)
 
 
 def _dry_run(config: PretrainConfig, say: Message) -> RunResult:
@@ -167,20 +168,22 @@ def _base(config: PretrainConfig, material: Material) -> Base | None:
     return read_base(config, model_of(config, material))
 
 
-def _checkpoints(config: PretrainConfig, directory: Path, say: Message) -> Checkpoints:
+def _checkpoints(config: PretrainConfig, files: RunFiles, say: Message) -> Checkpoints:
     newest, best = config.checkpoint.keep_newest, config.checkpoint.keep_best
-    return Checkpoints(directory, keep_newest=newest, keep_best=best, message=say)
+    return Checkpoints(
+        files.directory, keep_newest=newest, keep_best=best, message=say, publish=files.publish
+    )
 
 
 @contextlib.contextmanager
-def _opened(config: PretrainConfig, say: Message, tell: Message) -> Iterator[Path]:
+def _opened(config: PretrainConfig, say: Message, tell: Message) -> Iterator[RunFiles]:
     """The run directory; where a process dies, it says how all of them start again."""
-    with open_run(config) as directory, compiled_once(config.compilation_cache, say):
-        say(f"run directory: {directory}")
+    with open_run(config, say) as files, compiled_once(config.compilation_cache, say):
+        say(f"run directory: {files.directory}")
         if jax.process_count() == 1:
-            yield directory
+            yield files
             return
-        again = f"start all of them again with: {resume_command(directory)}"
+        again = f"start all of them again with: {resume_command(files.directory)}"
         # JAX then aborts the others from C++, where no message of ours can be printed any more.
         seconds = config.distributed.heartbeat_timeout_seconds
         tell(
@@ -188,7 +191,7 @@ def _opened(config: PretrainConfig, say: Message, tell: Message) -> Iterator[Pat
             f"JAX aborts this one within about {seconds} s; then {again}"
         )
         try:
-            yield directory
+            yield files
         except jax.errors.JaxRuntimeError as error:
             reason = " ".join(str(error).split())
             raise TrainingError(

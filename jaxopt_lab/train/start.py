@@ -174,7 +174,7 @@ def record_start(run: Run, start: int, say: Message) -> None:
     session = describe_session(run.program.mesh, start, about, options)
     peak = peak_of(jax.devices()[0].device_kind, run.config.peak_tflops)
     session |= {"peak": None if peak is None else peak._asdict()}
-    before = as_stored(read_config(run.directory))
+    before = as_stored(read_config(run.checkpoints.run_directory))
     add_session(run.directory, session | {"config": as_stored(run.config)}, before)
     if run.config.resume:
         write_config(run.directory, run.config)

@@ -16,6 +16,7 @@ from jaxopt_lab.data import Tokenizer
 from jaxopt_lab.lora.inits import FROM_KERNEL
 from jaxopt_lab.models import DecoderConfig, Params
 from jaxopt_lab.optim.params_ema import ParamsEmaState
+from jaxopt_lab.report.storage import path_of, staged
 from jaxopt_lab.step import merged, split
 from jaxopt_lab.train.base import Base, placed, read_base
 from jaxopt_lab.train.config.finetune import FinetuneConfig
@@ -146,7 +147,7 @@ def _read(
 ) -> _Read:
     if average and config.ema is None:
         raise ConfigError("average", True, "but the run kept no average of its weights (--ema)")
-    tokenizer_file = Path(run_directory) / TOKENIZER_FILE
+    tokenizer_file = path_of(run_directory) / TOKENIZER_FILE
     if not tokenizer_file.is_file():
         raise CheckpointError(f"{run_directory} has no {TOKENIZER_FILE}: no step was taken there")
     try:
@@ -191,7 +192,7 @@ def export_run(
     config, params, _ = load_params(run_directory, step=step, average=average)
     try:
         models.export_huggingface(
-            config, params, Path(directory), Path(run_directory) / TOKENIZER_FILE
+            config, params, path_of(directory), staged(path_of(run_directory) / TOKENIZER_FILE)
         )
     except FileExistsError:
         raise ConfigError(
@@ -199,7 +200,7 @@ def export_run(
         ) from None
     except ValueError as error:
         raise ConfigError.inside("model", error) from error
-    return Path(directory)
+    return path_of(directory)
 
 
 def continue_text(

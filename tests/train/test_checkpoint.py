@@ -218,7 +218,7 @@ def test_everything_is_on_the_disk_before_a_checkpoint_counts(tmp_path, monkeypa
     monkeypatch.setattr(os, "fsync", fsync)
     save_all(tmp_path, [1])
     *before, sealed, names, parent = synced
-    assert (sealed, names, parent) == ("_DIGESTS-0-of-1.partial", ".", "..")
+    assert (sealed, names, parent) == ("_DIGESTS-0-of-1.json.partial", ".", "..")
     files = {str(file.relative_to(directory)) for file in files_of(directory)}
     assert files - {"_DIGESTS-0-of-1.json"} <= set(before)
     assert {str(path.parent.relative_to(directory)) for path in files_of(directory)} <= set(before)

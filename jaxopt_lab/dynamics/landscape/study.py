@@ -27,6 +27,7 @@ from jaxopt_lab.dynamics.landscape.study_network import network_findings
 from jaxopt_lab.dynamics.landscape.study_quadratic import quadratic_findings
 from jaxopt_lab.dynamics.landscape.systems import System
 from jaxopt_lab.report import landscape_figures
+from jaxopt_lab.report.storage import local
 
 _PREDICTOR_LABELS = {"P2": "after finitely many steps (P2)", "P1": "stationary proxy (P1)"}
 
@@ -65,6 +66,7 @@ def run_study(
     """
     config = config.resolved()
     assert config.out is not None and config.learning_rate is not None  # resolved
+    directory = local(config.out)
     start = time.monotonic()
     if system is not None and config.system == "quadratic":
         raise ValueError("system: a network is given, expected config.system to be a network's")
@@ -74,7 +76,6 @@ def run_study(
         else:
             findings = network_findings(config, on_progress, system)
         on_progress("figures")
-        directory = Path(config.out)
         directory.mkdir(parents=True, exist_ok=True)
         _draw(config, findings, directory / "figures")
     seconds = time.monotonic() - start

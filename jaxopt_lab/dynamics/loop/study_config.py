@@ -12,6 +12,7 @@ from jaxopt_lab.dynamics.loop.config import LoopConfig, Rule, Setup, check_rates
 from jaxopt_lab.dynamics.loop.csv_data import read_csv
 from jaxopt_lab.dynamics.loop.data import DATA, Data
 from jaxopt_lab.dynamics.loop.learners import LEARNERS
+from jaxopt_lab.report.storage import local
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class LoopStudyConfig:
 
     def directory(self) -> Path:
         """Where everything is written."""
-        return Path(self.out or f"runs/dynamics-loop-{self.setup}")
+        return local(self.out or f"runs/dynamics-loop-{self.setup}")
 
     def num_items(self) -> int:
         """N."""

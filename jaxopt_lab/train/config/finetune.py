@@ -10,6 +10,7 @@ from jaxopt_lab.data import LabelledSource, Source, TextFiles, TokenizerConfig
 from jaxopt_lab.lora.inits import FROM_KERNEL
 from jaxopt_lab.models import PRESETS, DecoderConfig, EncoderConfig
 from jaxopt_lab.models.encoder_config import ModelConfig
+from jaxopt_lab.report.storage import is_remote, staged
 from jaxopt_lab.tasks import PROMPTS, Prompt
 from jaxopt_lab.train.config.bounds import Count, Positive
 from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
@@ -157,7 +158,8 @@ def given_model(field: str, name: str) -> tuple[ModelConfig, TokenizerConfig]:
         raise ConfigError(field, name, f"which cannot be read: {error}") from error
     is_bpe = (directory / "merges.txt").is_file() and not (directory / "tokenizer.json").exists()
     kind = "gpt2" if is_bpe else "saved"
-    return model, TokenizerConfig(kind, model.vocab_size, str(directory))
+    where = name if is_remote(name) else str(directory)
+    return model, TokenizerConfig(kind, model.vocab_size, where)
 
 
 def model_directory(field: str, name: str) -> Path:
@@ -175,7 +177,7 @@ def model_directory(field: str, name: str) -> Path:
             return data.find(name)
         except ValueError as error:
             raise ConfigError.inside(field, error) from error
-    directory = Path(name).expanduser()
+    directory = Path(staged(name)).expanduser()
     if not (directory / "config.json").is_file() and gguf_file(directory) is None:
         names = ["minilm", "smollm2", *(PRESETS if field == "model" else [])]
         raise ConfigError(

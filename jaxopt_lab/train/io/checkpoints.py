@@ -15,7 +15,6 @@ import concurrent.futures
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ import numpy as np
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
+from jaxopt_lab.report.storage import absolute, is_remote, names_in, path_of
 from jaxopt_lab.train.dist.agreement import agreed, from_first, leave_last, told_by_all
 from jaxopt_lab.train.errors import CheckpointError
 from jaxopt_lab.train.io import digests, retention, stored
@@ -42,6 +42,8 @@ class Checkpoints:
       keep_newest: How many of the newest stay.
       keep_best: How many of those with the lowest held-out loss stay.
       message: Receives plain-language notes, for example about a damaged checkpoint.
+      publish: Called on the first process before a checkpoint is committed: what is written of the
+        run besides checkpoints is then as new as this one.
     """
 
     def __init__(
@@ -51,11 +53,13 @@ class Checkpoints:
         keep_newest: int = 2,
         keep_best: int = 1,
         message: Callable[[str], None] = lambda text: None,
+        publish: Callable[[], None] = lambda: None,
     ):
         """Opens the directory and clears away what a killed process left unfinished."""
-        self.directory = Path(run_directory).absolute() / DIRECTORY
+        self.run_directory = path_of(run_directory)
+        self.directory = absolute(run_directory) / DIRECTORY
         self._keep = (keep_newest, keep_best)
-        self._message = message
+        self._message, self._publish = message, publish
         self._leads = jax.process_index() == 0
         agreed(self._clear_away)
         # One thread: marks and deletions come after the commit that they belong to.
@@ -79,8 +83,7 @@ class Checkpoints:
 
     def are_all_damaged(self) -> bool:
         """Whether there were checkpoints, and none is left; the same on all processes."""
-        found = self.directory / DAMAGED
-        return not self.exist() and from_first(lambda: found.is_dir() and any(found.iterdir()))
+        return not self.exist() and from_first(lambda: bool(names_in(self.directory / DAMAGED)))
 
     def save(
         self,
@@ -205,7 +208,8 @@ class Checkpoints:
     def _clear_away(self) -> None:
         """What a killed process left unfinished."""
         if self._leads:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            if not is_remote(self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
             retention.remove_leftovers(self.directory)
 
     def _commit(self, step: int, response: Any, held_out_loss: float | None) -> None:
@@ -213,6 +217,8 @@ class Checkpoints:
         # Asking each response for its result also ends the thread that orbax starts for it.
         response.result()
         path = self.directory / str(step)
+        if self._leads:
+            self._publish()
         # Doubts of by now come before the digests: a process that is killed in between leaves no
         # checkpoint that looks better than it is.
         if self._leads and self._unverified.get(step):

@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jaxopt_lab.report.files import sync_to_disk
+from jaxopt_lab.report.files import naming, read_text, sync_to_disk, write_text
+from jaxopt_lab.report.storage import files_below, is_remote, names_in
 
 FINITE, NOT_FINITE = "_FINITE", "_NOT_FINITE"
 """Empty files in a checkpoint: whether the loss of its parameters was finite."""
@@ -44,34 +45,30 @@ def seal(
       count: Number of processes.
     """
     names = [name for name in _files(path) if _writer(name, count) == process]
-    for directory in {path, *((path / name).parent for name in names)}:
-        sync_to_disk(directory)
+    if not is_remote(path):
+        for directory in {path, *((path / name).parent for name in names)}:
+            sync_to_disk(directory)
     body = {
         "checkpoint": step,
         "held_out_loss": held_out_loss,
         "files": dict(zip(names, _digests(path, names, sync=True), strict=True)),
     }
     target = path / f"_DIGESTS-{process}-of-{count}.json"
-    partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps({**body, "digest": _digest_of(body)}))
-    sync_to_disk(partial)
-    partial.replace(target)
-    sync_to_disk(path)
-    sync_to_disk(path.parent)
+    write_text(target, json.dumps({**body, "digest": _digest_of(body)}))
+    if not is_remote(path):
+        sync_to_disk(path.parent)
 
 
 def is_sealed(path: Path) -> bool:
     """Whether the digests of all processes are there."""
-    found = [_NAME.fullmatch(file.name) for file in _listing(path)]
+    found = [_NAME.fullmatch(name) for name in names_in(path)]
     numbers = {(int(match[1]), int(match[2])) for match in found if match}
     return any(all((k, count) in numbers for k in range(count)) for _, count in numbers)
 
 
 def damage(path: Path, step: int) -> str | None:
     """What is wrong with a sealed checkpoint; None if every file is as it was written."""
-    for file in sorted(_listing(path)):
-        if not _NAME.fullmatch(file.name):
-            continue
+    for file in (path / name for name in sorted(names_in(path)) if _NAME.fullmatch(name)):
         body = _read(file)
         if body is None:
             return f"{file.name} is not what was written"
@@ -92,21 +89,25 @@ def damage(path: Path, step: int) -> str | None:
 
 def held_out_loss(path: Path) -> float | None:
     """The loss that ranks a checkpoint; None if it was not evaluated or cannot be told."""
-    for file in _listing(path):
-        match = _NAME.fullmatch(file.name)
-        if match and match[1] == "0" and (body := _read(file)) is not None:
+    for name in names_in(path):
+        match = _NAME.fullmatch(name)
+        if match and match[1] == "0" and (body := _read(path / name)) is not None:
             return body["held_out_loss"]
     return None
 
 
 def _files(path: Path) -> list[str]:
-    files = (file for file in path.rglob("*") if file.is_file())
-    names = (file.relative_to(path).as_posix() for file in files)
     # Marks and digests come after the commit; see `checkpoints`.
-    return sorted(name for name in names if "/" in name or not _is_ours(name))
+    return [name for name in files_below(path) if "/" in name or not is_ours(name)]
 
 
-def _is_ours(name: str) -> bool:
+def is_digests(name: str) -> bool:
+    """Whether a file holds the digests of a process."""
+    return _NAME.fullmatch(name) is not None
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file is not orbax's."""
     return name.startswith("_DIGESTS-") or name in (FINITE, NOT_FINITE)
 
 
@@ -127,33 +128,30 @@ def _digests(path: Path, names: Iterable[str], *, sync: bool = False) -> Iterato
 def _digest_file(path: Path, sync: bool) -> list[Any] | str:
     """Size and digest; a text where the file cannot be read because of damage."""
     try:
-        with path.open("rb") as file:
+        with naming(path), path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if sync:
+            if sync and not is_remote(path):
                 os.fsync(file.fileno())
             return [file.tell(), digest]
     except OSError as error:
-        if sync or error.errno not in _UNREADABLE:
+        # Those of a store have no number.
+        missing = isinstance(error, FileNotFoundError)
+        if sync or not (missing or error.errno in _UNREADABLE):
             raise
-        missing = error.errno == errno.ENOENT
         return "is missing" if missing else f"cannot be read: {error.strerror}"
 
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        body = json.loads(file.read_text())
+        body = json.loads(read_text(file))
         return body if body.pop("digest") == _digest_of(body) else None
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return None
     except OSError as error:
-        if error.errno not in _UNREADABLE:
+        if not isinstance(error, FileNotFoundError) and error.errno not in _UNREADABLE:
             raise
         return None
 
 
 def _digest_of(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _listing(path: Path) -> list[Path]:
-    return list(path.iterdir()) if path.is_dir() else []

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 import jaxopt_lab
 from jaxopt_lab.report.files import read_json, write_json
+from jaxopt_lab.report.storage import path_of
 
 MANIFEST_FILE = "manifest.json"
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
@@ -60,7 +61,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       ValueError: If it is damaged; names the file.
     """
-    path = Path(directory) / MANIFEST_FILE
+    path = path_of(directory) / MANIFEST_FILE
     manifest = read_json(path) if path.is_file() else {"sessions": []}
     sessions = manifest.get("sessions") if isinstance(manifest, dict) else None
     if not isinstance(sessions, list) or not all(_is_session(each) for each in sessions):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PyTree
 
+from jaxopt_lab.report.storage import is_remote, names_in
 from jaxopt_lab.train.dist.agreement import agreed, from_first, gather
 from jaxopt_lab.train.errors import CheckpointError
 from jaxopt_lab.train.io import digests, retention, stored
@@ -58,7 +59,7 @@ def restore(directory: Path, abstract_state: Any, say: Message) -> Restored:
             _on_first(partial(_go_on_from, directory, step, say))
             return Restored(step, state, found[0])
         _on_first(partial(_set_aside, directory, step, damage, say))
-    if (directory / DAMAGED).is_dir():
+    if names_in(directory / DAMAGED):
         raise CheckpointError(f"{directory}: every checkpoint is damaged")
     raise CheckpointError(f"{directory}: no checkpoint that can be read")
 
@@ -146,10 +147,11 @@ def _go_on_from(directory: Path, step: int, say: Message) -> None:
 
 def _set_aside(directory: Path, step: int, damage: str, say: Message) -> None:
     aside = directory / DAMAGED
-    aside.mkdir(exist_ok=True)
-    names = (aside / f"{step}-{number}" for number in itertools.count())
-    target = next(path for path in names if not path.exists())
-    (directory / str(step)).rename(target)
+    if not is_remote(aside):
+        aside.mkdir(exist_ok=True)
+    taken, names = names_in(aside), (f"{step}-{number}" for number in itertools.count())
+    target = aside / next(name for name in names if name not in taken)
+    retention.move(directory / str(step), target)
     others = _candidates(directory)
     say(
         f"checkpoint {step} is damaged ({damage}); it was moved to {target}, going on with "

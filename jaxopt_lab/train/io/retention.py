@@ -6,18 +6,36 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from jaxopt_lab.train.io.digests import FINITE, NOT_FINITE, held_out_loss, is_sealed
+from jaxopt_lab.report.files import naming
+from jaxopt_lab.report.storage import copy_below, delete_below, files_below, is_remote, names_in
+from jaxopt_lab.train.io.digests import (
+    FINITE,
+    NOT_FINITE,
+    held_out_loss,
+    is_digests,
+    is_ours,
+    is_sealed,
+)
 
 _DELETED = ".deleting"
 _UNFINISHED = ".orbax-checkpoint-tmp"
+# In a store orbax writes under the last name, and this object when it is complete.
+_COMPLETE = "commit_success.txt"
 
 
 def labels(directory: Path) -> list[int]:
     """Labels of all checkpoints below a directory, committed or not, ascending."""
-    if not directory.is_dir():
-        return []
-    names = [path.name for path in directory.iterdir() if path.is_dir()]
-    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+    names = [name for name in names_in(directory) if name.isdecimal() and name == str(int(name))]
+    return sorted(int(name) for name in names if _is_complete(directory / name))
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether all of a checkpoint was written, and nobody has begun to delete it."""
+    if not is_remote(path):
+        return path.is_dir()
+    names = names_in(path)
+    # Without that object but with digests, which come later, a checkpoint is damaged.
+    return _COMPLETE in names or any(map(is_digests, names))
 
 
 def committed_steps(directory: Path) -> list[int]:
@@ -27,16 +45,16 @@ def committed_steps(directory: Path) -> list[int]:
 
 def mark(path: Path, finite: bool) -> None:
     """Notes whether the parameters of a checkpoint have a finite loss; the last note counts."""
-    if path.is_dir():
-        (path / (FINITE if finite else NOT_FINITE)).touch()
-        (path / (NOT_FINITE if finite else FINITE)).unlink(missing_ok=True)
+    if names_in(path):
+        with naming(path):
+            (path / (FINITE if finite else NOT_FINITE)).touch()
+            (path / (NOT_FINITE if finite else FINITE)).unlink(missing_ok=True)
 
 
 def verdict(path: Path) -> bool | None:
     """Whether a checkpoint is verified (True), doubtful (False), or nothing is known yet."""
-    if (path / FINITE).exists():
-        return True
-    return False if (path / NOT_FINITE).exists() else None
+    names = names_in(path)
+    return True if FINITE in names else False if NOT_FINITE in names else None
 
 
 def verdicts(directory: Path) -> dict[int, bool | None]:
@@ -114,6 +132,12 @@ def delete(path: Path) -> None:
     Raises:
       OSError: If some of it could not be deleted.
     """
+    if is_remote(path):
+        # First what makes it committed, then what makes it complete.
+        delete_below(path, [*filter(is_ours, names_in(path)), _COMPLETE])
+        if files_below(path):
+            raise OSError(errno.ENOTEMPTY, "not all of it could be deleted", str(path))
+        return
     doomed = path.with_name(path.name + _DELETED)
     shutil.rmtree(doomed, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
@@ -123,8 +147,22 @@ def delete(path: Path) -> None:
         raise OSError(errno.ENOTEMPTY, "not all of it could be deleted", str(doomed))
 
 
+def move(path: Path, target: Path) -> None:
+    """Gives a checkpoint another place; in a store by copying, which a kill may interrupt."""
+    if is_remote(path):
+        copy_below(path, target)
+        delete(path)
+    else:
+        path.rename(target)
+
+
 def remove_leftovers(directory: Path) -> None:
     """Completes what a killed process began to delete, and removes what it began to write."""
+    if is_remote(directory):
+        for name in names_in(directory):
+            if name.isdecimal() and not _is_complete(directory / name):
+                delete_below(directory / name)
+        return
     for path in directory.iterdir():
         if path.name.endswith(_DELETED) or _UNFINISHED in path.name:
             shutil.rmtree(path, ignore_errors=True)

@@ -15,6 +15,7 @@ import jax
 
 from jaxopt_lab.data.tokenizer import Tokenizer, TokenizerConfig, make_tokenizer
 from jaxopt_lab.report.files import read_text, write_json
+from jaxopt_lab.report.storage import is_remote, names_in, path_of
 from jaxopt_lab.report.tracker import METRICS_FILE, TENSORBOARD_DIRECTORY, read_metrics
 from jaxopt_lab.train.config.choices import name_of
 from jaxopt_lab.train.config.comparison import CompareConfig
@@ -24,8 +25,10 @@ from jaxopt_lab.train.config.sections import DistributedConfig
 from jaxopt_lab.train.config.serialize import from_json, to_json
 from jaxopt_lab.train.dist.agreement import agreed, from_first
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, within
+from jaxopt_lab.train.io.lease import LEASE_FILE
 from jaxopt_lab.train.io.lock import LOCK_FILE, only_writer
 from jaxopt_lab.train.io.manifest import MANIFEST_FILE, read_manifest
+from jaxopt_lab.train.io.mirror import Message, RunFiles, run_files
 from jaxopt_lab.train.io.retention import labels
 from jaxopt_lab.train.io.stored import DIRECTORY as CHECKPOINTS
 from jaxopt_lab.train.program import KERNEL_CHOICES
@@ -36,8 +39,10 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 @contextlib.contextmanager
-def open_run(config: PretrainConfig) -> Iterator[Path]:
+def open_run(config: PretrainConfig, message: Message = lambda text: None) -> Iterator[RunFiles]:
     """Creates the directory of a new run, or checks the one to be resumed, and holds its lock.
+
+    In object storage that is a lease, and files are written to a local directory (`mirror`).
 
     A new run that ends with an exception before it has logged or saved anything is removed again:
     it must not block the next start.
@@ -51,30 +56,40 @@ def open_run(config: PretrainConfig) -> Iterator[Path]:
 
     def discard(kind: type[BaseException] | None, *_rest: object) -> None:
         if kind is not None:
-            discard_unstarted(directory)
+            discard_unstarted(files.local, directory / CHECKPOINTS)
+
+    def opened() -> RunFiles:
+        below = (KERNEL_CHOICES,)
+        return held.enter_context(run_files(directory, writes=leads, below=below, say=message))
 
     def claim() -> None:
         if not leads:
             return
         if config.resume:
-            _check_files(directory)
+            _check_files(files.local)
             _refuse_other_text(directory, config)
-            held.enter_context(only_writer(directory))
+            if not is_remote(directory):
+                held.enter_context(only_writer(directory))
             return
         _refuse_occupied(directory)
-        # Left alone if it was there before: it is the user's.
-        made = not directory.exists()
-        directory.mkdir(parents=True, exist_ok=True)
-        if made:
-            held.callback(_remove_empty, directory)
-        held.enter_context(only_writer(directory))
+        if not is_remote(directory):
+            # Left alone if it was there before: it is the user's.
+            made = not directory.exists()
+            directory.mkdir(parents=True, exist_ok=True)
+            if made:
+                held.callback(_remove_empty, directory)
+            held.enter_context(only_writer(directory))
         held.push(discard)
         _refuse_occupied(directory)
-        write_config(directory, config)
+        write_config(files.local, config)
+        files.publish()
 
     with contextlib.ExitStack() as held:
+        # Nobody brings files that a run before is still writing.
+        first = agreed(lambda: opened() if leads else None)
+        files = agreed(lambda: opened() if first is None else first)
         agreed(claim)
-        yield directory
+        yield files
 
 
 def _remove_empty(directory: Path) -> None:
@@ -85,15 +100,15 @@ def _remove_empty(directory: Path) -> None:
 
 def _new_name(config: PretrainConfig) -> Path:
     if config.run_directory is not None:
-        return Path(config.run_directory)
+        return path_of(config.run_directory)
     model = Path(config.init_from or config.preset).name  # it may be a directory
     return Path("runs") / f"{model}-{name_of(config.optimizer)}-{_start_time()}"
 
 
 def _refuse_occupied(directory: Path) -> None:
     # A process that was killed while it began may have left these.
-    begun = {LOCK_FILE, f"{CONFIG_FILE}.partial"}
-    if directory.is_dir() and any(path.name not in begun for path in directory.iterdir()):
+    begun = {LOCK_FILE, LEASE_FILE, f"{CONFIG_FILE}.partial"}
+    if not begun.issuperset(names_in(directory)):
         raise ConfigError(
             "run_directory",
             str(directory),
@@ -156,8 +171,14 @@ def _check_files(directory: Path) -> None:
         raise CheckpointError(f"{error}; repair or remove that file") from error
 
 
-def open_comparison(config: CompareConfig) -> Path:
+@contextlib.contextmanager
+def open_comparison(config: CompareConfig, below: str, message: Message) -> Iterator[RunFiles]:
     """Creates the directory of a comparison, or checks that it already is one.
+
+    Args:
+      config: The comparison.
+      below: The directory of its results.
+      message: Receives lines of plain text.
 
     Raises:
       ConfigError: If the directory is in use by something else.
@@ -165,36 +186,46 @@ def open_comparison(config: CompareConfig) -> Path:
     if config.run_directory is None:
         directory = Path("runs") / f"compare-{config.preset}-{_start_time()}"
     else:
-        directory = Path(config.run_directory)
-    if not _is_empty(directory):
+        directory = path_of(config.run_directory)
+    _refuse_other_use(directory)
+    with run_files(directory, writes=True, below=(below,), say=message) as files:
+        files.local.mkdir(parents=True, exist_ok=True)
+        settings = replace(config, run_directory=None)
+        write_json(files.local / CONFIG_FILE, json.loads(to_json(settings)))
+        files.publish()
+        yield files
+
+
+def _refuse_other_use(directory: Path) -> None:
+    if not {LEASE_FILE}.issuperset(names_in(directory)):
         path = directory / CONFIG_FILE
         try:
-            from_json(path.read_text() if path.is_file() else "", CompareConfig)
+            from_json(read_text(path) if path.is_file() else "", CompareConfig)
         except ConfigError as error:
             raise ConfigError(
                 "run_directory", str(directory), "which is not empty and holds no comparison"
             ) from error
-    directory.mkdir(parents=True, exist_ok=True)
-    settings = replace(config, run_directory=None)
-    write_json(directory / CONFIG_FILE, json.loads(to_json(settings)))
-    return directory
 
 
-def discard_unstarted(directory: Path) -> None:
+def discard_unstarted(directory: Path, saved: Path) -> None:
     """Removes what a new run wrote that ended before it logged or saved anything.
 
     Only files that a run writes itself are touched, and none once there is a checkpoint.
+
+    Args:
+      directory: Where the run wrote its files.
+      saved: Where it would have written checkpoints.
     """
     log = directory / METRICS_FILE
     logged = log.is_file() and log.stat().st_size
-    saved = directory / CHECKPOINTS
-    if logged or (saved.is_dir() and any(saved.iterdir())):
+    if logged or names_in(saved):
         return
     for name in (CONFIG_FILE, MANIFEST_FILE, TOKENIZER_FILE, METRICS_FILE):
         (directory / name).unlink(missing_ok=True)
     for name in (KERNEL_CHOICES, TENSORBOARD_DIRECTORY):
         shutil.rmtree(directory / name, ignore_errors=True)
-    _remove_empty(saved)
+    if not is_remote(saved):
+        _remove_empty(saved)
 
 
 def read_config(directory: str | os.PathLike[str]) -> PretrainConfig:
@@ -203,15 +234,15 @@ def read_config(directory: str | os.PathLike[str]) -> PretrainConfig:
     Raises:
       ConfigError: If the directory does not hold a run.
     """
-    path = Path(directory) / CONFIG_FILE
+    path = path_of(directory) / CONFIG_FILE
     if not path.is_file():
-        state = "is empty" if _is_empty(Path(directory)) else f"has no {CONFIG_FILE}"
+        state = f"has no {CONFIG_FILE}" if names_in(path.parent) else "is empty"
         raise ConfigError("run_directory", str(directory), f"which {state}: there is no run there")
     with within("run_directory"):
         text = read_text(path)
     with within(str(path)):
         config = from_json(text, _kind_of(text))
-    if config.tokenizer.kind == "saved" and (Path(directory) / TOKENIZER_FILE).is_file():
+    if config.tokenizer.kind == "saved" and (path.parent / TOKENIZER_FILE).is_file():
         # The run has a copy; where it came from may be gone.
         tokenizer = replace(config.tokenizer, directory=str(directory))
         config = replace(config, tokenizer=tokenizer)
@@ -231,7 +262,7 @@ def _existing_run(config: PretrainConfig) -> Path:
     if config.run_directory is None:
         raise ConfigError("run_directory", None, "expected the directory of the run to resume")
     read_config(config.run_directory)
-    return Path(config.run_directory)
+    return path_of(config.run_directory)
 
 
 def write_config(directory: Path, config: PretrainConfig) -> None:
@@ -254,10 +285,6 @@ def as_stored(config: PretrainConfig) -> dict[str, Any]:
         config, run_directory=None, resume=False, dry_run=False, distributed=distributed
     )
     return json.loads(to_json(settings))
-
-
-def _is_empty(directory: Path) -> bool:
-    return not directory.is_dir() or not any(directory.iterdir())
 
 
 def _start_time() -> str:

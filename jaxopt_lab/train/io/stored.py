@@ -11,13 +11,13 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from jaxopt_lab.report.files import read_json
+from jaxopt_lab.report.storage import absolute, one_line
 from jaxopt_lab.train.errors import CheckpointError
 from jaxopt_lab.train.io import digests, retention
 from jaxopt_lab.train.io.retention import labels
 from jaxopt_lab.train.leaves import describe_leaves, first_difference
 
 DIRECTORY = "checkpoints"
-_LONGEST_REASON = 300
 _NOT_FINITE = "the loss was not finite with it"
 
 
@@ -31,7 +31,7 @@ def select_step(run_directory: str | os.PathLike[str], step: int | Literal["best
     Raises:
       CheckpointError: If there is none, or not this one.
     """
-    directory = Path(run_directory).absolute() / DIRECTORY
+    directory = absolute(run_directory) / DIRECTORY
     every, verdicts = labels(directory), retention.verdicts(directory)
     if not every:
         raise CheckpointError(f"{run_directory} has no checkpoint")
@@ -112,7 +112,7 @@ def read_leaves(
 
 def checkpoint_path(run_directory: str | os.PathLike[str], step: int) -> Path:
     """Where the checkpoint of a label lies."""
-    return Path(run_directory).absolute() / DIRECTORY / str(step)
+    return absolute(run_directory) / DIRECTORY / str(step)
 
 
 def context() -> ocp.Context:
@@ -147,9 +147,7 @@ def load(path: Path, target: PyTree, *, partial: bool = False) -> Any:
 
 def reason(error: BaseException) -> str:
     """What went wrong, in one line of bounded length."""
-    root = error.__cause__ or error
-    text = " ".join(str(root).split()) or type(root).__name__
-    return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + "..."
+    return one_line(error.__cause__ or error)
 
 
 def _listed(steps: Iterable[int]) -> str:
