@@ -29,6 +29,10 @@ class ConfigError(ValueError):
         return wrapped
 
 
+class NotJoinedError(ConfigError):
+    """Processes that did not meet: a setting may be wrong, or the next start may find them."""
+
+
 @contextmanager
 def within(section: str) -> Iterator[None]:
     """Puts a section in front of what is said inside about a value.

@@ -249,6 +249,7 @@ def as_stored(config: PretrainConfig) -> dict[str, Any]:
         coordinator_address=none.coordinator_address,
         num_processes=none.num_processes,
         process_id=none.process_id,
+        launcher=none.launcher,
     )
     settings = replace(
         config, run_directory=None, resume=False, dry_run=False, distributed=distributed
