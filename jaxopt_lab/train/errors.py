@@ -29,8 +29,8 @@ class ConfigError(ValueError):
         return wrapped
 
 
-class NotJoinedError(ConfigError):
-    """Processes that did not meet: a setting may be wrong, or the next start may find them."""
+class NotReadyError(ConfigError):
+    """Other processes that are not there yet, or not gone: the same command may succeed later."""
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def check(config: PretrainConfig, say: Message) -> None:
             say(note)
 
     agreed(on_this_machine)
-    of_one_start = ("run_directory", "resume", "dry_run")
+    of_one_start = ("run_directory", "resume", "restartable", "dry_run")
     same_everywhere(as_stored(config) | {name: getattr(config, name) for name in of_one_start})
 
 

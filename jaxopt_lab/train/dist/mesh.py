@@ -72,8 +72,10 @@ def lay_out(sizes: Sizes, devices: Sequence[Any], slices: int | None = None) -> 
     if across is None:
         if slices is None and not on_tpu:
             return _in_one_slice(sizes, devices)
-        wanted = f"expected data x fsdp to be a multiple of the {count} slices"
-        raise ConfigError("mesh", sizes_as_text(sizes), f"{wanted}: tensor cannot cross them")
+        wanted = (
+            f"expected data x fsdp to be a multiple of the {count} slices: tensor cannot cross them"
+        )
+        raise ConfigError("mesh", sizes_as_text(sizes), wanted)
     if count == 1:
         return _in_one_slice(sizes, devices)
     inside = tuple(size // n for size, n in zip(sizes, across, strict=True))

@@ -11,7 +11,7 @@ from jax._src import distributed  # the address in use has no public name
 from jaxopt_lab.train.config.bounds import check_bounds
 from jaxopt_lab.train.config.sections import DistributedConfig
 from jaxopt_lab.train.dist.launchers import Launcher, detect, number
-from jaxopt_lab.train.errors import ConfigError, NotJoinedError
+from jaxopt_lab.train.errors import ConfigError, NotReadyError
 
 # What may stand in the environment in place of a flag.
 _VARIABLES = {
@@ -34,7 +34,7 @@ def initialize_processes(config: DistributedConfig) -> bool:
     Raises:
       ConfigError: If one of the three is not known, or they contradict each other; names what was
         found and what is missing.
-      NotJoinedError: If the others do not come in time, or cannot be reached.
+      NotReadyError: If the others do not come in time, or cannot be reached.
     """
     check_bounds(config, "distributed.")
     if jax.distributed.is_initialized():  # by the caller
@@ -82,8 +82,8 @@ def _completed(
         if name in given:
             continue
         if found is None:
-            wanted = "expected all three settings or none"
-            raise ConfigError(f"distributed.{name}", None, f"{wanted}; {variable} is not set either")
+            wanted = f"expected all three settings or none; {variable} is not set either"
+            raise ConfigError(f"distributed.{name}", None, wanted)
         launcher, count = found
         raise ConfigError(
             "distributed.launcher",
@@ -117,7 +117,7 @@ def _join(config: DistributedConfig, launcher: Launcher | None, **given: Any) ->
     """Waits for the other processes, in a thread: where they do not come, JAX ends the process.
 
     Raises:
-      NotJoinedError: If they do not come in time, or cannot be reached.
+      NotReadyError: If they do not come in time, or cannot be reached.
     """
     seconds = config.start_timeout_seconds
     failures: list[Exception] = []
@@ -140,7 +140,7 @@ def _join(config: DistributedConfig, launcher: Launcher | None, **given: Any) ->
     if thread.is_alive():
         count = given.get("num_processes")
         who = "all processes" if count is None else f"{count} processes"
-        raise NotJoinedError(
+        raise NotReadyError(
             "distributed.start_timeout_seconds",
             seconds,
             f"but in this time not {who} came to the coordinator "
@@ -148,6 +148,6 @@ def _join(config: DistributedConfig, launcher: Launcher | None, **given: Any) ->
         )
     for error in failures:
         reason = " ".join(str(error).split())
-        raise NotJoinedError(
+        raise NotReadyError(
             "distributed.coordinator_address", address, f"but{by and f'{by}:'} {reason}"
         ) from error
