@@ -176,6 +176,8 @@ def test_a_wrong_detection_is_overridden(told):
     assert initialize_processes(DistributedConfig(launcher="none")) is False and not calls
     with pytest.raises(ConfigError, match="'gke', but a TPU slice on GKE has not started this"):
         initialize_processes(DistributedConfig(launcher="gke"))
+    flags = DistributedConfig("head:1", 3, 2, launcher="none")
+    assert initialize_processes(flags) and calls.pop()["cluster_detection_method"] == "deactivate"
     # Settings go before what a launcher says, one by one.
     assert initialize_processes(DistributedConfig(coordinator_address="head:1234"))
     assert calls[0]["cluster_detection_method"] == "slurm"

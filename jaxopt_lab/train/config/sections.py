@@ -146,8 +146,8 @@ class DistributedConfig:
     process_id: CountOrZero | None = None
     """Number of this process, from 0."""
     launcher: Literal["auto", "none", "openmpi", "slurm", "gke", "tpu-vm"] = "auto"
-    """What has started the processes, where it should not be guessed. `none`: this one is alone,
-    whatever its environment says."""
+    """What has started the processes, where it should not be guessed. `none`: whatever the
+    environment says, this one is alone, or has the three settings above."""
     heartbeat_timeout_seconds: Count = 20
     """After this long without a sign of life from one process, JAX ends the others."""
     start_timeout_seconds: Count = 300

@@ -39,7 +39,7 @@ def initialize_processes(config: DistributedConfig) -> bool:
     check_bounds(config, "distributed.")
     if jax.distributed.is_initialized():  # by the caller
         return jax.process_count() > 1
-    given = _given(config, os.environ) if config.launcher != "none" else {}
+    given = _given(config, {} if config.launcher == "none" else os.environ)
     found = detect(config.launcher, os.environ)
     if not given and found is None:
         _check_alone(config.launcher)
