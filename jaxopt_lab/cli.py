@@ -14,7 +14,12 @@ _CONTINUED = ("pretrain", "finetune", "compare")
 
 
 def sigterm_exit(arguments: Sequence[str]) -> int:
-    """The status after SIGTERM or SIGHUP: 0 only for a verb whose work the next start continues."""
+    """The status after SIGTERM or SIGHUP: 0 only for a verb whose work the next start continues.
+
+    A command that a launcher repeats says that it is to be repeated.
+    """
+    if "--restartable" in arguments:
+        return os.EX_TEMPFAIL
     return 0 if arguments and arguments[0] in _CONTINUED else 128 + signal.SIGTERM
 
 
@@ -28,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
       0 on success, 1 when a run failed, 2 for a mistake in the arguments, 130 after Ctrl-C, 141
       where the reader of the output has gone, as `head` does. After SIGTERM, or SIGHUP from a
       terminal that was closed, 143, but 0 for `pretrain`, `finetune` and `compare`, which the
-      next start continues.
+      next start continues, or 75 with `--restartable`.
     """
     words = sys.argv[1:] if arguments is None else arguments
     stopped = sigterm_exit(words)

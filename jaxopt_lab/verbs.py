@@ -69,6 +69,8 @@ def _run(arguments: list[str], sigterm_exit: int) -> int:
     except (ValueError, RuntimeError) as error:
         if not _is_ours(error):
             raise
+        if type(error).__name__ == "NotReadyError" and "--restartable" in rest:
+            return _fail(str(error), os.EX_TEMPFAIL)
         return _fail(str(error), 2 if isinstance(error, ValueError) else 1)
     except BrokenPipeError:
         raise
@@ -90,21 +92,27 @@ def _describe_os_error(error: OSError) -> str:
 def _pretrain(arguments: list[str]) -> int:
     from jaxopt_lab.train import pretrain
     from jaxopt_lab.train.arguments import parse_config
+    from jaxopt_lab.train.meter import StartClock
 
-    return _ended(pretrain(parse_config(arguments, "pretrain")))
+    config = parse_config(arguments, "pretrain")
+    return _ended(pretrain(config, clock=StartClock.of_process("import")))
 
 
 def _finetune(arguments: list[str]) -> int:
     from jaxopt_lab.train import FinetuneConfig, finetune
     from jaxopt_lab.train.arguments import parse_config
+    from jaxopt_lab.train.meter import StartClock
 
-    return _ended(finetune(parse_config(arguments, "finetune", FinetuneConfig)))
+    config = parse_config(arguments, "finetune", FinetuneConfig)
+    return _ended(finetune(config, clock=StartClock.of_process("import")))
 
 
 def _ended(result: Any) -> int:
     """What a run says on standard output, and its exit status."""
     if result.cost is not None:
         sys.stdout.write(f"{result.cost}\n")
+    if result.status == "terminated" and result.restartable:
+        return os.EX_TEMPFAIL
     return _SIGINT_EXIT if result.status == "interrupted" else 0
 
 

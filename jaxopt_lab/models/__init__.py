@@ -24,15 +24,18 @@ from jaxopt_lab.models.layout import (
 )
 from jaxopt_lab.models.presets import PRESETS
 from jaxopt_lab.models.sampling import generate
-from jaxopt_lab.models.sharding import DEFAULT_RULES
+from jaxopt_lab.models.sharding import BATCH_AXES, OnMesh, Placement, ShardingRules
 
 __all__ = [
-    "DEFAULT_RULES",
+    "BATCH_AXES",
     "PRESETS",
     "Decoder",
     "DecoderConfig",
     "EncoderConfig",
+    "OnMesh",
     "Params",
+    "Placement",
+    "ShardingRules",
     "abstract_params",
     "apply",
     "bert_config_of",

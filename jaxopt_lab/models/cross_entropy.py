@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.decoder import Params, Sides, bind
-from jaxopt_lab.models.sharding import constrain
+from jaxopt_lab.models.sharding import OnMesh, constrain
 from jaxopt_lab.models.side import Side, matmul
 
 
@@ -27,7 +26,7 @@ def loss(
     *,
     z_loss: float = 0.0,
     head_chunks: int = 1,
-    mesh: Mesh | None = None,
+    mesh: OnMesh = None,
     side: Sides = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean next-token loss of a batch.
@@ -76,7 +75,7 @@ def target_nats(
     batch: Mapping[str, jax.Array],
     *,
     head_chunks: int = 1,
-    mesh: Mesh | None = None,
+    mesh: OnMesh = None,
     side: Sides = None,
 ) -> jax.Array:
     """Next-token loss of every target by itself, for held-out text.
@@ -121,7 +120,7 @@ def _check_chunks(head_chunks: int, asked: "Predictions") -> None:
 
 
 def _hidden(
-    config: DecoderConfig, params: Params, asked: "Predictions", mesh: Mesh | None, side: Sides
+    config: DecoderConfig, params: Params, asked: "Predictions", mesh: OnMesh, side: Sides
 ) -> tuple[jax.Array, Head]:
     """What the head is applied to, and the head."""
     decoder = bind(config, params)
@@ -170,7 +169,7 @@ def _weighted_sums(
     targets_BxT: jax.Array,
     weights_BxT: jax.Array,
     z_loss: float,
-    mesh: Mesh | None,
+    mesh: OnMesh,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sums over positions of the objective and of the plain cross-entropy."""
     nats_BxT, normaliser_BxT = _nats(x_BxTxD, head, targets_BxT, mesh)
@@ -179,7 +178,7 @@ def _weighted_sums(
 
 
 def _nats(
-    x_BxTxD: jax.Array, head: Head, targets_BxT: jax.Array, mesh: Mesh | None
+    x_BxTxD: jax.Array, head: Head, targets_BxT: jax.Array, mesh: OnMesh
 ) -> tuple[jax.Array, jax.Array]:
     """Loss of every position, and its log-sum-exp."""
     head_DxV, side = head

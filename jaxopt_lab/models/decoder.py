@@ -11,12 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from jaxopt_lab.core.packed import unpacked
 from jaxopt_lab.models.config import DecoderConfig, check_dtypes, check_tokens
 from jaxopt_lab.models.layers import Block, Norm, normal, parameter
-from jaxopt_lab.models.sharding import constrain
+from jaxopt_lab.models.sharding import OnMesh, constrain
 from jaxopt_lab.models.side import Side, looked_up, matmul
 from jaxopt_lab.models.stack import stacked, through
 
@@ -40,7 +39,7 @@ class Embedding(nnx.Module):
         self,
         tokens_BxT: jax.Array,
         segment_ids_BxT: jax.Array | None,
-        mesh: Mesh | None,
+        mesh: OnMesh,
         sides: Sides = None,
     ) -> jax.Array:
         """Looks up and adds."""
@@ -49,7 +48,7 @@ class Embedding(nnx.Module):
         # thousands of terms, which bfloat16 would truncate.
         tokens_VxD = constrain(self.tokens[...], mesh, ("vocab", None))
         x_BxTxD = unpacked(looked_up(sides.get("tokens"), tokens_BxT, tokens_VxD))
-        x_BxTxD = constrain(x_BxTxD, mesh, ("batch", None, None))
+        x_BxTxD = constrain(x_BxTxD, mesh, ("batch", "length", "stream"))
         if self.config.positions == "learned":
             index = jnp.arange(tokens_BxT.shape[1])
             if segment_ids_BxT is not None:
@@ -88,7 +87,7 @@ class Decoder(nnx.Module):
         tokens_BxT: jax.Array,
         segment_ids_BxT: jax.Array | None = None,
         *,
-        mesh: Mesh | None = None,
+        mesh: OnMesh = None,
         side: Sides = None,
     ) -> jax.Array:
         """Logits of the next token at every position, (B, T, V), in the compute dtype."""
@@ -101,7 +100,7 @@ class Decoder(nnx.Module):
         tokens_BxT: jax.Array,
         segment_ids_BxT: jax.Array | None = None,
         *,
-        mesh: Mesh | None = None,
+        mesh: OnMesh = None,
         side: Sides = None,
     ) -> jax.Array:
         """The normalised residual stream that the head reads, (B, T, D)."""
@@ -159,7 +158,7 @@ def apply(
     tokens_BxT: jax.Array,
     segment_ids_BxT: jax.Array | None = None,
     *,
-    mesh: Mesh | None = None,
+    mesh: OnMesh = None,
     side: Sides = None,
 ) -> jax.Array:
     """Logits of the next token at every position.

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from jaxopt_lab.core.numerics import dropped
 from jaxopt_lab.models.config import check_dtypes
 from jaxopt_lab.models.encoder_config import EncoderConfig, check_inputs
 from jaxopt_lab.models.encoder_layers import Block, Embedding, Head, split
+from jaxopt_lab.models.sharding import OnMesh
 from jaxopt_lab.models.stack import stacked, through
 
 Params = dict[str, Any]
@@ -43,7 +43,7 @@ class Encoder(nnx.Module):
         mask_BxT: jax.Array | None,
         types_BxT: jax.Array | None,
         *,
-        mesh: Mesh | None,
+        mesh: OnMesh,
         side: Sides,
         dropout_key: jax.Array | None,
     ) -> jax.Array:
@@ -107,7 +107,7 @@ def hidden(
     *,
     side: Sides = None,
     dropout_key: jax.Array | None = None,
-    mesh: Mesh | None = None,
+    mesh: OnMesh = None,
 ) -> jax.Array:
     """Activations after the last layer.
 
@@ -174,7 +174,7 @@ def logits(
     *,
     side: Sides = None,
     dropout_key: jax.Array | None = None,
-    mesh: Mesh | None = None,
+    mesh: OnMesh = None,
 ) -> jax.Array:
     """Scores of the classes: the head of ``config.classes`` on what ``config.pooling`` gives.
 

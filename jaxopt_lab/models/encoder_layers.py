@@ -10,13 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from jaxopt_lab.core.numerics import dropped
 from jaxopt_lab.models.attention import attend
 from jaxopt_lab.models.encoder_config import EncoderConfig
 from jaxopt_lab.models.layers import Linear, Norm, normal, parameter, zeros
-from jaxopt_lab.models.sharding import constrain
+from jaxopt_lab.models.sharding import OnMesh, constrain
 
 
 class Embedding(nnx.Module):
@@ -33,13 +32,13 @@ class Embedding(nnx.Module):
         self.norm = Norm(config)
 
     def __call__(
-        self, tokens_BxT: jax.Array, types_BxT: jax.Array | None, mesh: Mesh | None
+        self, tokens_BxT: jax.Array, types_BxT: jax.Array | None, mesh: OnMesh
     ) -> jax.Array:
         """Looks up, adds and normalises."""
         # Rows are gathered before the cast: the gradient of a frequent token is a sum of
         # thousands of terms, which bfloat16 would truncate.
         tokens_VxD = constrain(self.tokens[...], mesh, ("vocab", None))
-        x_BxTxD = constrain(tokens_VxD[tokens_BxT], mesh, ("batch", None, None))
+        x_BxTxD = constrain(tokens_VxD[tokens_BxT], mesh, ("batch", "length", "stream"))
         positions_CxD, types_2xD = (
             constrain(table[...], mesh, (None, None)) for table in (self.positions, self.types)
         )
@@ -62,7 +61,7 @@ class Attention(nnx.Module):
         self,
         x_BxTxD: jax.Array,
         mask_BxT: jax.Array | None,
-        mesh: Mesh | None,
+        mesh: OnMesh,
         key: jax.Array | None,
     ) -> jax.Array:
         """Mixes positions."""
@@ -101,7 +100,7 @@ class MLP(nnx.Module):
         self.up = Linear(config, (d, f), ("embed", "hidden"), rngs=rngs)
         self.down = Linear(config, (f, d), ("hidden", "embed"), rngs=rngs)
 
-    def __call__(self, x_BxTxD: jax.Array, mesh: Mesh | None) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, mesh: OnMesh) -> jax.Array:
         """Transforms each position."""
         exact = self.config.activation == "gelu"
         h_BxTxF = gelu(self.up(x_BxTxD)) if exact else jax.nn.gelu(self.up(x_BxTxD))
@@ -144,11 +143,11 @@ class Block(nnx.Module):
         self,
         x_BxTxD: jax.Array,
         mask_BxT: jax.Array | None,
-        mesh: Mesh | None,
+        mesh: OnMesh,
         key: jax.Array | None,
     ) -> jax.Array:
         """Applies the layer."""
-        stream, rate = ("batch", None, None), self.config.dropout
+        stream, rate = ("batch", "length", "stream"), self.config.dropout
         of_weights, of_attention, of_mlp = split(key, 3)
         y_BxTxD = dropped(self.attention(x_BxTxD, mask_BxT, mesh, of_weights), rate, of_attention)
         x_BxTxD = self.attention_norm(constrain(x_BxTxD + y_BxTxD, mesh, stream))

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jax.tree_util import KeyPath
 
 from jaxopt_lab.core.keys import path_names
@@ -19,6 +18,7 @@ from jaxopt_lab.core.numerics import perturbed
 from jaxopt_lab.models.config import DecoderConfig, check_tokens
 from jaxopt_lab.models.cross_entropy import predictions
 from jaxopt_lab.models.decoder import Decoder, Params, abstract_decoder
+from jaxopt_lab.models.sharding import OnMesh
 from jaxopt_lab.models.vocabulary_loss import check_chunk, vocabulary_nats
 
 
@@ -47,7 +47,7 @@ def probe_loss(
     batch: Mapping[str, jax.Array],
     *,
     vocabulary_chunk: int = 8192,
-    mesh: Mesh | None = None,
+    mesh: OnMesh = None,
 ) -> Callable[..., jax.Array]:
     """The mean next-token loss of a batch, as zero-order methods take it.
 
@@ -129,7 +129,7 @@ class _Weights:
         return nnx.merge(nnx.graphdef(getattr(self.decoder, name)), weights)
 
     def embedded(
-        self, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array | None, mesh: Mesh | None
+        self, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array | None, mesh: OnMesh
     ) -> jax.Array:
         """The residual stream at its start."""
         rows_N = tokens_BxT.reshape(-1)
@@ -146,7 +146,7 @@ class _Weights:
         return embedding(jnp.arange(rows_N.size).reshape(tokens_BxT.shape), segment_ids_BxT, mesh)
 
     def through_layers(
-        self, x_BxTxD: jax.Array, segment_ids_BxT: jax.Array | None, mesh: Mesh | None
+        self, x_BxTxD: jax.Array, segment_ids_BxT: jax.Array | None, mesh: OnMesh
     ) -> jax.Array:
         """All layers; each casts its own weights."""
         graphdef = nnx.graphdef(self.decoder.layers)

@@ -11,13 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from jaxopt_lab.core.packed import linear
 from jaxopt_lab.models.attention import attend, rotate
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.encoder_config import ModelConfig
-from jaxopt_lab.models.sharding import constrain
+from jaxopt_lab.models.sharding import OnMesh, constrain
 from jaxopt_lab.models.side import Side
 
 INIT_STD = 0.02
@@ -140,20 +139,21 @@ class Attention(nnx.Module):
         self.out = Linear(config, (h, d), ("heads", "embed"), rngs=rngs, std=std)
 
     def __call__(
-        self, x_BxTxD: jax.Array, segment_ids_BxT: jax.Array | None, mesh: Mesh | None
+        self, x_BxTxD: jax.Array, segment_ids_BxT: jax.Array | None, mesh: OnMesh
     ) -> jax.Array:
         """Mixes positions."""
         config = self.config
         B, T, _ = x_BxTxD.shape
         if hasattr(self, "qkv"):
             qkv_BxTx3xP = self.qkv(x_BxTxD)
-            projections = [qkv_BxTx3xP[:, :, i] for i in range(3)]
+            projections, keys = [qkv_BxTx3xP[:, :, i] for i in range(3)], "heads"
         else:
             kv_BxTx2xK = self.kv(x_BxTxD)
             projections = [self.q(x_BxTxD), kv_BxTx2xK[:, :, 0], kv_BxTx2xK[:, :, 1]]
-        axes = ("batch", None, "heads", None)
+            keys = "kv_heads"
         q_BxTxHxE, k_BxTxKxE, v_BxTxKxE = (
-            constrain(p.reshape(B, T, -1, config.head_width), mesh, axes) for p in projections
+            constrain(p.reshape(B, T, -1, config.head_width), mesh, ("batch", None, name, None))
+            for p, name in zip(projections, ("heads", keys, keys), strict=True)
         )
         if config.qk_norm:
             q_BxTxHxE, k_BxTxKxE = self.q_norm(q_BxTxHxE), self.k_norm(k_BxTxKxE)
@@ -181,7 +181,7 @@ class MLP(nnx.Module):
         std = residual_std(config)
         self.down = Linear(config, (f, d), ("hidden", "embed"), rngs=rngs, std=std)
 
-    def __call__(self, x_BxTxD: jax.Array, mesh: Mesh | None) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, mesh: OnMesh) -> jax.Array:
         """Transforms each position."""
         h_BxTxF = self.up(x_BxTxD)
         if self.config.mlp == "swiglu":
@@ -202,10 +202,10 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
-        self, x_BxTxD: jax.Array, segment_ids_BxT: Any = None, mesh: Mesh | None = None
+        self, x_BxTxD: jax.Array, segment_ids_BxT: Any = None, mesh: OnMesh = None
     ) -> jax.Array:
         """Applies the layer."""
-        stream = ("batch", None, None)
+        stream = ("batch", "length", "stream")
         y_BxTxD = self.attention(self.attention_norm(x_BxTxD), segment_ids_BxT, mesh)
         x_BxTxD = constrain(x_BxTxD + y_BxTxD, mesh, stream)
         return constrain(x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD), mesh), mesh, stream)

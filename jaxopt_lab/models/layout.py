@@ -17,7 +17,7 @@ from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.decoder import abstract_decoder
 from jaxopt_lab.models.encoder import abstract_encoder
 from jaxopt_lab.models.encoder_config import ModelConfig
-from jaxopt_lab.models.sharding import DEFAULT_RULES, Rules, spec_for
+from jaxopt_lab.models.sharding import DEFAULT_RULES, Placement, spec_for
 
 
 def abstract_params(config: ModelConfig) -> dict[str, Any]:
@@ -79,21 +79,22 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
 
 
 def partition_specs(
-    config: ModelConfig, mesh: Mesh | Mapping[str, int], rules: Rules = DEFAULT_RULES
+    config: ModelConfig, mesh: Mesh | Placement | Mapping[str, int]
 ) -> dict[str, Any]:
     """PartitionSpec of each parameter on a mesh with axes among data, fsdp and tensor.
 
     Args:
         config: of the model.
-        mesh: the mesh, or the size of each of its axes.
-        rules: logical axis name to mesh axis. A mesh axis that does not divide the parameter
-            axis is dropped; heads are never cut.
+        mesh: the mesh, with its rules or with the default ones, or the size of each of its axes. A
+            mesh axis that does not divide the parameter axis is dropped; heads are never cut.
 
     >>> from jaxopt_lab.models import PRESETS
     >>> specs = partition_specs(PRESETS["llama-124m"], {"data": 2, "fsdp": 4, "tensor": 2})
     >>> tuple(specs["layers"]["mlp"]["down"]["kernel"])
     (None, 'tensor', 'fsdp')
     """
+    rules = mesh.rules if isinstance(mesh, Placement) else DEFAULT_RULES
+    mesh = mesh.mesh if isinstance(mesh, Placement) else mesh
     sizes = mesh if isinstance(mesh, Mapping) else dict(mesh.shape)
     heads: dict[str | None, int] = {"heads": config.heads}
     if isinstance(config, DecoderConfig):

@@ -1,34 +1,115 @@
-"""Where arrays live on a mesh with axes data, fsdp and tensor.
+"""Where arrays live on a mesh: logical axes, and the rules that put them onto mesh axes.
 
-A rule maps the logical name of an axis to mesh axes. Matrix axes on the side of the residual
-stream go to ``fsdp``, heads, hidden units and vocabulary to ``tensor`` (Megatron's column and row
-split), the batch to ``data`` and ``fsdp`` together. The layer axis is never sharded: its length
-need not divide, and a matrix optimizer wants whole layers side by side.
+Every axis of a parameter or an activation has a logical name. `ShardingRules` says for each name
+which mesh axes split it, `Placement` joins the rules to a mesh, and parameters (`partition_specs`)
+and activations (`constrain`) are laid out by the same ones.
 """
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Literal, TypeAlias
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Rules = Mapping[str, str | tuple[str, ...]]
+MeshAxis = Literal["data", "fsdp", "tensor"]
+BATCH_AXES: tuple[MeshAxis, ...] = ("data", "fsdp")
+"""What splits the rows of a batch: fsdp is data parallelism whose parameters are also split."""
 
-DEFAULT_RULES: Rules = {
-    "batch": ("data", "fsdp"),
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "hidden": "tensor",
-}
+
+@dataclass(frozen=True)
+class ShardingRules:
+    """Mesh axes that split each logical axis; none: it is whole on every device.
+
+    The defaults are Megatron's column and row split inside a layer (heads, hidden units and
+    vocabulary over `tensor`), and fsdp on the side of the residual stream. A mesh axis is dropped
+    where it does not divide the array, where an axis before it in the same array has taken it, and
+    in activations where it already splits the batch. Two logical axes have no rule: `batch` lies
+    over data and fsdp, which is what these mesh axes are, and `layer` is never split, since its
+    length need not divide and a matrix optimizer wants whole layers side by side.
+
+    >>> ShardingRules(embed=("fsdp", "tensor"), hidden=()).axes_of("embed")
+    ('fsdp', 'tensor')
+    """
+
+    embed: tuple[MeshAxis, ...] = ("fsdp",)
+    """Of parameters: the side of a matrix or table on the residual stream."""
+    vocab: tuple[MeshAxis, ...] = ("tensor",)
+    """Entries of the vocabulary: rows of the token table, columns of the head, logits."""
+    heads: tuple[MeshAxis, ...] = ("tensor",)
+    """Attention heads, of kernels, biases and activations; a head is never cut."""
+    kv_heads: tuple[MeshAxis, ...] = ("tensor",)
+    """Heads of keys and values in the kernels and biases of grouped queries."""
+    hidden: tuple[MeshAxis, ...] = ("tensor",)
+    """Hidden units of an MLP, of kernels, biases and activations."""
+    position: tuple[MeshAxis, ...] = ()
+    """Rows of a learned position table."""
+    stream: tuple[MeshAxis, ...] = ()
+    """Width of the residual stream: activations between layers, scales of norms and biases."""
+    length: tuple[MeshAxis, ...] = ()
+    """Positions of the residual stream; `tensor` is Megatron's sequence parallelism, which keeps a
+    part of the activations between layers on each device."""
+
+    def axes_of(self, name: str | None) -> tuple[str, ...]:
+        """The mesh axes of a logical axis.
+
+        Raises:
+            ValueError: there is no such logical axis; names it.
+        """
+        if name is None or name == "layer":
+            return ()
+        if name == "batch":
+            return BATCH_AXES
+        known = [field.name for field in fields(self)]
+        if name not in known:
+            names = ", ".join(["batch", "layer", *known])
+            raise ValueError(f"logical axis: got {name!r}, expected one of {names}")
+        return getattr(self, name)
+
+
+DEFAULT_RULES = ShardingRules()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A mesh, and the rules by which arrays lie on it.
+
+    Args:
+        mesh: with axes among data, fsdp and tensor; one that is absent splits nothing.
+        rules: of every array.
+
+    Raises:
+        ValueError: a rule has a mesh axis that nobody knows; names both.
+    """
+
+    mesh: Mesh
+    rules: ShardingRules = DEFAULT_RULES
+
+    def __post_init__(self) -> None:
+        """Checks the names of mesh axes."""
+        known = dict.fromkeys((*self.mesh.axis_names, "data", "fsdp", "tensor"))
+        for field in fields(self.rules):
+            for axis in getattr(self.rules, field.name):
+                if axis not in known:
+                    wanted = f"expected axes of the mesh: {', '.join(known)}"
+                    raise ValueError(f"rules.{field.name}: got mesh axis {axis!r}, {wanted}")
+
+
+OnMesh: TypeAlias = Mesh | Placement | None
+"""Where activations are pinned to: a mesh alone has the default rules; None pins nothing."""
+
+
+def placement(mesh: Mesh | Placement) -> Placement:
+    """A mesh with its rules."""
+    return mesh if isinstance(mesh, Placement) else Placement(mesh)
 
 
 def spec_for(
     axes: tuple[str | None, ...],
     counts: tuple[int, ...],
     mesh_sizes: Mapping[str, int],
-    rules: Rules = DEFAULT_RULES,
+    rules: ShardingRules = DEFAULT_RULES,
 ) -> PartitionSpec:
     """PartitionSpec of one array.
 
@@ -36,32 +117,41 @@ def spec_for(
         axes: logical name of each axis, None for an axis that is never sharded.
         counts: how many indivisible pieces each axis has; its length, except for fused heads.
         mesh_sizes: size of each mesh axis; one that is missing, 1, or does not divide is dropped.
-        rules: logical name to mesh axis or axes.
+        rules: mesh axes of each logical axis.
+
+    Raises:
+        ValueError: there is no such logical axis; names it.
 
     >>> tuple(spec_for(("vocab", "embed"), (64, 30), {"fsdp": 4, "tensor": 2}))
     ('tensor', None)
     """
-    entries = []
+    entries, used = [], set[str]()
     for name, count in zip(axes, counts, strict=True):
-        wanted = rules.get(name, ()) if name is not None else ()
-        wanted = (wanted,) if isinstance(wanted, str) else wanted
         kept: tuple[str, ...] = ()
-        for axis in wanted:
-            pieces = math.prod(mesh_sizes[a] for a in kept) * mesh_sizes.get(axis, 1)
-            if mesh_sizes.get(axis, 1) > 1 and count % pieces == 0:
+        for axis in rules.axes_of(name):
+            size = mesh_sizes.get(axis, 1)
+            if size > 1 and axis not in used and count % (_size(kept, mesh_sizes) * size) == 0:
                 kept += (axis,)
+                used.add(axis)
         entries.append(kept[0] if len(kept) == 1 else kept or None)
     return PartitionSpec(*entries)
 
 
+def _size(axes: tuple[str, ...], mesh_sizes: Mapping[str, int]) -> int:
+    return math.prod(mesh_sizes[axis] for axis in axes)
+
+
 def constrain(
     x: jax.Array,
-    mesh: Mesh | None,
+    mesh: OnMesh,
     axes: tuple[str | None, ...],
     counts: tuple[int, ...] | None = None,
 ) -> jax.Array:
     """Pins an activation to the mesh, so that the compiler moves weights and not activations."""
-    if mesh is None or mesh.size == 1:
+    if mesh is None:
         return x
-    spec = spec_for(axes, counts or x.shape, dict(mesh.shape))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    placed = placement(mesh)
+    if placed.mesh.size == 1:
+        return x
+    spec = spec_for(axes, counts or x.shape, dict(placed.mesh.shape), placed.rules)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(placed.mesh, spec))

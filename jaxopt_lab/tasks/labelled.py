@@ -17,7 +17,7 @@ from jaxopt_lab.tasks.task import Task
 
 def labelled(
     config: models.EncoderConfig,
-    mesh: Mesh,
+    mesh: Mesh | models.Placement,
     rows: Mapping[str, Rows] | None = None,
     *,
     length: int = 64,
@@ -65,7 +65,7 @@ def labelled(
     )
 
 
-def encoder_logits(config: models.EncoderConfig, mesh: Mesh | None = None) -> Logits:
+def encoder_logits(config: models.EncoderConfig, mesh: models.OnMesh = None) -> Logits:
     """Scores of the encoder's head.
 
     Args:

@@ -20,7 +20,7 @@ def language_model_loss(
     *,
     z_loss: float = 0.0,
     head_chunks: int = 1,
-    mesh: Mesh | None = None,
+    mesh: models.OnMesh = None,
 ) -> Loss:
     """Cross-entropy in nats per token, weighted by the number of tokens.
 
@@ -76,7 +76,7 @@ class Text(NamedTuple):
 
 def language_model(
     config: models.DecoderConfig,
-    mesh: Mesh,
+    mesh: Mesh | models.Placement,
     text: Text | None = None,
     *,
     seed: int = 0,

@@ -82,7 +82,7 @@ training, on 200 validation rows: 81.5 % right, 57 % with the default prompt (19
 
 def prompted(
     config: models.DecoderConfig,
-    mesh: Mesh,
+    mesh: Mesh | models.Placement,
     words: np.ndarray,
     rows: Mapping[str, Rows] | None = None,
     *,
@@ -113,7 +113,7 @@ def prompted(
 
 
 def prompt_logits(
-    config: models.DecoderConfig, words: np.ndarray, mesh: Mesh | None = None
+    config: models.DecoderConfig, words: np.ndarray, mesh: models.OnMesh = None
 ) -> Logits:
     """Scores of the classes' words behind a prompt.
 

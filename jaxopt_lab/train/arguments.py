@@ -20,7 +20,7 @@ from jaxopt_lab.train.config.finetune import FinetuneConfig, given_model
 from jaxopt_lab.train.config.run import PretrainConfig
 from jaxopt_lab.train.config.serialize import from_json, with_values
 from jaxopt_lab.train.errors import ArgumentError, ConfigError, within
-from jaxopt_lab.train.io.run_directory import read_config
+from jaxopt_lab.train.io.run_directory import is_begun, read_config
 
 Settings = TypeVar("Settings")
 
@@ -37,6 +37,7 @@ _HELP = {
     "init_from": "--init-from DIRECTORY starts from weights in Hugging Face's layout.",
     "fork_from": "--fork-from RUN starts from the weights and the config.json of a run.",
     "resume": "--resume continues --run-directory, with its own configuration instead of --config.",
+    "restartable": "--restartable is --resume where there is a run already.",
     "corpus": "A mixture takes --corpus.parts python-source:stdlib 'text-files:notes/*.md' "
     "--corpus.weights 3 1.",
 }
@@ -114,11 +115,12 @@ def _default(values: dict[str, Any], known: set[str], kind: type[Any]) -> Any:
     if "config" in given:
         del values["config"]
     directory, fork = given.get("run_directory"), given.get("fork_from")
-    if values.get("resume") == Words() and "resume" in known:
+    restarted = values.get("restartable") == Words() and is_begun(directory)
+    if "resume" in known and (values.get("resume") == Words() or restarted):
         if directory is None:
             raise ConfigError("run_directory", None, "expected the directory of the run to resume")
         for name in ("fork_from", "init_from"):
-            if name in given:
+            if name in given and not restarted:
                 wanted = "which starts a new run: leave out --resume"
                 raise ConfigError(name, given[name], wanted)
         return _of_verb("run_directory", directory, read_config(directory), kind)

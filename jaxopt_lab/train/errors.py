@@ -29,6 +29,10 @@ class ConfigError(ValueError):
         return wrapped
 
 
+class NotReadyError(ConfigError):
+    """Other processes that are not there yet, or not gone: the same command may succeed later."""
+
+
 @contextmanager
 def within(section: str) -> Iterator[None]:
     """Puts a section in front of what is said inside about a value.

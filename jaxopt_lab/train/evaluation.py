@@ -9,9 +9,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from jaxopt_lab.data import RowsOnDemand, standard_error
+from jaxopt_lab.models import BATCH_AXES
 from jaxopt_lab.step import Batch, Loss, measured
 from jaxopt_lab.tasks import Evaluation
-from jaxopt_lab.train.dist.mesh import BATCH_AXES, rows_of_process, to_global
+from jaxopt_lab.train.dist.mesh import rows_of_process, to_global
 
 OF_TARGETS = "of_targets"
 

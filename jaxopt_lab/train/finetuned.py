@@ -95,7 +95,7 @@ def _test(found: Best, frozen: PyTree, labels: Labels, say: Message) -> dict[str
         side = lora.side(params.beside, program.trained.spec)
         params = whole_leaves(params.base, params.beside, program.trained.spec)
     rows = labels.rows["test"]
-    logits = labels.logits(model_of(config, labels), program.mesh)
+    logits = labels.logits(model_of(config, labels), program.placement)
     results = row_results(logits, params, rows, side=side)
     count, (share, low, high) = len(results.correct), accuracy_interval(results.correct)
     most_frequent = np.bincount(labels.rows["train"].label).argmax()

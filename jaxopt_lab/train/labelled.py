@@ -5,13 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxopt_lab import data
 from jaxopt_lab.data import LabelledCorpus, Tokenizer
 from jaxopt_lab.data.tokenizer import make_tokenizer
 from jaxopt_lab.data.wordpiece import WordPiece
-from jaxopt_lab.models import EncoderConfig
+from jaxopt_lab.models import EncoderConfig, Placement
 from jaxopt_lab.models.encoder_config import ModelConfig
 from jaxopt_lab.report.storage import staged
 from jaxopt_lab.tasks import (
@@ -42,7 +41,7 @@ class Labels:
     tokenizer_hash: str
     words: np.ndarray | None  # of a decoder: the token that stands for each class
 
-    def task(self, config: FinetuneConfig, model: Any, mesh: Mesh) -> Task:
+    def task(self, config: FinetuneConfig, model: Any, mesh: Placement) -> Task:
         """The task on a mesh."""
         options: Any = {
             "length": config.length,
@@ -53,7 +52,7 @@ class Labels:
             return labelled(model, mesh, self.rows, **options)
         return prompted(model, mesh, self.words, self.rows, **options)
 
-    def logits(self, model: Any, mesh: Mesh) -> Any:
+    def logits(self, model: Any, mesh: Placement) -> Any:
         """Scores of the classes."""
         if self.words is None:
             return encoder_logits(model, mesh)

@@ -1,11 +1,14 @@
 """What a run measures of itself, without waiting for the device."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 
+_PROCESS = Path("/proc/self/stat")
 Item = TypeVar("Item")
 
 PEAK_TFLOPS = {
@@ -113,6 +116,54 @@ class Meter:
         self._all_seconds += now - since
         self._all_waited += waited
         return {"step_seconds": now - since, "data_wait_seconds": waited, **peak_memory()}
+
+
+class StartClock:
+    """What the time from the start of a command to its first step went to.
+
+    Args:
+      began: When it began, in seconds of the clock; now by default.
+      clock: Seconds, monotonic.
+
+    >>> clock = StartClock(0.0, iter([1.5, 4.0]).__next__)
+    >>> clock.lap("devices")
+    >>> clock.lap("compile")
+    >>> print(clock)
+    4.0 s: devices 1.5, compile 2.5
+    """
+
+    def __init__(self, began: float | None = None, clock: Callable[[], float] = time.monotonic):
+        """Starts the first lap."""
+        self._clock, self._last = clock, clock() if began is None else began
+        self.seconds: dict[str, float] = {}
+
+    @classmethod
+    def of_process(cls, first: str) -> "StartClock":
+        """A clock that began with the process, whose time so far is the lap `first`."""
+        clock = cls(time.monotonic() - _process_age())
+        clock.lap(first)
+        return clock
+
+    def lap(self, name: str) -> None:
+        """The time since the last call, or since the beginning, went to this."""
+        now = self._clock()
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self._last, 3)
+        self._last = now
+
+    def __str__(self) -> str:
+        """The sum and its parts."""
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
+        return f"{sum(self.seconds.values()):.1f} s: {parts}"
+
+
+def _process_age() -> float:
+    """Seconds since this process began; 0 where the kernel does not tell."""
+    try:
+        ticks = int(_PROCESS.read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (AttributeError, IndexError, OSError, ValueError):
+        return 0.0
+    return max(age, 0.0)
 
 
 def peak_memory() -> dict[str, float]:

@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 from jaxopt_lab import models, optim
 from jaxopt_lab.core.packed import as_shapes, packed_shardings
 from jaxopt_lab.lora import LoraSpec
+from jaxopt_lab.models import Placement
 from jaxopt_lab.report.hlo import CollectiveTotal, collectives
 from jaxopt_lab.report.tables import format_table
 from jaxopt_lab.step import Adapted, Estimator, TrainState, merged
@@ -45,7 +46,7 @@ KERNEL_CHOICES = "kernel-choices"
 class Program:
     """Everything that is compiled for one run."""
 
-    mesh: Mesh
+    placement: Placement
     task: Task
     tx: optax.GradientTransformation
     step: PlacedStep
@@ -56,6 +57,11 @@ class Program:
     flops: tuple[float, float]  # of a step: of the model, and on average of the optimizer
     # (optimizer state at the end) -> how the schedule went, as numbers and in a sentence
     outcome: Callable[[PyTree], tuple[dict[str, Any], str]] | None = None
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return self.placement.mesh
 
     @property
     def moves_all(self) -> bool:
@@ -126,7 +132,8 @@ def build_program(
     """
     mesh = make_mesh(config.mesh)
     model = model_of(config, material)
-    task = _task(config, model, mesh, material)
+    placement = Placement(mesh, config.mesh.rules)
+    task = _task(config, model, placement, material)
     shardings = param_shardings(mesh, task.param_specs)
     is_text = isinstance(material, Text)
     vocab_size = material.corpus.tokenizer.vocab_size if is_text else model.vocab_size
@@ -157,16 +164,20 @@ def build_program(
     recorders = make_recorders(config.diagnostics, config.optimizer, info, ema)
     hooks = () if recorders is None else (diagnostic_hook(recorders, step),)
     flops = _step_flops(config, model, trained, step.abstract_state)
-    return Program(mesh, task, tx, step, held_out, hooks, options, trained, flops, rule.outcome)
+    return Program(
+        placement, task, tx, step, held_out, hooks, options, trained, flops, rule.outcome
+    )
 
 
-def _task(config: PretrainConfig, model: Any, mesh: Mesh, material: Material | None) -> Task:
+def _task(
+    config: PretrainConfig, model: Any, placement: Placement, material: Material | None
+) -> Task:
     if isinstance(material, Labels):
         assert isinstance(config, FinetuneConfig)
-        return material.task(config, model, mesh)
+        return material.task(config, model, placement)
     return language_model(
         model,
-        mesh,
+        placement,
         material,
         seed=config.order_seed,
         z_loss=config.z_loss,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 
 from jaxopt_lab.report.progress import to_stderr
+from jaxopt_lab.report.storage import is_remote
 from jaxopt_lab.train.base import Base, read_base
 from jaxopt_lab.train.compilation import compiled_once
 from jaxopt_lab.train.config.finetune import FinetuneConfig
@@ -21,9 +22,10 @@ from jaxopt_lab.train.hooks import Callback, Hook, hook_of
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.checkpoints import Checkpoints
 from jaxopt_lab.train.io.mirror import RunFiles
-from jaxopt_lab.train.io.run_directory import open_run, resume_command
+from jaxopt_lab.train.io.run_directory import begun_or_new, open_run, resume_command
 from jaxopt_lab.train.io.run_log import RunLog
 from jaxopt_lab.train.loop import Loop, Run, Status
+from jaxopt_lab.train.meter import StartClock
 from jaxopt_lab.train.outcome import summary_of, write_report
 from jaxopt_lab.train.program import Cost, Material, build_program, cost_of, model_of
 from jaxopt_lab.train.stages import changed, stage_ends
@@ -40,6 +42,7 @@ class RunResult:
     directory: Path | None = None
     summary: Mapping[str, Any] | None = None
     cost: Cost | None = None
+    restartable: bool = False  # as configured
 
 
 def pretrain(
@@ -48,6 +51,7 @@ def pretrain(
     hooks: Sequence[Hook] = (),
     callbacks: Sequence[Callback] = (),
     message: Message | None = None,
+    clock: StartClock | None = None,
 ) -> RunResult:
     """Pretrains a decoder as configured and writes a run directory.
 
@@ -60,6 +64,7 @@ def pretrain(
       hooks: Measurements, logged with the steps.
       callbacks: The same for every step, as functions (step, state, metrics, batch).
       message: Receives lines of plain text outside the loop; standard error by default.
+      clock: Measures the time to the first step; by default it starts here.
 
     Returns:
       How it ended, where everything is, and the summary. With `dry_run`, the cost of the
@@ -71,7 +76,7 @@ def pretrain(
       TrainingError: If too many steps were not finite, a step failed across processes, or a hook
         raised; after the latter the run is saved.
     """
-    return _run(config, hooks, callbacks, message)
+    return _run(config, hooks, callbacks, message, clock or StartClock())
 
 
 def finetune(
@@ -80,6 +85,7 @@ def finetune(
     hooks: Sequence[Hook] = (),
     callbacks: Sequence[Callback] = (),
     message: Message | None = None,
+    clock: StartClock | None = None,
 ) -> RunResult:
     """Trains a given model, or what stands beside it, and writes a run directory.
 
@@ -92,6 +98,7 @@ def finetune(
       hooks: As for `pretrain`.
       callbacks: As for `pretrain`.
       message: As for `pretrain`.
+      clock: As for `pretrain`.
 
     Returns:
       As `pretrain`.
@@ -102,7 +109,7 @@ def finetune(
       CheckpointError: As `pretrain`.
       TrainingError: As `pretrain`.
     """
-    return _run(config, hooks, callbacks, message)
+    return _run(config, hooks, callbacks, message, clock or StartClock())
 
 
 def _run(
@@ -110,11 +117,14 @@ def _run(
     hooks: Sequence[Hook],
     callbacks: Sequence[Callback],
     message: Message | None,
+    clock: StartClock,
 ) -> RunResult:
     initialize_processes(config.distributed)
+    config = begun_or_new(config)
     tell = message or to_stderr
     say = tell if jax.process_index() == 0 else _silent
     check(config, say)
+    clock.lap("devices")
     if config.dry_run:
         return _dry_run(config, say)
     # Where other processes wait, a signal is told first, and stops all of them as a block ends.
@@ -122,8 +132,10 @@ def _run(
     with interrupt_by_the_end(note, "all know"), _opened(config, say, tell) as files:
         with interrupt_by_the_end(note, "the text is prepared"):
             text = prepare_text(config, say)
+            clock.lap("data")
         with interrupt_by_the_end(say):
             program = agreed(lambda: build_program(config, text, files.local))
+            clock.lap("program")
         with _checkpoints(config, files, say) as checkpoints:
             with interrupt_by_the_end(say):
                 base = agreed(lambda: _base(config, text))
@@ -131,9 +143,11 @@ def _run(
                 run, state, position = agreed(lambda: first_state(new, say))
                 agreed(lambda: record_start(run, position.step, say))
                 run, state = changed(run, state, position.step, say)
+                clock.lap("restore" if position.step else "initial state")
                 compiled = agreed(lambda: compiled_step(config, run.program, say))
+                clock.lap("compile")
             before, measurements = time.monotonic(), (*hooks, *map(hook_of, callbacks))
-            with agreed(lambda: RunLog(config, run.program, files.local, *position)) as log:
+            with agreed(lambda: RunLog(config, run.program, files.local, *position, clock)) as log:
                 for end in stage_ends(config, position.step):
                     loop = Loop(run, compiled, log, measurements)
                     state, status = loop.run(state, position, end)
@@ -145,8 +159,9 @@ def _run(
                         compiled = compiled_step(config, run.program, log.message)
             if status != "finished":
                 say(f"stopped and saved; continue with: {resume_command(files.directory)}")
-                return RunResult(status, files.directory)
+                return RunResult(status, files.directory, restartable=config.restartable)
             summary = summary_of(run, loop, state, time.monotonic() - before, say)
+            summary["start_seconds"] = clock.seconds
             with interrupt_by_the_end(say, "the report is written"):
                 summary = agreed(lambda: write_report(run, summary, say))
             return RunResult(status, files.directory, summary)
@@ -178,7 +193,11 @@ def _checkpoints(config: PretrainConfig, files: RunFiles, say: Message) -> Check
 @contextlib.contextmanager
 def _opened(config: PretrainConfig, say: Message, tell: Message) -> Iterator[RunFiles]:
     """The run directory; where a process dies, it says how all of them start again."""
-    with open_run(config, say) as files, compiled_once(config.compilation_cache, say):
+    with contextlib.ExitStack() as held:
+        files = held.enter_context(open_run(config, say))
+        # Programs of several processes lie in the run, where all of them see it.
+        shared = None if is_remote(files.directory) else files.directory
+        held.enter_context(compiled_once(config.compilation_cache, say, shared))
         say(f"run directory: {files.directory}")
         if jax.process_count() == 1:
             yield files

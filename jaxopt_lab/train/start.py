@@ -16,6 +16,7 @@ from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.run import PretrainConfig, validate
 from jaxopt_lab.train.config.sections import axis_sizes
 from jaxopt_lab.train.dist.agreement import agreed, same_everywhere
+from jaxopt_lab.train.dist.mesh import mesh_as_text
 from jaxopt_lab.train.errors import CheckpointError
 from jaxopt_lab.train.interrupts import interrupt_by_the_end
 from jaxopt_lab.train.io.checkpoints import Restored
@@ -47,7 +48,7 @@ def check(config: PretrainConfig, say: Message) -> None:
             say(note)
 
     agreed(on_this_machine)
-    of_one_start = ("run_directory", "resume", "dry_run")
+    of_one_start = ("run_directory", "resume", "restartable", "dry_run")
     same_everywhere(as_stored(config) | {name: getattr(config, name) for name in of_one_start})
 
 
@@ -202,10 +203,10 @@ def compiled_step(config: PretrainConfig, program: Program, say: Message) -> jax
     compiled = compile_step(config, program)
     count = program.trained_count
     moving = "" if program.moves_all else f", of which {count:,} move,"
-    sizes = " x ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
     say(
         f"{config.init_from or config.preset}: {program.parameters / 1e6:.2f}M parameters{moving} "
-        f"on mesh {sizes}, {config.batch_size * config.row_tokens:,} tokens per step, "
+        f"on mesh {mesh_as_text(program.mesh)}, "
+        f"{config.batch_size * config.row_tokens:,} tokens per step, "
         f"{100 * optimizer_share(program):.2g} % of its FLOPs in the optimizer; "
         f"compiled in {time.monotonic() - before:.1f} s"
     )

@@ -74,6 +74,20 @@ def test_several_processes_keep_none_of_their_own(tmp_path, monkeypatch):
     assert within("auto") == [] and not (tmp_path / "xdg").exists()
 
 
+def test_several_processes_share_those_of_their_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def kept(number):
+        with compiled_once("auto", pytest.fail, tmp_path / "run"):
+            compile_something(number)
+        return programs(tmp_path / "run/programs")
+
+    first = kept(5.0)
+    assert first and not (tmp_path / "xdg").exists()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert kept(6.0) == first
+
+
 def test_a_directory_that_cannot_be_written_is_harmless(tmp_path, monkeypatch):
     (tmp_path / "xdg").write_text("a file")
     (line,) = within("auto")

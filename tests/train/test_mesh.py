@@ -1,20 +1,29 @@
 import itertools
-from dataclasses import dataclass
+from argparse import Namespace
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 import pytest
+from jax._src import cloud_tpu_init
+from jax.sharding import PartitionSpec
 
+from jaxopt_lab.models import ShardingRules
+from jaxopt_lab.train.arguments import parse_config
 from jaxopt_lab.train.config.sections import DistributedConfig, MeshConfig, axis_sizes
 from jaxopt_lab.train.dist.mesh import (
+    batch_sharding,
     flags,
     lay_out,
     make_mesh,
+    mesh_as_text,
     rows_of_process,
     to_global,
 )
 from jaxopt_lab.train.dist.processes import initialize_processes
 from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.program import build_program
+from tests.train.tiny_run import MODEL, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -73,23 +82,32 @@ class Chip:
     slice_index: int = 0
 
 
-def tpu_slice(kind, shape):
-    """The chips of a slice, hosts with blocks of 2 x 2 x 1, in the order of JAX's device list."""
+def tpu_slice(kind, shape, slices=1):
+    """The chips of slices, hosts with blocks of 2 x 2 x 1, in the order of JAX's device list."""
     chips, hosts = [], {}
-    for number, place in enumerate(itertools.product(*map(range, reversed(shape)))):
+    for number, (at, *place) in enumerate(
+        itertools.product(range(slices), *map(range, reversed(shape)))
+    ):
         x, y, z = reversed(place)
-        host = hosts.setdefault((x // 2, y // 2, z), len(hosts))
-        chips.append(Chip(number, "tpu", kind, host, (x, y, z)))
+        host = hosts.setdefault((at, x // 2, y // 2, z), len(hosts))
+        chips.append(Chip(number, "tpu", kind, host, (x, y, z), slice_index=at))
     return sorted(chips, key=lambda chip: (chip.process_index, chip.id))
 
 
-@pytest.mark.parametrize(
-    ("kind", "shape"),
-    [
-        ("TPU v4", (2, 2, 4)), ("TPU v4", (2, 4, 4)), ("TPU v5 lite", (4, 4, 1)),
-        ("TPU v5 lite", (4, 8, 1)), ("TPU v5p", (2, 2, 4)), ("TPU v6 lite", (4, 4, 1)),
-    ],
-)  # fmt: skip
+def gpu_hosts(hosts, each=8):
+    """GPUs, of which JAX calls those of a host a slice."""
+    return [
+        Chip(i, "gpu", "H100", i // each, (), slice_index=i // each) for i in range(hosts * each)
+    ]
+
+
+SHAPES = [
+    ("TPU v4", (2, 2, 4)), ("TPU v4", (2, 4, 4)), ("TPU v5 lite", (4, 4, 1)),
+    ("TPU v5 lite", (4, 8, 1)), ("TPU v5p", (2, 2, 4)), ("TPU v6 lite", (4, 4, 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "shape"), SHAPES)
 @pytest.mark.parametrize("config", [
     MeshConfig(), MeshConfig(1, -1), MeshConfig(-1, 4), MeshConfig(1, -1, 4), MeshConfig(2, -1),
 ], ids=str)  # fmt: skip
@@ -107,6 +125,63 @@ def test_every_host_of_a_tpu_slice_holds_the_rows_of_its_chips(kind, shape, conf
                 wanted |= set(range(first, first + 3))
         assert list(rows) == sorted(wanted)
         assert len(rows) >= batch_size // groups
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"), [*SHAPES, ("TPU v5", (4, 4, 4)), ("TPU v5e", (8, 8, 1))]
+)
+@pytest.mark.parametrize("config", [
+    MeshConfig(), MeshConfig(fsdp=8), MeshConfig(fsdp=4, tensor=4), MeshConfig(2, -1),
+    MeshConfig(2, -1, 4), MeshConfig(4, -1),
+], ids=lambda config: f"{config.data}-{config.fsdp}-{config.tensor}")  # fmt: skip
+def test_only_data_crosses_the_slices_of_a_pod(kind, shape, config):
+    chips = tpu_slice(kind, shape, slices=2)
+    devices = lay_out(axis_sizes(config, len(chips)), chips)
+    assert {chip.id for chip in devices.ravel()} == {chip.id for chip in chips}
+    for of_replica in devices:
+        assert len({chip.slice_index for chip in of_replica.ravel()}) == 1
+    # The tensor axis goes along links: neighbours differ by one step, or by the way around a ring.
+    for line in devices.reshape(-1, devices.shape[2]):
+        for one, other in itertools.pairwise(line):
+            steps = [abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)]
+            assert sum(min(n, size - n) for n, size in zip(steps, shape, strict=True)) <= 2
+
+
+def test_fsdp_crosses_slices_only_where_data_cannot():
+    chips = tpu_slice("TPU v5 lite", (4, 4, 1), slices=4)
+    devices = lay_out((2, 32, 1), chips)
+    for replica, of_replica in enumerate(devices):
+        assert {chip.slice_index for chip in of_replica.ravel()} == {2 * replica, 2 * replica + 1}
+    mesh = Namespace(devices=devices, axis_names=("data", "fsdp", "tensor"))
+    wanted = "data 2 x fsdp 32 x tensor 1, 2 slices along data, 2 slices along fsdp"
+    assert mesh_as_text(mesh) == wanted
+    with pytest.raises(ConfigError, match="mesh: got 'data 1 x fsdp 2 x tensor 32', expected data"):
+        lay_out((1, 2, 32), chips)
+
+
+@pytest.mark.parametrize("sizes", [(2, 8, 1), (2, 1, 8), (4, 2, 2), (1, 16, 1)])
+def test_axes_inside_of_data_stay_on_one_host_of_gpus(sizes):
+    devices = lay_out(sizes, gpu_hosts(2))
+    groups = devices.reshape(-1, *devices.shape[1:]) if sizes[0] > 1 else devices.reshape(2, 8)
+    for group in groups:
+        assert len({device.process_index for device in group.ravel()}) == 1
+    # Where not even fsdp can cross hosts alone, devices keep their order.
+    across = lay_out((1, 1, 16), gpu_hosts(2))
+    assert [device.id for device in across.ravel()] == list(range(16))
+
+
+def test_slices_are_what_devices_say_or_processes():
+    chips, hosts = tpu_slice("TPU v6 lite", (4, 4, 1), slices=2), gpu_hosts(4)
+    with pytest.raises(
+        ConfigError, match="mesh.slices: got 4, expected 2: the 32 devices of 8 pro"
+    ):
+        lay_out((4, 8, 1), chips, 4)
+    # One domain of fast links over all hosts, and hosts as slices all the same.
+    joined = [replace(device, slice_index=0) for device in hosts]
+    for of_replica in lay_out((4, 8, 1), joined, 4):
+        assert len({device.process_index for device in of_replica.ravel()}) == 1
+    with pytest.raises(ConfigError, match="mesh.slices: got 3, expected 1 or 4"):
+        lay_out((4, 8, 1), joined, 3)
 
 
 def test_devices_find_their_rows_among_those_that_a_process_holds(monkeypatch):
@@ -151,28 +226,67 @@ def test_one_process_alone_starts_nothing():
     assert initialize_processes(DistributedConfig()) is False
 
 
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "4", "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "1",
+}  # fmt: skip
+OMPI = {
+    "OMPI_MCA_orte_hnp_uri": "1.0;tcp://a:1", "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, False),
-        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+        ({}, None),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None),
+        (SLURM, None),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "4"}, "slurm"),
+        ({**OMPI, "OMPI_COMM_WORLD_SIZE": "2"}, "ompi"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, "gketpu"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
     ],
 )
 def test_launchers_of_several_tasks_hand_over_to_jax(environment, expected, monkeypatch):
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES",
-                 "TPU_PROCESS_ADDRESSES"):  # fmt: skip
+    for name in (*SLURM, *OMPI, "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE",
+                 "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
+    monkeypatch.setattr(cloud_tpu_init, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     settings = DistributedConfig(heartbeat_timeout_seconds=7)
-    assert initialize_processes(settings) is expected
+    assert initialize_processes(settings) is (expected is not None)
     # JAX waits longer than we do: what it does then is no message, but an abort.
     given = {"heartbeat_timeout_seconds": 7, "initialization_timeout": 660}
-    assert calls == ([given] if expected else [])
+    assert calls == ([given | {"cluster_detection_method": expected}] if expected else [])
+
+
+def test_rules_and_slices_are_flags():
+    words = "--mesh.rules.hidden fsdp tensor --mesh.rules.vocab --mesh.slices 2".split()
+    mesh = parse_config(words, "pretrain").mesh
+    assert mesh == MeshConfig(slices=2, rules=ShardingRules(hidden=("fsdp", "tensor"), vocab=()))
+    for word, message in {
+        "hiden tensor": "rules.hiden: got 'tensor', but there is no such .* did you mean hidden?",
+        "hidden modle": "mesh.rules.hidden: got 'modle', expected data or fsdp or tensor",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            parse_config(f"--mesh.rules.{word}".split(), "pretrain")
+
+
+def test_the_programs_of_a_run_follow_its_rules():
+    rules = ShardingRules(hidden=("fsdp", "tensor"), embed=())
+    program = build_program(tiny_config("none", None, mesh=MeshConfig(2, 2, 2, rules=rules)))
+    up = program.step.shardings.params["layers"]["mlp"]["up"]["kernel"]
+    assert up.spec == PartitionSpec(None, None, ("fsdp", "tensor"))
+    batch = program.task.abstract_batch(4, batch_sharding(program.mesh))
+    text = program.step.value_and_grad.lower(program.step.abstract_state, batch).as_text()
+    pinned = [line for line in text.splitlines() if "sharding_constraint" in line]
+    hidden = MODEL.hidden_width
+    # The batch has taken fsdp.
+    assert any(f'{{}}, {{"tensor"}}]> : tensor<4x16x{hidden}xf32>' in line for line in pinned)
+    assert not any('{"fsdp"' in line for line in pinned)

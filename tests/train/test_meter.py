@@ -1,4 +1,5 @@
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import pytest
 
 from jaxopt_lab import models
 from jaxopt_lab.report.tracker import read_metrics
-from jaxopt_lab.train.meter import PEAK_TFLOPS, Meter, peak_of
+from jaxopt_lab.train.meter import PEAK_TFLOPS, Meter, StartClock, peak_of
 from jaxopt_lab.train.run import pretrain
 from tests.train.tiny_run import tiny_config, write_text
+
+IMPORTED = time.monotonic()
 
 
 class Clock:
@@ -119,3 +122,15 @@ def test_memory_is_that_of_the_fullest_device(monkeypatch):
     assert Meter().step_done() == {"peak_memory_bytes": 7}
     monkeypatch.setattr(jax, "local_devices", lambda: [Device(None)])
     assert Meter().step_done() == {}
+
+
+def test_the_clock_of_a_start_begins_with_the_process(tmp_path, monkeypatch):
+    since_import = time.monotonic() - IMPORTED
+    clock = StartClock.of_process("import")
+    assert since_import < clock.seconds["import"] < since_import + 600
+    clock.lap("devices")
+    clock.lap("import")
+    assert list(clock.seconds) == ["import", "devices"] and clock.seconds["devices"] < 1
+    # Where there is no such file, the process begins with the clock.
+    monkeypatch.setattr("jaxopt_lab.train.meter._PROCESS", tmp_path / "none")
+    assert StartClock.of_process("import").seconds["import"] < 1

@@ -57,6 +57,11 @@ def test_a_run_leaves_a_complete_directory(finished):
     # Bytes: one token is one byte, except end-of-text.
     assert 0.9 < summary["bits_per_byte"] * np.log(2) / summary["validation_loss"] < 1.1
     assert any("unigram" in note for note in notes)
+    start = summary["start_seconds"]
+    assert list(start) == [
+        "devices", "data", "program", "initial state", "compile", "evaluation", "first step",
+    ]  # fmt: skip
+    assert all(seconds >= 0 for seconds in start.values()) and start["compile"] > 0
     session = json.loads((result.directory / "manifest.json").read_text())["sessions"][0]
     assert session["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
     assert session["versions"]["jax"] == jax.__version__ and session["corpus"]["hash"]

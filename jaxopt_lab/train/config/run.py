@@ -144,6 +144,10 @@ class PretrainConfig(RunConfig):
     the command line its configuration gives the defaults."""
     resume: bool = False
     """Continue the run in `run_directory`, with its own configuration and these changes."""
+    restartable: bool = False
+    """For a command that a launcher repeats: continue the run in `run_directory` if it has begun,
+    else begin it; after SIGTERM, or where other processes are not there yet, exit with 75 (start
+    the same command again)."""
     dry_run: bool = False
     """Compile, print memory, FLOPs and collectives, and stop."""
     profile: str | None = None

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from jaxopt_lab.data import VALIDATION
+from jaxopt_lab.models import ShardingRules
 from jaxopt_lab.train.config.bounds import (
     Bound,
     Count,
@@ -114,7 +115,7 @@ class DiagnosticsConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one of them may be -1 and takes what is left."""
+    """Devices along each axis; one of data, fsdp and tensor may be -1 and takes what is left."""
 
     data: int = -1
     """Replicas of the parameters, each with its own part of the batch."""
@@ -122,11 +123,21 @@ class MeshConfig:
     """Parts of every parameter and of its optimizer state, each with its part of the batch."""
     tensor: int = 1
     """Parts of the matrix products inside a layer."""
+    slices: Count | None = None
+    """Groups of devices with fast links inside and slow ones between: the data axis crosses them as
+    far as it can, fsdp then, tensor never. None takes what the devices say; elsewhere it may be the
+    number of processes."""
+    rules: ShardingRules = ShardingRules()
+    """Mesh axes that split each logical axis of parameters and activations."""
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes. Under SLURM, Open MPI or on a TPU pod nothing needs to be set."""
+    """Several processes. Under SLURM, Open MPI or on a TPU pod nothing needs to be set.
+
+    Elsewhere the first three may also stand in the environment, as JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
 
     coordinator_address: str | None = None
     """`host:port` of process 0; starts multi-process training."""
@@ -134,6 +145,9 @@ class DistributedConfig:
     """Number of processes."""
     process_id: CountOrZero | None = None
     """Number of this process, from 0."""
+    launcher: Literal["auto", "none", "openmpi", "slurm", "gke", "tpu-vm"] = "auto"
+    """What has started the processes, where it should not be guessed. `none`: whatever the
+    environment says, this one is alone, or has the three settings above."""
     heartbeat_timeout_seconds: Count = 20
     """After this long without a sign of life from one process, JAX ends the others."""
     start_timeout_seconds: Count = 300
@@ -146,7 +160,7 @@ def axis_sizes(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
     >>> axis_sizes(MeshConfig(data=-1, fsdp=4), 8)
     (2, 4, 1)
     """
-    sizes = astuple(config)
+    sizes = (config.data, config.fsdp, config.tensor)
     for name, size in zip(AXES, sizes, strict=True):
         if size < 1 and size != -1:
             raise ConfigError(f"mesh.{name}", size, "expected at least 1, or -1 for what is left")

@@ -1,5 +1,6 @@
 """Devices: the mesh, and how a batch lies on it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,11 +10,12 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
+from jaxopt_lab.models import BATCH_AXES
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.config.sections import AXES, MeshConfig, axis_sizes, sizes_as_text
 
-# A batch is split over both: fsdp is data parallelism whose parameters are also split.
-BATCH_AXES = ("data", "fsdp")
+Sizes = tuple[int, int, int]
+"""Devices along data, fsdp and tensor."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -40,19 +42,76 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"expected all {len(devices)} devices of the processes in use",
         )
     types = (AxisType.Auto,) * len(AXES)
-    return Mesh(lay_out(sizes, devices[:used]), AXES, axis_types=types)
+    return Mesh(lay_out(sizes, devices[:used], config.slices), AXES, axis_types=types)
 
 
-def lay_out(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+def lay_out(sizes: Sizes, devices: Sequence[Any], slices: int | None = None) -> np.ndarray:
     """Devices by data, fsdp and tensor, neighbours in the network next to each other.
 
-    A mesh whose axes are no products of the torus's own, such as 2 x 8 on 4 x 4 chips, splits one
-    of these.
+    Several slices, or hosts of GPUs, lie one after another along data, then along fsdp. Where they
+    do not fit, GPUs are laid out in their order, and TPUs refused.
+
+    Args:
+      sizes: Of the axes.
+      devices: As many.
+      slices: Number of slices; None: as many as the devices say.
+
+    Raises:
+      ConfigError: If the devices have another number of slices, or tensor would cross them.
     """
-    try:
-        return mesh_utils.create_device_mesh(sizes, devices)
-    except NotImplementedError:
-        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    announced = len({getattr(device, "slice_index", 0) for device in devices})
+    processes = len({device.process_index for device in devices})
+    on_tpu = devices[0].platform == "tpu"
+    known = {announced} if on_tpu else {1, announced, processes}
+    if slices is not None and slices not in known:
+        wanted = f"expected {' or '.join(map(str, sorted(known)))}: the {len(devices)} devices of"
+        told = f"{wanted} {processes} processes name {announced}"
+        raise ConfigError("mesh.slices", slices, told)
+    count = announced if slices is None else slices
+    across = slices_along(sizes, count)
+    if across is None:
+        if slices is None and not on_tpu:
+            return _in_one_slice(sizes, devices)
+        wanted = (
+            f"expected data x fsdp to be a multiple of the {count} slices: tensor cannot cross them"
+        )
+        raise ConfigError("mesh", sizes_as_text(sizes), wanted)
+    if count == 1:
+        return _in_one_slice(sizes, devices)
+    inside = tuple(size // n for size, n in zip(sizes, across, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(
+        inside,
+        across,
+        devices,
+        process_is_granule=count != announced,
+        allow_split_physical_axes=True,
+    )
+
+
+def slices_along(sizes: Sizes, slices: int) -> Sizes | None:
+    """How many slices data, fsdp and tensor cross; None if they do not fit.
+
+    >>> slices_along((2, 16, 1), 4), slices_along((8, 1, 4), 4), slices_along((1, 1, 8), 2)
+    ((2, 2, 1), (4, 1, 1), None)
+    """
+    data = math.gcd(sizes[0], slices)
+    rest = slices // data
+    return None if sizes[1] % rest else (data, rest, 1)
+
+
+def mesh_as_text(mesh: Mesh) -> str:
+    """Sizes of the axes, and which of them cross slices."""
+    crossing = []
+    for i, name in enumerate(mesh.axis_names):
+        line = np.moveaxis(mesh.devices, i, 0).reshape(mesh.devices.shape[i], -1)[:, 0]
+        count = len({getattr(device, "slice_index", 0) for device in line})
+        crossing += [f"{count} slices along {name}"] if count > 1 else []
+    return ", ".join([sizes_as_text(mesh.devices.shape), *crossing])
+
+
+def _in_one_slice(sizes: Sizes, devices: Sequence[Any]) -> np.ndarray:
+    """A mesh whose axes are no products of the torus's own splits one, as 2 x 8 on 4 x 4 chips."""
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

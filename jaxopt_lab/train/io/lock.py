@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.errors import NotReadyError
 
 LOCK_FILE = ".lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
@@ -24,7 +24,7 @@ def only_writer(directory: Path) -> Iterator[None]:
     locks, nothing is checked.
 
     Raises:
-      ConfigError: If another process holds it; names that process.
+      NotReadyError: If another process holds it; names that process.
     """
     path = directory / LOCK_FILE
     descriptor = _acquire(path)
@@ -55,7 +55,7 @@ def _acquire(path: Path) -> int:
             os.close(descriptor)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
-            raise ConfigError(
+            raise NotReadyError(
                 "run_directory",
                 str(path.parent),
                 f"which {holder} is writing: wait for it or end it",

@@ -17,6 +17,7 @@ from jaxopt_lab.data.tokenizer import Tokenizer, TokenizerConfig, make_tokenizer
 from jaxopt_lab.report.files import read_text, write_json
 from jaxopt_lab.report.storage import is_remote, names_in, path_of
 from jaxopt_lab.report.tracker import METRICS_FILE, TENSORBOARD_DIRECTORY, read_metrics
+from jaxopt_lab.train.compilation import PROGRAMS
 from jaxopt_lab.train.config.choices import name_of
 from jaxopt_lab.train.config.comparison import CompareConfig
 from jaxopt_lab.train.config.finetune import FinetuneConfig
@@ -222,7 +223,7 @@ def discard_unstarted(directory: Path, saved: Path) -> None:
         return
     for name in (CONFIG_FILE, MANIFEST_FILE, TOKENIZER_FILE, METRICS_FILE):
         (directory / name).unlink(missing_ok=True)
-    for name in (KERNEL_CHOICES, TENSORBOARD_DIRECTORY):
+    for name in (KERNEL_CHOICES, TENSORBOARD_DIRECTORY, PROGRAMS):
         shutil.rmtree(directory / name, ignore_errors=True)
     if not is_remote(saved):
         _remove_empty(saved)
@@ -258,6 +259,27 @@ def _kind_of(text: str) -> type[PretrainConfig]:
     return FinetuneConfig if isinstance(values, dict) and "trainable" in values else PretrainConfig
 
 
+def is_begun(directory: str | os.PathLike[str] | None) -> bool:
+    """Whether a run has begun in a directory."""
+    return directory is not None and (path_of(directory) / CONFIG_FILE).is_file()
+
+
+def begun_or_new(config: PretrainConfig) -> PretrainConfig:
+    """A run that resumes, where it may, what has begun; on all processes alike.
+
+    Raises:
+      ConfigError: If the next start would not find it.
+    """
+    if not config.restartable:
+        return config
+    directory = config.run_directory
+    if directory is None:
+        raise ConfigError("run_directory", None, "expected a directory that the next start finds")
+    # Another process may have looked while the first one removed a run that never began.
+    begun = from_first(lambda: is_begun(directory))
+    return replace(config, resume=config.resume or begun)
+
+
 def _existing_run(config: PretrainConfig) -> Path:
     if config.run_directory is None:
         raise ConfigError("run_directory", None, "expected the directory of the run to resume")
@@ -280,9 +302,15 @@ def as_stored(config: PretrainConfig) -> dict[str, Any]:
         coordinator_address=none.coordinator_address,
         num_processes=none.num_processes,
         process_id=none.process_id,
+        launcher=none.launcher,
     )
     settings = replace(
-        config, run_directory=None, resume=False, dry_run=False, distributed=distributed
+        config,
+        run_directory=None,
+        resume=False,
+        restartable=False,
+        dry_run=False,
+        distributed=distributed,
     )
     return json.loads(to_json(settings))
 

@@ -11,7 +11,7 @@ from jaxopt_lab.report.progress import Progress
 from jaxopt_lab.report.tracker import METRICS_FILE, Tracker, read_metrics
 from jaxopt_lab.train.config.run import PretrainConfig
 from jaxopt_lab.train.config.sections import axis_sizes
-from jaxopt_lab.train.meter import peak_of
+from jaxopt_lab.train.meter import StartClock, peak_of
 from jaxopt_lab.train.program import Program
 
 # What `RunLog` adds to every row by itself.
@@ -52,6 +52,7 @@ class RunLog:
       directory: The run directory.
       start_step: Steps already taken by the run that is resumed.
       start_sample: Windows consumed by them.
+      clock: What the time to the first step is measured with, and told once.
     """
 
     def __init__(
@@ -61,12 +62,13 @@ class RunLog:
         directory: Path,
         start_step: int,
         start_sample: int = 0,
+        clock: StartClock | None = None,
     ):
         """Opens the files and starts the live line."""
         self._tokens_per_step = config.batch_size * config.row_tokens
         # Batches may have had another size before.
         self._tokens_before = start_sample * config.row_tokens
-        self._start_step = start_step
+        self._start_step, self._clock = start_step, clock
         self._passes_per_step = config.optimizer.forward_passes
         of_model, self._flops_per_step = program.flops
         self._optimizer_share = self._flops_per_step / (of_model + self._flops_per_step)
@@ -99,6 +101,10 @@ class RunLog:
     def training(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records one optimizer step: what it reports, and what `Meter` and hooks measured."""
         if self._tracker and self._progress:
+            if self._clock is not None:
+                self._clock.lap("first step")
+                self.message(f"first step after {self._clock}")
+                self._clock = None
             self._tracker.log(step, {**metrics, **self._speed(metrics), **self._spent(step)})
             self._progress.update(
                 step,
@@ -121,6 +127,8 @@ class RunLog:
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records an evaluation after `step` optimizer steps."""
         if self._tracker and self._progress:
+            if self._clock is not None:
+                self._clock.lap("evaluation")
             self._tracker.log(step, {**metrics, **self._spent(step)})
             self._progress.evaluation(step, metrics)
 
