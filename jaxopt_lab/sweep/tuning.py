@@ -101,7 +101,7 @@ class Tuned:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Tuned":
-        """Reads what `to_json` returned."""
+        """Reads what `to_json` returned; stored results without errors over documents have NaN."""
         evaluated = tuple(values["evaluated_steps"])
         curves = [[_number(x) for x in curve] for curve in values["held_out"]]
         return cls(
@@ -111,7 +111,7 @@ class Tuned:
             seeds=tuple(values["seeds"]),
             evaluated_steps=evaluated,
             held_out=np.asarray(curves, np.float64).reshape(len(curves), len(evaluated)),
-            errors=tuple(_number(x) for x in values["held_out_se"]),
+            errors=tuple(_number(x) for x in values.get("held_out_se", [None] * len(curves))),
             train_losses=tuple(_number(x) for x in values["train_losses"]),
             runs_at_once=values["runs_at_once"],
             seconds=values["seconds"],
