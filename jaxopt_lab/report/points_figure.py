@@ -67,7 +67,8 @@ def points_figure(
         axes.errorbar(method.cost, mean, yerr=2 * error, marker="o", capsize=3, color=color)
         ends.append((mean, method, color))
     axes.set(xlabel=x_label, ylabel=y_label)
-    axes.set_title(title, fontsize=10)
+    if title is not None:
+        axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.margins(x=0.2)
