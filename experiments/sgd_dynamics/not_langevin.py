@@ -5,6 +5,7 @@ python experiments/sgd_dynamics/not_langevin.py --report
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import time
@@ -59,33 +60,34 @@ def main() -> None:
         raise SystemExit("--trial: give it a directory of its own with --out")
     options.out.mkdir(parents=True, exist_ok=True)
     system = sgd.mlp(*sgd.read_digits(options.digits, limit=SAMPLES))
-    for seed in SEEDS:
-        missing = list(_missing(options.out, seed))
-        if not missing:
-            continue
+
+    @functools.cache
+    def point_of(seed: int) -> Point:
         training = replace(TRAINING, sgd_steps=50, gd_steps=50) if options.trial else TRAINING
         begun = time.perf_counter()
         point = exact_point(system, train(system, training, seed))
         print(f"seed {seed}: reference point, {time.perf_counter() - begun:.0f} s", flush=True)
-        for path, product, batches in missing:
-            result = measure(point, seed, product, batches, trial=options.trial)
-            with appearing_whole(path) as partial:  # a file that is there is whole
-                partial.write_text(json.dumps({**result, "training": vars(training)}) + "\n")
-            print(f"{path.name}: {result['seconds']} s", flush=True)
+        return point
+
+    for path, seed, product, batches in _missing(options.out):
+        result = measure(point_of(seed), seed, product, batches, trial=options.trial)
+        with appearing_whole(path) as partial:  # a file that is there is whole
+            partial.write_text(json.dumps({**result, "training": vars(TRAINING)}) + "\n")
+        print(f"{path.name}: {result['seconds']} s", flush=True)
 
 
-def _missing(out: pathlib.Path, seed: int) -> Iterator[tuple[pathlib.Path, float | None, Batches]]:
-    """Runs of a seed that have no result file; ηλ₁ is None for the growth of flat directions."""
-    runs: list[tuple[str, float | None, Batches]] = [
-        (f"discrete-batch{each.size}-{product:g}-seed{seed}.json", product, each)
+def _missing(out: pathlib.Path) -> Iterator[tuple[pathlib.Path, int, float | None, Batches]]:
+    """Runs that have no result file; ηλ₁ is None for the growth of flat directions."""
+    runs: list[tuple[str, int, float | None, Batches]] = [
+        (f"discrete-batch{each.size}-{product:g}-seed{seed}.json", seed, product, each)
         for each in BATCHES
+        for seed in SEEDS
         for product in PRODUCTS
     ]
-    if seed == SEEDS[0]:
-        runs.append((f"discrete-flat-seed{seed}.json", None, BATCHES[0]))
-    for name, product, each in runs:
+    runs.append((f"discrete-flat-seed{SEEDS[0]}.json", SEEDS[0], None, BATCHES[0]))
+    for name, *what in runs:
         if not (out / name).exists():
-            yield out / name, product, each
+            yield out / name, *what
 
 
 def measure(
@@ -152,7 +154,7 @@ def sampling_error(run: dict[str, Any]) -> float:
 
 def report(out: pathlib.Path, figures: pathlib.Path) -> str:
     """Tables and figures of all runs that are there; says what is missing."""
-    missing = sum(len(list(_missing(out, seed))) for seed in SEEDS)
+    missing = len(list(_missing(out)))
     parts = [f"**{missing} runs are missing; no verdict.**"] if missing else []
     groups = {
         (batches, product): [json.loads(path.read_text()) for path in paths]
