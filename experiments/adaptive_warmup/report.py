@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from figures_of_rows import finals_figure, rates_figure
 from methods import OPTIMIZERS, Cells, Optimizer, linear_share, schedules_of, warmup_of
 
 from jaxopt_lab.core.dual_norms import DualNorms
 from jaxopt_lab.diagnostics import SmoothnessFit, fit_smoothness, smoothness_points
-from jaxopt_lab.report import Curve, curves_figure, format_table
+from jaxopt_lab.report import format_table
 from jaxopt_lab.report.smoothness import SmoothnessSeries, smoothness_figure
 from jaxopt_lab.sweep import RULE, Tuned, difference, seed_noise
 
@@ -168,53 +169,6 @@ def answers(rows: dict[str, Row], noise: float) -> str:
     return format_table(headers, lines, markdown=True)
 
 
-def rate_curves(rows: dict[str, Row]) -> list[Curve]:
-    """Mean rate over seeds with its range."""
-    by_hand = tuned_by_hand(rows)
-    drawn = [("best by hand", by_hand)] + [(name, rows.get(name)) for name in DRAWN]
-    curves = []
-    for color, (label, row) in enumerate(drawn):
-        if row is None or not row.finite:
-            continue
-        shares = row.followed[0]
-        if row.linear:
-            label = f"{label} ({row.schedule})"
-        curves.append(
-            Curve(
-                f"{label}, peak {row.tuned.best_rate:.2g}", np.arange(shares.shape[1]),
-                shares.mean(axis=0), low=shares.min(axis=0), high=shares.max(axis=0),
-                final_value=False, color=color,
-            )
-        )  # fmt: skip
-    return curves
-
-
-def length_curves(rows: dict[str, Row]) -> list[Curve]:
-    """Final loss over the length set by hand; adaptive rows as bands, which have no length."""
-    linear = sorted(
-        (r for r in rows.values() if r.linear and r.finite), key=lambda r: r.file["warmup_steps"]
-    )
-    lengths = [r.file["warmup_steps"] for r in linear]
-    curves = []
-    if linear:
-        finals = np.asarray([r.finals for r in linear])
-        curves.append(
-            Curve(
-                "length by hand", lengths, finals.mean(axis=1), low=finals.min(axis=1),
-                high=finals.max(axis=1), markers=True, final_value=False, color=0,
-            )
-        )  # fmt: skip
-    for color, name in enumerate(DRAWN, start=1):
-        row = rows.get(name)
-        if row is None or not row.finite or not linear:
-            continue
-        level = np.full(2, np.mean(row.finals))
-        low, high = np.full(2, min(row.finals)), np.full(2, max(row.finals))
-        ends = [lengths[0], lengths[-1]]
-        curves.append(Curve(f"{name}: {_length(row)}", ends, level, low, high, color=color))
-    return curves
-
-
 def smoothness(
     scale: str, directory: pathlib.Path, figure: pathlib.Path
 ) -> dict[str, tuple[SmoothnessFit, float, float]]:
@@ -287,7 +241,7 @@ def main() -> None:
     parser.add_argument("--results", type=pathlib.Path, default=HERE / "results")
     parser.add_argument("--figures", type=pathlib.Path, default=HERE / "figures")
     args = parser.parse_args()
-    texts = []
+    texts, found = [], {}
     for optimizer in OPTIMIZERS:
         rows = load(args.scale, args.results, optimizer)
         if not rows:
@@ -297,9 +251,10 @@ def main() -> None:
             f"## {optimizer.name}\n\n{table(rows, noise)}\n\n{answers(rows, noise)}\n\n"
             f"s = {noise:.4f} nats/token.\n"
         )
-        draw(args.scale, optimizer, rows, args.figures)
+        found[optimizer.name] = rows
     if not texts:
         raise SystemExit(f"no result of scale {args.scale} in {args.results}")
+    draw(args.scale, found, args.figures)
     fits = smoothness(args.scale, args.results, args.figures / f"{args.scale}-smoothness.png")
     if fits:
         texts.append(f"## Local smoothness\n\n{fit_table(fits)}\n")
@@ -308,20 +263,27 @@ def main() -> None:
     print(text)
 
 
-def draw(scale: str, optimizer: Optimizer, rows: dict[str, Row], directory: pathlib.Path) -> None:
-    """Two figures of an optimizer."""
-    file = next(iter(rows.values())).file
-    title = f"{optimizer.name}, {file['parameters'] / 1e6:.1f}M parameters, {file['device']}"
-    name = f"{scale}-{optimizer.slug}"
-    curves_figure(
-        rate_curves(rows), directory / f"{name}-rates.png", x_label="steps",
-        y_label="learning rate / its peak", title=title,
-    )  # fmt: skip
-    curves_figure(
-        length_curves(rows), directory / f"{name}-lengths.png",
-        x_label="warm-up length set by hand [steps]", y_label="held-out loss [nats/token]",
-        title=title,
-    )  # fmt: skip
+def draw(scale: str, found: dict[str, dict[str, Row]], directory: pathlib.Path) -> None:
+    """Final losses and rates of all optimizers, each in one figure with the same axes."""
+    best = {name: tuned_by_hand(rows) for name, rows in found.items()}
+    finals, rates = {}, {}
+    for name, rows in found.items():
+        reference = best[name]
+        if reference is None:
+            continue
+        finals[name] = {
+            row.schedule: np.subtract(row.finals, reference.finals)
+            for row in rows.values()
+            if row.finite
+        }
+        drawn = {f"best by hand ({reference.schedule})": reference}
+        drawn |= {each: rows[each] for each in DRAWN if each in rows and rows[each].finite}
+        rates[name] = {
+            f"{label}, peak {row.tuned.best_rate:.2g}": row.followed[0]
+            for label, row in drawn.items()
+        }
+    finals_figure(finals, directory / f"{scale}-final.png")
+    rates_figure(rates, directory / f"{scale}-rates.png")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 from run import FRESH_SEEDS, RESULTS, SCALES
 
 from jaxopt_lab.report import format_table
+from jaxopt_lab.sweep import rim_of
 from jaxopt_lab.train.config.optimizers import OPTIMIZERS
 
 HERE = pathlib.Path(__file__).parent
@@ -59,11 +60,13 @@ def row(result: dict[str, Any]) -> list[str]:
     """One line of the table; rates that the sweep calls rough stand in brackets."""
     rates = (f"{r['rate']:g}" if r["rise"] < 1 else f"({r['rate']:g})" for r in result["sweep"])
     before, best = result["default_rate"], result["best_rate"]
+    tried = sorted(run["rate"] for run in result["sweep"])
+    rim = rim_of(tried.index(best), len(tried))
     return [
         result["preset"],
         result["optimizer"],
         " ".join(rates),
-        f"{best:g}",
+        f"{best:g}" + (f" ({rim})" if rim else ""),
         _losses(fresh(result, best)),
         f"{before:g}",
         _losses(fresh(result, before)),

@@ -7,14 +7,23 @@ import argparse
 import json
 import math
 import pathlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from methods import METHODS
 
-from jaxopt_lab.report import Curve, curves_figure, format_table
-from jaxopt_lab.sweep import RULE, StepCost, Tuned, difference, seed_noise
+from jaxopt_lab.report import format_table
+from jaxopt_lab.report.points_figure import Method, points_figure
+from jaxopt_lab.sweep import (
+    PAIRED_RULE,
+    RULE,
+    Difference,
+    StepCost,
+    Tuned,
+    difference,
+    paired_differences,
+    seed_noise,
+)
 
 HERE = pathlib.Path(__file__).parent
 REFERENCE = "SOAP"
@@ -29,6 +38,9 @@ QUESTIONS = (
     ("SOAP", "AdamW 0.95"),
     ("DyKAF", "Muon"),
     ("DyKAF", "LionMuon P=2"),
+    # Asked afterwards.
+    ("Muon", "SOAP"),
+    ("Shampoo", "SOAP"),
 )
 
 
@@ -109,8 +121,14 @@ def table(results: list[Result], noise: float) -> str:
 
 
 def answers(results: list[Result], noise: float) -> str:
-    """The differences that the experiment was made for."""
+    """The differences that the experiment was made for.
+
+    By the rule of the protocol, by the one that pairs seeds and corrects for all pairs, and of the
+    training losses at equal seeds.
+    """
     by_name = {result.name: result for result in results if result.finite}
+    held_out = paired_differences({name: r.finals for name, r in by_name.items()})
+    training = paired_differences({name: r.tuned.train_losses for name, r in by_name.items()})
     rows = []
     for first, second in QUESTIONS:
         if first not in by_name or second not in by_name:
@@ -120,28 +138,21 @@ def answers(results: list[Result], noise: float) -> str:
         ratio = a.cost.step_seconds / b.cost.step_seconds
         rows.append(
             [
-                f"{first} - {second}", f"{found.value:+.4f}", f"{found.standard_errors:+.1f}",
-                found.verdict(first), f"{ratio:.2f}",
+                f"{first} - {second}", f"{found.value:+.3f}", f"{found.standard_errors:+.1f}",
+                *(_paired(table[first, second]) for table in (held_out, training)),
+                f"{ratio:.2f}",
             ]
         )  # fmt: skip
-    headers = ["", "nats/token", "standard errors", "verdict", "ratio of ms/step"]
+    headers = [
+        "", "held out, nats/token", "standard errors, protocol", "held out, seeds paired",
+        "training, last tenth, seeds paired", "ratio of ms/step",
+    ]  # fmt: skip
     return format_table(headers, rows, markdown=True)
 
 
-def curves(results: list[Result], unit: Callable[[Result], float]) -> list[Curve]:
-    """Mean held-out loss with the range over seeds; `unit` is what one step costs."""
-    return [
-        Curve(
-            label=result.name,
-            x=unit(result) * np.asarray(result.tuned.evaluated_steps),
-            y=result.tuned.held_out.mean(axis=0),
-            low=result.tuned.held_out.min(axis=0),
-            high=result.tuned.held_out.max(axis=0),
-            final_value=False,
-        )
-        for result in results
-        if result.finite
-    ]
+def _paired(found: Difference) -> str:
+    counts = "counts" if found.counts else "direction only"
+    return f"{found.value:+.3f} ± {found.standard_error:.3f}, {counts}"
 
 
 def main() -> None:
@@ -156,23 +167,18 @@ def main() -> None:
     noise = seed_noise([result.finals for result in results])
     text = (
         f"{table(results, noise)}\n\n{answers(results, noise)}\n\n"
-        f"{RULE} Here s = {noise:.4f} nats/token.\n"
+        f"Protocol: {RULE} Here s = {noise:.4f} nats/token. Seeds paired: {PAIRED_RULE}\n"
     )
     (args.results / f"{args.scale}-table.md").write_text(text)
     print(text)
     file = results[0].file
-    labels = {
-        "y_label": "held-out loss [nats/token]",
-        "title": f"{file['parameters'] / 1e6:.1f}M parameters, {file['device']}, "
-        f"{len(file['seeds'])} seeds",
-    }
-    curves_figure(
-        curves(results, lambda r: 1.0), args.figures / f"{args.scale}-steps.png",
-        x_label="steps", **labels,
-    )  # fmt: skip
-    curves_figure(
-        curves(results, lambda r: r.cost.step_seconds), args.figures / f"{args.scale}-time.png",
-        x_label="training time of one run alone [s]", **labels,
+    steps = file["scale"]["steps"]
+    methods = [Method(r.name, steps * r.cost.step_seconds, r.finals) for r in results if r.finite]
+    points_figure(
+        methods, args.figures / f"{args.scale}-final.png",
+        x_label=f"time of {steps} steps of one run alone [s]", y_label="held-out loss [nats/token]",
+        title=f"{file['parameters'] / 1e6:.1f}M parameters, {file['device']}, mean of "
+        f"{len(file['seeds'])} seeds ± 2 standard errors; lower is better",
     )  # fmt: skip
 
 

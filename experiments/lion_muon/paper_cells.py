@@ -9,8 +9,6 @@ import argparse
 import json
 import math
 import pathlib
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +16,13 @@ import jax
 import numpy as np
 import optax
 from methods import CLIP, WEIGHT_DECAY, Method
-from paper_corpus import Text, open_text
 
-from jaxopt_lab import data, models
+from jaxopt_lab import models
 from jaxopt_lab.report import format_table
-from jaxopt_lab.sweep import PAIRED_RULE, Program, Run, Task, paired_differences
-from jaxopt_lab.tasks import language_model_loss
+from jaxopt_lab.sweep import PAIRED_RULE, Program, Run, paired_differences
+from jaxopt_lab.sweep.long_runs import text_task
+from jaxopt_lab.sweep.source_text import Text, open_text
+from jaxopt_lab.sweep.stored import Budget, train_stored
 
 HERE = pathlib.Path(__file__).parent
 BATCH, WARMUP, VOCABULARY, ADAM_RATE = 32, 300, 8192, 1e-3
@@ -84,66 +83,33 @@ def main() -> None:
     if args.report:
         print(report(args.out, args.steps))
         return
-    begun = time.perf_counter()
     scale = SCALES[args.scale]
     text = open_text(args.corpus / args.scale, scale.roots, scale.model.vocab_size)
     if args.prepare:
         return
-    task = task_of(scale, text, args.steps)
+    task = text_task(
+        scale.model, text, batch_size=scale.batch, steps=args.steps,
+        evaluate_every=scale.evaluate_every, held_out_windows=scale.held_out,
+    )  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
-    longest = 0.0
-    for cell, missing in _missing(args, scale):
-        program = Program(task, builder(cell, scale, args.steps), 1, vectorized=False)
-        for seed, path in missing:
-            left = args.seconds - (time.perf_counter() - begun)
-            if left < longest:
-                print(f"{left:.0f} s are left, a run takes {longest:.0f}: stopped", flush=True)
-                return
-            result, seconds = train(program, cell, seed)
-            longest = max(longest, seconds)
-            conditions = conditions_of(scale, text, args.steps)
-            # In one go: a file that is there is whole.
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps({**result, **conditions}) + "\n")
-            partial.rename(path)
-
-
-def _missing(
-    args: argparse.Namespace, scale: Scale
-) -> Iterator[tuple[Cell, list[tuple[int, pathlib.Path]]]]:
-    """Cells with the seeds that have no result yet."""
+    budget = Budget(args.seconds)
     for cell in CELLS:
-        if cell.method.name in args.methods:
-            paths = {seed: _path(args.out, cell, args.steps, seed) for seed in args.seeds}
-            missing = [(seed, path) for seed, path in paths.items() if not path.exists()]
-            if missing:
-                yield cell, missing
+        named = [(Run(1.0, seed), _path(args.out, cell, args.steps, seed)) for seed in args.seeds]
+        if cell.method.name not in args.methods or all(path.exists() for _, path in named):
+            continue
+        print(cell.method.name, flush=True)
+        program = Program(task, builder(cell, scale, args.steps), 1, vectorized=False)
+        facts = {
+            "name": cell.method.name,
+            "rates": {"spectral": cell.spectral, "sign": cell.sign, "adamw": cell.adam},
+            **conditions_of(scale, text, args.steps),
+        }
+        if not train_stored(program, named, budget, lambda run, facts=facts: facts):
+            return
 
 
 def _path(out: pathlib.Path, cell: Cell, steps: int, seed: int) -> pathlib.Path:
     return out / f"paper-{steps}-{cell.slug}-seed-{seed}.json"
-
-
-def task_of(scale: Scale, text: Text, steps: int) -> Task:
-    """What all runs share; the order of the text and the first weights follow the seed."""
-    config = scale.model
-    held_out = data.windows_of(
-        text.validation, text.end_of_text, batch_size=scale.batch, context=config.context,
-        max_windows=scale.held_out,
-    )  # fmt: skip
-
-    def batches(seed: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        return {"tokens": text.windows(seed, start, stop, scale.batch, config.context)}
-
-    return Task(
-        init_params=lambda key: models.init_params(config, key),
-        loss=language_model_loss(config),
-        batches=batches,
-        held_out={n: np.stack([batch[n] for batch in held_out]) for n in held_out[0]},
-        steps=steps,
-        evaluate_every=scale.evaluate_every,
-        tokens_per_step=scale.batch * config.context,
-    )
 
 
 def builder(cell: Cell, scale: Scale, steps: int) -> Any:
@@ -157,36 +123,6 @@ def builder(cell: Cell, scale: Scale, steps: int) -> Any:
         return cell.method.build(schedule, *rates, axes)
 
     return build
-
-
-def train(program: Program, cell: Cell, seed: int) -> tuple[dict[str, Any], float]:
-    """One run; its result and how long it took, compilation included."""
-    begun, name = time.perf_counter(), cell.method.name
-
-    def progress(step: int, losses: np.ndarray) -> None:
-        seconds = time.perf_counter() - begun
-        print(f"{name}, seed {seed}: {step} steps, {losses[0]:.4f}, {seconds:.0f} s", flush=True)
-
-    curves = program.train([Run(1.0, seed)], progress)
-    seconds = time.perf_counter() - begun
-    losses = curves.train[0]
-    result = {
-        "name": name,
-        "rates": {"spectral": cell.spectral, "sign": cell.sign, "adamw": cell.adam},
-        "seed": seed,
-        "held_out": _finite(curves.held_out[0]),
-        "held_out_se": _finite(curves.error)[0],
-        "train_last_100": _finite([losses[-100:].mean()])[0],
-        # Means of ten steps.
-        "train": _finite(losses[: len(losses) // 10 * 10].reshape(-1, 10).mean(1)),
-        "seconds": round(seconds, 1),
-        "compile_seconds": round(program.compile_seconds, 1),
-    }
-    return result, seconds
-
-
-def _finite(values: Any) -> list[float | None]:
-    return [round(float(x), 5) if math.isfinite(x) else None for x in values]
 
 
 def conditions_of(scale: Scale, text: Text, steps: int) -> dict[str, Any]:

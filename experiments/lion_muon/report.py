@@ -10,10 +10,9 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from jaxopt_lab.report import format_table
-from jaxopt_lab.report.figures import save_figure
+from jaxopt_lab.report.points_figure import Method, points_figure
 
 HERE = pathlib.Path(__file__).parent
 ORDER = (
@@ -117,26 +116,16 @@ def table(results: list[dict[str, Any]]) -> str:
 def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
     """One point a method: its training loss over the work of its optimizer."""
     first = results[0]
-    figure = Figure(figsize=(7, 4.2), layout="constrained", dpi=150)
-    axes = figure.add_subplot()
-    for result in results:
-        losses = np.asarray(result["train_last_100"])
-        flops = result["optimizer_flops_per_step"] * result["scale"]["steps"]
-        error = 2 * losses.std(ddof=1) / math.sqrt(len(losses))
-        axes.errorbar(flops, losses.mean(), yerr=error, marker="o", capsize=3)
-        place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
-        axes.annotate(result["name"], (flops, losses.mean()), **place)
-    axes.set_xscale("log")
-    axes.set_xlim(right=6e14)
-    axes.set_xlabel("FLOPs of the optimizer in the whole run")
-    axes.set_ylabel("training loss, last 100 steps [nats/token]")
-    axes.set_title(
-        f"{first['parameters'] / 1e6:.1f}M parameters, {first['scale']['steps']} steps, mean of "
-        f"{len(first['seeds'])} seeds ± 2 standard errors; lower is better",
-        fontsize=10,
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, path)
+    methods = [
+        Method(r["name"], r["optimizer_flops_per_step"] * r["scale"]["steps"], r["train_last_100"])
+        for r in results
+    ]
+    points_figure(
+        methods, path, x_label="FLOPs of the optimizer in the whole run", log_x=True,
+        y_label="training loss, last 100 steps [nats/token]",
+        title=f"{first['parameters'] / 1e6:.1f}M parameters, {first['scale']['steps']} steps, mean "
+        f"of {len(first['seeds'])} seeds ± 2 standard errors; lower is better",
+    )  # fmt: skip
 
 
 def main() -> None:

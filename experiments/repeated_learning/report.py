@@ -128,14 +128,17 @@ def draw_surfaces(surfaces: dict[str, Any]) -> None:
 
 
 def draw_laws(laws: dict[str, Any]) -> None:
-    """Growth against adherence around s*."""
+    """Growth against adherence around s*; where there are many seeds, of those."""
     panels = []
-    for law in laws.values():
+    for name, law in sorted(laws.items(), key=lambda item: (item[1]["rule"], item[1]["setup"])):
+        if f"many-{name}" in laws:
+            continue
         growth, theory = {}, {}
         for p, seeds, mean_field in zip(law["usage"], law["effect"], law["theory"], strict=True):
             band = rl.band_over_seeds(np.array(seeds).T)
             growth[f"{p:g}"], theory[f"{p:g}"] = np.array(band), np.array(mean_field)
-        title = f"{law['setup']}, rule {law['rule']}, {law['steps']} steps"
+        seeds = np.shape(law["growth"])[-1]
+        title = f"{law['setup']}, rule {law['rule']}, {law['steps']} steps, {seeds} seeds"
         panels.append(
             CriticalLaw(title, np.array(law["adherence"]), growth, theory, law["critical"])
         )

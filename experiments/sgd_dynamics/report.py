@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 
 from jaxopt_lab.dynamics import sgd
-from jaxopt_lab.report.landscape_figures import growth_figure, stability_figure, variance_figure
+from jaxopt_lab.report.landscape_figures import growth_figure, stability_figure
+from jaxopt_lab.report.ratio_figure import RatioPanel, ratio_figure
 from jaxopt_lab.report.tables import format_table
 
 HERE = pathlib.Path(__file__).parent
 TITLES = {
-    "mlp": "MLP-386, real digits, low loss, η = 0.05",
-    "half_trained": "MLP-386, real digits, half trained, η = 0.05",
-    "cnn": "small CNN with batch norm, real digits",
-    "nanogpt": "NanoGPT-960, real text",
-    "wide": "101 770 parameters: Lanczos and flat proxies",
+    "mlp": "MLP-386, low loss",
+    "half_trained": "MLP-386, half trained",
+    "nanogpt": "NanoGPT-960, text",
+    "cnn": "CNN, batch norm",
+    "wide": "101 770 parameters",
 }
 NOISE_FLOOR = 1e-12
 
@@ -38,9 +39,12 @@ def main() -> None:
     figures = HERE / "figures"
     networks = {name: file for name, file in files.items() if "runs" in file}
     print(agreement(networks) + "\n")
-    for name, title in TITLES.items():
-        if name in networks:
-            draw_variances(networks[name]["runs"][0], figures / f"{scale}-{name}.png", title)
+    runs = {name: networks[name]["runs"][0] for name in TITLES if name in networks}
+    if runs:
+        ratio_figure(
+            [panel(run, TITLES[name]) for name, run in runs.items()],
+            figures / f"{scale}-ratios.png",
+        )
     if "mlp" in networks:
         draw_growth(networks["mlp"]["runs"][0], figures / f"{scale}-growth.png")
     if "sweep" in networks:
@@ -138,14 +142,18 @@ def mismatch(file: dict[str, Any]) -> str:
     return format_table(headers, rows, markdown=True)
 
 
-def draw_variances(run: dict[str, Any], path: pathlib.Path, title: str) -> None:
+def panel(run: dict[str, Any], title: str) -> RatioPanel:
+    """Measured over predicted variance of every direction with noise, with and without λ."""
     shown = noise_of(run)
-    columns = {k: np.asarray(run[k])[shown] for k in ("measured", "finite_time", "stationary")}
-    variance_figure(
-        columns["measured"], columns["finite_time"], path, comparison=columns["stationary"],
-        regimes=[sgd.REGIMES[code] for code in np.asarray(run["regime_of_direction"])[shown]],
-        title=title,
-    )  # fmt: skip
+    measured, finite_time, d, curvature = (
+        np.asarray(run[name])[shown]
+        for name in ("measured", "finite_time", "gradient_variance", "curvature")
+    )
+    walk = run["learning_rate"] ** 2 * run["steps"] * d
+    ratios = {"the recursion": measured / finite_time, "η²dn, no curvature": measured / walk}
+    error = (2 / (run["replicas"] - 1)) ** 0.5
+    title = f"{title}\n{run['replicas']} × {run['steps']} steps, η = {run['learning_rate']:g}"
+    return RatioPanel(title, curvature, ratios, error)
 
 
 def draw_growth(run: dict[str, Any], path: pathlib.Path) -> None:

@@ -178,7 +178,7 @@ def prepare(
     report = on_progress or (lambda message: None)
     if not 0 <= validation_fraction < 1:
         raise ValueError(
-            f"validation_fraction = {validation_fraction}; give a share of the documents in [0, 1)"
+            f"validation_fraction = {validation_fraction}; give a share of the text in [0, 1)"
         )
     sources = source.parts if isinstance(source, Mixture) else (source,)
     weights = source.weights if isinstance(source, Mixture) else (1.0,)

@@ -204,6 +204,10 @@ def critical_law_figure(
         axes.set(xlabel="adherence s", ylabel=y_label)
         axes.set_title(law.title, fontsize=10)
         axes.legend(**_LEGEND)
+    # The same axis in all panels, so that slopes can be compared.
+    limits = np.array([axes.get_ylim() for axes in panels.flat[: len(laws)]])
+    for axes in panels.flat:
+        axes.set_ylim(limits[:, 0].min(), limits[:, 1].max())
     return save_figure(figure, out_path)
 
 

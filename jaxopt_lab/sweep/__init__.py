@@ -22,7 +22,7 @@ from jaxopt_lab.sweep.significance import (
     seed_noise,
 )
 from jaxopt_lab.sweep.task import Task
-from jaxopt_lab.sweep.tuning import FRESH_WINDOWS, Tuned, tune
+from jaxopt_lab.sweep.tuning import FRESH_WINDOWS, Tuned, rim_of, tune
 
 __all__ = [
     "FRESH_WINDOWS",
@@ -44,6 +44,7 @@ __all__ = [
     "paired_accuracy",
     "paired_differences",
     "paired_noise",
+    "rim_of",
     "seed_noise",
     "tune",
 ]

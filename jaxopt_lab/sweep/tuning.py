@@ -67,9 +67,7 @@ class Tuned:
     @property
     def rim(self) -> Literal["lowest", "highest"] | None:
         """Which end of the grid the best cell lies on; its optimum may lie beyond."""
-        if self.best == 0:
-            return "lowest"
-        return "highest" if self.best == len(self.rates) - 1 else None
+        return None if self.best is None else rim_of(self.best, len(self.rates))
 
     @property
     def final_losses(self) -> tuple[float, ...]:
@@ -101,7 +99,7 @@ class Tuned:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Tuned":
-        """Reads what `to_json` returned."""
+        """Reads what `to_json` returned; stored results without errors over documents have NaN."""
         evaluated = tuple(values["evaluated_steps"])
         curves = [[_number(x) for x in curve] for curve in values["held_out"]]
         return cls(
@@ -111,7 +109,7 @@ class Tuned:
             seeds=tuple(values["seeds"]),
             evaluated_steps=evaluated,
             held_out=np.asarray(curves, np.float64).reshape(len(curves), len(evaluated)),
-            errors=tuple(_number(x) for x in values["held_out_se"]),
+            errors=tuple(_number(x) for x in values.get("held_out_se", [None] * len(curves))),
             train_losses=tuple(_number(x) for x in values["train_losses"]),
             runs_at_once=values["runs_at_once"],
             seconds=values["seconds"],
@@ -170,6 +168,21 @@ def tune(
         seconds=time.perf_counter() - before,
         compile_seconds=sum(p.compile_seconds for p in trainer.programs.values()),
     )
+
+
+def rim_of(best: int, cells: int) -> Literal["lowest", "highest"] | None:
+    """Which end of an increasing grid its best cell is; the optimum may lie beyond.
+
+    >>> rim_of(0, 5), rim_of(2, 5), rim_of(4, 5)
+    ('lowest', None, 'highest')
+
+    Args:
+      best: Index of the best cell.
+      cells: Cells of the grid.
+    """
+    if best == 0:
+        return "lowest"
+    return "highest" if best == cells - 1 else None
 
 
 def check_rates(rates: Sequence[float]) -> None:

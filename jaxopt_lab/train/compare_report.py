@@ -201,11 +201,13 @@ def _notes(outcomes: Sequence[Outcome], noise: PairedNoise | None) -> list[str]:
         )
     for outcome in outcomes:
         tuned = outcome.tuned
-        if tuned.rim is not None:
+        if len(tuned.rates) == 1:
+            notes.append(f"**{outcome.label}** has one rate, so it was not tuned.")
+        elif tuned.rim is not None:
             notes.append(
                 f"**{outcome.label}**: the best rate is the {tuned.rim} of its grid "
                 f"({tuned.rates[0]:.3g} to {tuned.rates[-1]:.3g}); a better one may lie outside. "
-                "Move the grid with --rates."
+                f"Move the grid: --rates '{outcome.label}={_moved(tuned)}'."
             )
         rates = [
             f"{rate:.3g}"
@@ -237,6 +239,14 @@ def _notes(outcomes: Sequence[Outcome], noise: PairedNoise | None) -> list[str]:
         "with steps without the update, medians; memory is that of the compiled step."
     )
     return notes
+
+
+def _moved(tuned: Tuned) -> str:
+    """The grid with the best rate in its middle, as the command line takes it."""
+    assert tuned.best_rate is not None
+    cells = len(tuned.rates)
+    spacing = (tuned.rates[-1] / tuned.rates[0]) ** (1 / (cells - 1))
+    return ",".join(f"{tuned.best_rate * spacing ** (k - cells // 2):.3g}" for k in range(cells))
 
 
 def _draw(config: CompareConfig, outcomes: Sequence[Outcome], path: Path) -> None:

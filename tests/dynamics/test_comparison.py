@@ -69,6 +69,10 @@ def test_perfect_and_scaled_predictions():
     scaled = sgd.compare(m, 4 * m)
     assert np.isclose(scaled.best_scalar, 0.25) and np.isclose(scaled.median_ratio, 0.25)
     assert np.isclose(scaled.relative_error, 3) and scaled.held_out_relative_error < 1e-12
+    assert scaled.log_scatter < 1e-12
+    # What spreads the ratios is seen whatever spreads the variances.
+    ratios = np.tile([0.5, 2.0], 30)
+    assert np.isclose(sgd.compare(m * ratios, m).log_scatter, np.log(2))
 
 
 def test_unrelated_predictions_are_not_significant():

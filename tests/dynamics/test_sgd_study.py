@@ -116,6 +116,10 @@ def test_a_system_of_ones_own(tmp_path):
     assert study.findings.summary["directions_without_noise"] == 1
     found = study.findings.summary["comparisons"]["P2, all"]
     assert found["directions"] == 15 and found["log_correlation"] > 0.99
+    assert "P2 holds" in study.verdict and "of sampling" in study.verdict
+    # No direction is at its stationary variance after 50 steps.
+    config = dataclasses.replace(config, predictor="P1", out=str(tmp_path / "P1"))
+    assert "P1 DOES NOT HOLD" in run_study(config, system=system).verdict
     with pytest.raises(ValueError, match="system: a network is given"):
         run_study(SgdConfig(out=str(tmp_path)), system=system)
 

@@ -1,6 +1,7 @@
 import importlib
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -122,6 +123,26 @@ def test_the_verdict_is_that_of_the_curves(finished):
                   "last 100 windows", "tokens/s", "optimizer share", "peak MiB",
                   "of its grid"):  # fmt: skip
         assert words in table
+    assert "was not tuned" not in table
+
+
+def test_a_best_rate_on_the_rim_says_where_to_move_the_grid(config, finished, tmp_path):
+    result = finished[0]
+    table, summary = result.table, json.loads((result.directory / "summary.json").read_text())
+    for outcome, row in zip(result.outcomes, summary["optimizers"], strict=True):
+        rim, rates = outcome.tuned.rim, outcome.tuned.rates  # of two rates one is always best
+        assert rim is not None and row["best_cell_on_rim"] == rim
+        assert f"{outcome.tuned.best_rate:.3g} ({rim})" in table
+        moved = re.search(rf"--rates '({re.escape(outcome.label)}=[^']*)'", table)
+        assert moved is not None
+        entrants = validate_comparison(replace(config, rates=(moved[1],)))
+        (entrant,) = [each for each in entrants if each.label == outcome.label]
+        assert entrant.rates[1] / entrant.rates[0] == pytest.approx(rates[1] / rates[0], rel=0.01)
+        assert outcome.tuned.best_rate in entrant.rates
+    alone = replace(result.outcomes[0].tuned, rates=(1e-3,), sweep_losses=(2.0,), best=0)
+    outcomes = (replace(result.outcomes[0], tuned=alone), result.outcomes[1])
+    table = write_report(config, tmp_path, outcomes, 1.0).table
+    assert "**adamw** has one rate, so it was not tuned." in table
 
 
 COST = StepCost(2e-3, 1.5e-3, 32_000.0, None, 1.0)

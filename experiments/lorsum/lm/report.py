@@ -13,7 +13,7 @@ from run import METHODS, numbers
 
 from jaxopt_lab.report import format_table
 from jaxopt_lab.report.figures import PALETTE, save_figure
-from jaxopt_lab.sweep import difference, seed_noise
+from jaxopt_lab.sweep import difference, rim_of, seed_noise
 
 HERE = pathlib.Path(__file__).parent
 
@@ -44,7 +44,9 @@ def main() -> None:
         step = 1e3 * milliseconds(runs["seed"])
         values = " ".join(f"{loss:.4f}" for loss in finals[name])
         mean = f"{np.mean(finals[name]):.4f}"
-        rate = f"{runs['seed'][0]['rate']:g}"
+        rates = [run["rate"] for run in runs["rate"]]
+        rim = rim_of(rates.index(runs["seed"][0]["rate"]), len(rates))
+        rate = f"{runs['seed'][0]['rate']:g}" + (f" ({rim})" if rim else "")
         rows.append((name, rate, mean, values, against, f"{step:.1f}"))
     header = ("row", "rate", "held-out nats/token", "seeds", "minus LoRA (s.e.)", "ms/step")
     print(format_table(header, rows))

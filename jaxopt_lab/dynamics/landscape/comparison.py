@@ -32,6 +32,7 @@ class Comparison(NamedTuple):
     p_value: float  # of the log-correlation among permuted predictions
     held_out_log_correlation: float  # on a random half of the directions
     held_out_relative_error: float  # there, with the best scalar of the other half
+    log_scatter: float  # standard deviation of ln(m / p); of sampling alone it is √(2 / (R - 1))
 
 
 class Summary(NamedTuple):
@@ -103,6 +104,7 @@ def compare(
         held_out_relative_error=_relative_error(
             m[held_out], _best_scalar(m[fitted], p[fitted]) * p[held_out]
         ),
+        log_scatter=float(np.std(log_m - log_p)),
     )
 
 
@@ -181,10 +183,12 @@ def summarise(
 def summary_table(summary: Summary, *, markdown: bool = False) -> str:
     """The comparisons as a table, then the number of directions in each regime."""
     rows = [
-        [name, c.directions, c.log_correlation, c.median_ratio, c.relative_error, c.best_scalar]
+        [name, c.directions, c.log_scatter, c.median_ratio, c.log_correlation, c.relative_error]
         for name, c in summary.comparisons.items()
     ]
-    headers = ["prediction", "directions", "log-correlation", "median m/p", "|m-p|/|m|", "scalar"]
+    headers = [
+        "prediction", "directions", "s.d. of ln m/p", "median m/p", "log-correlation", "|m-p|/|m|",
+    ]  # fmt: skip
     counts = np.bincount(summary.regimes, minlength=len(REGIMES))
     listed = ", ".join(f"{count} {name}" for name, count in zip(REGIMES, counts, strict=True))
     table = format_table(headers, rows, markdown=markdown)

@@ -28,8 +28,10 @@ from jaxopt_lab.dynamics.landscape.text import read_text
 _CNN_PIXELS = 8
 # Where batch statistics couple the samples, noise and curvature are those of drawn batches.
 _NOISE_BATCHES, _HESSIAN_BATCHES = 1024, 32
-# A prediction holds with a log-correlation above the first and a median ratio within the second.
-LOG_CORRELATION, MEDIAN_RATIO = 0.99, 1.25
+# A prediction holds with a scatter of ln(measured / predicted) of at most so many times that of
+# sampling, and a median ratio within the second. (A log-correlation tests nothing: the noise of the
+# directions spans decades, and eta^2 d n without curvature reaches 0.976.)
+SCATTER, MEDIAN_RATIO = 2.0, 1.25
 
 
 def build_system(config: SgdConfig) -> System:
@@ -149,11 +151,14 @@ def _findings(
 
 def _verdict(config: SgdConfig, summary: Summary, growth: float) -> str:
     found = summary.comparisons[f"{config.predictor}, all"]
+    assert config.replicas
     ratio = max(found.median_ratio, 1 / found.median_ratio)
-    holds = found.log_correlation >= LOG_CORRELATION and ratio <= MEDIAN_RATIO
+    sampling = (2 / (config.replicas - 1)) ** 0.5
+    holds = found.log_scatter <= SCATTER * sampling and ratio <= MEDIAN_RATIO
     return (
         f"The prediction {config.predictor} {'holds' if holds else 'DOES NOT HOLD'}: over "
-        f"{found.directions} directions the log-correlation is {found.log_correlation:.4f} "
-        f"(wanted {LOG_CORRELATION}), the median of measured / predicted {found.median_ratio:.3f} "
-        f"(wanted within a factor {MEDIAN_RATIO}). Flat directions grow as {growth:.3f} η² d n."
+        f"{found.directions} directions ln(measured / predicted) scatters by "
+        f"{found.log_scatter:.3f} (wanted at most {SCATTER:g} times {sampling:.3f}, the error of "
+        f"sampling), and the median of measured / predicted is {found.median_ratio:.3f} (wanted "
+        f"within a factor {MEDIAN_RATIO}). Flat directions grow as {growth:.3f} η² d n."
     )

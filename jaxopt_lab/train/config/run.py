@@ -77,7 +77,7 @@ class RunConfig:
     head_chunks: Count = 1
     """Pieces of the sequence for which the logits are held at a time; saves memory, costs time."""
     validation_fraction: InnerShare = 0.05
-    """Share of the documents that is held out."""
+    """Share of the text that is held out, by whole packages or directories where there are some."""
     compilation_cache: str = "auto"
     """Where compiled programs are kept: `auto` (beside the prepared corpora, or where JAX has been
     told to), `off`, or a directory."""

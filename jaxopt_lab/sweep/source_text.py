@@ -1,4 +1,4 @@
-"""The text of paper_cells.py: the source code of the machine's own packages, as token files.
+"""The text of long studies: the source code of the machine's own packages, as token files.
 
 It follows the rules of `data.prepare` (whole packages held out, near-copies dropped) without the
 packages that keep its cache, so that it runs where only jax, numpy and tokenizers are installed.
@@ -49,7 +49,13 @@ class Text:
 
 
 def open_text(directory: pathlib.Path, roots: Sequence[str], vocab_size: int) -> Text:
-    """Reads the token files, or makes them first."""
+    """Reads the token files of a directory, or makes them first.
+
+    Args:
+      directory: Of this text and vocabulary alone.
+      roots: As of `data.PythonSource`.
+      vocab_size: Entries of the tokenizer.
+    """
     facts_file = directory / "facts.json"
     if not facts_file.exists():
         directory.mkdir(parents=True, exist_ok=True)
