@@ -189,6 +189,9 @@ def _add_pod(verbs: Any) -> None:
         "--libtpu", type=Path, metavar="DIR", help="where pip --target put it, if not installed"
     )
     parser.add_argument(
+        "--trace-only", action="store_true", help="compile nothing: arguments and products alone"
+    )
+    parser.add_argument(
         "--results", type=Path, default=Path("pod"), metavar="DIR",
         help="programs and what they need; what is there is not compiled again (default: pod)",
     )  # fmt: skip
@@ -208,6 +211,7 @@ def _run_pod(options: argparse.Namespace) -> Any:
         remat=options.remat,
         results=options.results,
         libtpu=options.libtpu,
+        compiles=not options.trace_only,
         on_progress=to_stderr,
     )
 

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from jaxopt_lab.bench.methods import method
-from jaxopt_lab.bench.pod_programs import LORA, MODELS, PROBE, ZEROTH_ORDER, Case
+from jaxopt_lab.bench.pod_programs import (
+    COMPILES,
+    LORA,
+    MODELS,
+    PROBE,
+    TRACES,
+    ZEROTH_ORDER,
+    Case,
+)
 from jaxopt_lab.bench.pod_time import CHIPS, Time, step_time
 from jaxopt_lab.report.tables import format_table
 
@@ -53,10 +61,16 @@ class PodRow:
 
     @property
     def time(self) -> Time | None:
-        """Least time of a step on average; None for a CPU."""
-        if self.found is None or self.case.target.startswith("cpu"):
+        """Least time of a step on average; None for a CPU, or where nothing was compiled."""
+        if not self.compiled or self.case.target.startswith("cpu"):
             return None
+        assert self.found is not None
         return step_time(self.found, self.case.target, self.mean)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether there is a program, and not its trace alone."""
+        return self.found is not None and "temp_bytes" in self.found
 
 
 @dataclass(frozen=True)
@@ -82,8 +96,8 @@ class PodReport:
     def __str__(self) -> str:
         """A table, with what was not compiled below it."""
         headers = [
-            "model", "method", "on", "arguments GiB", "evenly GiB", "temp GiB", "sent GB",
-            "collectives", "at least ms", "compute", "HBM", "link", "compile s", "CPU s",
+            "model", "method", "on", "arguments GiB", "evenly GiB", "TFLOP", "temp GiB",
+            "sent GB", "collectives", "at least ms", "compute", "HBM", "link", "compile s", "CPU s",
         ]  # fmt: skip
         rows = [_cells(row) for row in self.rows if row.found is not None]
         failed = [f"{row.case.name}: {row.failure}" for row in self.rows if row.failure]
@@ -91,26 +105,31 @@ class PodReport:
 
 
 def _cells(row: PodRow) -> list[Any]:
-    found, took = row.found, row.time
+    found, took, case = row.found, row.time, row.case
     assert found is not None
-    collectives = found["ordinary"]["collectives"]
-    sent = row.mean(lambda step: sum(kind["sent"] for kind in step["collectives"].values()))
-    chips = math.prod(row.case.mesh.values())
-    times = (None,) * 4
-    if took is not None:
-        times = (took.at_least, took.compute, took.memory, took.link)
+    of_program: list[Any] = [None] * 9
+    if row.compiled:
+        kinds = found["ordinary"]["collectives"]
+        sent = row.mean(lambda step: sum(kind["sent"] for kind in step["collectives"].values()))
+        times = (None,) * 4
+        if took is not None:
+            times = (took.at_least, took.compute, took.memory, took.link)
+        of_program = [
+            round(found["temp_bytes"] / _GIB, 2),
+            round(sent / 1e9, 2),
+            ", ".join(f"{each['count']:.0f} {kind}" for kind, each in kinds.items()),
+            *(None if x is None else round(1e3 * x, 1) for x in times),
+            round(found["compile_s"]),
+            round(found["cpu_s"]),
+        ]
     return [
-        row.case.model,
-        row.case.method,
-        row.case.target,
+        case.model,
+        case.method,
+        case.target,
         round(found["argument_bytes"] / _GIB, 3),
-        round(found["state_bytes"] / chips / _GIB, 3),
-        round(found["temp_bytes"] / _GIB, 2),
-        round(sent / 1e9, 2),
-        ", ".join(f"{each['count']:.0f} {kind}" for kind, each in collectives.items()),
-        *(None if x is None else round(1e3 * x, 1) for x in times),
-        round(found["compile_s"]),
-        round(found["cpu_s"]),
+        round(found["state_bytes"] / math.prod(case.mesh.values()) / _GIB, 3),
+        round(row.mean(lambda step: step["flops"]) / 1e12, 1),
+        *of_program,
     ]
 
 
@@ -125,6 +144,7 @@ def run_pod(
     remat: str | None = None,
     results: Path = Path("pod"),
     libtpu: Path | None = None,
+    compiles: bool = True,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> PodReport:
     """Compiles training steps for chips that are not there, and predicts their time.
@@ -145,6 +165,7 @@ def run_pod(
       remat: What the backward pass recomputes; None: nothing, or whole layers at 7B.
       results: Directory, made where there is none.
       libtpu: Directory with the TPU compiler; None: where it is installed.
+      compiles: False traces the steps alone, which takes seconds: arguments and products.
       on_progress: Called with a line of text every half minute.
 
     Raises:
@@ -158,10 +179,11 @@ def run_pod(
         for each in methods
     ]
     library = None
-    if any(not case.target.startswith("cpu") for case in cases):
+    if compiles and any(not case.target.startswith("cpu") for case in cases):
         library = find_libtpu(libtpu)
     results.mkdir(parents=True, exist_ok=True)
-    return PodReport(tuple(_compiled(case, results, library, on_progress) for case in cases))
+    work = COMPILES if compiles else TRACES
+    return PodReport(tuple(_row(case, results, library, work, on_progress) for case in cases))
 
 
 def _case(
@@ -257,25 +279,35 @@ def wanted_libtpu() -> str:
     return next((x.partition(";")[0].strip() for x in wanted if x.startswith("libtpu")), "libtpu")
 
 
-def _compiled(
-    case: Case, results: Path, library: Path | None, on_progress: Callable[[str], None]
+def _row(
+    case: Case,
+    results: Path,
+    library: Path | None,
+    work: str,
+    on_progress: Callable[[str], None],
 ) -> PodRow:
-    path = results / f"{case.name}.json"
+    path = results / f"{case.name}.{'json' if work == COMPILES else 'trace.json'}"
     if path.exists():
         on_progress(f"{case.name}: taken from {path}")
     else:
-        code = _run(case, path, library, on_progress)
+        code = _run(case, path, library, work, on_progress)
         if code or not path.exists():
             return PodRow(case, None, _reason(code, path.with_suffix(".log")))
     return PodRow(case, json.loads(path.read_text(encoding="utf-8")))
 
 
-def _run(case: Case, path: Path, library: Path | None, on_progress: Callable[[str], None]) -> int:
-    """The exit status of the process that compiles."""
+def _run(
+    case: Case,
+    path: Path,
+    library: Path | None,
+    work: str,
+    on_progress: Callable[[str], None],
+) -> int:
+    """The exit status of the process that compiles or traces."""
     command = [sys.executable, "-m", "jaxopt_lab.bench.pod_programs"]
-    command += [json.dumps(dataclasses.asdict(case)), str(path)]
+    command += [json.dumps(dataclasses.asdict(case)), str(path), work]
     start = time.monotonic()
-    on_progress(f"{case.name}: compiling")
+    on_progress(f"{case.name}: started")
     with path.with_suffix(".log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(command, env=_environment(library), stdout=log, stderr=log)
         try:

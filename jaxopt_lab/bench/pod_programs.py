@@ -44,6 +44,7 @@ LLAMA_7B = models.DecoderConfig(
 MODELS = {**models.PRESETS, "llama-7b": LLAMA_7B}
 LORA, ZEROTH_ORDER = "lora", "mezo"
 PROBE = "probe"
+COMPILES, TRACES = "compile", "trace"
 _RATE = 1e-6  # changes nothing about the program
 _CLIP = 1.0
 RANK = 16
@@ -75,6 +76,39 @@ class Case:
         )
 
 
+def trace_case(case: Case, mesh: Mesh) -> tuple[dict[str, Any], Any]:
+    """What is known of a step before it is compiled: arguments and products, in seconds.
+
+    Args:
+      case: The case.
+      mesh: Of its size.
+
+    Returns:
+      What the step needs of a chip, as JSON values, and the traced function.
+    """
+    take, state, state_at, batch_at = _step(case, mesh)
+    rows = case.batch_per_device * math.prod(mesh.shape[a] for a in batch_at.spec[0])
+    tokens = jax.ShapeDtypeStruct((rows, case.context + 1), jnp.int32)
+    traced = jax.jit(
+        take,
+        in_shardings=(state_at, batch_at),
+        out_shardings=(state_at, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    ).trace(state, tokens)
+    arguments = (state, tokens), (state_at, batch_at)
+    found = {
+        "case": dataclasses.asdict(case),
+        "versions": versions("jax", "jaxlib", "jaxopt-lab"),
+        "parameters": _count(state),
+        "tokens": rows * case.context,
+        "state_bytes": tree_bytes(arguments[0]),
+        "argument_bytes": sum(jax.tree.leaves(jax.tree.map(_bytes_on_one, *arguments))),
+    }
+    for name, kind in _kinds_of_steps(case.method).items():
+        found[name] = {"flops": product_flops(traced.jaxpr, mesh.size, **kind)}
+    return found, traced
+
+
 def compile_case(case: Case, on_progress: Callable[[str], None]) -> tuple[dict[str, Any], str]:
     """Compiles the step of a case.
 
@@ -83,48 +117,31 @@ def compile_case(case: Case, on_progress: Callable[[str], None]) -> tuple[dict[s
       on_progress: Called with a line of text before each stage.
 
     Returns:
-      What the program needs, as JSON values, and its text.
+      What the program needs of a chip, as JSON values, and its text.
     """
-    mesh = _mesh(case)
+    mesh = case_mesh(case)
     on_progress("tracing")
     start, cpu = time.perf_counter(), _cpu_seconds()
-    take, state, state_at, batch_at = _step(case, mesh)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    rows = case.batch_per_device * math.prod(mesh.shape[a] for a in batch_at.spec[0])
-    tokens = jax.ShapeDtypeStruct((rows, case.context + 1), jnp.int32)
-    traced = jax.jit(
-        take,
-        in_shardings=(state_at, batch_at),
-        out_shardings=(state_at, everywhere),
-        donate_argnums=0,
-    ).trace(state, tokens)
-    kinds = _kinds_of_steps(case.method)
-    flops = {name: product_flops(traced.jaxpr, mesh.size, **kind) for name, kind in kinds.items()}
+    found, traced = trace_case(case, mesh)
     platform = "cpu" if case.target.startswith("cpu") else "tpu"
     lowered = traced.lower(lowering_platforms=(platform,))
     on_progress("compiling")
     program = lowered.compile()
-    compile_seconds, cpu_seconds = time.perf_counter() - start, _cpu_seconds() - cpu
+    seconds, cpu_seconds = time.perf_counter() - start, _cpu_seconds() - cpu
     memory: Any = program.memory_analysis()
     text = program.as_text() or ""
-    found = {
-        "case": dataclasses.asdict(case),
-        "versions": versions("jax", "jaxlib", "jaxopt-lab"),
-        "parameters": _count(state),
-        "tokens": rows * case.context,
-        "state_bytes": tree_bytes((state, tokens)),
-        "replicated_bytes": _replicated_bytes(state, state_at),
+    found |= {
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
-        "compile_s": compile_seconds,
+        "compile_s": seconds,
         "cpu_s": cpu_seconds,
         "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    for name, kind in kinds.items():
-        sent = {what: total._asdict() for what, total in traffic(text, **kind).items()}
-        found[name] = {"flops": flops[name], "collectives": sent}
+    for name, kind in _kinds_of_steps(case.method).items():
+        totals = traffic(text, **kind).items()
+        found[name]["collectives"] = {what: total._asdict() for what, total in totals}
     return found, text
 
 
@@ -140,10 +157,10 @@ def _kinds_of_steps(method_name: str) -> dict[str, Any]:
     return {"ordinary": {"branch": min, "rounds": 0}, "periodic": {"branch": max, "rounds": 1}}
 
 
-def _mesh(case: Case) -> Mesh:
-    kind, _, size = case.target.partition(":")
-    if kind == "cpu":
-        devices = jax.devices("cpu")[: int(size)]
+def case_mesh(case: Case, *, compiles: bool = True) -> Mesh:
+    """The chips of a case, or as many devices of a CPU where nothing is compiled."""
+    if case.target.startswith("cpu") or not compiles:
+        devices = jax.devices("cpu")[: math.prod(case.mesh.values())]
     else:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=case.target).devices
     sizes = tuple(case.mesh.values())
@@ -218,10 +235,8 @@ def _count(state: TrainState) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((state.params, state.frozen)))
 
 
-def _replicated_bytes(state: TrainState, placed: TrainState) -> int:
-    """Bytes of the leaves that lie whole on every device."""
-    leaves = zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True)
-    return sum(tree_bytes(x) for x, at in leaves if at.is_fully_replicated)
+def _bytes_on_one(x: Any, sharding: NamedSharding) -> int:
+    return math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 def _cpu_seconds() -> float:
@@ -230,12 +245,15 @@ def _cpu_seconds() -> float:
 
 
 def main(arguments: list[str]) -> int:
-    """Compiles the case given as JSON, and writes what it needs and its text."""
-    case, target = Case(**json.loads(arguments[0])), Path(arguments[1])
-    if case.target.startswith("cpu"):
+    """Compiles the case given as JSON, or traces it, and writes what it needs and its text."""
+    case, target, compiles = Case(**json.loads(arguments[0])), Path(arguments[1]), arguments[2]
+    if case.target.startswith("cpu") or compiles == TRACES:
         jax.config.update("jax_num_cpu_devices", math.prod(case.mesh.values()))
-    found, text = compile_case(case, lambda stage: to_stderr(f"{case.name}: {stage}"))
-    target.with_suffix(".hlo").write_text(text)
+    if compiles == TRACES:
+        found, _ = trace_case(case, case_mesh(case, compiles=False))
+    else:
+        found, text = compile_case(case, lambda stage: to_stderr(f"{case.name}: {stage}"))
+        target.with_suffix(".hlo").write_text(text)
     write_json(target, found)
     return 0
 
