@@ -5,8 +5,10 @@ what it needs of the environment has to stand before jax starts.
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -124,6 +126,8 @@ def compile_case(case: Case, on_progress: Callable[[str], None]) -> tuple[dict[s
     start, cpu = time.perf_counter(), _cpu_seconds()
     found, traced = trace_case(case, mesh)
     platform = "cpu" if case.target.startswith("cpu") else "tpu"
+    if platform == "tpu":
+        found["versions"]["libtpu"] = _libtpu_version()
     lowered = traced.lower(lowering_platforms=(platform,))
     on_progress("compiling")
     program = lowered.compile()
@@ -237,6 +241,13 @@ def _count(state: TrainState) -> int:
 
 def _bytes_on_one(x: Any, sharding: NamedSharding) -> int:
     return math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def _libtpu_version() -> str:
+    """Of the library that the environment names."""
+    place = [str(Path(os.environ["TPU_LIBRARY_PATH"]).parents[1])]
+    found = importlib.metadata.distributions(name="libtpu", path=place)
+    return next((each.version for each in found), "unknown")
 
 
 def _cpu_seconds() -> float:
