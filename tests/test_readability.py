@@ -23,7 +23,8 @@ LIMITS = {
 # 160 with packed weights, which `lora` below the models has to know; 17 with sums of directions;
 # 11 with products by inverses of the small Cholesky factors of low-rank sums, two thirds of a step.
 # 21 with dropout that keeps one bit an entry, of encoders and adapters.
-LINES = 10_402
+# 3 with moments that are sharded by columns where their rows cannot be divided.
+LINES = 10_405
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: Words of the command line; those of the process by default.
 
     Returns:
-      The exit status: 2 after a configuration error, which is printed to standard error.
+      The exit status: 2 after a configuration error, which is printed to standard error; 1 if the
+      report has a row that failed.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout.write(f"{report}\n")
     if options.json is not None:
         options.json.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
-    return 0
+    return int(getattr(report, "failed", False))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_training(verbs)
     _add_collectives(verbs)
     _add_scaling(verbs)
+    _add_pod(verbs)
     _add_dynamics(verbs)
     _add_adapter_memory(verbs)
     _add_fine_tuning(verbs)
@@ -163,6 +165,53 @@ def _run_scaling(options: argparse.Namespace) -> Any:
         batch_per_device=options.batch_per_device,
         context=options.context,
         steps=options.steps,
+        on_progress=to_stderr,
+    )
+
+
+def _add_pod(verbs: Any) -> None:
+    description = "compile training steps for TPU pods without one, and predict their time"
+    parser = verbs.add_parser("pod", help=description, description=description)
+    parser.add_argument("--models", metavar="A,B", help="default: gpt2-720m,llama-7b")
+    parser.add_argument(
+        "--methods", metavar="A,B", help="default: one of every family; lora and mezo also"
+    )
+    parser.add_argument(
+        "--targets", metavar="A,B", help="default: v5e:8x8,v5e:16x16,cpu:512; also v5p, v6e"
+    )
+    parser.add_argument(
+        "--mesh", type=_mesh, metavar="AXIS=N,...", help="data, fsdp, tensor, probe; all on fsdp"
+    )
+    parser.add_argument("--batch-per-device", type=int, metavar="N", help="8; 1 for llama-7b")
+    parser.add_argument("--context", type=int, help="tokens a sequence; default: the model's")
+    parser.add_argument("--remat", choices=("none", "full", "dots"), help="none; full at 7B")
+    parser.add_argument(
+        "--libtpu", type=Path, metavar="DIR", help="where pip --target put it, if not installed"
+    )
+    parser.add_argument(
+        "--trace-only", action="store_true", help="compile nothing: arguments and products alone"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=Path("pod"), metavar="DIR",
+        help="programs and what they need; what is there is not compiled again (default: pod)",
+    )  # fmt: skip
+    _add_json(parser)
+    parser.set_defaults(run=_run_pod)
+
+
+def _run_pod(options: argparse.Namespace) -> Any:
+    from jaxopt_lab.bench import pod
+
+    lists = {"names": options.models, "methods": options.methods, "targets": options.targets}
+    return pod.run_pod(
+        **{name: given.split(",") for name, given in lists.items() if given},
+        mesh=options.mesh,
+        batch_per_device=options.batch_per_device,
+        context=options.context,
+        remat=options.remat,
+        results=options.results,
+        libtpu=options.libtpu,
+        compiles=not options.trace_only,
         on_progress=to_stderr,
     )
 

@@ -105,9 +105,12 @@ class LeafLayout:
 
     def block(self, *sides: int) -> Slot:
         """An array (*sides) an entry, sharded like the leaf as far as it can be divided."""
-        # One sharded axis of the leaf is one of the rows here; a second one is of the columns.
-        entries = [entry if side % self._ways(entry) == 0 else None
-                   for entry, side in zip(self._entries, sides, strict=False)]  # fmt: skip
+        # By rows, then by columns, wherever the leaf itself is sharded.
+        entries: list[Any] = [None] * len(sides)
+        for entry in self._entries:
+            fits = [k for k, side in enumerate(sides) if side % self._ways(entry) == 0]
+            for place in [k for k in fits if entries[k] is None][:1]:
+                entries[place] = entry
         leading = self._leading[0] if len(self._leading) else None
         spec = PartitionSpec(leading, *entries) if any(entries) else self._leading
         return Slot(sides, sides, spec)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 KINDS = (
@@ -32,6 +33,15 @@ class CollectiveTotal(NamedTuple):
     bytes: int
 
 
+class Instruction(NamedTuple):
+    """One collective as it stands in the text."""
+
+    kind: str
+    bytes: int  # of its result on one device
+    group: int  # devices that take part together; 1 where the text does not say
+    channel: int | None  # those of one channel may be parts of one
+
+
 def collectives(compiled_text: str) -> dict[str, CollectiveTotal]:
     """Counts the collectives of a compiled program.
 
@@ -51,6 +61,14 @@ def collectives(compiled_text: str) -> dict[str, CollectiveTotal]:
     {'all-gather': CollectiveTotal(count=1, bytes=128)}
     """
     totals: dict[str, CollectiveTotal] = {}
+    for each in instructions(compiled_text):
+        before = totals.get(each.kind, CollectiveTotal(0, 0))
+        totals[each.kind] = CollectiveTotal(before.count + 1, before.bytes + each.bytes)
+    return dict(sorted(totals.items()))
+
+
+def instructions(compiled_text: str) -> Iterator[Instruction]:
+    """The collectives of a text one by one, as `collectives` counts them."""
     text = _COMMENT.sub("", compiled_text)
     for match in _INSTRUCTION.finditer(text):
         shape, kind, start = match.groups()
@@ -62,9 +80,21 @@ def collectives(compiled_text: str) -> dict[str, CollectiveTotal]:
         # (operands, results, context...).
         if start and kind != "all-reduce":
             shape = _tuple_elements(shape)[1]
-        before = totals.get(kind, CollectiveTotal(0, 0))
-        totals[kind] = CollectiveTotal(before.count + 1, before.bytes + _bytes(shape))
-    return dict(sorted(totals.items()))
+        channel = re.search(r"channel_id=(\d+)", attributes)
+        number = None if channel is None else int(channel[1])
+        yield Instruction(kind, shape_bytes(shape), _group_size(attributes), number)
+
+
+def _group_size(attributes: str) -> int:
+    """Devices of a group, from any of the notations of replica groups."""
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return found[1].count(",") + 1
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
+    return 1
 
 
 def _tuple_elements(shape: str) -> list[str]:
@@ -80,7 +110,8 @@ def _tuple_elements(shape: str) -> list[str]:
     return elements
 
 
-def _bytes(shape: str) -> int:
+def shape_bytes(shape: str) -> int:
+    """Bytes of all arrays in the text of a shape."""
     return sum(
         math.ceil(math.prod(int(d.lstrip("<=")) for d in dims.split(",") if d) * _bits(dtype) / 8)
         for dtype, dims in _ARRAY.findall(shape)

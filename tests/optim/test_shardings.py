@@ -84,6 +84,20 @@ def test_boxed_linen_parameters(factory):
     assert jax.tree.structure(new) == jax.tree.structure(state)
 
 
+@pytest.mark.parametrize("factory", [jol.soap, jol.dykaf, jol.shampoo])
+def test_moments_lie_along_a_side_that_can_be_divided(factory):
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    given = {"down": NamedSharding(mesh, P(None, None, "fsdp"))}
+    # As (11008, 4096) on 512 chips: rows, which come first, do not divide.
+    params = {"down": jax.ShapeDtypeStruct((2, 22, 16), "float32")}
+    axes = {"down": optax.contrib.MuonDimensionNumbers(1, 2)}
+    placed = jol.state_shardings(factory(1e-3, matrix_axes=axes), params, given)
+    state = jax.eval_shape(factory(1e-3, matrix_axes=axes).init, params)
+    leaves = zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True)
+    found = [sharding.spec for leaf, sharding in leaves if leaf.shape == (2, 22, 16)]
+    assert found and set(found) == {P(None, None, "fsdp")}
+
+
 def test_one_sharding_may_stand_for_a_subtree():
     mesh = shardings()["kernel"].mesh
     placed = jol.state_shardings(optax.sgd(0.1, momentum=0.9), PARAMS, NamedSharding(mesh, P()))

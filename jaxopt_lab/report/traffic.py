@@ -1,0 +1,135 @@
+"""What a device sends in one run of a program, from its text: loops and branches counted."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from jaxopt_lab.report.hlo import Instruction, instructions, shape_bytes
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_BRANCHES = re.compile(
+    r" conditional\(.*(?:branch_computations=\{([^}]*)\}"
+    r"|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+))"
+)
+_CALLS = re.compile(r" (?:fusion|call|async-start)\(.*(?:calls|to_apply)=%?([\w.\-]+)")
+_ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONSTANT = re.compile(r" s32\[\](?:\{[^}]*\})? constant\((\d+)\)")
+
+
+class Traffic(NamedTuple):
+    """Collectives of one kind in one run of a program, on one device."""
+
+    count: float
+    bytes: float
+    """Of the results."""
+    sent: float
+    """Bytes that leave a device where every device of a group is next to every other."""
+
+
+Totals = dict[str, Traffic]
+
+
+def traffic(
+    compiled_text: str, *, branch: Callable[[Iterable[float]], float] = max, rounds: int = 1
+) -> dict[str, Traffic]:
+    """Counts the collectives that one run of a compiled program executes.
+
+    Unlike `collectives`, which counts what is written: the body of a loop counts as often as it
+    runs, and of a conditional one branch. A device of n sends (n - 1) / n of the result of an
+    all-gather or all-to-all, twice that of an all-reduce, and n - 1 results of a reduce-scatter.
+
+    Args:
+      compiled_text: `jax.jit(f).lower(...).compile().as_text()`.
+      branch: Which branch of a conditional, by its bytes sent: `max` or `min`.
+      rounds: Of a loop that ends on a condition and not on a count.
+
+    Returns:
+      For every kind that occurs, how often, with the bytes of its results and the bytes sent.
+    """
+    computations = dict(_computations(compiled_text))
+    known: dict[str, Totals] = {}
+
+    def of(name: str) -> Totals:
+        if name not in known:
+            known[name] = _total(parts(computations.get(name, ())))
+        return known[name]
+
+    def parts(lines: Iterable[str]) -> Iterator[Totals]:
+        fused: set[Instruction] = set()
+        for line in lines:
+            if loop := " while(" in line and _WHILE.search(line):
+                counted = _counted_rounds(line, computations.get(loop[1], ()))
+                yield _times(rounds if counted is None else counted, of(loop[2]))
+            elif found := " conditional(" in line and _BRANCHES.search(line):
+                names = re.findall(r"[\w.\-]+", ",".join(filter(None, found.groups())))
+                yield _chosen([of(name) for name in names], branch)
+            elif callee := " fusion(" in line and _CALLS.search(line):
+                inside = _in_fusion(callee[1], line, computations.get(callee[1], ()))
+                yield from map(_one, inside - fused)
+                fused |= inside
+            elif callee := _CALLS.search(line):
+                yield of(callee[1])
+            else:
+                yield from map(_one, instructions(line))
+
+    entry = next((name for name in computations if name.startswith("ENTRY ")), None)
+    return {} if entry is None else dict(sorted(of(entry).items()))
+
+
+def _in_fusion(name: str, line: str, body: Iterable[str]) -> set[Instruction]:
+    """Collectives that a TPU runs beside other work.
+
+    Start, steps and end of one are fusions that repeat the instruction, with its channel.
+    """
+    found = {each for text in body for each in instructions(text)}
+    if "all-reduce-scatter" not in name:
+        return found
+    # An all-reduce of which each device keeps a slice.
+    size = shape_bytes(line.split(" = ", 1)[1].split(" fusion(", 1)[0])
+    return {x._replace(kind="reduce-scatter", bytes=size) for x in found if x.kind == "all-reduce"}
+
+
+def _one(each: Instruction) -> Totals:
+    n = each.group
+    share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
+    sent = each.bytes * share.get(each.kind, (n - 1) / n)
+    return {each.kind: Traffic(1, each.bytes, sent)}
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    name, lines = None, []
+    for line in text.splitlines():
+        if name is None and (head := _COMPUTATION.match(line)):
+            name, lines = ("ENTRY " if line.startswith("ENTRY ") else "") + head[1], []
+        elif line.startswith("}") and name is not None:
+            yield name, lines
+            name = None
+        elif name is not None:
+            lines.append(line)
+
+
+def _counted_rounds(line: str, condition: Iterable[str]) -> int | None:
+    """Rounds of a loop: as the compiler notes it, or what its counter is compared with."""
+    if noted := _ROUNDS.search(line):
+        return int(noted[1])
+    bounds = [int(n) for text in condition for n in _CONSTANT.findall(text)]
+    return max(bounds, default=None)
+
+
+def _total(parts: Iterable[Totals]) -> Totals:
+    out: Totals = {}
+    for part in parts:
+        for kind, found in part.items():
+            before = out.get(kind, Traffic(0, 0, 0))
+            out[kind] = Traffic(*map(sum, zip(before, found, strict=True)))
+    return out
+
+
+def _times(n: int, totals: Totals) -> Totals:
+    return {kind: Traffic(*(n * x for x in found)) for kind, found in totals.items() if n}
+
+
+def _chosen(branches: list[Totals], branch: Callable[[Iterable[float]], float]) -> Totals:
+    sent = [sum(found.sent for found in totals.values()) for totals in branches]
+    return branches[sent.index(branch(sent))] if branches else {}
