@@ -50,6 +50,12 @@ class Packed:
         return self.scale.ndim
 
     @property
+    def T(self) -> "Packed":
+        """The transposed matrix, of one that has two axes."""
+        assert self.ndim == 2
+        return dataclasses.replace(self, axis=-3 - self.axis)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))

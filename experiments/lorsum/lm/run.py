@@ -21,7 +21,8 @@ import optax
 import jaxopt_lab as jol
 from jaxopt_lab import data, models
 from jaxopt_lab.data.gguf_tokenizer import gguf_tokenizer
-from jaxopt_lab.step import Adapted, Estimate, Step, TrainState, measured, merged
+from jaxopt_lab.report.files import write_result
+from jaxopt_lab.step import Adapted, Step, TrainState, merged
 from jaxopt_lab.tasks import language_model_loss
 
 HERE = pathlib.Path(__file__).parent
@@ -69,13 +70,6 @@ METHODS = {
         functools.partial(optax.adamw, weight_decay=0.0), (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), False
     ),
 }
-
-
-class Sides(NamedTuple):
-    """Adapters, and what the taps put in place of their sides."""
-
-    adapters: Any
-    sides: Any
 
 
 def main() -> None:
@@ -142,7 +136,7 @@ def train(
             result = {"method": name, "rate": rate, "seed": seed, "steps": scale.steps}
             result |= one_run(scale, windows, compiled, rate, seed, tested)
             result |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-            path.write_text(json.dumps(rounded(result)) + "\n")
+            write_result(path, result)
             best = min(result["validation"])
             print(f"{name}, {cell}: {best:.4f}, {sum(result['seconds']):.1f} s", flush=True)
         return json.loads(path.read_text())
@@ -165,26 +159,14 @@ def programs(
         spec = jol.lora.resolve(wanted, params, axes, names)
         params = jax.tree.map(lambda x: jnp.asarray(x, scale.compute), params)
 
-    def loss(params: Any, batch: Any, key: Any) -> Any:
-        if spec is None:
-            return of_model(params, batch, key)
-        beside = params.beside
-        if isinstance(beside, Sides):
-            return of_model(params.base, batch, key, side=beside.sides)
-        return of_model(params.base, batch, key, side=jol.lora.side(beside, spec))
-
-    def tapped(loss: Any, adapters: Any, batch: Any, key: Any) -> Estimate:
-        def objective(adapters: Any, sides: Any) -> Any:
-            return measured(loss, Sides(adapters, sides), batch, key)
-
-        (value, (weight, metrics)), grads, taps = jol.lora.value_grad_and_taps(
-            objective, adapters, spec, has_aux=True
-        )
-        return Estimate(value, weight, metrics, grads, {"taps": taps})
+    loss = of_model if spec is None else jol.lora.loss_beside(of_model, spec)
 
     def step_of(rate: Any) -> Step:
         tx = method.build(lambda count: rate * (1 - count / scale.steps))
-        options: dict[str, Any] = {"gradient": tapped} if method.taps else {"clip": CLIP}
+        options: dict[str, Any] = {"clip": CLIP}
+        if method.taps:  # which clips by the norm of the kernels' gradients
+            assert spec is not None
+            options = {"gradient": jol.lora.with_taps(spec)}
         return Step(loss, tx, guarded=False, **options)
 
     # The frozen part is an argument, not a constant of the programs.
@@ -265,17 +247,6 @@ def one_run(
 def numbers(values: list[float | None]) -> list[float]:
     """Infinity for a loss that was not finite."""
     return [np.inf if value is None else value for value in values]
-
-
-def rounded(value: Any) -> Any:
-    """JSON values with six digits; null for what is not finite."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if np.isfinite(value) else None
-    return value
 
 
 if __name__ == "__main__":

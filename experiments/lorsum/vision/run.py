@@ -6,7 +6,6 @@ python experiments/lorsum/vision/run.py --scale gpu && python experiments/lorsum
 import argparse
 import functools
 import gzip
-import json
 import os
 import pathlib
 import time
@@ -23,6 +22,7 @@ import jaxopt_lab as jol
 from jaxopt_lab import data
 from jaxopt_lab.lora import LowRankSum, Tap
 from jaxopt_lab.optim import AdamW
+from jaxopt_lab.report.files import write_result
 from jaxopt_lab.step import Estimate, Step, TrainState
 
 HERE = pathlib.Path(__file__).parent
@@ -129,7 +129,7 @@ def main() -> None:
         result |= {"tuning": tuning, "seeds": SEEDS, **final}
         result |= {"seconds": time.perf_counter() - before}
         result |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-        path.write_text(json.dumps(rounded(result)) + "\n")
+        write_result(path, result)
         print(f"{name}: {method.rates[best]:g}, {final['test']}, {result['seconds']:.0f} s")
 
 
@@ -256,17 +256,6 @@ def run(
     losses, validation, test = jax.lax.scan(epoch, state, keys)[1]
     # Of the test accuracies only that of the best epoch leaves the program.
     return {"train": losses, "validation": validation, "test": test[jnp.argmax(validation)]}
-
-
-def rounded(value: Any) -> Any:
-    """JSON values with six digits; null for what is not finite."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if np.isfinite(value) else None
-    return value
 
 
 if __name__ == "__main__":
