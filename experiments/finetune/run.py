@@ -37,14 +37,15 @@ def main() -> None:
         save(fetched(), args.save_inputs)
         return
     inputs = load(args.inputs) if args.inputs else fetched()
-    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out or HERE / ("results" if args.scale == "gpu" else "trial")
+    out.mkdir(parents=True, exist_ok=True)
     programs: dict[Any, Any] = {}
     for method in METHODS:
         if method.name not in args.methods:
             continue
         if method.program not in programs:
             programs[method.program] = program(scale, inputs, method)
-        train(scale, inputs, method, programs[method.program], args.out / method.slug)
+        train(scale, inputs, method, programs[method.program], out / method.slug)
 
 
 def train(

@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--model", type=pathlib.Path, help="the GGUF file; default: fetched")
     parser.add_argument("--tokens", type=pathlib.Path, help="a file that --save-tokens wrote")
     parser.add_argument("--save-tokens", type=pathlib.Path, help="write the windows, and stop")
-    parser.add_argument("--out", type=pathlib.Path, default=HERE / "results")
+    parser.add_argument("--out", type=pathlib.Path, help="default: results, of a trial trial")
     args = parser.parse_args()
     # Decompositions side by side can block a CPU of few cores; CHANGELOG.md, known limits.
     os.environ.setdefault("PJRT_NPROC", "16")
@@ -91,11 +91,18 @@ def main() -> None:
         np.savez_compressed(args.save_tokens, **windows)
         return
     windows = {part: rows[:, : scale.length + 1] for part, rows in windows.items()}
-    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out or HERE / ("results" if args.scale == "gpu" else "trial")
+    out.mkdir(parents=True, exist_ok=True)
     config, params = models.load_gguf(file)
     config = replace(config, compute_dtype=scale.compute, context=CONTEXT, loop="scanned")
+    missing = sum(
+        not file_of(out, name, cell).exists()
+        for name in args.methods
+        for cell in (*rates_of(scale, name), *(f"seed-{seed}" for seed in SEEDS))
+    )
+    print(f"{missing} runs of {scale.steps} steps are missing, one at a time", flush=True)
     for name in args.methods:
-        train(scale, config, params, windows, name, args.out)
+        train(scale, config, params, windows, name, out)
 
 
 def tokenized(file: pathlib.Path) -> dict[str, np.ndarray]:
@@ -115,6 +122,16 @@ def tokenized(file: pathlib.Path) -> dict[str, np.ndarray]:
     return parts
 
 
+def file_of(out: pathlib.Path, name: str, cell: str) -> pathlib.Path:
+    """Where the result of a run is."""
+    return out / f"{name.replace(' ', '-').lower()}-{cell}.json"
+
+
+def rates_of(scale: Scale, name: str) -> dict[str, float]:
+    """The runs that tune a method, with their rates."""
+    return {f"rate-{rate:g}": rate for rate in METHODS[name].rates[scale.rates]}
+
+
 def train(
     scale: Scale,
     config: models.DecoderConfig,
@@ -124,15 +141,13 @@ def train(
     out: pathlib.Path,
 ) -> None:
     """Five rates on one seed, then three seeds at the best."""
-    method, slug = METHODS[name], name.replace(" ", "-").lower()
-    rates = method.rates[scale.rates]
     compiled: dict[str, Any] = {}
 
     def run(cell: str, rate: float, seed: int, tested: bool) -> dict[str, Any]:
-        path = out / f"{slug}-{cell}.json"
+        path = file_of(out, name, cell)
         if not path.exists():
             if not compiled:
-                compiled.update(programs(scale, config, params, method))
+                compiled.update(programs(scale, config, params, METHODS[name]))
             result = {"method": name, "rate": rate, "seed": seed, "steps": scale.steps}
             result |= one_run(scale, windows, compiled, rate, seed, tested)
             result |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
@@ -141,7 +156,7 @@ def train(
             print(f"{name}, {cell}: {best:.4f}, {sum(result['seconds']):.1f} s", flush=True)
         return json.loads(path.read_text())
 
-    found = [run(f"rate-{rate:g}", rate, TUNING_SEED, False) for rate in rates]
+    found = [run(cell, rate, TUNING_SEED, False) for cell, rate in rates_of(scale, name).items()]
     best = min(found, key=lambda result: min(numbers(result["validation"])))["rate"]
     for seed in SEEDS:
         run(f"seed-{seed}", best, seed, True)
