@@ -24,7 +24,8 @@ LIMITS = {
 # 11 with products by inverses of the small Cholesky factors of low-rank sums, two thirds of a step.
 # 21 with dropout that keeps one bit an entry, of encoders and adapters.
 # 3 with moments that are sharded by columns where their rows cannot be divided.
-LINES = 10_405
+# 4 with the transpose of a packed matrix: a tied head multiplies with it.
+LINES = 10_409
 
 
 @pytest.fixture(scope="module")

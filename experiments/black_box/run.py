@@ -17,6 +17,7 @@ from methods import DESCENT, DETERMINISTIC, build, descent_cells, frank_wolfe_ce
 from problems import Problem, classification, gap_of, optimum, quadratic
 
 from jaxopt_lab import zeroth_order as zo
+from jaxopt_lab.report.files import write_result
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 TUNING_SEED, FINAL_SEEDS = 0, (1, 2, 3, 4, 5)
@@ -50,7 +51,7 @@ def save(path: pathlib.Path, result: dict[str, Any], started: float, known: dict
     """Writes a result with the time it took, that of the part known before included."""
     spent = known.get("cpu_seconds", 0.0) + time.process_time() - started
     result["cpu_seconds"] = round(spent, 1)
-    path.write_text(json.dumps(rounded(result), allow_nan=False) + "\n")
+    write_result(path, result, digits=9)
     print(f"{path.stem}: {result['cpu_seconds']} s of CPU", flush=True)
 
 

@@ -17,7 +17,7 @@ import jaxopt_lab as jol
 from jaxopt_lab import models
 from jaxopt_lab.lora.adapters import nodes
 from jaxopt_lab.models import encoder
-from jaxopt_lab.step import Adapted, Estimate, Step, TrainState, measured, merged
+from jaxopt_lab.step import Adapted, Step, TrainState, merged
 from jaxopt_lab.tasks import classification_loss, encoder_logits
 
 EVALUATED = 128  # rows at a time
@@ -51,13 +51,6 @@ class Lane(NamedTuple):
     validation: Any  # (chunks, EVALUATED)
     validation_weight: Any
     test: Any  # as validation; row 0 everywhere while nothing may look at the test part
-
-
-class Sides(NamedTuple):
-    """Adapters, and what the taps put in place of their sides."""
-
-    adapters: Any
-    sides: Any
 
 
 def lane(
@@ -173,32 +166,13 @@ def beside(params: Any, spec: Any, method: Method, kept: Array) -> tuple[Any, An
     """The parameters of the model, and what stands beside its kernels."""
     if spec is None:
         return params, None
-    adapters, sides = params.beside, None
-    if isinstance(adapters, Sides):
-        adapters, sides = adapters
-    base = {**params.base, "head": adapters["head"]}
-    if sides is not None:
-        return base, sides
+    moving = params.beside
     if method.kind == "adapters":  # the weights that they have are constants
-        adapters = jax.tree.map(lambda x: x, adapters)
-        ((_, node),) = nodes(adapters, spec)
+        moving = jax.tree.map(lambda x: x, moving)
+        ((_, node),) = nodes(moving, spec)
         node["weight"] = kept
-    return base, jol.lora.side(adapters, spec)
-
-
-def with_taps(spec: Any) -> Any:
-    """Backprop that also gives the taps of adapted layers."""
-
-    def estimate(loss: Any, adapters: Any, batch: Any, key: Array) -> Estimate:
-        def objective(adapters: Any, sides: Any) -> Any:
-            return measured(loss, Sides(adapters, sides), batch, key)
-
-        (value, (weight, metrics)), grads, taps = jol.lora.value_grad_and_taps(
-            objective, adapters, spec, has_aux=True
-        )
-        return Estimate(value, weight, metrics, grads, {"taps": taps})
-
-    return estimate
+    adapters, sides = jol.lora.WithSides.of(moving, spec)
+    return {**params.base, "head": adapters["head"]}, sides
 
 
 def step_of(
@@ -209,7 +183,7 @@ def step_of(
     tx = optimizer(method, rate, schedule, every, scale.freeze_after)
     options: dict[str, Any] = {"clip": CLIP}
     if method.kind == "projected":  # which clips by the norm of the kernels' gradients
-        options = {"gradient": with_taps(spec)}
+        options = {"gradient": jol.lora.with_taps(spec)}
     return Step(loss_of(config, spec, method, dropout=True), tx, guarded=False, **options)
 
 

@@ -16,6 +16,8 @@ from inputs import Inputs, fetched, load, save
 from methods import METHODS, Method
 from program import Lane, Scale, lane, program, test_rows
 
+from jaxopt_lab.report.files import write_result
+
 HERE = pathlib.Path(__file__).parent
 SCALES = {
     "gpu": Scale(750, 10, 32, 5, 10, None),
@@ -35,14 +37,15 @@ def main() -> None:
         save(fetched(), args.save_inputs)
         return
     inputs = load(args.inputs) if args.inputs else fetched()
-    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out or HERE / ("results" if args.scale == "gpu" else "trial")
+    out.mkdir(parents=True, exist_ok=True)
     programs: dict[Any, Any] = {}
     for method in METHODS:
         if method.name not in args.methods:
             continue
         if method.program not in programs:
             programs[method.program] = program(scale, inputs, method)
-        train(scale, inputs, method, programs[method.program], args.out / method.slug)
+        train(scale, inputs, method, programs[method.program], out / method.slug)
 
 
 def train(
@@ -86,7 +89,7 @@ def run(
             result["kept"] = lanes[number].kept.tolist() if method.random else None
             result |= {"seconds_of_group": round(seconds, 2), "lanes": scale.lanes, **machine()}
             path = directory / f"{cell[0]}.json"
-            path.write_text(json.dumps({"method": method.name, **rounded(result)}) + "\n")
+            write_result(path, {"method": method.name, **result})
         losses = " ".join(f"{x.min():.4f}" for x in found["validation_loss"][: len(group)])
         print(f"{method.name}: {group[0][0]} ... {losses}, {seconds:.0f} s", flush=True)
 
@@ -110,17 +113,6 @@ def outcome(
 def machine() -> dict[str, str]:
     """Where this runs."""
     return {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-
-
-def rounded(value: Any) -> Any:
-    """JSON values with six digits; null for what is not finite."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if np.isfinite(value) else None
-    return value
 
 
 def lowest(result: dict[str, Any]) -> float:

@@ -8,7 +8,6 @@ Results that exist are not computed again.
 
 import argparse
 import functools
-import json
 import pathlib
 import time
 from typing import Any
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 
 from jaxopt_lab.dynamics import repeated_learning as rl
+from jaxopt_lab.report.files import write_result
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
@@ -53,7 +53,7 @@ def main() -> None:
         result = job()
         result["seconds"] = round(time.monotonic() - started, 1)
         result["cpu_seconds"] = round(time.process_time() - cpu, 1)
-        path.write_text(json.dumps(rounded(result), allow_nan=False) + "\n")
+        write_result(path, result)
         print(f"{name}: {result['seconds']} s ({result['cpu_seconds']} s of CPU)", flush=True)
 
 
@@ -194,17 +194,6 @@ def control(setup: str, rule: str, seeds: int = CRITICAL_SEEDS) -> dict[str, Any
 def _critical_key(seeds: int) -> jax.Array:
     """Of the seeds of `critical` and of its control; those of the large runs are fresh."""
     return jax.random.key(2 if seeds == CRITICAL_SEEDS else 3)
-
-
-def rounded(value: Any) -> Any:
-    """JSON values with six digits; null for what is not finite."""
-    if isinstance(value, dict):
-        return {str(key): rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray | jax.Array):
-        return [rounded(item) for item in (value.tolist() if hasattr(value, "tolist") else value)]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if np.isfinite(value) else None
-    return value
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import optax
 from jaxopt_lab import lora, models
 from jaxopt_lab.bench.conditions import device_name, versions
 from jaxopt_lab.bench.timing import program_bytes
-from jaxopt_lab.models import encoder
 from jaxopt_lab.report.tables import format_table
+from jaxopt_lab.step import Adapted, Step
+from jaxopt_lab.tasks import classification_loss, encoder_logits
 
 MINILM = models.EncoderConfig(
     vocab_size=30_522, width=384, depth=6, heads=12, hidden=1536, classes=2
@@ -138,25 +139,26 @@ def _row(config: models.EncoderConfig, case: Case, batch: int, length: int) -> M
     params = models.abstract_params(config)
     spec = _spec(config, case)
     adapters = jax.eval_shape(lambda key: lora.init(key, spec, params), jax.random.key(0))
+    loss = lora.loss_beside(classification_loss(encoder_logits(config), dropout=False), spec)
     tapped = case.optimizer == "scaled_lorsum"
-    tx = lora.scaled_lorsum(0.2) if tapped else optax.adamw(1e-3)
-    state = jax.eval_shape(tx.init, adapters)
+    if tapped:
+        step = Step(loss, lora.scaled_lorsum(0.2), lora.with_taps(spec), guarded=False)
+    else:
+        step = Step(loss, optax.adamw(1e-3), guarded=False)
+    state = jax.eval_shape(step.start, Adapted(params, adapters), jax.random.key(0))
     shape = (batch, length)
     rows = {
         "tokens": jax.ShapeDtypeStruct(shape, jnp.int32),
         "mask": jax.ShapeDtypeStruct(shape, jnp.bool_),
-        "labels": jax.ShapeDtypeStruct(shape[:1], jnp.int32),
+        "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32),
     }
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    step = _step(config, spec, tx, tapped)
     # How fast the program would run does not matter here, and its buffers do not depend on it.
     quick: Any = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    compiled = (
-        jax.jit(step, donate_argnums=(1, 2))
-        .lower(params, adapters, state, rows, key)
-        .compile(compiler_options=quick)
-    )
-    numbers = [x.size for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    lowered = jax.jit(lambda *given: step.take(*given)[0], donate_argnums=0).lower(state, rows)
+    compiled = lowered.compile(compiler_options=quick)
+    numbers = [
+        x.size for x in jax.tree.leaves(state.opt_state) if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
     entry = spec.adapters[0]
     inputs_and_outputs = sum(entry.matrix_shape[1:])
     return MemoryRow(
@@ -176,26 +178,3 @@ def _spec(config: models.EncoderConfig, case: Case) -> lora.LoraSpec:
     layers = range(config.depth) if case.first == "bottom" else reversed(range(config.depth))
     order = [3 * layer + piece for layer in layers for piece in range(3)]
     return spec.with_adapters([entry._replace(kept=tuple(sorted(order[: case.adapters])))])
-
-
-def _step(
-    config: models.EncoderConfig,
-    spec: lora.LoraSpec,
-    tx: optax.GradientTransformationExtraArgs,
-    tapped: bool,
-) -> Callable[..., Any]:
-    def step(params: Any, adapters: Any, state: Any, rows: Any, key: Any) -> Any:
-        def loss(adapters: Any, side: Any) -> jax.Array:
-            scores = encoder.logits(config, params, rows["tokens"], rows["mask"], side=side)
-            logs = jax.nn.log_softmax(scores)
-            return -jnp.mean(jnp.take_along_axis(logs, rows["labels"][:, None], 1))
-
-        if tapped:
-            _, grads, taps = lora.value_grad_and_taps(loss, adapters, spec, key)
-            updates, state = tx.update(grads, state, adapters, taps=taps)
-        else:
-            grads = jax.grad(lambda a: loss(a, lora.side(a, spec, key)))(adapters)
-            updates, state = tx.update(grads, state, adapters)
-        return optax.apply_updates(adapters, updates), state
-
-    return step

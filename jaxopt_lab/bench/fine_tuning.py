@@ -18,6 +18,8 @@ from jaxopt_lab.bench.timing import CallTimer, call_timers, interleave_calls, pr
 from jaxopt_lab.core.packed import BLOCK, Packed
 from jaxopt_lab.models import encoder
 from jaxopt_lab.report.tables import format_table
+from jaxopt_lab.step import Adapted, Step
+from jaxopt_lab.tasks import classification_loss, encoder_logits, language_model_loss
 
 SMOLLM2 = models.DecoderConfig(
     vocab_size=49_152,
@@ -35,6 +37,7 @@ SMOLLM2 = models.DecoderConfig(
 PARTS = ("decoder", "encoder")
 _RANK = 8
 _CLIP = 1.0
+_ADAMW = optax.adamw(1e-4, weight_decay=0.0)
 
 
 @dataclass(frozen=True)
@@ -61,18 +64,10 @@ class Way:
 def _full(**changes: Any) -> Callable[[Shape], Any]:
     def build(shape: Shape) -> Any:
         config = replace(shape.decoder, **changes)
-        tx = optax.chain(optax.clip_by_global_norm(_CLIP), optax.adamw(1e-5, weight_decay=0.0))
-
-        def step(carry: Any, batch: Any) -> Any:
-            params, state = carry
-            (value, _), grads = jax.value_and_grad(
-                lambda p: models.loss(config, p, batch), has_aux=True
-            )(params)
-            updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), value
-
         params = models.init_params(config, jax.random.key(0))
-        return step, (params, tx.init(params)), (_text(config, shape.decoder_batch),)
+        tx = optax.adamw(1e-5, weight_decay=0.0)
+        step = Step(language_model_loss(config), tx, clip=_CLIP, guarded=False)
+        return _timed(step, params, _text(config, shape.decoder_batch))
 
     return build
 
@@ -86,64 +81,44 @@ def _beside_decoder(
         names, axes = models.matrix_names(config), models.matrix_axes(config)
         spec = lora.resolve(target, params, axes, names)
         base = random_packed(params, jax.random.key(3)) if packed else params
-
-        def loss(params: Any, batch: Any, side: Any) -> jax.Array:
-            return models.loss(config, params, batch, side=side)[0]
-
-        return _adapter_step(loss, spec, _adamw(), params, base, _text(config, shape.decoder_batch))
+        loss = lora.loss_beside(language_model_loss(config), spec)
+        step = Step(loss, _ADAMW, clip=_CLIP, guarded=False)
+        return _timed(step, _adapted(base, spec), _text(config, shape.decoder_batch))
 
     return build
 
 
-def _beside_encoder(make: Callable[[], Any], taps: bool) -> Callable[[Shape], Any]:
+def _beside_encoder(tx: Any, **how: Any) -> Callable[[Shape], Any]:
     def build(shape: Shape) -> Any:
         config, (rows, tokens) = shape.encoder, shape.encoder_batch
         params = encoder.init_params(config, jax.random.key(0))
         wanted = lora.LoraConfig(rank=_RANK, alpha=_RANK, target=("qkv",))
         spec = lora.resolve(wanted, params, models.matrix_axes(config))
-
-        def loss(params: Any, batch: Any, side: Any) -> jax.Array:
-            scores = encoder.logits(config, params, batch["tokens"], batch["mask"], side=side)
-            logs = jax.nn.log_softmax(scores)
-            return -jnp.mean(jnp.take_along_axis(logs, batch["labels"][:, None], 1))
-
+        of_model = classification_loss(encoder_logits(config), dropout=False)
+        # Those of low-rank sums clip by themselves.
+        options = how or {"gradient": lora.with_taps(spec)}
+        step = Step(lora.loss_beside(of_model, spec), tx, guarded=False, **options)
         drawn = jax.random.randint(jax.random.key(1), (rows, tokens), 0, config.vocab_size)
         mask = jnp.arange(tokens) < tokens - 4 * (jnp.arange(rows)[:, None] % 4)
-        batch = {"tokens": drawn, "mask": mask, "labels": jnp.arange(rows) % 2}
-        return _adapter_step(loss, spec, make(), params, params, batch, taps)
+        batch = {"tokens": drawn, "mask": mask, "label": jnp.arange(rows) % 2}
+        return _timed(step, _adapted(params, spec), batch)
 
     return build
 
 
-def _adapter_step(
-    loss: Callable[..., jax.Array],
-    spec: lora.LoraSpec,
-    tx: Any,
-    params: Any,
-    base: Any,
-    batch: Any,
-    taps: bool = False,
-) -> Any:
-    def step(adapter_state: Any, base: Any, batch: Any) -> Any:
-        adapters, state = adapter_state
-        if taps:
-            value, grads, found = lora.value_grad_and_taps(
-                lambda adapters, side: loss(base, batch, side), adapters, spec
-            )
-            updates, state = tx.update(grads, state, adapters, taps=found)
-        else:
-            value, grads = jax.value_and_grad(lambda a: loss(base, batch, lora.side(a, spec)))(
-                adapters
-            )
-            updates, state = tx.update(grads, state, adapters)
-        return (optax.apply_updates(adapters, updates), state), value
-
-    adapters = jax.jit(lambda key: lora.init(key, spec, params))(jax.random.key(2))
-    return step, (adapters, tx.init(adapters)), (base, batch)
+def _adapted(base: Any, spec: lora.LoraSpec) -> Adapted:
+    return Adapted(base, jax.jit(lambda key: lora.init(key, spec, base))(jax.random.key(2)))
 
 
-def _adamw() -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(_CLIP), optax.adamw(1e-4, weight_decay=0.0))
+def _timed(step: Step, params: Any, batch: Any) -> Any:
+    """A program and what it is given; what is frozen is no part of the carry, which is donated."""
+    state = jax.jit(step.start)(params, jax.random.key(4))
+
+    def program(state: Any, frozen: Any, batch: Any) -> Any:
+        state, metrics = step.take(state._replace(frozen=frozen), batch)
+        return state._replace(frozen=()), metrics["loss"]
+
+    return program, state._replace(frozen=()), (state.frozen, batch)
 
 
 def _text(config: models.DecoderConfig, batch: tuple[int, int]) -> dict[str, jax.Array]:
@@ -191,18 +166,15 @@ _DECODER = {
     "all linear, AdamW, packed": Way(_beside_decoder(_ALL, packed=True, loop="scanned")),
 }
 _ENCODER = {
-    "AdamW": Way(_beside_encoder(_adamw, taps=False)),
+    "AdamW": Way(_beside_encoder(_ADAMW, clip=_CLIP)),
     "scaled LoRSum": Way(
-        _beside_encoder(lambda: lora.scaled_lorsum(0.2, clip=_CLIP), taps=True),
-        {"gpu": 1.5, "cpu": 1.4},
+        _beside_encoder(lora.scaled_lorsum(0.2, clip=_CLIP)), {"gpu": 1.5, "cpu": 1.4}
     ),
-    "scaled LoRSum, no clip": Way(
-        _beside_encoder(lambda: lora.scaled_lorsum(0.2, clip=None), taps=True)
-    ),
+    "scaled LoRSum, no clip": Way(_beside_encoder(lora.scaled_lorsum(0.2, clip=None))),
     "scaled LoRSum, no momentum": Way(
-        _beside_encoder(lambda: lora.scaled_lorsum(0.2, b1=None, clip=_CLIP), taps=True)
+        _beside_encoder(lora.scaled_lorsum(0.2, b1=None, clip=_CLIP))
     ),
-    "LoRSum": Way(_beside_encoder(lambda: lora.lorsum(1e-2, momentum=0.9, clip=_CLIP), taps=True)),
+    "LoRSum": Way(_beside_encoder(lora.lorsum(1e-2, momentum=0.9, clip=_CLIP))),
 }
 WAYS: dict[str, dict[str, Way]] = {"decoder": _DECODER, "encoder": _ENCODER}
 """What is timed, by part and name. Every row is compared with the first of its part."""

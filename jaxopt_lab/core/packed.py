@@ -50,6 +50,12 @@ class Packed:
         return self.scale.ndim
 
     @property
+    def T(self) -> "Packed":
+        """The transposed matrix, of one that has two axes."""
+        assert self.ndim == 2
+        return dataclasses.replace(self, axis=-3 - self.axis)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))
@@ -103,7 +109,7 @@ def linear(x: jax.Array, kernel: Any) -> jax.Array:
       x: Inputs (..., in).
       kernel: (in, *out): an array, or `Packed`.
     """
-    return _unpack_and_multiply(x, kernel) if is_packed(kernel) else _multiply(x, kernel)
+    return _unpacked_product(x, kernel) if is_packed(kernel) else jnp.tensordot(x, kernel, axes=1)
 
 
 def refuse_packed(tree: Any) -> None:
@@ -151,8 +157,6 @@ def packed_shardings(params: Any, shardings: Any) -> Any:
     return jax.tree.map(place, params, shardings, is_leaf=is_packed)
 
 
-def _multiply(x: jax.Array, kernel: Any) -> jax.Array:
-    return jnp.tensordot(x, unpacked(kernel), axes=1)
-
-
-_unpack_and_multiply = jax.checkpoint(_multiply)
+@jax.checkpoint
+def _unpacked_product(x: jax.Array, kernel: Packed) -> jax.Array:
+    return jnp.tensordot(x, kernel.unpacked(), axes=1)

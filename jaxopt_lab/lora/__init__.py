@@ -23,6 +23,7 @@ from jaxopt_lab.lora.rest import with_rest
 from jaxopt_lab.lora.scaled_lorsum import scaled_lorsum
 from jaxopt_lab.lora.side import side
 from jaxopt_lab.lora.tap import Tap
+from jaxopt_lab.lora.tapped_step import WithSides, loss_beside, with_taps
 from jaxopt_lab.lora.taps import joined_taps, value_grad_and_taps
 from jaxopt_lab.lora.weight_lora import weight_lora, weight_lora_plus
 
@@ -37,6 +38,7 @@ __all__ = [
     "Resized",
     "Rule",
     "Tap",
+    "WithSides",
     "difference",
     "effective",
     "extrapolated_lorsum",
@@ -48,6 +50,7 @@ __all__ = [
     "lora_fa",
     "lora_plus",
     "lorsum",
+    "loss_beside",
     "merge",
     "pairwise",
     "preconditioned",
@@ -68,4 +71,5 @@ __all__ = [
     "weight_lora",
     "weight_lora_plus",
     "with_rest",
+    "with_taps",
 ]

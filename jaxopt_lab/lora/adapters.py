@@ -95,6 +95,16 @@ def effective(params: optax.Params, adapters: Adapters, spec: LoraSpec) -> optax
     return _changed(params, adapters, spec, 1.0)
 
 
+def whole_leaves(params: Any, adapters: Adapters, spec: LoraSpec) -> Any:
+    """The parameters with the leaves that are trained whole in place of their own."""
+
+    def leaf(path: Any, x: Array) -> Array:
+        names = path_names(path)
+        return get(adapters, names) if names in spec.full else x
+
+    return tree_map_with_path(leaf, params)
+
+
 def merge(
     params: optax.Params, adapters: Adapters, spec: LoraSpec, *, check_finite: bool = True
 ) -> optax.Params:

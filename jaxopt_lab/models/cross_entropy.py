@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxopt_lab.core.packed import unpacked
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.decoder import Params, Sides, bind
 from jaxopt_lab.models.sharding import OnMesh, constrain
@@ -64,7 +65,10 @@ def loss(
     asked = predictions(config, batch)
     _check_chunks(head_chunks, asked)
     x_BxTxD, head = _hidden(config, params, asked, mesh, side)
-    sums = _weighted_sums if head_chunks == 1 else _chunked_sums(head_chunks)
+    sums = _weighted_sums
+    if head_chunks > 1:
+        # Of what is in pieces, the head's gradient is formed as well: packed there would be none.
+        head, sums = unpacked(head), _chunked_sums(head_chunks)
     objective, nats = sums(x_BxTxD, head, asked.targets_BxT, asked.weights_BxT, z_loss, mesh)
     return objective, {"tokens": asked.count, "cross_entropy": jax.lax.stop_gradient(nats)}
 

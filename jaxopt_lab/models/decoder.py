@@ -121,10 +121,9 @@ class Decoder(nnx.Module):
 
         return self.final_norm(through(self.config, self.layers, x_BxTxD, call, in_layers))
 
-    def head_kernel(self) -> jax.Array:
-        """The output matrix (D, V) in the compute dtype."""
-        tied = self.config.tied
-        kernel_DxV = unpacked(self.embedding.tokens[...]).T if tied else unpacked(self.head[...])
+    def head_kernel(self) -> Any:
+        """The output matrix (D, V) in the compute dtype; may be packed."""
+        kernel_DxV = self.embedding.tokens[...].T if self.config.tied else self.head[...]
         return kernel_DxV.astype(self.config.compute_dtype)
 
     def head_side(self, side: Sides) -> Side | None:

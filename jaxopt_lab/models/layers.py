@@ -5,7 +5,7 @@ K key and value heads, E head width, P all heads side by side, F hidden units.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -48,6 +48,15 @@ def residual_std(config: DecoderConfig) -> float:
     return INIT_STD / math.sqrt(2 * config.depth)
 
 
+def elementwise(config: ModelConfig, function: Callable[..., jax.Array]) -> Any:
+    """A function of which a scanned loop keeps the arguments alone for its backward pass.
+
+    A scan stores every intermediate that autodiff keeps. In an unrolled loop XLA computes them
+    again from the arguments by itself, as part of its fusions.
+    """
+    return jax.checkpoint(function, prevent_cse=False) if config.loop == "scanned" else function
+
+
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the last axis, in float32 or wider."""
 
@@ -61,15 +70,21 @@ class Norm(nnx.Module):
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         """Normalises and scales."""
+        bias = None if self.bias is None else self.bias[...]
+        return elementwise(self.config, self._normalised)(x_BxTxD, self.scale[...], bias)
+
+    def _normalised(
+        self, x_BxTxD: jax.Array, scale: jax.Array, bias: jax.Array | None
+    ) -> jax.Array:
         # The scale multiplies before the cast: its gradient is a sum over all tokens, which would
         # lose its small terms in bfloat16.
         y_BxTxD = x_BxTxD.astype(jnp.promote_types(x_BxTxD.dtype, jnp.float32))
         if self.config.norm == "layer":
             y_BxTxD = y_BxTxD - jnp.mean(y_BxTxD, -1, keepdims=True)
         variance = jnp.mean(jnp.square(y_BxTxD), -1, keepdims=True)
-        y_BxTxD = y_BxTxD * jax.lax.rsqrt(variance + self.config.norm_eps) * self.scale[...]
-        if self.bias is not None:
-            y_BxTxD = y_BxTxD + self.bias[...]
+        y_BxTxD = y_BxTxD * jax.lax.rsqrt(variance + self.config.norm_eps) * scale
+        if bias is not None:
+            y_BxTxD = y_BxTxD + bias
         return y_BxTxD.astype(x_BxTxD.dtype)
 
 
@@ -185,10 +200,14 @@ class MLP(nnx.Module):
         """Transforms each position."""
         h_BxTxF = self.up(x_BxTxD)
         if self.config.mlp == "swiglu":
-            h_BxTxF = jax.nn.silu(self.gate(x_BxTxD)) * h_BxTxF
+            h_BxTxF = elementwise(self.config, _gated)(self.gate(x_BxTxD), h_BxTxF)
         else:
-            h_BxTxF = jax.nn.gelu(h_BxTxF, approximate=True)
+            h_BxTxF = elementwise(self.config, jax.nn.gelu)(h_BxTxF)
         return self.down(constrain(h_BxTxF, mesh, ("batch", None, "hidden")))
+
+
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
 
 
 class Block(nnx.Module):

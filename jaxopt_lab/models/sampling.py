@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxopt_lab.core.packed import unpacked
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.decoder import Params, bind
 
@@ -74,7 +75,7 @@ def _continue(
     window_BxW = jnp.zeros((B, W), jnp.int32).at[:, :known].set(prompt_BxP[:, P - known :])
     segment_ids_BxW = jnp.zeros((B, W), jnp.int32) if config.document_mask else None
     decoder = bind(config, params)
-    head_DxV = decoder.head_kernel()
+    head_DxV = unpacked(decoder.head_kernel())  # once, not for each token
 
     def step(carry: tuple[jax.Array, jax.Array], i: jax.Array):
         window_BxW, filled = carry

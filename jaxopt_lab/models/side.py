@@ -10,6 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from jaxopt_lab.core.packed import linear
+
 
 @runtime_checkable
 class Side(Protocol):
@@ -60,8 +62,8 @@ def looked_up(side: TableSide | None, index: jax.Array, table: jax.Array) -> jax
 
 
 def matmul(side: Side | None, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x @ kernel`, or what the side makes of it."""
-    return x @ kernel if side is None else side.product(x, kernel)
+    """`x @ kernel`, of a kernel that may be packed, or what the side makes of it."""
+    return linear(x, kernel) if side is None else side.product(x, kernel)
 
 
 def of_layer(tree: Mapping[str, Any] | None, index: int) -> Any:

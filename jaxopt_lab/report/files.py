@@ -4,6 +4,7 @@ import contextlib
 import errno
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,37 @@ def write_text(path: Path, text: str) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def rounded(value: Any, digits: int = 6) -> Any:
+    """Results as JSON values: floats rounded, None for what is not finite, arrays as lists.
+
+    >>> rounded({"loss": [1.23456789, float("nan")], "steps": 3})
+    {'loss': [1.23457, None], 'steps': 3}
+
+    Args:
+      value: A tree of dicts, lists, tuples and arrays.
+      digits: Significant ones that are kept.
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item, digits) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    return value
+
+
+def write_result(path: Path, result: Any, digits: int = 6) -> None:
+    """Writes a result of an experiment, `rounded`, in one line and in one piece.
+
+    Whoever stops the experiment finds the file whole or not at all.
+    """
+    text = json.dumps(rounded(result, digits), allow_nan=False) + "\n"
+    with appearing_whole(path) as partial:
+        partial.write_text(text)
 
 
 def open_gguf(path: str | os.PathLike[str]) -> Any:

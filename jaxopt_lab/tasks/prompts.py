@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from jaxopt_lab import data, models
+from jaxopt_lab.core.packed import unpacked
 from jaxopt_lab.data.labelled import SPLITS
 from jaxopt_lab.models.side import matmul
 from jaxopt_lab.step import Batch
@@ -143,7 +144,7 @@ def prompt_logits(
         last, beside = last.astype(wide), decoder.head_side(side)
         if beside is not None:
             return matmul(beside, last, decoder.head_kernel().astype(wide))[:, words]
-        return last @ decoder.head_kernel()[:, words].astype(wide)
+        return last @ unpacked(decoder.head_kernel())[:, words].astype(wide)
 
     return logits
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxopt_lab import lora
+from jaxopt_lab.lora.adapters import whole_leaves
 from jaxopt_lab.report.files import write_json
 from jaxopt_lab.step import Adapted, TrainState, merged
 from jaxopt_lab.sweep import accuracy_interval
@@ -19,7 +20,6 @@ from jaxopt_lab.train.io.stored import checkpoint_path, read_item, read_leaves, 
 from jaxopt_lab.train.labelled import Labels
 from jaxopt_lab.train.loop import Run
 from jaxopt_lab.train.program import model_of
-from jaxopt_lab.train.trainable import whole_leaves
 
 Message = Callable[[str], None]
 

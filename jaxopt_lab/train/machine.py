@@ -1,15 +1,21 @@
 """Whether the machine can train a configuration at all: kernels, precisions and memory."""
 
+import functools
 import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab.models import parameter_count
+from jaxopt_lab.models import abstract_params, parameter_count
 from jaxopt_lab.models.config import check_dtypes
-from jaxopt_lab.train.config.run import RunConfig
+from jaxopt_lab.report.files import open_gguf
+from jaxopt_lab.train.config.finetune import FinetuneConfig, gguf_file, model_directory
+from jaxopt_lab.train.config.optimizers_zeroth_order import ZerothOrderConfig
+from jaxopt_lab.train.config.run import PretrainConfig, RunConfig
+from jaxopt_lab.train.config.trainable import FullConfig
 from jaxopt_lab.train.errors import ConfigError, within
+from jaxopt_lab.train.trainable import frozen_in
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _LARGEST_DEVICE = 2**40  # a TiB, more than any has; the compiler fails at sizes not far above
@@ -76,9 +82,9 @@ def check_memory(
 def smallest_bytes(config: RunConfig, rows: int, parts: int) -> dict[str, int]:
     """What a training step holds at least, on one device.
 
-    Every parameter and its gradient; of the activations, the tokens, the residual stream of one
-    layer, and the logits of a chunk of the head. The optimizer's state and all that the backward
-    pass keeps come on top.
+    Every parameter, and its gradient where all parameters move by one; of the activations, the
+    tokens, the residual stream of one layer, and the logits of a chunk of the head. The optimizer's
+    state, adapters, a head's gradient and all that the backward pass keeps come on top.
 
     Args:
       config: The run.
@@ -86,13 +92,32 @@ def smallest_bytes(config: RunConfig, rows: int, parts: int) -> dict[str, int]:
       parts: Devices that share parameters and logits.
     """
     model = config.model
-    stored, computed = (jnp.dtype(d).itemsize for d in (model.param_dtype, model.compute_dtype))
+    computed = jnp.dtype(model.compute_dtype).itemsize
     tokens = rows * config.row_tokens
     logits = config.row_logits * rows * computed // config.head_chunks // parts
     return {
-        "weights": 2 * stored * parameter_count(model) // parts,
+        "weights": _weight_bytes(config) // parts,
         "activations": tokens * (4 + model.width * computed) + logits,
     }
+
+
+def _weight_bytes(config: RunConfig) -> int:
+    """Of parameters as they are held, and of the gradient of all of them if there is one."""
+    stored = jnp.dtype(config.model.param_dtype).itemsize * parameter_count(config.model)
+    if isinstance(config, FinetuneConfig) and not isinstance(config.trainable, FullConfig):
+        if config.packed:
+            file = gguf_file(model_directory("model", config.preset))
+            assert file is not None
+            return sum(int(tensor.n_bytes) for tensor in open_gguf(file).tensors)
+        if not config.trainable.adapters:
+            return stored
+        as_held = functools.partial(frozen_in, config.model.compute_dtype)
+        leaves = jax.tree.leaves(jax.eval_shape(as_held, abstract_params(config.model)))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    forward_only = isinstance(config, PretrainConfig) and isinstance(
+        config.optimizer, ZerothOrderConfig
+    )
+    return stored if forward_only else 2 * stored
 
 
 def memory_bytes() -> int | None:

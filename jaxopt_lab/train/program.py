@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from jaxopt_lab import models, optim
 from jaxopt_lab.core.packed import as_shapes, packed_shardings
-from jaxopt_lab.lora import LoraSpec
+from jaxopt_lab.lora import LoraSpec, with_taps
 from jaxopt_lab.models import Placement
 from jaxopt_lab.report.hlo import CollectiveTotal, collectives
 from jaxopt_lab.report.tables import format_table
@@ -33,7 +33,7 @@ from jaxopt_lab.train.hooks import Hook
 from jaxopt_lab.train.labelled import Labels
 from jaxopt_lab.train.rule import build_rule
 from jaxopt_lab.train.step import SIGNALS, PlacedStep, make_step, param_shardings
-from jaxopt_lab.train.trainable import Trained, adapted, everything, part, with_taps
+from jaxopt_lab.train.trainable import Trained, adapted, everything, part
 
 Material = Text | Labels
 """What a run learns from."""

@@ -4,9 +4,8 @@ Adapters are the trainable tree by themselves; the parameters that they stand be
 no gradient, optimizer state or reduction of a frozen leaf exists in the compiled step.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +20,7 @@ from jaxopt_lab.lora.config import matches
 from jaxopt_lab.lora.inits import FROM_KERNEL
 from jaxopt_lab.step import (
     Adapted,
-    Batch,
-    Estimate,
-    Estimator,
     Loss,
-    accumulated,
-    measured,
     split,
 )
 from jaxopt_lab.tasks import Task
@@ -61,21 +55,8 @@ class Trained:
         return base if self.leaves_base else lora.unmerge(base, start, self.spec)
 
     def held(self, base: PyTree) -> PyTree:
-        """The base with kernels of layers in the precision that they are multiplied in.
-
-        Frozen, they need no other. The model casts whole stacks in every step, which would keep a
-        second copy of all kernels beside the first.
-        """
-        dtype = self.computed_in
-        if dtype is None:
-            return base
-
-        def leaf(path: Any, x: Array) -> Array:
-            is_kernel = path_names(path)[0] == "layers" and x.ndim > 2
-            is_wider = jnp.promote_types(x.dtype, dtype) == x.dtype
-            return x.astype(dtype) if is_kernel and is_wider else x
-
-        return tree_map_with_path(leaf, base)
+        """The base as `frozen_in` the dtype of products."""
+        return base if self.computed_in is None else frozen_in(self.computed_in, base)
 
     def ordinary(
         self, base: PyTree, key: Array, adapters: lora.Adapters
@@ -88,11 +69,19 @@ class Trained:
         return lora.difference(adapters, start, self.spec)
 
 
-class WithSides(NamedTuple):
-    """Adapters, and the sides that a loss shall give to the model in place of theirs."""
+def frozen_in(dtype: str, base: PyTree) -> PyTree:
+    """Parameters with kernels of layers in the precision that they are multiplied in.
 
-    adapters: lora.Adapters
-    sides: Mapping[str, Any]
+    Frozen, they need no other. The model casts whole stacks in every step, which would keep a
+    second copy of all kernels beside the first.
+    """
+
+    def leaf(path: Any, x: Array) -> Array:
+        is_kernel = path_names(path)[0] == "layers" and x.ndim > 2
+        is_wider = jnp.promote_types(x.dtype, dtype) == x.dtype
+        return x.astype(dtype) if is_kernel and is_wider else x
+
+    return tree_map_with_path(leaf, base)
 
 
 def everything(task: Task, info: ModelInfo) -> Trained:
@@ -201,11 +190,11 @@ def adapted(
 
     evaluated: dict[Loss, Loss] = {}  # sets with one loss share a program
     for each in task.evaluations.values():
-        evaluated.setdefault(each.loss, _beside_base(each.loss, spec, dropout=False))
+        evaluated.setdefault(each.loss, lora.loss_beside(each.loss, spec, dropout=False))
     changed = replace(
         task,
         init=init,
-        loss=_beside_base(task.loss, spec, dropout=True),
+        loss=lora.loss_beside(task.loss, spec, dropout=True),
         param_specs=Adapted(task.param_specs, jax.tree.map(lambda s: s.spec, placed)),
         evaluations={
             name: replace(each, loss=evaluated[each.loss])
@@ -216,57 +205,8 @@ def adapted(
     return trained
 
 
-def whole_leaves(params: PyTree, adapters: lora.Adapters, spec: lora.LoraSpec) -> PyTree:
-    """The parameters with the leaves that are trained whole in place of their own."""
-
-    def leaf(path: Any, x: Array) -> Array:
-        names = path_names(path)
-        return get(adapters, names) if names in spec.full else x
-
-    return tree_map_with_path(leaf, params)
-
-
-def with_taps(spec: lora.LoraSpec, microbatches: int) -> Estimator:
-    """Backprop that also gives `taps`: inputs and output gradients of every adapted layer.
-
-    Args:
-      spec: Of the adapters.
-      microbatches: Parts of a batch; the taps of the batch have the rows of all of them.
-    """
-
-    def part(loss: Loss, adapters: PyTree, batch: Batch, key: Array) -> Estimate:
-        def objective(adapters: PyTree, sides: Mapping[str, Any]) -> Any:
-            return measured(loss, WithSides(adapters, sides), batch, key)
-
-        (value, (weight, metrics)), grads, taps = lora.value_grad_and_taps(
-            objective, adapters, spec, key, has_aux=True
-        )
-        wide = jnp.promote_types(value.dtype, jnp.float32)
-        return Estimate(value.astype(wide), weight, metrics, grads, {"taps": taps})
-
-    def joined(parts: Any, shares: Array) -> Any:
-        each = [jax.tree.map(lambda x, i=i: x[i], parts["taps"]) for i in range(microbatches)]
-        return {"taps": lora.joined_taps(each, list(shares))}
-
-    return accumulated(microbatches, part, joined)
-
-
 def _adapters(spec: lora.LoraSpec, base: PyTree, key: Array) -> lora.Adapters:
     return lora.init(purpose_key(key, "adapters"), spec, base)
-
-
-def _beside_base(loss: Any, spec: lora.LoraSpec, *, dropout: bool) -> Loss:
-    """A loss of base and adapters."""
-
-    def of_both(params: Adapted, batch: Batch, key: Array) -> Any:
-        beside = params.beside
-        if isinstance(beside, WithSides):
-            beside, sides = beside
-        else:
-            sides = lora.side(beside, spec, key if dropout else None)
-        return loss(whole_leaves(params.base, beside, spec), batch, key, side=sides)
-
-    return of_both
 
 
 def _inside(module: str, name: str) -> bool:

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from jaxopt_lab import lora, models, optim
 from jaxopt_lab.data import Tokenizer
+from jaxopt_lab.lora.adapters import whole_leaves
 from jaxopt_lab.lora.inits import FROM_KERNEL
 from jaxopt_lab.models import DecoderConfig, Params
 from jaxopt_lab.optim.params_ema import ParamsEmaState
@@ -29,7 +30,7 @@ from jaxopt_lab.train.leaves import describe_leaves, first_difference
 from jaxopt_lab.train.loop import Run
 from jaxopt_lab.train.program import build_program
 from jaxopt_lab.train.step import TrainState
-from jaxopt_lab.train.trainable import Trained, whole_leaves
+from jaxopt_lab.train.trainable import Trained
 
 # Stands for a leaf that is not read; orbax's own placeholder.
 _UNREAD: Any = ...

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import pathlib
+import re
 
 import gguf
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 
 import jaxopt_lab as jol
 from jaxopt_lab import models
@@ -221,6 +223,29 @@ def test_no_copy_of_all_layers_is_kept(tmp_path):
 
     compiled = jax.jit(gradient).lower(adapters, params).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < kernels / 2
+
+
+@pytest.mark.parametrize("loop", ["scanned", "unrolled"])
+def test_the_backward_pass_keeps_packed_kernels_packed(q4_1, loop, capsys):
+    config, params = load_gguf(q4_1, packed=True)
+    config = dataclasses.replace(config, loop=loop)
+    spec, adapters = adapted(config, params)
+    batch = {"tokens": jnp.asarray(tokens(config))}
+
+    def loss(adapters):
+        return models.loss(config, params, batch, side=jol.lora.side(adapters, spec))[0]
+
+    print_saved_residuals(loss, adapters)
+    printed = re.findall(r"^(\w+)\[([\d,]+)\]", capsys.readouterr().out, re.M)
+    kept = [(kind, tuple(map(int, sizes.split(",")))) for kind, sizes in printed]
+    assert "u8" in {kind for kind, _ in kept}
+    packed = [x for x in jax.tree.leaves(params, is_leaf=is_packed) if is_packed(x)]
+    kernels = {tuple(sorted(shape)) for x in packed for shape in (x.shape, x.shape[-2:])}
+    assert not [shape for kind, shape in kept if "f" in kind and tuple(sorted(shape)) in kernels]
+    if loop == "scanned":  # of the hidden units: two products, and what the adapter reads
+        rows, length = batch["tokens"].shape
+        hidden = (config.depth, rows, length - 1, config.hidden_width)
+        assert [shape for _, shape in kept].count(hidden) == 3, kept
 
 
 def test_packed_weights_are_not_trained(q4_1):

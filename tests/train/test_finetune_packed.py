@@ -8,6 +8,8 @@ from jaxopt_lab import lora, models
 from jaxopt_lab.core.packed import is_packed
 from jaxopt_lab.train import ConfigError, finetune, load_params
 from jaxopt_lab.train.base import read_base
+from jaxopt_lab.train.machine import check_memory, smallest_bytes
+from jaxopt_lab.train.trainable import frozen_in
 from tests.models import gguf_files
 from tests.train.tiny_finetune import finetune_config, write_base
 
@@ -23,6 +25,33 @@ def base(tmp_path_factory):
     directory.mkdir()
     gguf_files.write(directory / "model.gguf", "Q4_1", "Q8_0", config=CONFIG)
     return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("flags", "copies"),
+    [
+        ("--trainable full", 2.0),
+        ("--trainable full --optimizer mezo", 1.0),
+        ("--trainable head", 1.0),
+        ("--trainable dora", 1.0),
+        ("--trainable lora --model.compute-dtype bfloat16", None),
+        (LORA, None),
+    ],
+)
+def test_what_is_frozen_is_counted_once_as_it_is_held(base, text, flags, copies, monkeypatch):
+    config = finetune_config(base, text, "unused", flags)
+    _, params = models.load_gguf(f"{base}/model.gguf", packed=config.packed)
+    if copies is None and not config.packed:
+        params = frozen_in("bfloat16", params)
+    held = round((copies or 1) * sum(x.nbytes for x in jax.tree.leaves(params)))
+    needed = smallest_bytes(config, rows=4, parts=1)
+    assert needed["weights"] == held
+    available = sum(needed.values())
+    monkeypatch.setattr("jaxopt_lab.train.machine.memory_bytes", lambda: available)
+    assert check_memory(config) is None
+    monkeypatch.setattr("jaxopt_lab.train.machine.memory_bytes", lambda: available - 1)
+    with pytest.raises(ConfigError, match=f"at least .*{held:,} bytes.* for weights"):
+        check_memory(config)
 
 
 @pytest.mark.slow  # compiles a run

@@ -26,6 +26,8 @@ def main() -> None:
     args = parser.parse_args()
     found = {name: read(name, args.results) for name in METHODS}
     found = {name: runs for name, runs in found.items() if runs["seed"]}
+    if not found:
+        raise SystemExit("no results: run.py")
     for name, runs in found.items():
         losses = [min(numbers(run["validation"])) for run in runs["rate"]]
         shown = " ".join(

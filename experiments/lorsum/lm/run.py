@@ -21,7 +21,8 @@ import optax
 import jaxopt_lab as jol
 from jaxopt_lab import data, models
 from jaxopt_lab.data.gguf_tokenizer import gguf_tokenizer
-from jaxopt_lab.step import Adapted, Estimate, Step, TrainState, measured, merged
+from jaxopt_lab.report.files import write_result
+from jaxopt_lab.step import Adapted, Step, TrainState, merged
 from jaxopt_lab.tasks import language_model_loss
 
 HERE = pathlib.Path(__file__).parent
@@ -71,13 +72,6 @@ METHODS = {
 }
 
 
-class Sides(NamedTuple):
-    """Adapters, and what the taps put in place of their sides."""
-
-    adapters: Any
-    sides: Any
-
-
 def main() -> None:
     """Tunes and runs the methods that have no result yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -86,7 +80,7 @@ def main() -> None:
     parser.add_argument("--model", type=pathlib.Path, help="the GGUF file; default: fetched")
     parser.add_argument("--tokens", type=pathlib.Path, help="a file that --save-tokens wrote")
     parser.add_argument("--save-tokens", type=pathlib.Path, help="write the windows, and stop")
-    parser.add_argument("--out", type=pathlib.Path, default=HERE / "results")
+    parser.add_argument("--out", type=pathlib.Path, help="default: results, of a trial trial")
     args = parser.parse_args()
     # Decompositions side by side can block a CPU of few cores; CHANGELOG.md, known limits.
     os.environ.setdefault("PJRT_NPROC", "16")
@@ -97,11 +91,18 @@ def main() -> None:
         np.savez_compressed(args.save_tokens, **windows)
         return
     windows = {part: rows[:, : scale.length + 1] for part, rows in windows.items()}
-    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out or HERE / ("results" if args.scale == "gpu" else "trial")
+    out.mkdir(parents=True, exist_ok=True)
     config, params = models.load_gguf(file)
     config = replace(config, compute_dtype=scale.compute, context=CONTEXT, loop="scanned")
+    missing = sum(
+        not file_of(out, name, cell).exists()
+        for name in args.methods
+        for cell in (*rates_of(scale, name), *(f"seed-{seed}" for seed in SEEDS))
+    )
+    print(f"{missing} runs of {scale.steps} steps are missing, one at a time", flush=True)
     for name in args.methods:
-        train(scale, config, params, windows, name, args.out)
+        train(scale, config, params, windows, name, out)
 
 
 def tokenized(file: pathlib.Path) -> dict[str, np.ndarray]:
@@ -121,6 +122,16 @@ def tokenized(file: pathlib.Path) -> dict[str, np.ndarray]:
     return parts
 
 
+def file_of(out: pathlib.Path, name: str, cell: str) -> pathlib.Path:
+    """Where the result of a run is."""
+    return out / f"{name.replace(' ', '-').lower()}-{cell}.json"
+
+
+def rates_of(scale: Scale, name: str) -> dict[str, float]:
+    """The runs that tune a method, with their rates."""
+    return {f"rate-{rate:g}": rate for rate in METHODS[name].rates[scale.rates]}
+
+
 def train(
     scale: Scale,
     config: models.DecoderConfig,
@@ -130,24 +141,22 @@ def train(
     out: pathlib.Path,
 ) -> None:
     """Five rates on one seed, then three seeds at the best."""
-    method, slug = METHODS[name], name.replace(" ", "-").lower()
-    rates = method.rates[scale.rates]
     compiled: dict[str, Any] = {}
 
     def run(cell: str, rate: float, seed: int, tested: bool) -> dict[str, Any]:
-        path = out / f"{slug}-{cell}.json"
+        path = file_of(out, name, cell)
         if not path.exists():
             if not compiled:
-                compiled.update(programs(scale, config, params, method))
+                compiled.update(programs(scale, config, params, METHODS[name]))
             result = {"method": name, "rate": rate, "seed": seed, "steps": scale.steps}
             result |= one_run(scale, windows, compiled, rate, seed, tested)
             result |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-            path.write_text(json.dumps(rounded(result)) + "\n")
+            write_result(path, result)
             best = min(result["validation"])
             print(f"{name}, {cell}: {best:.4f}, {sum(result['seconds']):.1f} s", flush=True)
         return json.loads(path.read_text())
 
-    found = [run(f"rate-{rate:g}", rate, TUNING_SEED, False) for rate in rates]
+    found = [run(cell, rate, TUNING_SEED, False) for cell, rate in rates_of(scale, name).items()]
     best = min(found, key=lambda result: min(numbers(result["validation"])))["rate"]
     for seed in SEEDS:
         run(f"seed-{seed}", best, seed, True)
@@ -165,26 +174,14 @@ def programs(
         spec = jol.lora.resolve(wanted, params, axes, names)
         params = jax.tree.map(lambda x: jnp.asarray(x, scale.compute), params)
 
-    def loss(params: Any, batch: Any, key: Any) -> Any:
-        if spec is None:
-            return of_model(params, batch, key)
-        beside = params.beside
-        if isinstance(beside, Sides):
-            return of_model(params.base, batch, key, side=beside.sides)
-        return of_model(params.base, batch, key, side=jol.lora.side(beside, spec))
-
-    def tapped(loss: Any, adapters: Any, batch: Any, key: Any) -> Estimate:
-        def objective(adapters: Any, sides: Any) -> Any:
-            return measured(loss, Sides(adapters, sides), batch, key)
-
-        (value, (weight, metrics)), grads, taps = jol.lora.value_grad_and_taps(
-            objective, adapters, spec, has_aux=True
-        )
-        return Estimate(value, weight, metrics, grads, {"taps": taps})
+    loss = of_model if spec is None else jol.lora.loss_beside(of_model, spec)
 
     def step_of(rate: Any) -> Step:
         tx = method.build(lambda count: rate * (1 - count / scale.steps))
-        options: dict[str, Any] = {"gradient": tapped} if method.taps else {"clip": CLIP}
+        options: dict[str, Any] = {"clip": CLIP}
+        if method.taps:  # which clips by the norm of the kernels' gradients
+            assert spec is not None
+            options = {"gradient": jol.lora.with_taps(spec)}
         return Step(loss, tx, guarded=False, **options)
 
     # The frozen part is an argument, not a constant of the programs.
@@ -265,17 +262,6 @@ def one_run(
 def numbers(values: list[float | None]) -> list[float]:
     """Infinity for a loss that was not finite."""
     return [np.inf if value is None else value for value in values]
-
-
-def rounded(value: Any) -> Any:
-    """JSON values with six digits; null for what is not finite."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if np.isfinite(value) else None
-    return value
 
 
 if __name__ == "__main__":

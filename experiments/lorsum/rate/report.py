@@ -27,6 +27,8 @@ def main() -> None:
     rows, drawn = [], {}
     for method in COMPARED:
         rates, points = read(args.results / method.slug)
+        if not points.size or np.isnan(points).any():
+            raise SystemExit(f"{method.name}: runs are missing: run.py")
         mean = points.mean(0)
         good = mean >= mean.max() - MARGIN
         low, high = flat(good, int(mean.argmax()))

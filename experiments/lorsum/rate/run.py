@@ -12,6 +12,7 @@ HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "finetune"))
 
 from inputs import fetched, load  # noqa: E402
+from methods import Method  # noqa: E402
 from program import Scale, program  # noqa: E402
 from rates import COMPARED, FOLDS  # noqa: E402
 from run import run  # noqa: E402
@@ -28,18 +29,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--inputs", type=pathlib.Path, help="of experiments/finetune/run.py")
-    parser.add_argument("--out", type=pathlib.Path, default=HERE / "results")
+    parser.add_argument("--out", type=pathlib.Path, help="default: results, of a trial trial")
     args = parser.parse_args()
     # Decompositions side by side can block a CPU of few cores; CHANGELOG.md, known limits.
     os.environ.setdefault("PJRT_NPROC", "16")
     scale = SCALES[args.scale]
     inputs = load(args.inputs) if args.inputs else fetched()
-    for method in COMPARED:
+    out = args.out or HERE / ("results" if args.scale == "gpu" else "trial")
+    wanted = {method: cells_of(scale, method) for method in COMPARED}
+    missing = sum(
+        not (out / method.slug / f"{name}.json").exists()
+        for method, groups in wanted.items()
+        for group in groups
+        for name, *_ in group
+    )
+    print(f"{missing} runs of {scale.steps} steps are missing, {scale.lanes} at a time", flush=True)
+    for method, groups in wanted.items():
         compiled = program(scale, inputs, method)
-        rates = method.rates if scale.rows is None else method.rates[3:4]
-        for fold, seed in FOLDS.items():
-            cells = [(f"fold-{fold}-rate-{rate:g}", rate, fold, seed, True) for rate in rates]
-            run(scale, inputs, method, compiled, args.out / method.slug, cells)
+        for group in groups:
+            run(scale, inputs, method, compiled, out / method.slug, group)
+
+
+def cells_of(scale: Scale, method: Method) -> list[list[tuple[str, float, int, int, bool]]]:
+    """The runs of a method: those of one fold side by side."""
+    rates = method.rates if scale.rows is None else method.rates[3:4]
+    return [
+        [(f"fold-{fold}-rate-{rate:g}", rate, fold, seed, True) for rate in rates]
+        for fold, seed in FOLDS.items()
+    ]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 python experiments/lorsum/synthetic/run.py && python experiments/lorsum/synthetic/report.py
 """
 
-import json
 import os
 import pathlib
 import time
@@ -19,6 +18,7 @@ from jaxtyping import Array
 import jaxopt_lab as jol
 from jaxopt_lab.lora import LowRankSum, Tap
 from jaxopt_lab.optim import AdamW
+from jaxopt_lab.report.files import write_result
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 INPUTS, OUTPUTS, RANK, BATCH, EPOCHS = 200, 600, 8, 64, 100
@@ -110,7 +110,7 @@ def main() -> None:
 def write(path: pathlib.Path, result: dict[str, Any], started: float) -> None:
     """One file of results, numbers with six digits."""
     result |= {"seeds": SEEDS, "cpu_seconds": round(time.process_time() - started, 1)}
-    path.write_text(json.dumps(rounded(result)) + "\n")
+    write_result(path, result)
     print(f"{path.stem}: {result['cpu_seconds']} s of CPU", flush=True)
 
 
@@ -214,17 +214,6 @@ def power_iteration(seed: Array) -> tuple[Array, Array]:
     values = jnp.linalg.svd(w, compute_uv=False)
     gap = values[RANK] / values[RANK - 1]
     return jax.lax.scan(step, rows, None, length=32 * EPOCHS)[1], gap
-
-
-def rounded(value: Any) -> Any:
-    """JSON values with six digits; null for what is not finite."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if np.isfinite(value) else None
-    return value
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ def main() -> None:
     args = parser.parse_args()
     paths = {name: args.results / f"{name.replace(' ', '-').lower()}.json" for name in METHODS}
     found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    found = {name: run for name, run in found.items() if "test" in run}
+    if REFERENCE not in found:
+        raise SystemExit(f"{REFERENCE}: no result: run.py")
     rows, curves = [], []
     for name, run in found.items():
         test, reference = (100 * np.array(found[n]["test"]) for n in (name, REFERENCE))

@@ -6,7 +6,6 @@ python experiments/lorsum/vision/run.py --scale gpu && python experiments/lorsum
 import argparse
 import functools
 import gzip
-import json
 import os
 import pathlib
 import time
@@ -23,6 +22,7 @@ import jaxopt_lab as jol
 from jaxopt_lab import data
 from jaxopt_lab.lora import LowRankSum, Tap
 from jaxopt_lab.optim import AdamW
+from jaxopt_lab.report.files import write_result
 from jaxopt_lab.step import Estimate, Step, TrainState
 
 HERE = pathlib.Path(__file__).parent
@@ -107,30 +107,54 @@ def main() -> None:
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--images", type=pathlib.Path, help="directory of the IDX files")
-    parser.add_argument("--out", type=pathlib.Path, default=HERE / "results")
+    parser.add_argument("--out", type=pathlib.Path, help="default: results, of a trial trial")
     args = parser.parse_args()
     # Decompositions side by side can block a CPU of few cores; CHANGELOG.md, known limits.
     os.environ.setdefault("PJRT_NPROC", "16")
     scale, images = SCALES[args.scale], read(args.images or data.find("fashion-mnist"))
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.methods:
-        method = METHODS[name]
-        compiled = jax.jit(jax.vmap(functools.partial(run, scale, method), in_axes=(0, 0, None)))
-        path = args.out / f"{name.replace(' ', '-').lower()}.json"
-        if path.exists():
-            continue
+    out = args.out or HERE / ("results" if args.scale == "gpu" else "trial")
+    out.mkdir(parents=True, exist_ok=True)
+    known = {name: read_if_there(path_of(out, name)) for name in args.methods}
+    missing = sum(("tuning" not in result) + ("test" not in result) for result in known.values())
+    steps = scale.epochs * (scale.images // BATCH)
+    print(f"{missing} groups of {LANES} runs of {steps} steps are missing", flush=True)
+    for name, result in known.items():
+        train(scale, name, result, images, path_of(out, name))
+
+
+def path_of(out: pathlib.Path, name: str) -> pathlib.Path:
+    """Where the result of a method is."""
+    return out / f"{name.replace(' ', '-').lower()}.json"
+
+
+def read_if_there(path: pathlib.Path) -> dict[str, Any]:
+    """What is known of a method: nothing, its tuning, or everything."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def train(
+    scale: Scale, name: str, result: dict[str, Any], images: Images, path: pathlib.Path
+) -> None:
+    """The rates on one seed, then the seeds at the best rate; each group is stored."""
+    method = METHODS[name]
+    compiled = jax.jit(jax.vmap(functools.partial(run, scale, method), in_axes=(0, 0, None)))
+    place = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    if "tuning" not in result:
         before = time.perf_counter()
         hidden = images._replace(test=images.test * 0, test_label=images.test_label * 0)
         tuning = group(compiled, method.rates, [TUNING_SEED] * LANES, hidden)
         del tuning["test"]
-        best = int(np.argmax(np.array(tuning["validation"]).max(1)))
-        final = group(compiled, [method.rates[best]] * LANES, list(SEEDS), images)
-        result = {"method": name, "rates": method.rates, "rate": method.rates[best]}
-        result |= {"tuning": tuning, "seeds": SEEDS, **final}
-        result |= {"seconds": time.perf_counter() - before}
-        result |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-        path.write_text(json.dumps(rounded(result)) + "\n")
-        print(f"{name}: {method.rates[best]:g}, {final['test']}, {result['seconds']:.0f} s")
+        rate = method.rates[int(np.argmax(np.array(tuning["validation"]).max(1)))]
+        result = {"method": name, "rates": method.rates, "rate": rate, "tuning": tuning, **place}
+        result["seconds"] = time.perf_counter() - before
+        write_result(path, result)
+    if "test" not in result:
+        before = time.perf_counter()
+        final = group(compiled, [result["rate"]] * LANES, list(SEEDS), images)
+        result |= {"seeds": SEEDS, **final, **place}
+        result["seconds"] += time.perf_counter() - before
+        write_result(path, result)
+        print(f"{name}: {result['rate']:g}, {final['test']}, {result['seconds']:.0f} s", flush=True)
 
 
 def group(compiled: Any, rates: Any, seeds: Any, images: Images) -> dict[str, Any]:
@@ -256,17 +280,6 @@ def run(
     losses, validation, test = jax.lax.scan(epoch, state, keys)[1]
     # Of the test accuracies only that of the best epoch leaves the program.
     return {"train": losses, "validation": validation, "test": test[jnp.argmax(validation)]}
-
-
-def rounded(value: Any) -> Any:
-    """JSON values with six digits; null for what is not finite."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if np.isfinite(value) else None
-    return value
 
 
 if __name__ == "__main__":

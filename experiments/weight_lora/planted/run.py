@@ -3,7 +3,6 @@
 python experiments/weight_lora/planted/run.py && python experiments/weight_lora/planted/report.py
 """
 
-import json
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 import jaxopt_lab as jol
+from jaxopt_lab.report.files import write_result
 
 HERE = pathlib.Path(__file__).parent
 KERNELS, PLANTED, WIDTH, RANK = 16, 4, 16, 2
@@ -74,7 +74,7 @@ def main() -> None:
     steps = (np.arange(RECORDS) + 1) * (STEPS // RECORDS)
     result = {"seeds": FINAL_SEEDS, "rates": RATES, "steps": steps, "methods": methods}
     result["cpu_seconds"] = time.process_time() - started
-    (HERE / "results.json").write_text(json.dumps(rounded(result), allow_nan=False) + "\n")
+    write_result(HERE / "results.json", result)
     print(f"{result['cpu_seconds']:.0f} s of CPU")
 
 
@@ -153,17 +153,6 @@ def train(
     numbers = jnp.arange(STEPS).reshape(RECORDS, -1)
     (adapters, _), losses = jax.lax.scan(record, (adapters, tx.init(adapters)), numbers)
     return {"loss": losses, "weights": adapters["kernel"]["weight"], "planted": this.planted}
-
-
-def rounded(value: Any) -> Any:
-    """JSON values with six digits; null for what is not finite."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray | jax.Array):
-        return [rounded(item) for item in (value.tolist() if hasattr(value, "tolist") else value)]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if np.isfinite(value) else None
-    return value
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python experiments/zeroth_order/fine_tuning/run.py --minutes 9    # until it say
 
 import argparse
 import json
-import os
 import pathlib
 import time
 from typing import Any
@@ -17,6 +16,7 @@ from methods import METHODS, Method
 from setting import Lanes, Setting, open_setting
 
 from jaxopt_lab import sweep, tasks
+from jaxopt_lab.report.files import write_result
 
 HERE = pathlib.Path(__file__).parent
 TUNING_SEED, FINAL_SEEDS = 0, (1, 2)
@@ -43,7 +43,7 @@ def main() -> None:
             if time.monotonic() > end:
                 return print("stopped; start again for the rest")
             found = tuned(setting, method) if stage == "tuning" else final(setting, method, known)
-            write(path, known | {stage: found})
+            write_result(path, known | {stage: found})
             print(
                 f"{name}, {stage}: {found['seconds']} s, {found['compile_seconds']} s compiling",
                 flush=True,
@@ -133,27 +133,7 @@ def digits(correct: np.ndarray) -> str:
 def write_if_new(path: pathlib.Path, make: Any) -> None:
     """Keeps what is there."""
     if not path.exists():
-        write(path, make())
-
-
-def write(path: pathlib.Path, result: dict[str, Any]) -> None:
-    """Replaces the file at once, so that it is whole whenever the run is stopped."""
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(rounded(result), allow_nan=False) + "\n")
-    os.replace(new, path)
-
-
-def rounded(value: Any) -> Any:
-    """JSON values with six digits; null for what is not finite."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        return rounded(value.tolist())
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if np.isfinite(value) else None
-    return value
+        write_result(path, make())
 
 
 if __name__ == "__main__":
