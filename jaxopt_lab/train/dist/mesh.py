@@ -11,13 +11,14 @@ from jaxtyping import Array, Int, Shaped
 
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.config.sections import AXES, MeshConfig, axis_sizes, sizes_as_text
+from jaxopt_lab.train.config.zeroth_order_base import PROBE_AXIS
 
 # A batch is split over both: fsdp is data parallelism whose parameters are also split.
 BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Lays the devices out along data, fsdp and tensor.
+    """Lays the devices out along data, fsdp and tensor, and probe where there are such groups.
 
     Args:
       config: Sizes of the axes. Their product may be smaller than the number of devices when
@@ -32,19 +33,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices))
-    used = int(np.prod(sizes))
+    groups = config.probe
+    used = int(np.prod(sizes)) * groups
     if used < len(devices) and jax.process_count() > 1:
         raise ConfigError(
             "mesh",
             sizes_as_text(sizes),
             f"expected all {len(devices)} devices of the processes in use",
         )
-    types = (AxisType.Auto,) * len(AXES)
-    return Mesh(lay_out(sizes, devices[:used]), AXES, axis_types=types)
+    if groups == 1:
+        grid, names = lay_out(sizes, devices[:used]), AXES
+    else:
+        # Groups exchange next to nothing, so neighbours in the network are of one group; as the
+        # last axis they hold the rows of a batch in common, as devices along tensor do.
+        grid = np.moveaxis(lay_out((groups, *sizes), devices[:used]), 0, -1)
+        names = (*AXES, PROBE_AXIS)
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def lay_out(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
-    """Devices by data, fsdp and tensor, neighbours in the network next to each other.
+def lay_out(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices by the sizes of the axes, neighbours in the network next to each other.
 
     A mesh whose axes are no products of the torus's own, such as 2 x 8 on 4 x 4 chips, splits one
     of these.
