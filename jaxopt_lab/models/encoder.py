@@ -51,12 +51,10 @@ class Encoder(nnx.Module):
         check_inputs(self.config, tokens_BxT, mask_BxT, types_BxT)
         sides = dict(side or {})
         in_layers, tables = sides.pop("layers", {}), sides.pop("embedding", {})
-        if self.config.classes is not None:
-            sides.pop("head", None)
         unknown = [*sides, *(f"embedding.{x}" for x in tables if not hasattr(self.embedding, x))]
         if unknown:
             names = ", ".join(unknown)
-            raise ValueError(f"side: {names} is not a stack of layers, table or head of the model")
+            raise ValueError(f"side: {names} is not a stack of layers or table of the model")
         mask_BxT = None if mask_BxT is None else mask_BxT.astype(bool)
         of_embedding, of_layers = split(dropout_key, 2)
         x_BxTxD = self.embedding(tokens_BxT, types_BxT, mesh, tables)
@@ -208,9 +206,13 @@ def logits(
         raise ValueError("classes: got None, wanted a number: this encoder has no head")
     of_head, of_encoder = split(dropout_key, 2)
     encoder = nnx.merge(nnx.graphdef(abstract_encoder(config)), params)
-    x_BxTxD = encoder(tokens_BxT, mask_BxT, types_BxT, mesh=mesh, side=side, dropout_key=of_encoder)
+    sides = dict(side or {})
+    of_kernel = sides.pop("head", None)
+    x_BxTxD = encoder(
+        tokens_BxT, mask_BxT, types_BxT, mesh=mesh, side=sides, dropout_key=of_encoder
+    )
     x_BxD = dropped(pooled(x_BxTxD, mask_BxT, config.pooling), config.dropout, of_head)
-    return encoder.head(x_BxD, (side or {}).get("head"))
+    return encoder.head(x_BxD, of_kernel)
 
 
 @functools.lru_cache(maxsize=64)

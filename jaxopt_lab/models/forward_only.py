@@ -7,7 +7,7 @@ the head. So a perturbed model needs the memory of one perturbed layer.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxopt_lab.models.cross_entropy import predictions
 from jaxopt_lab.models.decoder import Params, abstract_decoder
 from jaxopt_lab.models.encoder import abstract_encoder, pooled
 from jaxopt_lab.models.encoder_config import EncoderConfig, ModelConfig
+from jaxopt_lab.models.sharding import constrain
 from jaxopt_lab.models.vocabulary_loss import PIECES, check_chunk, vocabulary_nats
 
 
@@ -152,6 +153,17 @@ def probe_scores(
     return last_BxD.astype(wide) @ weights.head_words(words).astype(wide)
 
 
+class _Found(NamedTuple):
+    """Beside a table, what a lookup gives (`models.side.TableSide`)."""
+
+    x_BxTxD: jax.Array
+
+    def rows(self, index: jax.Array, table: jax.Array) -> jax.Array:
+        """What was found."""
+        del index, table
+        return self.x_BxTxD
+
+
 class _Weights:
     """Parameters, perturbed where they are asked for."""
 
@@ -202,16 +214,16 @@ class _Weights:
             beside: segments of a decoder, token types of an encoder.
             mesh: pins activations to it.
         """
-        rows_N, tokens = tokens_BxT.reshape(-1), "embedding/tokens"
-        tables = {name: x for name, x in self.params["embedding"].items() if name != "tokens"}
-        tables = self.tree("embedding", lambda direction, leaf: direction.slice(leaf), of=tables)
-        # The rows that are looked up, one a position, as a table of their own.
-        tables["tokens"] = self.add(
-            self.params["embedding"]["tokens"][rows_N],
-            lambda direction: direction.rows(tokens, rows_N),
-        )
-        embedding = nnx.merge(nnx.graphdef(self.model.embedding), tables)
-        return embedding(jnp.arange(rows_N.size).reshape(tokens_BxT.shape), beside, mesh)
+        rows_N, table_VxD = tokens_BxT.reshape(-1), self.params["embedding"]["tokens"]
+        others = {name: x for name, x in self.params["embedding"].items() if name != "tokens"}
+        others = self.tree("embedding", lambda direction, leaf: direction.slice(leaf), of=others)
+        # As in training: rows of a table that is cut along their length would be exchanged between
+        # groups of devices that evaluate different probes.
+        x_NxD = constrain(table_VxD, mesh, ("vocab", None))[rows_N]
+        x_NxD = self.add(x_NxD, lambda direction: direction.rows("embedding/tokens", rows_N))
+        embedding = nnx.merge(nnx.graphdef(self.model.embedding), {**others, "tokens": table_VxD})
+        found = {"tokens": _Found(x_NxD.reshape(*tokens_BxT.shape, -1))}
+        return constrain(embedding(tokens_BxT, beside, None, found), mesh, ("batch", None, None))
 
     def through_layers(self, x_BxTxD: jax.Array, *options: Any) -> jax.Array:
         """All layers, called with these options; each casts its own weights."""

@@ -69,12 +69,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def rows_of_process(
-    devices: Shaped[np.ndarray, "data fsdp tensor"], batch_size: int, process: int
+    devices: Shaped[np.ndarray, "data fsdp *within"], batch_size: int, process: int
 ) -> Int[np.ndarray, " rows"]:
     """Numbers of the rows of a batch that lie on the devices of a process, ascending.
 
     They need not be adjacent: on a TPU slice the devices of a host form a block of the torus. Hosts
-    that differ only along the tensor axis hold the same rows.
+    that differ only along other axes hold the same rows.
 
     Args:
       devices: Those of the mesh.
