@@ -4,7 +4,7 @@ from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.cross_entropy import loss, target_nats
 from jaxopt_lab.models.decoder import Decoder, Params, apply, bind, init_params
 from jaxopt_lab.models.encoder_config import EncoderConfig
-from jaxopt_lab.models.forward_only import probe_loss
+from jaxopt_lab.models.forward_only import probe_loss, probe_scores
 from jaxopt_lab.models.gguf import gguf_config_of, load_gguf
 from jaxopt_lab.models.huggingface import (
     export_huggingface,
@@ -56,6 +56,7 @@ __all__ = [
     "parameter_count",
     "partition_specs",
     "probe_loss",
+    "probe_scores",
     "roles",
     "target_nats",
 ]

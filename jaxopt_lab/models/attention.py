@@ -4,9 +4,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from jaxopt_lab.core.numerics import dropped
+from jaxopt_lab.models.sharding import OnMesh
 from jaxopt_lab.models.splash import splash, splash_applies
 
 _CUDNN_MAX_HEAD_WIDTH = 128
@@ -56,7 +56,7 @@ def attend(
     kernel: str = "auto",
     causal: bool = True,
     dropout: tuple[float, jax.Array | None] = (0.0, None),
-    mesh: Mesh | None = None,
+    mesh: OnMesh = None,
 ) -> jax.Array:
     """Attention with grouped key and value heads, optionally within documents.
 

@@ -50,12 +50,14 @@ class Encoder(nnx.Module):
         """Activations after the last layer, (B, T, D)."""
         check_inputs(self.config, tokens_BxT, mask_BxT, types_BxT)
         sides = dict(side or {})
-        in_layers = sides.pop("layers", {})
-        if sides:
-            raise ValueError(f"side: {', '.join(sides)} is not a stack of layers of the model")
+        in_layers, tables = sides.pop("layers", {}), sides.pop("embedding", {})
+        unknown = [*sides, *(f"embedding.{x}" for x in tables if not hasattr(self.embedding, x))]
+        if unknown:
+            names = ", ".join(unknown)
+            raise ValueError(f"side: {names} is not a stack of layers or table of the model")
         mask_BxT = None if mask_BxT is None else mask_BxT.astype(bool)
         of_embedding, of_layers = split(dropout_key, 2)
-        x_BxTxD = self.embedding(tokens_BxT, types_BxT, mesh)
+        x_BxTxD = self.embedding(tokens_BxT, types_BxT, mesh, tables)
         x_BxTxD = dropped(x_BxTxD, self.config.dropout, of_embedding)
         keys = None if of_layers is None else jax.random.split(of_layers, self.config.depth)
 
@@ -204,8 +206,13 @@ def logits(
         raise ValueError("classes: got None, wanted a number: this encoder has no head")
     of_head, of_encoder = split(dropout_key, 2)
     encoder = nnx.merge(nnx.graphdef(abstract_encoder(config)), params)
-    x_BxTxD = encoder(tokens_BxT, mask_BxT, types_BxT, mesh=mesh, side=side, dropout_key=of_encoder)
-    return encoder.head(dropped(pooled(x_BxTxD, mask_BxT, config.pooling), config.dropout, of_head))
+    sides = dict(side or {})
+    of_kernel = sides.pop("head", None)
+    x_BxTxD = encoder(
+        tokens_BxT, mask_BxT, types_BxT, mesh=mesh, side=sides, dropout_key=of_encoder
+    )
+    x_BxD = dropped(pooled(x_BxTxD, mask_BxT, config.pooling), config.dropout, of_head)
+    return encoder.head(x_BxD, of_kernel)
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,6 +5,7 @@ units, C classes.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jaxopt_lab.models.attention import attend
 from jaxopt_lab.models.encoder_config import EncoderConfig
 from jaxopt_lab.models.layers import Linear, Norm, normal, parameter, zeros
 from jaxopt_lab.models.sharding import OnMesh, constrain
+from jaxopt_lab.models.side import Side, looked_up, matmul
 
 
 class Embedding(nnx.Module):
@@ -32,18 +34,29 @@ class Embedding(nnx.Module):
         self.norm = Norm(config)
 
     def __call__(
-        self, tokens_BxT: jax.Array, types_BxT: jax.Array | None, mesh: OnMesh
+        self,
+        tokens_BxT: jax.Array,
+        types_BxT: jax.Array | None,
+        mesh: OnMesh,
+        sides: Mapping[str, Any] | None = None,
     ) -> jax.Array:
         """Looks up, adds and normalises."""
+        sides = sides or {}
         # Rows are gathered before the cast: the gradient of a frequent token is a sum of
         # thousands of terms, which bfloat16 would truncate.
         tokens_VxD = constrain(self.tokens[...], mesh, ("vocab", None))
-        x_BxTxD = constrain(tokens_VxD[tokens_BxT], mesh, ("batch", "length", "stream"))
+        x_BxTxD = looked_up(sides.get("tokens"), tokens_BxT, tokens_VxD)
+        x_BxTxD = constrain(x_BxTxD, mesh, ("batch", "length", "stream"))
         positions_CxD, types_2xD = (
             constrain(table[...], mesh, (None, None)) for table in (self.positions, self.types)
         )
-        x_BxTxD = x_BxTxD + positions_CxD[: tokens_BxT.shape[1]]
-        x_BxTxD = x_BxTxD + (types_2xD[0] if types_BxT is None else types_2xD[types_BxT])
+        length = tokens_BxT.shape[1]
+        if "positions" in sides:
+            x_BxTxD = x_BxTxD + sides["positions"].rows(jnp.arange(length), positions_CxD)
+        else:  # a slice: the gradient of a gather is a scatter
+            x_BxTxD = x_BxTxD + positions_CxD[:length]
+        types: Any = 0 if types_BxT is None else types_BxT
+        x_BxTxD = x_BxTxD + looked_up(sides.get("types"), types, types_2xD)
         return self.norm(x_BxTxD).astype(self.config.compute_dtype)
 
 
@@ -164,9 +177,10 @@ class Head(nnx.Module):
         self.kernel = parameter(kernel_DxC, "head", ("embed", None))
         self.bias = zeros(config, (classes,), (None,))
 
-    def __call__(self, x_BxD: jax.Array) -> jax.Array:
+    def __call__(self, x_BxD: jax.Array, side: Side | None = None) -> jax.Array:
         """Scores of the classes."""
-        return x_BxD @ self.kernel[...].astype(x_BxD.dtype) + self.bias[...].astype(x_BxD.dtype)
+        kernel_DxC, bias_C = (x[...].astype(x_BxD.dtype) for x in (self.kernel, self.bias))
+        return matmul(side, x_BxD, kernel_DxC) + bias_C
 
 
 def split(key: jax.Array | None, parts: int) -> list[Any]:

@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxopt_lab.models.sharding import spec_for
+from jaxopt_lab.models.sharding import OnMesh, placement, spec_for
 
 SHORTEST = 256
 """Positions from which the kernel is used: below, the scores are smaller than its own buffers."""
@@ -26,7 +26,7 @@ _PRECISIONS = (None, "default", "bfloat16")
 _PADDING = -(2**31)
 
 
-def splash_applies(q_BxTxHxE: jax.Array, mesh: Mesh | None) -> bool:
+def splash_applies(q_BxTxHxE: jax.Array, mesh: OnMesh) -> bool:
     """Whether these queries go through the kernel.
 
     They do on TPUs from v4 on, from `SHORTEST` positions, in bfloat16 or float32 and at the
@@ -36,7 +36,7 @@ def splash_applies(q_BxTxHxE: jax.Array, mesh: Mesh | None) -> bool:
     """
     if mesh is None and jax.device_count() > 1:
         return False
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    device = jax.devices()[0] if mesh is None else placement(mesh).mesh.devices.flat[0]
     plain = jax.config.values["jax_default_matmul_precision"] in _PRECISIONS
     numbers = plain and q_BxTxHxE.dtype in (jnp.bfloat16, jnp.float32)
     here = device.platform == "tpu" and device.device_kind not in _OLD
@@ -50,7 +50,7 @@ def splash(
     segment_ids_BxT: jax.Array | None = None,
     *,
     causal: bool = True,
-    mesh: Mesh | None = None,
+    mesh: OnMesh = None,
 ) -> jax.Array:
     """Attention as `jaxopt_lab.models.attention.attend` defines it, in blocks of positions.
 
@@ -64,8 +64,8 @@ def splash(
         v_BxTxKxE: values.
         segment_ids_BxT: document of each position; a position sees its own document only.
         causal: whether a position sees only those before it and itself.
-        mesh: with axes among data, fsdp and tensor. Each device attends for its own rows and
-            heads; nothing is exchanged.
+        mesh: with axes among data, fsdp and tensor, and the rules by which rows and heads lie on
+            them. Each device attends for its own ones; nothing is exchanged.
 
     Returns:
         The mixed values, (B, T, H, E).
@@ -74,13 +74,14 @@ def splash(
     Partitioning", arXiv 2307.08691, for the method; `jax.experimental.pallas.ops.tpu`
     (`splash_attention`) for the kernel.
     """
-    free, sizes = _free_axes(mesh)
+    placed = None if mesh is None else placement(mesh)
+    free, sizes = _free_axes(placed and placed.mesh)
     arrays: list[Any] = [q_BxTxHxE, k_BxTxKxE, v_BxTxKxE]
     if segment_ids_BxT is not None:
         arrays.append(segment_ids_BxT.astype(jnp.int32))
-    if mesh is None or not free or mesh.size == 1:
+    if placed is None or not free or placed.mesh.size == 1:
         return _on_one_device(*arrays, causal=causal)
-    spec = spec_for(("batch", None, "heads", None), q_BxTxHxE.shape, sizes)
+    spec = spec_for(("batch", None, "heads", None), q_BxTxHxE.shape, sizes, placed.rules)
     parts = math.prod(sizes[a] for a in _names(spec[2]))
     # Where devices outnumber the key heads, several hold a copy of one; H = K G and parts both
     # are multiples of K copies.
@@ -88,14 +89,14 @@ def splash(
     arrays[1:3] = [jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in arrays[1:3]]
     specs = (spec,) * 3 + (PartitionSpec(spec[0], None),) * (len(arrays) - 3)
     context = jax.sharding.get_abstract_mesh()
-    if AxisType.Explicit in mesh.axis_types:
+    if AxisType.Explicit in placed.mesh.axis_types:
         arrays = [
-            jax.sharding.reshard(x, NamedSharding(mesh, s))
+            jax.sharding.reshard(x, NamedSharding(placed.mesh, s))
             for x, s in zip(arrays, specs, strict=True)
         ]
     return jax.shard_map(
         lambda *arrays: _on_one_device(*arrays, causal=causal),
-        mesh=context if context.manual_axes else mesh,
+        mesh=context if context.manual_axes else placed.mesh,
         in_specs=specs,
         out_specs=spec,
         axis_names=free,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 # Directions draw 32 signs from one word, so pieces begin at multiples of 32.
-_PIECES = 32
+PIECES = 32
 
 
 def check_chunk(chunk: int) -> None:
@@ -20,8 +20,8 @@ def check_chunk(chunk: int) -> None:
     Raises:
         ValueError: it is no multiple of 32.
     """
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1 or chunk % _PIECES:
-        raise ValueError(f"vocabulary_chunk: got {chunk!r}, wanted a multiple of {_PIECES}")
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1 or chunk % PIECES:
+        raise ValueError(f"vocabulary_chunk: got {chunk!r}, wanted a multiple of {PIECES}")
 
 
 def vocabulary_nats(

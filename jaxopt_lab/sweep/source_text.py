@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from jaxopt_lab import data
-from jaxopt_lab.data.preparation import near_copies, scan_documents
+from jaxopt_lab.data.documents import Document
+from jaxopt_lab.data.groups import ALONE, KEY_DTYPE, held_out_documents
+from jaxopt_lab.data.preparation import near_copies
 from jaxopt_lab.data.tokenizer import Tokenizer, make_tokenizer
 
 FRACTION = 0.05
@@ -72,10 +74,14 @@ def open_text(directory: pathlib.Path, roots: Sequence[str], vocab_size: int) ->
 
 def _write(directory: pathlib.Path, source: data.PythonSource, vocab_size: int) -> None:
     begun = time.perf_counter()
-    (scan,) = scan_documents([source], FRACTION, print)
-    texts = {_key(document.text): document.text for document in source.documents()}
-    train = [texts[key] for key in sorted(scan.keys - scan.held_out)]
-    held_out = [(key, texts[key]) for key in sorted(scan.held_out)]
+    documents: dict[bytes, Document] = {}
+    for document in source.documents():
+        if document.content:
+            documents.setdefault(hashlib.sha256(document.content).digest(), document)
+    keys = sorted(documents)
+    held, by_group = _held_out(keys, [documents[key] for key in keys])
+    train = [documents[key].text for key in keys if key not in held]
+    held_out = [(key, documents[key].text) for key in keys if key in held]
     copies = near_copies(held_out, train)
     kept = [text for key, text in held_out if key not in copies]
     print(f"{len(copies)} of {len(held_out)} held-out documents are near-copies", flush=True)
@@ -87,7 +93,7 @@ def _write(directory: pathlib.Path, source: data.PythonSource, vocab_size: int) 
     np.save(directory / "validation.npy", validation)
     np.save(directory / "offsets.npy", offsets)
     facts = {
-        "hash": scan.hash,
+        "hash": _digest([*keys, *(sorted(held) if by_group else ())]),
         "tokenizer": tokenizer.hash,
         "end_of_text": tokenizer.end_of_text,
         "documents": len(train),
@@ -97,15 +103,26 @@ def _write(directory: pathlib.Path, source: data.PythonSource, vocab_size: int) 
         "validation_bytes": sum(len(text.encode()) for text in kept),
         "validation_tokens": len(validation),
         "near_copies": len(copies),
-        "held_out_by_group": scan.by_group,
+        "held_out_by_group": by_group,
         "seconds": round(time.perf_counter() - begun, 1),
     }
     print(json.dumps(facts), flush=True)
     (directory / "facts.json").write_text(json.dumps(facts))
 
 
-def _key(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _held_out(keys: Sequence[bytes], documents: Sequence[Document]) -> tuple[set[bytes], bool]:
+    """Which documents are held out, and whether whole packages are; the rules of `data.scans`."""
+    names = sorted({document.group for document in documents} - {""})
+    numbers = {name: number for number, name in enumerate(names)}
+    groups = np.array([numbers.get(document.group, ALONE) for document in documents])
+    sizes = np.array([len(document.content) for document in documents])
+    columns = np.array(keys, KEY_DTYPE), groups, sizes
+    held_out, by_group = held_out_documents(*columns, names, FRACTION)
+    return {key for key, held in zip(keys, held_out, strict=True) if held}, by_group
+
+
+def _digest(keys: Sequence[bytes]) -> str:
+    return hashlib.sha256("".join(key.hex() for key in keys).encode()).hexdigest()
 
 
 def _encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -29,7 +29,9 @@ class Rows(NamedTuple):
 class Logits(Protocol):
     """Scores of the classes."""
 
-    def __call__(self, params: PyTree, batch: Batch, key: Any, side: Any = None) -> Array:
+    def __call__(
+        self, params: PyTree, batch: Batch, key: Any, side: Any = None, perturbation: Any = None
+    ) -> Array:
         """Scores (rows, classes) in float32 or wider.
 
         Args:
@@ -37,6 +39,8 @@ class Logits(Protocol):
           batch: `tokens` and `mask`.
           key: Of dropout; None, as in evaluation: no dropout.
           side: What stands beside the kernels of linear layers.
+          perturbation: (direction, scale), added to the parameters layer by layer
+            (`models.probe_scores`), without dropout; None: nothing.
         """
         ...
 
@@ -57,8 +61,8 @@ class RowResults(NamedTuple):
 def classification_loss(logits: Logits, *, dropout: bool = True) -> Loss:
     """Mean cross-entropy, weighted by the number of rows; `accuracy` is among the metrics.
 
-    It takes `side=`, what stands beside the kernels of linear layers, and an optional entry
-    `weight` (rows,) of the batch, 0 for rows that do not count.
+    It takes `side=` and `perturbation=` as the scores do, and an optional entry `weight` (rows,) of
+    the batch, 0 for rows that do not count.
 
     >>> loss = classification_loss(lambda params, batch, key, side=None: params)
     >>> batch = {"label": jnp.array([0, 1, 1]), "weight": jnp.array([1.0, 1.0, 0.0])}
@@ -72,9 +76,9 @@ def classification_loss(logits: Logits, *, dropout: bool = True) -> Loss:
     """
 
     def loss(
-        params: PyTree, batch: Batch, key: Array | None, side: Any = None
+        params: PyTree, batch: Batch, key: Array | None, **options: Any
     ) -> tuple[Array, Array, dict[str, Array]]:
-        scores = logits(params, batch, key if dropout else None, side=side)
+        scores = logits(params, batch, key if dropout else None, **options)
         nats, answers = _of_rows(scores, batch["label"])
         weights = batch.get("weight", jnp.ones_like(nats))
         total = weights.sum()

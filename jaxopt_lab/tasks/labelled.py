@@ -73,7 +73,11 @@ def encoder_logits(config: models.EncoderConfig, mesh: models.OnMesh = None) -> 
       mesh: Pins activations to it.
     """
 
-    def logits(params: PyTree, batch: Batch, key: Any, side: Any = None) -> Array:
+    def logits(
+        params: PyTree, batch: Batch, key: Any, side: Any = None, perturbation: Any = None
+    ) -> Array:
+        if perturbation is not None:
+            return models.probe_scores(config, params, batch, *perturbation, mesh=mesh)
         tokens, mask = batch["tokens"], batch["mask"]
         return encoder.logits(config, params, tokens, mask, side=side, dropout_key=key, mesh=mesh)
 

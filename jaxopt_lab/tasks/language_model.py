@@ -1,5 +1,6 @@
 """Next-token prediction with a decoder: the task of `pretrain`."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxopt_lab import data, models
+from jaxopt_lab.models.cross_entropy import predictions
 from jaxopt_lab.report.progress import error_of
 from jaxopt_lab.step import Loss
 from jaxopt_lab.tasks.task import Evaluation, Report, Task
@@ -26,7 +28,8 @@ def language_model_loss(
 
     With a z-loss, the objective is the sum of both, and the metrics tell them apart: `loss` is the
     plain cross-entropy, `z_loss` what is added to it. A batch that has `documents` is held-out
-    text: its metric `nats` is the loss of each target (B, T), and nothing regularises.
+    text: its metric `nats` is the loss of each target (B, T), and nothing regularises. With
+    `perturbation=(direction, scale)` it is `models.probe_loss`, its layers in a scan.
 
     >>> config = models.DecoderConfig(vocab_size=64, width=32, depth=2, heads=4, context=16)
     >>> params = models.init_params(config, jax.random.key(0))
@@ -41,14 +44,19 @@ def language_model_loss(
       head_chunks: Pieces in which the head is evaluated.
       mesh: Pins activations to it.
     """
+    scanned = dataclasses.replace(config, loop="scanned")
 
     def loss(
         params: models.Params,
         batch: Mapping[str, jax.Array],
         key: jax.Array | None,
         side: Mapping[str, Any] | None = None,
+        perturbation: tuple[Any, Any] | None = None,
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         del key  # nothing is drawn
+        if perturbation is not None:
+            found = models.probe_loss(scanned, batch, mesh=mesh)(params, *perturbation)
+            return found, predictions(config, batch).count, {}
         if "documents" in batch:
             nats = models.target_nats(
                 config, params, batch, head_chunks=head_chunks, mesh=mesh, side=side

@@ -132,8 +132,14 @@ def prompt_logits(
       mesh: Pins activations to it.
     """
 
-    def logits(params: PyTree, batch: Batch, key: Any, side: Any = None) -> Array:
+    def logits(
+        params: PyTree, batch: Batch, key: Any, side: Any = None, perturbation: Any = None
+    ) -> Array:
         del key  # the decoder has no dropout
+        if perturbation is not None:
+            return models.probe_scores(
+                config, params, batch, *perturbation, words=words.tolist(), mesh=mesh
+            )
         tokens, mask = batch["tokens"], batch["mask"]
         documents = jnp.ones_like(tokens) if config.document_mask else None
         decoder = models.bind(config, params)

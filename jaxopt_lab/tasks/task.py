@@ -40,7 +40,8 @@ class Task:
       init: (key) -> parameters.
       loss: (params, batch, key) -> (objective, weight, metrics), see `jaxopt_lab.step.Loss`. It
         and those of the evaluations take `side=`, what stands beside the kernels of linear layers,
-        where adapters are to be trained.
+        where adapters are to be trained. It takes `perturbation=(direction, scale)` where
+        zero-order methods are to perturb it layer by layer.
       param_specs: Tree of PartitionSpec, like the parameters.
       batch_spec: Shape and dtype of one row of every entry of a batch.
       batch: (numbers of rows) -> these rows on the host. A row is a function of its number, which

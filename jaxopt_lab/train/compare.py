@@ -166,7 +166,8 @@ def _run(
     config: CompareConfig, task: Task, entrant: Entrant, vocab_size: int, lines: "_ProgressLines"
 ) -> Outcome:
     build = _builder(config, entrant, vocab_size)
-    task = replace(task, gradient=entrant.optimizer.gradient(1), keyed=True)
+    estimator = entrant.optimizer.gradient(1, ModelInfo.of(config.model))
+    task = replace(task, gradient=estimator, keyed=True)
     middle = entrant.rates[len(entrant.rates) // 2]
     lines.say(f"{entrant.label}: timing one run alone")
     cost = measure_step(task, build, middle, seed=config.sweep_seed, steps=config.timing_steps)

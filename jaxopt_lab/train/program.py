@@ -217,7 +217,7 @@ def _estimator(config: PretrainConfig, trained: Trained) -> Estimator:
     if _needs_taps(config):
         assert trained.spec is not None
         return with_taps(trained.spec, config.accumulation)
-    return config.optimizer.gradient(config.accumulation)
+    return config.optimizer.gradient(config.accumulation, trained.info)
 
 
 def _needs_taps(config: PretrainConfig) -> bool:

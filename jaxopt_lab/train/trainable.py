@@ -127,7 +127,7 @@ def part(config: TrainableConfig, task: Task, info: ModelInfo, roles: PyTree) ->
         name: split(getattr(info, name), mask)[0]
         for name in ("matrix_axes", "param_shardings", "decays")
     }
-    return Trained(task, info._replace(**kept), mask)
+    return Trained(task, info._replace(**kept, perturbs_layers=False), mask)
 
 
 def adapted(
@@ -181,6 +181,7 @@ def adapted(
         matrix_axes=tree_map_with_path(axes, beside),
         decays=tree_map_with_path(decays, beside),
         param_shardings=placed,
+        perturbs_layers=False,
     )
 
     def init(key: Array) -> Adapted:

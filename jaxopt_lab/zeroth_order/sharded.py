@@ -51,30 +51,20 @@ class Sharded(Engine):
         def own(*columns: Array) -> Array:
             return self.inner.map(fn, *columns, sides=sides)
 
-        explicit = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))[self.axis]
-        if explicit == AxisType.Explicit:
-            # A loss that closes over arrays of the mesh cannot enter a shard_map, which has
-            # another mesh in its types; a batch axis keeps them.
-            spec = NamedSharding(self.mesh, PartitionSpec(self.axis))
-            stacked = [
-                jax.sharding.reshard(x.reshape(groups, size, *x.shape[1:]), spec) for x in padded
-            ]
-            found = jax.vmap(own, spmd_axis_name=self.axis)(*stacked)
-            found = jax.sharding.reshard(found, NamedSharding(self.mesh, PartitionSpec()))
-            return found.reshape(-1, *found.shape[2:])[:rows]
+        # A batch axis in place of a shard_map: a loss may close over arrays of the mesh and pin
+        # activations to it, neither of which can enter one.
+        spec = NamedSharding(self.mesh, PartitionSpec(self.axis))
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        stacked = [self._placed(x.reshape(groups, size, *x.shape[1:]), spec) for x in padded]
+        found = jax.vmap(own, spmd_axis_name=self.axis)(*stacked)
+        found = self._placed(self._placed(found, spec), whole)
+        return found.reshape(-1, *found.shape[2:])[:rows]
 
-        def gathered(*columns: Array) -> Array:
-            return jax.lax.all_gather(own(*columns), self.axis, tiled=True)
-
-        spread = jax.shard_map(
-            gathered,
-            mesh=self.mesh,
-            in_specs=PartitionSpec(self.axis),
-            out_specs=PartitionSpec(),
-            axis_names={self.axis},
-            check_vma=False,
-        )
-        return spread(*padded)[:rows]
+    def _placed(self, x: Array, sharding: NamedSharding) -> Array:
+        types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        if types[self.axis] == AxisType.Explicit:
+            return jax.sharding.reshard(x, sharding)
+        return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def sharded(mesh: Mesh, axis: str = "probe", *, engine: Engine = sequential()) -> Engine:

@@ -21,7 +21,7 @@ BATCH = P(None, ("data", "fsdp"))
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 COLLECTIVE = re.compile(
     r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-    r".*?replica_groups=(\{\{.*?\}\}|\[[^ ]*|mesh\[.*?\] \{.*?\})"
+    r".*?replica_groups=(\{\{.*?\}\}|\[[^ ]*|mesh\[.*? \{.*?\})"
 )
 
 
@@ -80,18 +80,24 @@ def devices_together(groups):
     """The groups of devices that an instruction joins, as rows, from any of its notations."""
     if groups.startswith("{{"):
         return [list(map(int, row.split(","))) for row in groups[2:-2].split("},{")]
-    if groups.startswith("mesh"):  # axes in the order of the mesh; those named are joined
+    if groups.startswith("mesh"):  # axes of a mesh of devices; those named are joined
         sizes = [int(n) for n in re.findall(r"'=(\d+)", groups)]
-        joined = [int(n) for n in re.findall(r"axis_(\d+)'", groups.split("]")[1])]
-        grid = np.arange(8).reshape(sizes)
+        joined = [int(n) for n in re.findall(r"axis_(\d+)'", groups.rpartition("{")[2])]
+        order = re.search(r"device_ids=\((.*?)\)? \{", groups)
+        grid = (turned(order[1]) if order else np.arange(8)).reshape(sizes)
         rest = [a for a in range(grid.ndim) if a not in joined]
         count = int(np.prod([sizes[a] for a in joined]))
         return grid.transpose(rest + joined).reshape(-1, count).tolist()
     shape, _, order = groups.partition("<=")
     sizes = [int(n) for n in re.findall(r"\d+", shape)]
+    return turned(order).reshape(sizes).tolist()
+
+
+def turned(order):
+    """Devices in an order such as [4,2]T(1,0)."""
     dims = [int(n) for n in re.findall(r"\d+", order.partition("T")[0])]
     turn = [int(n) for n in re.findall(r"\d+", order.partition("T")[2])] or range(len(dims))
-    return np.arange(8).reshape(dims).transpose(turn).reshape(sizes).tolist()
+    return np.arange(8).reshape(dims).transpose(turn)
 
 
 @KINDS

@@ -315,5 +315,13 @@ def test_bad_batches():
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(lambda p, wrong=wrong: scores(BERT, p, {**given, **wrong}), params)
-    with pytest.raises(ValueError, match="side: head is not a stack"):
-        jax.eval_shape(lambda p: scores(BERT, p, given, side={"head": None}), params)
+    for wrong, name in (
+        ({"pooler": None}, "pooler"),
+        ({"embedding": {"rows": None}}, "embedding.rows"),
+    ):
+        with pytest.raises(ValueError, match=f"side: {name} is not a stack of layers or table"):
+            jax.eval_shape(lambda p, wrong=wrong: scores(BERT, p, given, side=wrong), params)
+    only_scores = {"head": None}
+    with pytest.raises(ValueError, match="side: head is not a stack of layers"):
+        rows = given["tokens"]
+        jax.eval_shape(lambda p: encoder.hidden(BERT, p, rows, side=only_scores), params)

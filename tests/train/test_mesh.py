@@ -202,6 +202,19 @@ def test_devices_find_their_rows_among_those_that_a_process_holds(monkeypatch):
     }
 
 
+def test_groups_of_probes_have_a_mesh_each_and_hold_the_same_rows():
+    assert axis_sizes(MeshConfig(-1, 2, probe=2), 8) == (2, 2, 1)
+    mesh = make_mesh(MeshConfig(-1, 2, probe=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1, "probe": 2}
+    # Neighbours are of one group.
+    ids = [[device.id for device in mesh.devices[..., group].flat] for group in range(2)]
+    assert ids == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    batch = to_global(mesh, {"x": np.arange(8)}, 8)["x"]
+    held = {shard.device.id: shard.data.tolist() for shard in batch.addressable_shards}
+    assert all(held[n] == held[n + 4] == [2 * n, 2 * n + 1] for n in range(4))
+    assert rows_of_process(mesh.devices, 8, 0).tolist() == list(range(8))
+
+
 @pytest.mark.parametrize("config", [MeshConfig(), MeshConfig(2, 2, 2), MeshConfig(1, 1, 8)])
 def test_flags_have_one_row_a_device(config):
     array = flags(make_mesh(config), [1, 0])

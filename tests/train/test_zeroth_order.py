@@ -99,7 +99,7 @@ def test_every_row_takes_the_step_and_resumes_with_the_same_bits(name):
     # Candidates are compiled one by one.
     optimizer = ZEROTH_ORDER[name](**({"candidates": 2} if "ldsd" in name else {}))
     step = placed(
-        optimizer.build(optax.constant_schedule(1e-3), INFO), gradient=optimizer.gradient(1)
+        optimizer.build(optax.constant_schedule(1e-3), INFO), gradient=optimizer.gradient(1, INFO)
     )
     batches = [to_global(make_mesh(MeshConfig(1)), stand_in.batch_at(i), 32) for i in range(4)]
     start = step.init(jax.random.key(0))
@@ -247,7 +247,7 @@ def test_engines_of_a_row_give_the_same_losses_and_decay_is_decoupled():
         optimizer = MeZOConfig(directions=4, distribution="signs", **changes)
         step = Step(
             stand_in.loss_fn, optimizer.build(optax.constant_schedule(0.1), INFO),
-            optimizer.gradient(1),
+            optimizer.gradient(1, INFO),
         )  # fmt: skip
         state, _ = jax.jit(step.take, compiler_options=OPTIONS)(step.start(params, KEY), batch)
         losses.append(np.asarray(probes(state.opt_state).losses))

@@ -9,6 +9,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from jaxopt_lab import zeroth_order as zo
+from jaxopt_lab.core import counter_noise
 
 KEY = jax.random.key(7)
 
@@ -109,3 +110,12 @@ def probe_state(state):
 
     (found,) = (x for x in jax.tree.leaves(state, is_leaf=is_probes) if is_probes(x))
     return found
+
+
+def cheap_normals(monkeypatch):
+    """Signs in place of normals, which take seconds to compile."""
+
+    def drawn(keys, shape, dtype="float32", **part):
+        return counter_noise.signs(keys, shape, **part).astype(dtype)
+
+    monkeypatch.setattr(counter_noise, "normals", drawn)

@@ -20,6 +20,7 @@ from jaxopt_lab.train.config.schedules import AdaptiveWarmupConfig
 from jaxopt_lab.train.config.sections import EvalConfig
 from jaxopt_lab.train.config.trainable import (
     DoraAdaptersConfig,
+    FullConfig,
     LoraAdaptersConfig,
     TrainableConfig,
 )
@@ -63,6 +64,11 @@ class FinetuneConfig(PretrainConfig):
     """Held-out evaluation."""
     batch_size: Count = 16
     """Rows per step, over all devices and microbatches."""
+
+    @property
+    def moves_all(self) -> bool:
+        """See the base class."""
+        return isinstance(self.trainable, FullConfig)
 
     @property
     def is_labelled(self) -> bool:

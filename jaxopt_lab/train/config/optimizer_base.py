@@ -30,6 +30,8 @@ class ModelInfo(NamedTuple):
     decays: PyTree = None  # of bools: no norm, bias or embedding; None: every parameter
     key: Array | None = None  # of the run, for an optimizer that draws
     clip: float | None = None  # largest norm, for those that clip by themselves
+    # whether all parameters move, and the loss can perturb them layer by layer
+    perturbs_layers: bool = False
 
     @classmethod
     def of(
@@ -47,7 +49,8 @@ class ModelInfo(NamedTuple):
         """
         decays = jax.tree.map(lambda role: role in ("matrix", "head"), roles(model))
         size = vocab_size or model.vocab_size
-        return cls(matrix_axes(model), param_shardings, size, decays, key)
+        axes = matrix_axes(model)
+        return cls(axes, param_shardings, size, decays, key, perturbs_layers=True)
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,14 @@ class OptimizerConfig:
         """What a step costs in forward passes of the batch; a backward pass counts as two."""
         return 3
 
-    def gradient(self, microbatches: int) -> Estimator:
-        """How a step learns from a batch that is cut into microbatches."""
+    def gradient(self, microbatches: int, model: ModelInfo) -> Estimator:
+        """How a step learns from a batch that is cut into microbatches.
+
+        Args:
+          microbatches: Parts of the batch.
+          model: As for `build`.
+        """
+        del model  # the same for all
         return accumulated(microbatches)
 
     def rates(self, rate: Array) -> dict[str, Array]:

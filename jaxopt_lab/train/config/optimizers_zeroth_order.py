@@ -4,9 +4,8 @@ Rates and distances are those of the released scripts, which fine-tune whole lan
 for JAGUAR and LDSD adapters of them; every one of them is to be tuned.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import optax
@@ -14,148 +13,21 @@ from jaxtyping import PyTree
 
 from jaxopt_lab import optim
 from jaxopt_lab import zeroth_order as zo
-from jaxopt_lab.core.keys import purpose_key
 from jaxopt_lab.core.newton_schulz import newton_schulz_flops
-from jaxopt_lab.step import Estimator, forward_only
-from jaxopt_lab.train.config.bounds import (
-    Average,
-    Bound,
-    Count,
-    Positive,
-    PositiveOrZero,
-    check_bounds,
-)
-from jaxopt_lab.train.config.optimizer_base import (
-    ADAM_FLOPS,
-    SIGN_FLOPS,
-    ModelInfo,
-    OptimizerConfig,
+from jaxopt_lab.train.config.bounds import Average, Bound, Count, Positive, PositiveOrZero
+from jaxopt_lab.train.config.optimizer_base import ADAM_FLOPS, SIGN_FLOPS, ModelInfo
+from jaxopt_lab.train.config.zeroth_order_base import (
+    AveragedConfig,
+    DrawnConfig,
+    EstimateConfig,
+    Options,
+    Transformation,
+    ZerothOrderConfig,
 )
 from jaxopt_lab.train.errors import ConfigError
-from jaxopt_lab.zeroth_order.matrix_sign import matrix_layouts
 
-Options = dict[str, Any]
-Transformation = optax.GradientTransformation
 Ratio = Annotated[float, Bound(0, 1, open_low=True)]
 Iterations = Annotated[int, Bound(1, 100)]
-# A multiplication and an addition, wherever a direction is added to something. Random bits are
-# integers and count nothing.
-_ADDED_FLOPS = 2
-
-ENGINES: dict[str, Callable[[int], zo.Engine]] = {
-    "sequential": lambda chunk: zo.sequential(),
-    "chunked": zo.chunked,
-    "vmapped": lambda chunk: zo.vmapped(),
-}
-SAMPLERS: dict[str, Callable[[], zo.Sampler]] = {
-    "normal": zo.gaussian,
-    "signs": zo.signs,
-    "sphere": zo.sphere,
-}
-
-
-@dataclass(frozen=True)
-class ZerothOrderConfig(OptimizerConfig):
-    """What all zero-order methods have: distance, engine, and a loss instead of a gradient."""
-
-    learning_rate: Positive = 1e-6
-    """Peak learning rate."""
-    weight_decay: PositiveOrZero = 0.0
-    """Decoupled weight decay, as a multiple of the rate."""
-    eps: Positive = 1e-3
-    """How far from the parameters losses are evaluated, in multiples of a direction."""
-    engine: Literal["sequential", "chunked", "vmapped"] = "sequential"
-    """How the losses of a step are evaluated: one after the other, in chunks, or all at once."""
-    chunk: Count = 1
-    """Directions in a chunk of the engine `chunked`."""
-    _element_flops: ClassVar[tuple[int, int]] = (_ADDED_FLOPS, _ADDED_FLOPS)
-    _per_direction: ClassVar[str] = ""
-    """The setting that chunks have to divide; none where there is one direction."""
-
-    def validate(self) -> None:
-        """Also checks that chunks divide the directions."""
-        check_bounds(self, "optimizer.")
-        name = self._per_direction
-        count = getattr(self, name) if name else 1
-        if self.engine == "chunked" and count % self.chunk:
-            wanted = f"expected a divisor of optimizer.{name} = {count}" if name else "expected 1"
-            raise ConfigError("optimizer.chunk", self.chunk, wanted)
-
-    def build(self, rate: optax.Schedule, model: ModelInfo) -> optax.GradientTransformation:
-        """See the base class."""
-        if model.key is None:
-            raise ValueError("ModelInfo.key: got None, wanted the key of the run")
-        probes = zo.Probes(
-            engine=ENGINES[self.engine](self.chunk), matrix_axes=model.matrix_axes, **self._probes()
-        )
-        key = purpose_key(model.key, "optimizer")
-        method = self._method(rate, model, {"eps": self.eps, "key": key, "probes": probes})
-        if not self.weight_decay:
-            return method
-        mask = self._decay(model)["mask"]
-        decay = optax.add_decayed_weights(lambda count: -self.weight_decay * rate(count), mask)
-        return optax.chain(method, decay)
-
-    def gradient(self, microbatches: int) -> Estimator:
-        """See the base class."""
-        return forward_only(microbatches, losses=self._losses)
-
-    def mean_flops(self, params: PyTree, matrix_axes: PyTree) -> float:
-        """See the base class; to the method's own come the sums with directions."""
-        # Embeddings and heads are matrices to these methods.
-        layouts = matrix_layouts(params, matrix_axes)
-        leaves, structure = jax.tree.flatten(params)
-        axes = structure.unflatten([layouts.get(i) for i in range(len(leaves))])
-        sums = self.forward_passes + self._directions()
-        entries = sum(leaf.size for leaf in leaves)
-        return super().mean_flops(params, axes) + _ADDED_FLOPS * sums * entries
-
-    def _probes(self) -> Options:
-        """Options of `zeroth_order.Probes`."""
-        return {}
-
-    def _method(self, rate: optax.Schedule, model: ModelInfo, options: Options) -> Transformation:
-        """The method without decay."""
-        raise NotImplementedError
-
-    def _losses(self, opt_state: PyTree) -> jax.Array:
-        """Losses of the last step at or near the parameters."""
-        return zo.recorded(opt_state)
-
-    def _directions(self) -> int:
-        """Directions that an update adds up."""
-        return 1
-
-
-@dataclass(frozen=True)
-class AveragedConfig(ZerothOrderConfig):
-    """A method that averages over several directions."""
-
-    directions: Count = 1
-    """Directions a step, of two losses each."""
-    _per_direction: ClassVar[str] = "directions"
-
-    @property
-    def forward_passes(self) -> int:
-        """See the base class."""
-        return 2 * self.directions
-
-    def _probes(self) -> Options:
-        return {"num_directions": self.directions}
-
-    def _directions(self) -> int:
-        return self.directions
-
-
-@dataclass(frozen=True)
-class EstimateConfig(AveragedConfig):
-    """A method on estimates of the gradient."""
-
-    distribution: Literal["normal", "signs", "sphere"] = "normal"
-    """What directions are drawn from; signs cost least."""
-
-    def _probes(self) -> Options:
-        return super()._probes() | {"sampler": SAMPLERS[self.distribution]()}
 
 
 @dataclass(frozen=True)
@@ -239,6 +111,7 @@ class SamplingMuonConfig(AveragedConfig):
 
     learning_rate: Positive = 1e-5
     """Peak learning rate."""
+    _whole_trees: ClassVar[bool] = True
 
     def _method(self, rate: optax.Schedule, model: ModelInfo, options: Options) -> Transformation:
         return zo.sampling_muon(rate, **options)
@@ -258,6 +131,7 @@ class SubspaceMuonConfig(AveragedConfig):
     """Steps from one draw of the subspaces to the next."""
     directions: Count = 4
     """Directions a step, of one loss each."""
+    _whole_trees: ClassVar[bool] = True
 
     @property
     def forward_passes(self) -> int:
@@ -284,19 +158,13 @@ class SubspaceMuonConfig(AveragedConfig):
 
 
 @dataclass(frozen=True)
-class ConservativeConfig(ZerothOrderConfig):
+class ConservativeConfig(DrawnConfig):
     """The best of staying, stepping, and stepping the other way."""
-
-    distribution: Literal["normal", "signs", "sphere"] = "normal"
-    """What directions are drawn from; signs cost least."""
 
     @property
     def forward_passes(self) -> int:
         """See the base class."""
         return 5
-
-    def _probes(self) -> Options:
-        return {"sampler": SAMPLERS[self.distribution]()}
 
     def _losses(self, opt_state: PyTree) -> jax.Array:
         return zo.recorded(opt_state)[2:3]  # between the two sides comes that of staying

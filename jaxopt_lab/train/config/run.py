@@ -30,7 +30,6 @@ from jaxopt_lab.train.config.choices import choose, name_of
 from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
 from jaxopt_lab.train.config.optimizers import LionMuonConfig
 from jaxopt_lab.train.config.optimizers_pairs import PairConfig
-from jaxopt_lab.train.config.optimizers_zeroth_order import ZerothOrderConfig
 from jaxopt_lab.train.config.schedules import (
     AdaptiveWarmupConfig,
     CosineConfig,
@@ -45,6 +44,7 @@ from jaxopt_lab.train.config.sections import (
     axis_sizes,
 )
 from jaxopt_lab.train.config.tuned import default_optimizer
+from jaxopt_lab.train.config.zeroth_order_base import ZerothOrderConfig
 from jaxopt_lab.train.errors import ConfigError, within
 from jaxopt_lab.train.profile import profiled_steps
 from jaxopt_lab.zeroth_order.losses import check_eps
@@ -97,6 +97,11 @@ class RunConfig:
     def row_logits(self) -> int:
         """Logits of a row: of every token at every position."""
         return self.row_tokens * self.model.vocab_size
+
+    @property
+    def moves_all(self) -> bool:
+        """Whether every parameter of the model moves."""
+        return True
 
     @staticmethod
     def named_model(name: str) -> tuple[DecoderConfig, TokenizerConfig]:
@@ -242,12 +247,22 @@ def validate(config: PretrainConfig, device_count: int) -> None:
         wanted = "expected auto or xla: cuDNN's kernel is not deterministic"
         raise ConfigError("model.attention", "cudnn", wanted)
     data, fsdp, _ = axis_sizes(config.mesh, device_count)
+    _check_groups(config)
     rows = config.accumulation * data * fsdp
     if config.batch_size % rows:
         parts = f"accumulation {config.accumulation} x data {data} x fsdp {fsdp} = {rows}"
         raise ConfigError("batch_size", config.batch_size, f"expected a multiple of {parts}")
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb", True, "needs a package: pip install 'jaxopt-lab[wandb]'")
+
+
+def _check_groups(config: PretrainConfig) -> None:
+    groups, optimizer = config.mesh.probe, config.optimizer
+    if isinstance(optimizer, ZerothOrderConfig):
+        optimizer.check_groups(groups)
+    elif groups > 1:
+        wanted = f"expected 1: {name_of(optimizer)} evaluates no probes"
+        raise ConfigError("mesh.probe", groups, wanted)
 
 
 def validate_run(config: RunConfig) -> None:
@@ -282,6 +297,11 @@ def check_optimizer(config: RunConfig, optimizer: OptimizerConfig) -> None:
     if isinstance(config.schedule, AdaptiveWarmupConfig):
         wanted = f"expected another: it reads the loss before a step of {name_of(optimizer)} has it"
         raise ConfigError("schedule", name_of(config.schedule), wanted)
+    for rate in ("dropout", "attention_dropout"):
+        if value := getattr(config.model, rate, 0):
+            wanted = f"expected 0: {name_of(optimizer)} compares losses of one step"
+            raise ConfigError(f"model.{rate}", value, wanted)
+    optimizer.evaluation(whole=config.moves_all)
     try:
         check_eps(optimizer.eps, abstract_params(config.model))
     except ValueError as error:

@@ -18,7 +18,7 @@ from jaxopt_lab.train.config.bounds import (
 from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
 from jaxopt_lab.train.config.optimizers import LionMuonConfig
 from jaxopt_lab.train.config.optimizers_kronecker import EigenbasisConfig
-from jaxopt_lab.train.config.optimizers_zeroth_order import ZerothOrderConfig
+from jaxopt_lab.train.config.zeroth_order_base import PROBE_AXIS, ZerothOrderConfig
 from jaxopt_lab.train.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
@@ -123,10 +123,13 @@ class MeshConfig:
     """Parts of every parameter and of its optimizer state, each with its part of the batch."""
     tensor: int = 1
     """Parts of the matrix products inside a layer."""
+    probe: int = 1
+    """Groups of devices, laid out like this each, that share out the directions of a zero-order
+    step."""
     slices: Count | None = None
-    """Groups of devices with fast links inside and slow ones between: the data axis crosses them as
-    far as it can, fsdp then, tensor never. None takes what the devices say; elsewhere it may be the
-    number of processes."""
+    """Groups of devices with fast links inside and slow ones between: groups of probes and the data
+    axis cross them as far as they can, fsdp then, tensor never. None takes what the devices say;
+    elsewhere it may be the number of processes."""
     rules: ShardingRules = ShardingRules()
     """Mesh axes that split each logical axis of parameters and activations."""
 
@@ -155,26 +158,30 @@ class DistributedConfig:
 
 
 def axis_sizes(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
-    """Sizes of the three axes, with -1 filled in.
+    """Sizes of the three axes of a group of devices, with -1 filled in.
 
     >>> axis_sizes(MeshConfig(data=-1, fsdp=4), 8)
     (2, 4, 1)
     """
-    sizes = (config.data, config.fsdp, config.tensor)
+    if config.probe < 1:
+        raise ConfigError("mesh.probe", config.probe, "expected at least 1")
+    sizes = config.data, config.fsdp, config.tensor
+    given = sizes if config.probe == 1 else (*sizes, config.probe)
     for name, size in zip(AXES, sizes, strict=True):
         if size < 1 and size != -1:
             raise ConfigError(f"mesh.{name}", size, "expected at least 1, or -1 for what is left")
     if sizes.count(-1) > 1:
-        raise ConfigError("mesh", sizes_as_text(sizes), "expected at most one axis of size -1")
-    fixed = math.prod(size for size in sizes if size != -1)
+        raise ConfigError("mesh", sizes_as_text(given), "expected at most one axis of size -1")
+    fixed = math.prod(size for size in given if size != -1)
     if fixed > device_count or (-1 in sizes and device_count % fixed):
         relation = "divide" if -1 in sizes else "be at most"
         wanted = f"{fixed} must {relation} the number of devices, {device_count}"
-        raise ConfigError("mesh", sizes_as_text(sizes), f"expected a product that fits: {wanted}")
+        raise ConfigError("mesh", sizes_as_text(given), f"expected a product that fits: {wanted}")
     data, fsdp, tensor = (device_count // fixed if size == -1 else size for size in sizes)
     return data, fsdp, tensor
 
 
 def sizes_as_text(sizes: Sequence[int]) -> str:
-    """`data 2 x fsdp 4 x tensor 1`."""
-    return " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
+    """`data 2 x fsdp 4 x tensor 1`, and the groups of probes where there are sizes of four axes."""
+    names = (*AXES, PROBE_AXIS)[: len(sizes)]
+    return " x ".join(f"{name} {size}" for name, size in zip(names, sizes, strict=True))

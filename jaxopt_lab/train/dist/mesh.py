@@ -13,13 +13,11 @@ from jaxtyping import Array, Int, Shaped
 from jaxopt_lab.models import BATCH_AXES
 from jaxopt_lab.train.errors import ConfigError
 from jaxopt_lab.train.config.sections import AXES, MeshConfig, axis_sizes, sizes_as_text
-
-Sizes = tuple[int, int, int]
-"""Devices along data, fsdp and tensor."""
+from jaxopt_lab.train.config.zeroth_order_base import PROBE_AXIS
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Lays the devices out along data, fsdp and tensor.
+    """Lays the devices out along data, fsdp and tensor, and probe where there are such groups.
 
     Args:
       config: Sizes of the axes. Their product may be smaller than the number of devices when
@@ -34,25 +32,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices))
-    used = int(np.prod(sizes))
+    groups = config.probe
+    used = int(np.prod(sizes)) * groups
     if used < len(devices) and jax.process_count() > 1:
         raise ConfigError(
             "mesh",
             sizes_as_text(sizes),
             f"expected all {len(devices)} devices of the processes in use",
         )
-    types = (AxisType.Auto,) * len(AXES)
-    return Mesh(lay_out(sizes, devices[:used], config.slices), AXES, axis_types=types)
+    if groups == 1:
+        grid, names = lay_out(sizes, devices[:used], config.slices), AXES
+    else:
+        # As the last axis they hold the rows of a batch in common, as devices along tensor do.
+        grid = np.moveaxis(lay_out((groups, *sizes), devices[:used], config.slices), 0, -1)
+        names = (*AXES, PROBE_AXIS)
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def lay_out(sizes: Sizes, devices: Sequence[Any], slices: int | None = None) -> np.ndarray:
-    """Devices by data, fsdp and tensor, neighbours in the network next to each other.
+def lay_out(
+    sizes: tuple[int, ...], devices: Sequence[Any], slices: int | None = None
+) -> np.ndarray:
+    """Devices by the sizes of the axes, neighbours in the network next to each other.
 
-    Several slices, or hosts of GPUs, lie one after another along data, then along fsdp. Where they
-    do not fit, GPUs are laid out in their order, and TPUs refused.
+    Several slices, or hosts of GPUs, lie one after another along the first axes. Where they do not
+    fit, GPUs are laid out in their order, and TPUs refused.
 
     Args:
-      sizes: Of the axes.
+      sizes: Of data, fsdp and tensor; before them, where there are any, of groups of probes.
       devices: As many.
       slices: Number of slices; None: as many as the devices say.
 
@@ -72,10 +78,12 @@ def lay_out(sizes: Sizes, devices: Sequence[Any], slices: int | None = None) -> 
     if across is None:
         if slices is None and not on_tpu:
             return _in_one_slice(sizes, devices)
+        crossing = "data x fsdp" if len(sizes) == len(AXES) else "probe x data x fsdp"
         wanted = (
-            f"expected data x fsdp to be a multiple of the {count} slices: tensor cannot cross them"
+            f"expected {crossing} to be a multiple of the {count} slices: tensor cannot cross them"
         )
-        raise ConfigError("mesh", sizes_as_text(sizes), wanted)
+        named = (*sizes[-len(AXES) :], *sizes[: -len(AXES)])
+        raise ConfigError("mesh", sizes_as_text(named), wanted)
     if count == 1:
         return _in_one_slice(sizes, devices)
     inside = tuple(size // n for size, n in zip(sizes, across, strict=True))
@@ -88,15 +96,17 @@ def lay_out(sizes: Sizes, devices: Sequence[Any], slices: int | None = None) -> 
     )
 
 
-def slices_along(sizes: Sizes, slices: int) -> Sizes | None:
-    """How many slices data, fsdp and tensor cross; None if they do not fit.
+def slices_along(sizes: tuple[int, ...], slices: int) -> tuple[int, ...] | None:
+    """How many slices each axis crosses, the first as many as it can; None if they do not fit.
 
     >>> slices_along((2, 16, 1), 4), slices_along((8, 1, 4), 4), slices_along((1, 1, 8), 2)
     ((2, 2, 1), (4, 1, 1), None)
     """
-    data = math.gcd(sizes[0], slices)
-    rest = slices // data
-    return None if sizes[1] % rest else (data, rest, 1)
+    across = []
+    for size in sizes[:-1]:
+        across.append(math.gcd(size, slices))
+        slices //= across[-1]
+    return (*across, 1) if slices == 1 else None
 
 
 def mesh_as_text(mesh: Mesh) -> str:
@@ -109,7 +119,7 @@ def mesh_as_text(mesh: Mesh) -> str:
     return ", ".join([sizes_as_text(mesh.devices.shape), *crossing])
 
 
-def _in_one_slice(sizes: Sizes, devices: Sequence[Any]) -> np.ndarray:
+def _in_one_slice(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     """A mesh whose axes are no products of the torus's own splits one, as 2 x 8 on 4 x 4 chips."""
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
@@ -120,12 +130,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def rows_of_process(
-    devices: Shaped[np.ndarray, "data fsdp tensor"], batch_size: int, process: int
+    devices: Shaped[np.ndarray, "data fsdp *within"], batch_size: int, process: int
 ) -> Int[np.ndarray, " rows"]:
     """Numbers of the rows of a batch that lie on the devices of a process, ascending.
 
     They need not be adjacent: on a TPU slice the devices of a host form a block of the torus. Hosts
-    that differ only along the tensor axis hold the same rows.
+    that differ only along other axes hold the same rows.
 
     Args:
       devices: Those of the mesh.

@@ -1,6 +1,5 @@
 """What a run shows and records: one process does, the others stay silent."""
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import jax
 from jaxopt_lab.report.progress import Progress
 from jaxopt_lab.report.tracker import METRICS_FILE, Tracker, read_metrics
 from jaxopt_lab.train.config.run import PretrainConfig
-from jaxopt_lab.train.config.sections import axis_sizes
 from jaxopt_lab.train.meter import StartClock, peak_of
 from jaxopt_lab.train.program import Program
 
@@ -73,9 +71,8 @@ class RunLog:
         of_model, self._flops_per_step = program.flops
         self._optimizer_share = self._flops_per_step / (of_model + self._flops_per_step)
         peak = peak_of(jax.devices()[0].device_kind, config.peak_tflops)
-        devices = axis_sizes(config.mesh, jax.device_count())
         # The MFU of one step a second.
-        self._utilization = peak and of_model / (1e12 * peak.tflops * math.prod(devices))
+        self._utilization = peak and of_model / (1e12 * peak.tflops * program.mesh.size)
         self._tracker: Tracker | None = None
         self._progress: Progress | None = None
         if jax.process_index() == 0:
