@@ -123,8 +123,7 @@ class MeshConfig:
     tensor: int = 1
     """Parts of the matrix products inside a layer."""
     probe: int = 1
-    """Groups of devices, laid out like this each, that share out the directions of a zero-order
-    step."""
+    """Groups of devices that share out the directions of a zero-order step."""
 
 
 @dataclass(frozen=True)
