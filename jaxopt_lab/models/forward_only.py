@@ -133,8 +133,8 @@ def probe_scores(
     >>> tx = zo.mezo(1e-4, key=jax.random.key(1), probes=probes)
     >>> batch = {"tokens": jnp.zeros((2, 8), int), "mask": jnp.ones((2, 8), bool)}
     >>> probe_fn = lambda *at: probe_scores(config, at[0], batch, *at[1:], words=[5, 9]).max()
-    >>> updates, state = tx.update(None, tx.init(params), params, probe_fn=probe_fn)
-    >>> zo.recorded(state).shape
+    >>> losses = lambda p: zo.recorded(tx.update(None, tx.init(p), p, probe_fn=probe_fn)[1])
+    >>> jax.eval_shape(losses, params).shape
     (2,)
     """
     config = dataclasses.replace(config, loop="scanned")

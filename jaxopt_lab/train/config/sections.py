@@ -124,8 +124,7 @@ class MeshConfig:
     tensor: int = 1
     """Parts of the matrix products inside a layer."""
     probe: int = 1
-    """Groups of devices, laid out like this each, that share out the directions of a zero-order
-    step."""
+    """Groups of devices that share out the directions of a zero-order step."""
     slices: Count | None = None
     """Groups of devices with fast links inside and slow ones between: groups of probes and the data
     axis cross them as far as they can, fsdp then, tensor never. None takes what the devices say;

@@ -50,8 +50,7 @@ class ZerothOrderConfig(OptimizerConfig):
     eps: Positive = 1e-3
     """How far from the parameters losses are evaluated, in multiples of a direction."""
     engine: Literal["auto", "layerwise", "sequential", "chunked", "vmapped"] = "auto"
-    """How losses are evaluated: one perturbed layer at a time, one perturbed model, chunks of them,
-    or all at once. `auto`: layerwise where the whole model moves, vmapped for low-rank."""
+    """How losses are evaluated; `auto`: layerwise where a whole model moves, low-rank vmapped."""
     chunk: Count = 1
     """Directions in a chunk of the engine `chunked`."""
     _element_flops: ClassVar[tuple[int, int]] = (_ADDED_FLOPS, _ADDED_FLOPS)
@@ -195,8 +194,7 @@ class DrawnConfig(ZerothOrderConfig):
     """A method that takes directions of any distribution."""
 
     distribution: Literal["normal", "signs", "sphere", "low-rank"] = "normal"
-    """What directions are drawn from; signs cost least; `low-rank` ones of many probes stand beside
-    the weights, without copies of them."""
+    """What directions are drawn from; signs cost least, `low-rank` ones need no perturbed copy."""
     rank: Count = 1
     """Rank of the matrices of `low-rank`."""
 
