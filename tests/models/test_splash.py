@@ -204,7 +204,7 @@ def test_without_a_mesh_a_single_tpu_is_needed(monkeypatch):
 
 @pytest.mark.slow
 def test_the_tpu_compiler_takes_long_contexts():
-    """Three minutes; in an environment with libtpu."""
+    """Two minutes; in an environment with libtpu."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("no libtpu: install it into an environment of its own")
 
@@ -219,6 +219,5 @@ def test_the_tpu_compiler_takes_long_contexts():
     assert after["temporaries"] < 2**26 and after["kernels"] == 3
     (longest,) = rows("--programs", "layer", "--lengths", "32768", "--kernels", "auto")
     assert longest["temporaries"] < 2**30
-    plain, split = rows("--programs", "llama-124m", "--lengths", "1024", "--mesh", "1", "2", "2")
-    assert plain["kernels"] == 0 and split["kernels"] == 4  # one of them recomputes
-    assert split["collectives"] == plain["collectives"]
+    *_, split = rows("--programs", "layer", "--lengths", "8192", "--mesh", "1", "2", "2")
+    assert split["kernels"] == 3 and not any(split["collectives"].values())
