@@ -93,7 +93,7 @@ def test_each_device_attends_for_its_own_rows_and_heads(interpreted, kind, K, si
 
 
 def test_an_axis_of_another_shard_map_stays_its_own(interpreted):
-    mesh = jax.make_mesh((2, 4), ("probe", "data"), (AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), (AxisType.Auto,) * 2)
     q, k, v, _, segment_ids = drawn(4, 16, 2, 2, 8)
 
     def attend(scale, q, k, v, segment_ids):
@@ -102,9 +102,9 @@ def test_an_axis_of_another_shard_map_stays_its_own(interpreted):
     both = jax.shard_map(
         attend,
         mesh=mesh,
-        in_specs=(P("probe"), *[P()] * 4),
-        out_specs=P("probe"),
-        axis_names={"probe"},
+        in_specs=(P("data"), *[P()] * 4),
+        out_specs=P("data"),
+        axis_names={"data"},
         check_vma=False,
     )
     found = jit(both)(jnp.array([1.0, 2.0]), q, k, v, segment_ids)
