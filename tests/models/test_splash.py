@@ -93,7 +93,7 @@ def test_each_device_attends_for_its_own_rows_and_heads(interpreted, kind, K, si
 
 
 def test_an_axis_of_another_shard_map_stays_its_own(interpreted):
-    mesh = jax.make_mesh((2, 4), ("probe", "data"), (AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), (AxisType.Auto,) * 2)
     q, k, v, _, segment_ids = drawn(4, 16, 2, 2, 8)
 
     def attend(scale, q, k, v, segment_ids):
@@ -102,9 +102,9 @@ def test_an_axis_of_another_shard_map_stays_its_own(interpreted):
     both = jax.shard_map(
         attend,
         mesh=mesh,
-        in_specs=(P("probe"), *[P()] * 4),
-        out_specs=P("probe"),
-        axis_names={"probe"},
+        in_specs=(P("data"), *[P()] * 4),
+        out_specs=P("data"),
+        axis_names={"data"},
         check_vma=False,
     )
     found = jit(both)(jnp.array([1.0, 2.0]), q, k, v, segment_ids)
@@ -204,7 +204,7 @@ def test_without_a_mesh_a_single_tpu_is_needed(monkeypatch):
 
 @pytest.mark.slow
 def test_the_tpu_compiler_takes_long_contexts():
-    """Three minutes; in an environment with libtpu."""
+    """Two minutes; in an environment with libtpu."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("no libtpu: install it into an environment of its own")
 
@@ -219,6 +219,5 @@ def test_the_tpu_compiler_takes_long_contexts():
     assert after["temporaries"] < 2**26 and after["kernels"] == 3
     (longest,) = rows("--programs", "layer", "--lengths", "32768", "--kernels", "auto")
     assert longest["temporaries"] < 2**30
-    plain, split = rows("--programs", "llama-124m", "--lengths", "1024", "--mesh", "1", "2", "2")
-    assert plain["kernels"] == 0 and split["kernels"] == 4  # one of them recomputes
-    assert split["collectives"] == plain["collectives"]
+    *_, split = rows("--programs", "layer", "--lengths", "8192", "--mesh", "1", "2", "2")
+    assert split["kernels"] == 3 and not any(split["collectives"].values())
