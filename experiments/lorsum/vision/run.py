@@ -6,6 +6,7 @@ python experiments/lorsum/vision/run.py --scale gpu && python experiments/lorsum
 import argparse
 import functools
 import gzip
+import json
 import os
 import pathlib
 import time
