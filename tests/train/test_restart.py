@@ -72,9 +72,9 @@ def children(pid):
 def test_a_slice_of_which_a_host_is_killed_comes_back_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXOPT_LAB_CACHE", str(tmp_path / "cache"))
     config = tiny_config(
-        write_text(tmp_path / "text"), None, steps=3000, optimizer=AdamWConfig(),
+        write_text(tmp_path / "text"), None, steps=600, optimizer=AdamWConfig(),
         mesh=MeshConfig(data=2), eval=EvalConfig(every=10**6, batches=1, sample_tokens=0),
-        checkpoint=CheckpointConfig(every_steps=100, keep_newest=2),
+        checkpoint=CheckpointConfig(every_steps=50, keep_newest=2),
         distributed=DistributedConfig(heartbeat_timeout_seconds=10),
     )  # fmt: skip
     prepare(config.corpus, config.tokenizer, validation_fraction=config.validation_fraction)
@@ -112,7 +112,7 @@ def test_a_slice_of_which_a_host_is_killed_comes_back_alone(tmp_path, monkeypatc
     assert codes == [0, 0], "\n".join(logs)
     assert "attempt 1 ended with 137, starting again" in logs[1]
     assert "resuming after step" in logs[0] and "held-out loss" in logs[0]
-    assert sorted(losses_of(run)) == list(range(1, 3001))
+    assert sorted(losses_of(run)) == list(range(1, 601))
     # The second start found the programs of the first one, on both hosts.
     assert list((run / "programs").glob("*-cache"))
     assert "first step after" in logs[0] and "restore" in logs[0]

@@ -43,8 +43,6 @@ def detect(choice: str, environment: Environment) -> tuple[Launcher, int] | None
     Raises:
       ConfigError: If the named one tells no number of processes.
     """
-    if choice == "none":
-        return None
     for launcher in LAUNCHERS:
         if choice in ("auto", launcher.name):
             count = launcher.count(environment)
