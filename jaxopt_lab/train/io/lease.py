@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxopt_lab.report import storage
-from jaxopt_lab.train.errors import CheckpointError, ConfigError
+from jaxopt_lab.train.errors import CheckpointError, NotReadyError
 
 LEASE_FILE = ".lease.json"
 _BEAT_SECONDS = 10.0
@@ -44,7 +44,7 @@ def only_launcher(directory: Path, say: Message) -> Iterator[Callable[[], None]]
       A function that raises CheckpointError if the lease was lost, or OSError if nobody can tell.
 
     Raises:
-      ConfigError: If a launcher that is alive holds it; names that process.
+      NotReadyError: If a launcher that is alive holds it; names that process.
     """
     lease = _Lease(directory)
     lease.acquire(say)
@@ -146,8 +146,8 @@ class _Lease:
     def _content(self) -> bytes:
         return json.dumps(self._about).encode()
 
-    def _refusal(self, found: dict[str, Any] | None) -> ConfigError:
-        return ConfigError(
+    def _refusal(self, found: dict[str, Any] | None) -> NotReadyError:
+        return NotReadyError(
             "run_directory",
             str(self._directory),
             f"which {_named(found)} is writing: wait for it or end it",
