@@ -1,6 +1,8 @@
 """Two processes on one machine, over loopback, against one process with two devices."""
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -23,9 +25,12 @@ from tests.train.tiny_run import losses_of, tiny_config, write_text
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    # Below those that the system gives to outgoing connections, or one of them takes it meanwhile.
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = random.SystemRandom().randrange(20_000, 32_000)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 PRETRAIN = "-m", "jaxopt_lab.cli", "pretrain"
