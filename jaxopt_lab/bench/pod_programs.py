@@ -89,7 +89,7 @@ def trace_case(case: Case, mesh: Mesh) -> tuple[dict[str, Any], Any]:
       What the step needs of a chip, as JSON values, and the traced function.
     """
     take, state, state_at, batch_at = _step(case, mesh)
-    rows = case.batch_per_device * math.prod(mesh.shape[a] for a in batch_at.spec[0])
+    rows = case.batch_per_device * math.prod(mesh.shape[a] for a in _batch_axes(mesh))
     tokens = jax.ShapeDtypeStruct((rows, case.context + 1), jnp.int32)
     traced = jax.jit(
         take,
@@ -193,11 +193,12 @@ def _step(case: Case, mesh: Mesh) -> tuple[Any, TrainState, TrainState, NamedSha
         step, init, params_at = _beside_base(config, loss, params_at)
     elif case.method == ZEROTH_ORDER:
         probes = zeroth_order.Probes(
-            num_directions=mesh.shape[PROBE], engine=zeroth_order.sharded(mesh, PROBE)
+            num_directions=mesh.shape[PROBE],
+            engine=zeroth_order.sharded(mesh, PROBE),
+            matrix_axes=models.matrix_axes(config),
         )
         tx = zeroth_order.mezo(_RATE, key=jax.random.key(1), probes=probes)
-        # Inside of a group of probes, layouts are the compiler's.
-        step = Step(language_model_loss(config), tx, gradient=forward_only())
+        step = Step(loss, tx, gradient=forward_only(perturbed="layers"))
     else:
         tx = method(case.method).build(models.matrix_axes(config), params_at)
         step = Step(loss, tx, clip=_CLIP)
@@ -209,9 +210,12 @@ def _step(case: Case, mesh: Mesh) -> tuple[Any, TrainState, TrainState, NamedSha
         return step.take(state, {"tokens": tokens})
 
     state = jax.eval_shape(start, jax.random.key(0))
-    batch_axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
     state_at = state_layout(step.tx, state, params_at)
-    return take, state, state_at, NamedSharding(mesh, PartitionSpec(batch_axes))
+    return take, state, state_at, NamedSharding(mesh, PartitionSpec(_batch_axes(mesh)))
+
+
+def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(axis for axis in models.BATCH_AXES if axis in mesh.shape)
 
 
 def _init(config: models.DecoderConfig) -> Callable[[jax.Array], Any]:
@@ -224,14 +228,12 @@ def _beside_base(config: models.DecoderConfig, loss: Any, params_at: Any) -> tup
     axes, names = models.matrix_axes(config), models.matrix_names(config)
     spec = lora.resolve(lora.LoraConfig(rank=RANK), base, axes, names)
 
-    def of_both(params: Adapted, batch: Any, key: jax.Array) -> Any:
-        return loss(params.base, batch, key, side=lora.side(params.beside, spec))
-
     def init(key: jax.Array) -> Adapted:
         base = models.init_params(config, key)
         return Adapted(base, lora.init(key, spec, base))
 
-    step = Step(of_both, optax.adamw(_RATE), clip=_CLIP)
+    beside = lora.loss_beside(loss, spec, dropout=False)
+    step = Step(beside, optax.adamw(_RATE), clip=_CLIP)
     return step, init, Adapted(params_at, lora.shardings(spec, params_at))
 
 

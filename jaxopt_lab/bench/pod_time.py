@@ -15,7 +15,6 @@ class Chip:
 
     flops: float
     """Of bfloat16 products, a second."""
-    hbm_bytes: float
     hbm_rate: float
     """Bytes a second."""
     link_rate: float
@@ -23,9 +22,9 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 16e9, 819e9, 200e9),
-    "v5p": Chip(459e12, 95e9, 2765e9, 600e9),
-    "v6e": Chip(918e12, 32e9, 1638e9, 400e9),
+    "v5e": Chip(197e12, 819e9, 200e9),
+    "v5p": Chip(459e12, 2765e9, 600e9),
+    "v6e": Chip(918e12, 1638e9, 400e9),
 }
 
 
@@ -40,11 +39,6 @@ class Time(NamedTuple):
     def at_least(self) -> float:
         """If all of it happens at the same time."""
         return max(self)
-
-    @property
-    def one_by_one(self) -> float:
-        """If none of it does."""
-        return sum(self)
 
 
 def step_time(

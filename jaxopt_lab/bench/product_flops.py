@@ -5,16 +5,19 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from jax import lax
+from jax.interpreters import partial_eval
 
 # Passes of a product of float32 matrices through a unit that multiplies bfloat16.
 _PASSES = {lax.Precision.HIGHEST: 6, lax.Precision.HIGH: 3}
+
+Branch = Callable[[Iterable[float]], float]
 
 
 def product_flops(
     jaxpr: Any,
     devices: int = 1,
     *,
-    branch: Callable[[Iterable[float]], float] = max,
+    branch: Branch = max,
     rounds: int = 1,
 ) -> float:
     """FLOPs of the products, in passes of bfloat16, of one device.
@@ -35,27 +38,34 @@ def product_flops(
     512.0
     """
 
-    def flops(jaxpr: Any, share: float) -> float:
+    def flops(jaxpr: Any, share: float, branch: Branch = branch) -> float:
         total = 0.0
         for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
             name, params = eqn.primitive.name, eqn.params
             if name == "cond":
-                total += branch([flops(each, share) for each in params["branches"]])
+                total += branch([flops(each, share, branch) for each in params["branches"]])
             elif name == "while":
-                total += rounds * flops(params["body_jaxpr"], share)
+                total += rounds * flops(params["body_jaxpr"], share, branch)
             elif name == "shard_map":
                 # Shapes inside are those of one device, as far as its axes go.
                 axes = params["newly_manual_axes"]
                 parts = math.prod(params["mesh"].shape[axis] for axis in axes)
-                total += flops(params["jaxpr"], share * parts)
+                total += flops(params["jaxpr"], share * parts, branch)
+            elif name == "pallas_call":
+                # Every block counts, also one that the kernel skips, as without it.
+                blocks = math.prod(params["grid_mapping"].grid)
+                total += flops(params["jaxpr"], share * blocks, max)
             elif inner := [each for value in params.values() for each in _jaxprs(value)]:
                 times = params["length"] if name == "scan" else 1
-                total += times * sum(flops(each, share) for each in inner)
+                total += times * sum(flops(each, share, branch) for each in inner)
             else:
                 total += share * _of_equation(eqn)
         return total
 
-    return flops(jaxpr, 1 / devices)
+    whole = getattr(jaxpr, "jaxpr", jaxpr)
+    # The compiler drops what nothing reads, as the loss of a step that needs its weight alone.
+    used, _ = partial_eval.dce_jaxpr(whole, [True] * len(whole.outvars))
+    return flops(used, 1 / devices)
 
 
 def _jaxprs(value: Any) -> list[Any]:

@@ -107,7 +107,7 @@ def probe_scores(
     scale: Any,
     *,
     words: Sequence[int] = (),
-    mesh: Mesh | None = None,
+    mesh: OnMesh = None,
 ) -> jax.Array:
     """Scores of classes at params + scale * direction, in the memory of one perturbed layer.
 

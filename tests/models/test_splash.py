@@ -175,7 +175,8 @@ def sizes(jaxpr):
 
 
 def mesh_of(platform="tpu", kind="TPU v5 lite"):
-    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform, device_kind=kind)]))
+    device = SimpleNamespace(platform=platform, device_kind=kind)
+    return SimpleNamespace(axis_names=("data",), devices=np.array([device]))
 
 
 def test_where_the_kernel_applies():

@@ -301,6 +301,9 @@ def check_optimizer(config: RunConfig, optimizer: OptimizerConfig) -> None:
         if value := getattr(config.model, rate, 0):
             wanted = f"expected 0: {name_of(optimizer)} compares losses of one step"
             raise ConfigError(f"model.{rate}", value, wanted)
+    if value := getattr(getattr(config, "trainable", None), "dropout", 0):
+        wanted = f"expected 0: {name_of(optimizer)} compares losses of one step"
+        raise ConfigError("trainable.dropout", value, wanted)
     optimizer.evaluation(whole=config.moves_all)
     try:
         check_eps(optimizer.eps, abstract_params(config.model))

@@ -1,13 +1,16 @@
 """What has started this process: launchers that JAX knows, recognised by what they tell it."""
 
 import os
+import socket
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from typing import NamedTuple
 
 from jax._src import cloud_tpu_init  # whether there are TPU chips has no public name
 
-from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.errors import ConfigError, NotReadyError
 
 Environment = Mapping[str, str]
 _METADATA_SECONDS = 5.0
@@ -83,11 +86,21 @@ def _of_tpu_vm(environment: Environment) -> int | None:
         return None
     try:
         hosts, about = _metadata("worker-network-endpoints"), _metadata("tpu-env")
-    except OSError:  # a TPU somewhere else
-        return None
+    except OSError as error:
+        if _is_elsewhere(error):
+            return None
+        told = f"but its metadata server did not answer: {error}"
+        raise NotReadyError("distributed.launcher", "tpu-vm", told) from error
     values = dict(line.split(":", 1) for line in about.splitlines() if ":" in line)
     told = {name.strip(): value.strip(" '") for name, value in values.items()}
     return (hosts.count(",") + 1) * _slices({**told, **environment})
+
+
+def _is_elsewhere(error: OSError) -> bool:
+    """Whether there is no such server, or it knows nothing of a TPU."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code == HTTPStatus.NOT_FOUND
+    return isinstance(getattr(error, "reason", None), socket.gaierror)
 
 
 def _metadata(key: str) -> str:

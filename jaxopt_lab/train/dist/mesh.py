@@ -37,7 +37,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if used < len(devices) and jax.process_count() > 1:
         raise ConfigError(
             "mesh",
-            sizes_as_text(sizes),
+            sizes_as_text(sizes if groups == 1 else (*sizes, groups)),
             f"expected all {len(devices)} devices of the processes in use",
         )
     if groups == 1:
