@@ -14,6 +14,7 @@ from jaxopt_lab.data.pace import OnProgress
 from jaxopt_lab.data.preparation import (
     COUNTS,
     FORMAT,
+    LEARNT_FROM,
     SET,
     Part,
     check_splits,
@@ -188,6 +189,8 @@ def prepare(
     scans = scan_documents(sources, validation_fraction, root, report)
     check_splits(source.name, scans, validation_fraction)
     parts_hash = [scan.hash for scan in scans]
+    if tokenizer.kind == "bpe" and sum(scan.num_bytes for scan in scans) > LEARNT_FROM:
+        identity |= {"learnt_from": LEARNT_FROM}
     key = hash_json([FORMAT, parts_hash, validation_fraction, identity])
     entry = root / "tokens" / key[:24]
 

@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -27,7 +27,7 @@ KEY_DTYPE = np.dtype("S32")
 _FEWEST = 3
 
 
-def of_files(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+def of_files(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     """Groups of files, as names; empty for a file that is its own group.
 
     >>> of_files(["notes/a/1.md", "notes/a/x/2.md", "notes/b/3.md", "notes/4.md"])

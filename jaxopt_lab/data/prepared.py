@@ -123,7 +123,7 @@ def _checked(kind: str, directory: str) -> Path:
     for file in ("dataset_info.json", "features.json"):
         if not (path / file).is_file():
             raise ValueError(
-                f"{kind}.directory: {str(path)!r} is not a prepared dataset (it has no {file}); "
+                f"{kind}.directory: {directory!r} is not a prepared dataset (it has no {file}); "
                 "give the version directory, <data_dir>/<name>/<version>"
             )
     return path

@@ -30,6 +30,7 @@ from jaxopt_lab.data.sources import SinglePart
 _FORMAT = 1
 # Another change within so many nanoseconds might show in neither size nor time.
 _TICK_NS = 2 * 10**9
+_DAY_NS = 86_400 * 10**9
 _CHUNK = 1 << 20  # hashes
 _COLUMNS = {"keys": KEY_DTYPE, "groups": np.dtype("<i4"), "sizes": np.dtype("<i8")}
 
@@ -92,7 +93,8 @@ def scan_documents(
         return {"parts": parts, "started": started}
 
     def is_settled(manifest: cache.Manifest) -> bool:
-        return newest < manifest["started"] - _TICK_NS
+        # Clocks of file servers are minutes ahead; a time days ahead is not that of a change now.
+        return not -_TICK_NS <= newest - manifest["started"] <= _DAY_NS
 
     manifest = cache.open_or_build(entry, write, report, is_settled)
     if manifest["started"] != started:

@@ -18,7 +18,7 @@ from jaxopt_lab.data import groups
 from jaxopt_lab.data.decoding import decode, printable
 from jaxopt_lab.data.documents import Document, encodable
 from jaxopt_lab.data.prepared import PreparedTfds, PreparedTokens
-from jaxopt_lab.report.storage import staged
+from jaxopt_lab.report.storage import origin, staged
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 # The standard library's own tests are generated tables for a good part; installed packages may
@@ -132,7 +132,7 @@ class TextFiles:
                 no text field (the message names file and line).
         """
         files = self._files()
-        for path, group in zip(files, groups.of_files(files), strict=True):
+        for path, group in zip(files, groups.of_files(map(origin, files)), strict=True):
             opener: Any = gzip.open if path.suffix == ".gz" else open
             try:
                 with opener(path, "rb") as stream:

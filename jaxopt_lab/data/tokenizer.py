@@ -87,7 +87,7 @@ class TokenizerConfig:
             present = [directory / name for name in names if (directory / name).is_file()]
             if not present:
                 raise ValueError(
-                    f"TokenizerConfig.directory: {str(directory)!r} has neither "
+                    f"TokenizerConfig.directory: {self.directory!r} has neither "
                     f"{' nor '.join(names)}, which the GPT-2 tokenizer is read from"
                 )
             found.append(present[0])

@@ -191,6 +191,12 @@ def _synchronize(name: str, home: Path) -> None:
             path.unlink()
 
 
+def origin(path: Path) -> Path:
+    """Bucket and name of a file of a `staged` copy, as a path; any other path as it is."""
+    home = cache_root(None) / "staged"
+    return Path("/", *path.relative_to(home).parts[1:]) if path.is_relative_to(home) else path
+
+
 @contextlib.contextmanager
 def uploading(target: Path) -> Iterator[Path]:
     """Gives a local path for a file or directory; it is at `target` at the end of the block.

@@ -19,6 +19,8 @@ from jaxopt_lab.data.documents import Document
 from jaxopt_lab.data.groups import ALONE, KEY_DTYPE, held_out_documents
 from jaxopt_lab.data.preparation import near_copies
 from jaxopt_lab.data.tokenizer import Tokenizer, make_tokenizer
+from jaxopt_lab.report.files import write_json
+from jaxopt_lab.report.progress import to_stderr
 
 FRACTION = 0.05
 # The vocabulary is trained on every so manieth training document.
@@ -84,9 +86,9 @@ def _write(directory: pathlib.Path, source: data.PythonSource, vocab_size: int) 
     held_out = [(key, documents[key].text) for key in keys if key in held]
     copies = near_copies(held_out, train)
     kept = [text for key, text in held_out if key not in copies]
-    print(f"{len(copies)} of {len(held_out)} held-out documents are near-copies", flush=True)
+    to_stderr(f"{len(copies)} of {len(held_out)} held-out documents are near-copies")
     tokenizer = make_tokenizer(data.TokenizerConfig("bpe", vocab_size), train[::STRIDE])
-    print(f"vocabulary after {time.perf_counter() - begun:.0f} s", flush=True)
+    to_stderr(f"vocabulary after {time.perf_counter() - begun:.0f} s")
     tokens, _ = _encoded(tokenizer, train)
     np.save(directory / "train.npy", tokens)
     validation, offsets = _encoded(tokenizer, kept)
@@ -106,8 +108,8 @@ def _write(directory: pathlib.Path, source: data.PythonSource, vocab_size: int) 
         "held_out_by_group": by_group,
         "seconds": round(time.perf_counter() - begun, 1),
     }
-    print(json.dumps(facts), flush=True)
-    (directory / "facts.json").write_text(json.dumps(facts))
+    to_stderr(json.dumps(facts))
+    write_json(directory / "facts.json", facts)
 
 
 def _held_out(keys: Sequence[bytes], documents: Sequence[Document]) -> tuple[set[bytes], bool]:

@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxopt_lab.report.files import appearing_whole
+from jaxopt_lab.report.files import read_json, rounded, write_result
+from jaxopt_lab.report.progress import to_stderr
 from jaxopt_lab.sweep.program import Program, Run
 from jaxopt_lab.sweep.task import Task
 from jaxopt_lab.sweep.tuning import rim_of
 
+# Facts that may differ between the runs of a study.
+_OF_THE_MACHINE = {"device", "jax"}
 TAIL = 100
 """Steps at the end whose mean training loss stands beside the held-out one."""
 
@@ -33,7 +36,7 @@ class Budget:
         left = self._seconds - (time.perf_counter() - self._begun)
         if left >= self._longest and left > 0:
             return True
-        print(f"{left:.0f} s are left, a group takes {self._longest:.0f}: stopped", flush=True)
+        to_stderr(f"{left:.0f} s are left, a group takes {self._longest:.0f}: stopped")
         return False
 
     def took(self, seconds: float) -> None:
@@ -69,7 +72,7 @@ def train_stored(
 
         def progress(step: int, losses: np.ndarray, begun: float = begun) -> None:
             shown = " ".join(f"{loss:.4f}" for loss in losses)
-            print(f"  {step} steps, {shown}, {time.perf_counter() - begun:.0f} s", flush=True)
+            to_stderr(f"  {step} steps, {shown}, {time.perf_counter() - begun:.0f} s")
 
         curves = program.train(runs, progress)
         seconds = time.perf_counter() - begun
@@ -79,18 +82,17 @@ def train_stored(
             result = {
                 **facts(run),
                 "seed": run.seed,
-                "held_out": _finite(curves.held_out[lane]),
-                "held_out_se": _finite(curves.error[lane : lane + 1])[0],
-                "train_last_100": _finite([train[-TAIL:].mean()])[0],
+                "held_out": curves.held_out[lane],
+                "held_out_se": curves.error[lane],
+                "train_last_100": train[-TAIL:].mean(),
                 # Means of ten steps.
-                "train": _finite(train[: len(train) // 10 * 10].reshape(-1, 10).mean(1)),
+                "train": train[: len(train) // 10 * 10].reshape(-1, 10).mean(1),
                 "runs_at_once": program.lanes,
                 "seconds": round(seconds, 1),  # of all of them
                 "compile_seconds": round(program.compile_seconds, 1),
             }
-            with appearing_whole(path) as partial:
-                partial.write_text(json.dumps(result, allow_nan=False) + "\n")
-            print(f"{path.name}: {result['held_out'][-1]}", flush=True)
+            write_result(path, result)
+            to_stderr(f"{path.name}: {curves.held_out[lane][-1]:.5f}")
     return True
 
 
@@ -237,9 +239,6 @@ def _train(
     budget: Budget,
     conditions: Mapping[str, Any],
 ) -> bool:
-    if all(path.exists() for _, path in named):
-        return True
-
     def build(index: Any) -> optax.GradientTransformation:
         # A run's "rate" is the number of its cell.
         columns = [jnp.asarray(column, jnp.float32) for column in zip(*entry.cells, strict=True)]
@@ -249,9 +248,24 @@ def _train(
         cell = int(run.rate)
         return {"name": entry.name, "cell": cell, "numbers": entry.cells[cell], **conditions}
 
-    print(f"{entry.name}: {len(named)} runs", flush=True)
+    _check_stored(named, facts)
+    if all(path.exists() for _, path in named):
+        return True
+    to_stderr(f"{entry.name}: {len(named)} runs")
     return train_stored(Program(task, build, lanes), named, budget, facts)
 
 
-def _finite(values: Any) -> list[float | None]:
-    return [round(float(x), 5) if math.isfinite(x) else None for x in values]
+def _check_stored(
+    named: Sequence[tuple[Run, Path]], facts: Callable[[Run], Mapping[str, Any]]
+) -> None:
+    """Refuses files of another grid or other conditions, which only share the name."""
+    for run, path in named:
+        if not path.exists():
+            continue
+        stored, wanted = read_json(path), rounded(facts(run))
+        for name in sorted(wanted.keys() - _OF_THE_MACHINE):
+            if stored.get(name) != wanted[name]:
+                raise ValueError(
+                    f"{path}: {name}: got {stored.get(name)!r}, wanted {wanted[name]!r}: remove "
+                    "the file or choose another directory"
+                )

@@ -16,6 +16,7 @@ from jaxopt_lab.step import Adapted, TrainState, merged
 from jaxopt_lab.sweep import accuracy_interval
 from jaxopt_lab.tasks import row_results
 from jaxopt_lab.train.base import digest, placed
+from jaxopt_lab.train.dist.agreement import agreed, from_first
 from jaxopt_lab.train.io.stored import checkpoint_path, read_item, read_leaves, select_step
 from jaxopt_lab.train.labelled import Labels
 from jaxopt_lab.train.loop import Run
@@ -73,16 +74,16 @@ def report(run: Run, state: TrainState, say: Message) -> dict[str, Any]:
 
 def _best(run: Run, state: TrainState) -> Best:
     directory = run.checkpoints.run_directory
-    step = select_step(directory, "best")
+    step = from_first(lambda: select_step(directory, "best"))
     if step == int(state.step):
         return Best(step, run, state.params)
-    stored = read_item(checkpoint_path(directory, step), "data")
+    stored = agreed(lambda: read_item(checkpoint_path(directory, step), "data"))
     if "adapters" in stored:
         spec = lora.spec_from_json(stored["adapters"])
         run = run if spec == run.program.trained.spec else run.with_spec(spec)
     abstract = run.program.step.abstract_state.params
     target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), abstract)
-    moving = read_leaves(directory, step, {"params": target})["params"]
+    moving = agreed(lambda: read_leaves(directory, step, {"params": target}))["params"]
     return Best(step, run, placed(moving, run.program.step.shardings.params))
 
 

@@ -158,7 +158,8 @@ def _run(
                         run, state = changed(run, state, end, log.message)
                         compiled = compiled_step(config, run.program, log.message)
             if status != "finished":
-                say(f"stopped and saved; continue with: {resume_command(files.directory)}")
+                again = resume_command(config.verb, files.directory)
+                say(f"stopped and saved; continue with: {again}")
                 return RunResult(status, files.directory, restartable=config.restartable)
             summary = summary_of(run, loop, state, time.monotonic() - before, say)
             summary["start_seconds"] = clock.seconds
@@ -186,7 +187,12 @@ def _base(config: PretrainConfig, material: Material) -> Base | None:
 def _checkpoints(config: PretrainConfig, files: RunFiles, say: Message) -> Checkpoints:
     newest, best = config.checkpoint.keep_newest, config.checkpoint.keep_best
     return Checkpoints(
-        files.directory, keep_newest=newest, keep_best=best, message=say, publish=files.publish
+        files.directory,
+        keep_newest=newest,
+        keep_best=best,
+        message=say,
+        publish=files.publish,
+        check=files.check,
     )
 
 
@@ -202,7 +208,8 @@ def _opened(config: PretrainConfig, say: Message, tell: Message) -> Iterator[Run
         if jax.process_count() == 1:
             yield files
             return
-        again = f"start all of them again with: {resume_command(files.directory)}"
+        command = resume_command(config.verb, files.directory)
+        again = f"start all of them again with: {command}"
         # JAX then aborts the others from C++, where no message of ours can be printed any more.
         seconds = config.distributed.heartbeat_timeout_seconds
         tell(

@@ -67,10 +67,14 @@ def prepare_text(config: PretrainConfig, say: Message) -> Material:
 
     text = agreed(lambda: opened() if leads else None)
     material = agreed(lambda: opened() if text is None else text)
-    is_text = isinstance(material, Text)
-    same = material.corpus.fingerprint() if is_text else {"hash": material.corpus.hash}
-    same_everywhere({"corpus": same})
+    same_everywhere({"corpus": agreed(lambda: _fingerprint(material))})
     return material
+
+
+def _fingerprint(material: Material) -> Mapping[str, Any]:
+    if isinstance(material, Text):
+        return material.corpus.fingerprint()
+    return {"hash": material.corpus.hash}
 
 
 def first_state(run: Run, say: Message) -> tuple[Run, TrainState, Position]:
@@ -80,7 +84,8 @@ def first_state(run: Run, say: Message) -> tuple[Run, TrainState, Position]:
     """
     checkpoints = run.checkpoints
     if run.config.resume and checkpoints.are_all_damaged():
-        raise CheckpointError(f"{run.directory}: every checkpoint is damaged, nothing to resume")
+        place = checkpoints.run_directory
+        raise CheckpointError(f"{place}: every checkpoint is damaged, nothing to resume")
     if run.config.resume and checkpoints.exist():
         return _resumed(run, say)
     if run.config.resume:

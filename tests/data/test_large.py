@@ -1,6 +1,7 @@
 """What makes large corpora bearable: nothing is read, hashed or held in memory without need."""
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,15 @@ def test_a_change_of_files_is_seen(settled, change):
     before = _prepare(settled)
     change(settled / "text" / "003.txt")
     assert _prepare(settled).hash != before.hash
+
+
+def test_a_time_far_ahead_is_not_read_at_every_start(settled, reads):
+    path = settled / "text" / "003.txt"
+    os.utime(path, (time.time() + 10 * 86_400,) * 2)
+    _prepare(settled)
+    count = len(reads)
+    _prepare(settled)
+    assert len(reads) == count
 
 
 def test_a_file_that_was_just_written_is_read_once_more(tmp_path, reads):

@@ -65,6 +65,16 @@ def test_every_run_has_a_file_and_the_best_cell_of_the_family_goes_on(stored):
     assert [run["held_out"][-1] for run in runs] == pytest.approx([0.01, 0.04, 0.09], rel=1e-2)
 
 
+def test_files_of_another_grid_are_refused(stored):
+    directory, settings, _ = stored
+    moved = [ENTRIES[0], Entry("two", ENTRIES[1].build, ((0.02,), (0.5,), (0.04,)), "family")]
+    with pytest.raises(ValueError, match=r"two-cell-1.json: numbers: got \[0.3\], wanted \[0.5\]"):
+        run_entries(TASK, moved, directory, Budget(), **settings)
+    other = settings | {"conditions": {"machine": "another"}}
+    with pytest.raises(ValueError, match="one-cell-0.json: machine: got 'a test'"):
+        run_entries(TASK, ENTRIES, directory, Budget(), **other)
+
+
 def test_only_what_lacks_a_file_is_run_again(stored, monkeypatch):
     directory, settings, _ = stored
     trained = []
@@ -90,7 +100,7 @@ def test_a_spent_budget_begins_nothing(tmp_path, capsys):
     assert not train_stored(program, named, Budget(0.0), lambda run: {})
     budget.took(2000.0)  # what was begun before took longer than what is left
     assert not train_stored(program, named, budget, lambda run: {})
-    assert not list(tmp_path.iterdir()) and "stopped" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir()) and "stopped" in capsys.readouterr().err
     assert train_stored(program, named, Budget(math.inf), lambda run: {"name": "x"})
     assert json.loads((tmp_path / "1.json").read_text())["name"] == "x"
 

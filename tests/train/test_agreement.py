@@ -17,7 +17,7 @@ from jaxopt_lab.train.config.optimizers import AdamWConfig
 from jaxopt_lab.train.config.sections import CheckpointConfig, EvalConfig, MeshConfig
 from jaxopt_lab.train.config.serialize import to_json
 from jaxopt_lab.train.dist import agreement
-from jaxopt_lab.train.errors import ConfigError
+from jaxopt_lab.train.errors import CheckpointError, ConfigError, NotReadyError, TrainingError
 from jaxopt_lab.train.io.checkpoints import committed_steps
 from tests.train.test_processes import free_port, start_two
 from tests.train.tiny_run import tiny_config, write_text
@@ -171,3 +171,8 @@ def test_an_address_without_host_or_port_is_refused(address, capsys):
     assert cli.main(["pretrain", "--distributed.coordinator-address", address, *flags]) == 2
     wanted = f"distributed.coordinator_address: got {address!r}, expected host:port"
     assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [ConfigError, NotReadyError, CheckpointError, TrainingError])
+def test_what_another_process_refuses_is_refused_for_the_same_reason(kind):
+    assert type(agreement._KINDS[kind.__name__]("process 0: no")) is kind

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxopt_lab import lora
+from jaxopt_lab.data import TextFiles
 from jaxopt_lab.models import load_huggingface
 from jaxopt_lab.report import storage
 from jaxopt_lab.report.figures import loss_figure
@@ -216,6 +217,73 @@ def test_what_cannot_be_uploaded_at_the_end_is_kept(store, tmp_path):
             (files.local / "metrics.jsonl").write_text("a row\n")
     kept = str(caught.value).partition("is in ")[2].partition(":")[0]
     assert (tmp_path / kept / "metrics.jsonl").read_text() == "a row\n"
+
+
+def test_a_start_that_is_stopped_while_files_are_brought_changes_nothing(store, monkeypatch):
+    log = store.root / "bucket/runs/one/metrics.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text("whole\n")
+
+    def half(source, file):
+        file.write_text("who")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "download", half)
+    options = {"writes": True, "below": (), "say": lambda line: None}
+    with (
+        pytest.raises(KeyboardInterrupt),
+        mirror.run_files(storage.path_of(RUN), **options),
+    ):
+        pass
+    assert log.read_text() == "whole\n"
+
+
+def test_a_log_that_grows_while_it_is_uploaded(store, tmp_path, monkeypatch):
+    put = storage.upload
+
+    def upload(file, target):
+        size = file.stat().st_size
+        with open(files.local / "metrics.jsonl", "a") as log:
+            log.write("more\n")
+        assert file.stat().st_size == size  # the store was told so many bytes
+        put(file, target)
+
+    monkeypatch.setattr(storage, "upload", upload)
+    options = {"writes": True, "below": (), "say": lambda line: None}
+    with mirror.run_files(storage.path_of(RUN), **options) as files:
+        (files.local / "metrics.jsonl").write_text("first\n")
+    assert (store.root / "bucket/runs/one/metrics.jsonl").read_text() == "first\n"
+
+
+def test_who_has_lost_the_lease_writes_and_deletes_nothing(store):
+    saved(store, 1, 2)
+    before = objects(store)
+
+    def lost():
+        raise CheckpointError("somebody else has it")
+
+    notes = []
+    with Checkpoints(RUN, keep_newest=1, keep_best=0, message=notes.append, check=lost) as mine:
+        mine.verify(2, finite=True)
+        mine.wait()
+        with pytest.raises(CheckpointError, match="3 could not be written.*somebody else has it"):
+            mine.save(3, state_at(3), {})
+    assert objects(store) == before and len(notes) <= 1
+
+
+def test_text_of_several_patterns_is_grouped_as_it_is_here(store, tmp_path):
+    names = ["a/1.md", "a/2.md", "b/3.md", "4.md"]
+    for root in (tmp_path / "here", store.root / "bucket" / "x"):
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(f"text {name}")
+
+    def groups(root):
+        source = TextFiles((f"{root}/*/*.md", f"{root}/4.md"))
+        return {document.text: document.group for document in source.documents()}
+
+    assert groups("gs://bucket/x") == groups(tmp_path / "here")
+    assert set(groups(tmp_path / "here").values()) == {"a", "b", ""}
 
 
 def test_a_run_that_is_refused_leaves_nothing(store, text):

@@ -9,9 +9,10 @@ import pytest
 
 from jaxopt_lab.models import DecoderConfig
 from jaxopt_lab.train.arguments import parse_config
+from jaxopt_lab.train.config.finetune import FinetuneConfig
 from jaxopt_lab.train.config.optimizers import ModelInfo
 from jaxopt_lab.train.config.optimizers_zeroth_order import ZEROTH_ORDER, MeZOConfig
-from jaxopt_lab.train.config.run import PretrainConfig, validate
+from jaxopt_lab.train.config.run import PretrainConfig, check_optimizer, validate
 from jaxopt_lab.train.config.sections import MeshConfig
 from jaxopt_lab.train.dist.mesh import flags, to_global
 from jaxopt_lab.train.errors import ConfigError
@@ -135,6 +136,13 @@ BAD = {
     r"'low-rank', but there is no such setting",
     "--optimizer mezo --optimizer.distribution low-rank --optimizer.rank 0": r"^optimizer.rank: ",
 }
+
+
+def test_dropout_of_adapters_is_refused_before_anything_is_read():
+    flags = ["--trainable", "lora", "--trainable.dropout", "0.1", "--optimizer", "mezo"]
+    config = parse_config(flags, "finetune", FinetuneConfig)
+    with pytest.raises(ConfigError, match="^trainable.dropout: got 0.1, expected 0: mezo compares"):
+        check_optimizer(config, config.optimizer)
 
 
 @pytest.mark.parametrize("words", BAD)

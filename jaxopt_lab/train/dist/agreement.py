@@ -12,7 +12,13 @@ import numpy as np
 from jax._src import distributed  # the client has no public name
 from jax.experimental import multihost_utils
 
-from jaxopt_lab.train.errors import CheckpointError, ConfigError, Terminated, TrainingError
+from jaxopt_lab.train.errors import (
+    CheckpointError,
+    ConfigError,
+    NotReadyError,
+    Terminated,
+    TrainingError,
+)
 
 Result = TypeVar("Result")
 _LAST_SECONDS, _POLL_SECONDS = 1.0, 0.05
@@ -22,6 +28,7 @@ _PLACE, _TOPICS = "jaxopt-lab/outcomes", itertools.count()
 # Raised again as what it was; anything else as a TrainingError.
 _KINDS: dict[str, Callable[[str], BaseException]] = {
     "ConfigError": lambda text: ConfigError.inside("refused", ValueError(text)),
+    "NotReadyError": lambda text: NotReadyError.inside("refused", ValueError(text)),
     "CheckpointError": CheckpointError,
     "TrainingError": TrainingError,
     "KeyboardInterrupt": KeyboardInterrupt,
@@ -38,8 +45,8 @@ def agreed(work: Callable[[], Result]) -> Result:
 
     Raises:
       Exception: Its own failure, or the first one of another process with the number of that
-        process: ConfigError, CheckpointError, KeyboardInterrupt and Terminated as what they are,
-        others as TrainingError.
+        process: ConfigError, NotReadyError, CheckpointError, KeyboardInterrupt and Terminated as what
+        they are, others as TrainingError.
     """
     if jax.process_count() == 1:
         return work()

@@ -44,6 +44,8 @@ class Checkpoints:
       message: Receives plain-language notes, for example about a damaged checkpoint.
       publish: Called on the first process before a checkpoint is committed: what is written of the
         run besides checkpoints is then as new as this one.
+      check: Called on the first process before anything is written or deleted; raises where the run
+        belongs to somebody else by now.
     """
 
     def __init__(
@@ -54,12 +56,13 @@ class Checkpoints:
         keep_best: int = 1,
         message: Callable[[str], None] = lambda text: None,
         publish: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = lambda: None,
     ):
         """Opens the directory and clears away what a killed process left unfinished."""
         self.run_directory = path_of(run_directory)
         self.directory = absolute(run_directory) / DIRECTORY
         self._keep = (keep_newest, keep_best)
-        self._message, self._publish = message, publish
+        self._message, self._publish, self._check = message, publish, check
         self._leads = jax.process_index() == 0
         agreed(self._clear_away)
         # One thread: marks and deletions come after the commit that they belong to.
@@ -118,6 +121,8 @@ class Checkpoints:
         path = str(self.directory / str(step))
 
         def start() -> Any:
+            if self._leads:
+                self._check()
             with stored.context():
                 return ocp.save_checkpointables_async(path, items, overwrite=True)
 
@@ -198,8 +203,11 @@ class Checkpoints:
             self._failed = jax.process_count() > 1
             self._saved.discard(step)
             self._unverified.pop(step, None)
-            steps = self.steps()
-            intact = f"checkpoint {steps[-1]} is intact" if steps else "there is no earlier one"
+            try:
+                steps = self.steps()
+                intact = f"checkpoint {steps[-1]} is intact" if steps else "there is no earlier one"
+            except OSError:
+                intact = "earlier ones could not be listed"
             raise CheckpointError(
                 f"checkpoint {step} could not be written to {self.directory}: {failures[0]}; "
                 f"{intact}"
@@ -229,6 +237,11 @@ class Checkpoints:
 
     def _mark(self, steps: Sequence[int], finite: bool) -> None:
         """In the background, after the commits that it concerns."""
+        try:
+            self._check()
+        except (OSError, CheckpointError) as error:
+            self._message(f"no checkpoint was marked or deleted: {reason(error)}")
+            return
         for step in steps:
             try:
                 retention.mark(self.directory / str(step), finite)

@@ -85,8 +85,7 @@ class _Lease:
         while (found := self._read()) is not None or not storage.create(
             self._path, self._content()
         ):
-            if found is not None:
-                self._watch(found, say)
+            if found is not None and self._is_dead(found, say):
                 storage.delete_below(self._path)
                 taken_over = True
         if taken_over:
@@ -94,8 +93,8 @@ class _Lease:
             if not self._is_ours(found := self._read()):
                 raise self._refusal(found)
 
-    def _watch(self, found: dict[str, Any], say: Message) -> None:
-        """Returns once the lease has not changed for a while."""
+    def _is_dead(self, found: dict[str, Any], say: Message) -> bool:
+        """Whether the lease has not changed for a while; False where it was released meanwhile."""
         say(
             f"{self._directory}: {_named(found)} holds the lease; watching for "
             f"{_WATCH_SECONDS:g} s whether it is alive"
@@ -105,10 +104,11 @@ class _Lease:
             time.sleep(_POLL_SECONDS)
             now = self._read()
             if now is None:
-                return
+                return False
             if now != found:
                 raise self._refusal(now)
         say(f"{_named(found)} has died: its lease is taken over")
+        return True
 
     def beat(self) -> None:
         self.check()

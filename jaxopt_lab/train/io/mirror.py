@@ -39,6 +39,8 @@ class RunFiles(NamedTuple):
     """The same, or a local directory for everything but checkpoints."""
     publish: Callable[[], None] = _nothing
     """Makes what was written to `local` appear in `directory`; raises what prevents that."""
+    check: Callable[[], None] = _nothing
+    """Raises where another launcher has taken the run over."""
 
 
 @contextlib.contextmanager
@@ -54,7 +56,7 @@ def run_files(
       say: Receives lines of plain text.
 
     Raises:
-      ConfigError: If another launcher writes there.
+      NotReadyError: If another launcher writes there.
       StorageError: If it cannot be read, or what was written last could not be uploaded; names the
         local directory that is then kept.
     """
@@ -71,22 +73,32 @@ def run_files(
             if writes:
                 mirror.upload()
 
+        def not_uploaded(error: Exception) -> str:
+            return (
+                f"{directory}: what was written last could not be uploaded and is in "
+                f"{mirror.local}: {storage.one_line(error)}"
+            )
+
         try:
             mirror.bring(below)
-            with _now_and_then(publish, say):
-                yield RunFiles(directory, mirror.local, publish)
         except BaseException:
-            with contextlib.suppress(Exception):  # what went wrong before matters more
-                publish()
             shutil.rmtree(home, ignore_errors=True)
+            raise
+        try:
+            with _now_and_then(publish, say):
+                yield RunFiles(directory, mirror.local, publish, check)
+        except BaseException:
+            try:
+                publish()
+            except Exception as error:  # what went wrong before matters more
+                say(not_uploaded(error))
+            else:
+                shutil.rmtree(home, ignore_errors=True)
             raise
         try:
             publish()
         except Exception as error:
-            raise storage.StorageError(
-                f"{directory}: what was written last could not be uploaded and is in "
-                f"{mirror.local}: {storage.one_line(error)}"
-            ) from error
+            raise storage.StorageError(not_uploaded(error)) from error
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -96,6 +108,7 @@ class _Mirror:
     def __init__(self, directory: Path, local: Path):
         self.local = local
         self._directory = directory
+        self._copy = local.with_name("uploading")
         self._uploading = threading.Lock()
         self._known: dict[str, tuple[int, int]] = {}
         local.mkdir()
@@ -106,7 +119,9 @@ class _Mirror:
                 continue
             file = self.local / name
             file.parent.mkdir(parents=True, exist_ok=True)
-            storage.download(self._directory / name, file)
+            partial = file.with_name(f"{_UNFINISHED}-{file.name}")  # is never uploaded
+            storage.download(self._directory / name, partial)
+            partial.replace(file)
             self._known[name] = _signature(file)
 
     def upload(self) -> None:
@@ -120,7 +135,9 @@ class _Mirror:
                 if _UNFINISHED in name or self._known.get(name) == signature:
                     continue
                 with contextlib.suppress(FileNotFoundError):  # written under another name, say
-                    storage.upload(self.local / name, self._directory / name)
+                    # The store is told the size first, and logs grow.
+                    shutil.copyfile(self.local / name, self._copy)
+                    storage.upload(self._copy, self._directory / name)
                     self._known[name] = signature
             for name in self._known.keys() - found.keys():
                 storage.delete_below(self._directory / name)

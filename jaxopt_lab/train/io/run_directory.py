@@ -67,7 +67,7 @@ def open_run(config: PretrainConfig, message: Message = lambda text: None) -> It
         if not leads:
             return
         if config.resume:
-            _check_files(files.local)
+            _check_files(files)
             _refuse_other_text(directory, config)
             if not is_remote(directory):
                 held.enter_context(only_writer(directory))
@@ -157,7 +157,7 @@ def other_text(name: str, value: Any, before: Any) -> ConfigError:
     )
 
 
-def _check_files(directory: Path) -> None:
+def _check_files(files: RunFiles) -> None:
     """Reads what a resumed run will go on writing, before anything expensive is done.
 
     Raises:
@@ -165,11 +165,12 @@ def _check_files(directory: Path) -> None:
       OSError: If one cannot be read.
     """
     try:
-        read_manifest(directory)
-        if (directory / METRICS_FILE).exists():
-            read_metrics(directory)
+        read_manifest(files.local)
+        if (files.local / METRICS_FILE).exists():
+            read_metrics(files.local)
     except ValueError as error:
-        raise CheckpointError(f"{error}; repair or remove that file") from error
+        told = str(error).replace(str(files.local), str(files.directory))
+        raise CheckpointError(f"{told}; repair or remove that file") from error
 
 
 @contextlib.contextmanager
@@ -236,14 +237,14 @@ def read_config(directory: str | os.PathLike[str]) -> PretrainConfig:
       ConfigError: If the directory does not hold a run.
     """
     path = path_of(directory) / CONFIG_FILE
-    if not path.is_file():
-        state = f"has no {CONFIG_FILE}" if names_in(path.parent) else "is empty"
+    if CONFIG_FILE not in (names := names_in(path.parent)):
+        state = f"has no {CONFIG_FILE}" if names else "is empty"
         raise ConfigError("run_directory", str(directory), f"which {state}: there is no run there")
     with within("run_directory"):
         text = read_text(path)
     with within(str(path)):
         config = from_json(text, _kind_of(text))
-    if config.tokenizer.kind == "saved" and (path.parent / TOKENIZER_FILE).is_file():
+    if config.tokenizer.kind == "saved" and TOKENIZER_FILE in names:
         # The run has a copy; where it came from may be gone.
         tokenizer = replace(config.tokenizer, directory=str(directory))
         config = replace(config, tokenizer=tokenizer)
@@ -261,7 +262,7 @@ def _kind_of(text: str) -> type[PretrainConfig]:
 
 def is_begun(directory: str | os.PathLike[str] | None) -> bool:
     """Whether a run has begun in a directory."""
-    return directory is not None and (path_of(directory) / CONFIG_FILE).is_file()
+    return directory is not None and CONFIG_FILE in names_in(path_of(directory))
 
 
 def begun_or_new(config: PretrainConfig) -> PretrainConfig:
@@ -270,13 +271,13 @@ def begun_or_new(config: PretrainConfig) -> PretrainConfig:
     Raises:
       ConfigError: If the next start would not find it.
     """
+    # The first process looks for all: another may do so while that one removes a run that never
+    # began. And all ask, also where only some were told to: `check` then names the difference.
+    begun = from_first(lambda: config.restartable and is_begun(config.run_directory))
     if not config.restartable:
         return config
-    directory = config.run_directory
-    if directory is None:
+    if config.run_directory is None:
         raise ConfigError("run_directory", None, "expected a directory that the next start finds")
-    # Another process may have looked while the first one removed a run that never began.
-    begun = from_first(lambda: is_begun(directory))
     return replace(config, resume=config.resume or begun)
 
 
@@ -320,7 +321,6 @@ def _start_time() -> str:
     return from_first(lambda: time.strftime("%Y%m%d-%H%M%S"))
 
 
-def resume_command(directory: str | os.PathLike[str]) -> str:
+def resume_command(verb: str, directory: str | os.PathLike[str]) -> str:
     """The command line that continues a run."""
-    verb = read_config(directory).verb
     return f"jaxopt-lab {verb} --resume --run-directory {shlex.quote(str(directory))}"
