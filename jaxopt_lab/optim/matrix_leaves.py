@@ -105,11 +105,14 @@ class LeafLayout:
 
     def block(self, *sides: int) -> Slot:
         """An array (*sides) an entry, sharded like the leaf as far as it can be divided."""
-        # By rows, then by columns, wherever the leaf itself is sharded.
-        entries: list[Any] = [None] * len(sides)
-        for entry in self._entries:
-            fits = [k for k, side in enumerate(sides) if side % self._ways(entry) == 0]
-            for place in [k for k in fits if entries[k] is None][:1]:
+        entries = [entry if side % self._ways(entry) == 0 else None
+                   for entry, side in zip(self._entries, sides, strict=False)]  # fmt: skip
+        entries += [None] * (len(sides) - len(entries))
+        # What does not divide its own side may divide one that is free.
+        for entry in [entry for entry in self._entries if entry not in entries]:
+            free = [k for k, side in enumerate(sides)
+                    if entries[k] is None and side % self._ways(entry) == 0]  # fmt: skip
+            for place in free[:1]:
                 entries[place] = entry
         leading = self._leading[0] if len(self._leading) else None
         spec = PartitionSpec(leading, *entries) if any(entries) else self._leading

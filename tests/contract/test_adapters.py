@@ -43,6 +43,7 @@ def test_every_optimizer_is_here():
     others |= {"prune", "resolve", "save", "select_and_grow", "selection", "side", "unmerge"}
     others |= {"shardings", "pairwise", "with_rest"}
     others |= {"spec_from_json", "spec_to_json", "value_grad_and_taps"}
+    others |= {"loss_beside", "with_taps"}
     # A direction, for trees of pairs alone.
     others |= {"scale_by_preconditioned"}
     names = {n for n in lora.__all__ if callable(getattr(lora, n)) and n.islower()}
