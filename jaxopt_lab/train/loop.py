@@ -177,7 +177,8 @@ class Loop:
                 if self._is_due(step):
                     self._read(taken)
                     taken = None
-                    self._evaluate_and_save(step, state)
+                    # The last step is saved below, when it has been evaluated.
+                    self._evaluate_and_save(step, state, saves=step < steps)
                 if self._stop_code:
                     break
             self._read(taken)
@@ -328,12 +329,12 @@ class Loop:
         save = self._save_now or (every is not None and step % every == 0)
         return save or step % self._config.eval.every == 0
 
-    def _evaluate_and_save(self, step: int, state: TrainState) -> None:
+    def _evaluate_and_save(self, step: int, state: TrainState, saves: bool) -> None:
         self._meter.pause()
         if step % self._config.eval.every == 0:
             self.evaluate(step, state)
         every = self._config.checkpoint.every_steps
-        if self._save_now or (every is not None and step % every == 0):
+        if saves and (self._save_now or (every is not None and step % every == 0)):
             self.save(step, state)
 
     def _status(self) -> Status:

@@ -27,6 +27,7 @@ from jaxopt_lab.train.config.sections import (
 from jaxopt_lab.train.config.serialize import from_json, to_json
 from jaxopt_lab.train.errors import CheckpointError, ConfigError, TrainingError
 from jaxopt_lab.train.io.checkpoints import committed_steps
+from jaxopt_lab.train.io.stored import select_step
 from jaxopt_lab.train.run import pretrain
 from jaxopt_lab.train.trained import load_params
 from tests.train.tiny_run import Killed, losses_of, restored, tiny_config, write_text
@@ -66,6 +67,13 @@ def test_a_run_leaves_a_complete_directory(finished):
     assert session["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
     assert session["versions"]["jax"] == jax.__version__ and session["corpus"]["hash"]
     assert session["devices"]["platform"] == "cpu" and "determinism" in session
+
+
+def test_a_last_step_between_evaluations_ranks_all_the_same(text, tmp_path):
+    config = tiny_config(text, tmp_path / "run", eval=EvalConfig(every=4, batches=1))
+    pretrain(config, message=lambda line: None)
+    assert committed_steps(tmp_path / "run/checkpoints") == [3, 6]
+    assert select_step(tmp_path / "run", "best") == 6
 
 
 def test_the_log_has_every_step_once_and_the_evaluations(finished):
