@@ -4,15 +4,21 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from jaxopt_lab.report.hlo import Instruction, instructions, shape_bytes
+from jaxopt_lab.report.hlo import (
+    Instruction,
+    begun_in_fusions,
+    computations,
+    fusion_callee,
+    in_fusion,
+    instructions,
+)
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _BRANCHES = re.compile(
     r" conditional\(.*(?:branch_computations=\{([^}]*)\}"
     r"|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+))"
 )
-_CALLS = re.compile(r" (?:fusion|call|async-start)\(.*(?:calls|to_apply)=%?([\w.\-]+)")
+_CALLS = re.compile(r" (?:call|async-start)\(.*(?:calls|to_apply)=%?([\w.\-]+)")
 _ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r" s32\[\](?:\{[^}]*\})? constant\((\d+)\)")
 
@@ -47,47 +53,32 @@ def traffic(
     Returns:
       For every kind that occurs, how often, with the bytes of its results and the bytes sent.
     """
-    computations = dict(_computations(compiled_text))
+    bodies = dict(computations(compiled_text))
+    begun = begun_in_fusions(bodies)
     known: dict[str, Totals] = {}
 
     def of(name: str) -> Totals:
         if name not in known:
-            known[name] = _total(parts(computations.get(name, ())))
+            known[name] = _total(parts(bodies.get(name, ())))
         return known[name]
 
     def parts(lines: Iterable[str]) -> Iterator[Totals]:
-        fused: set[Instruction] = set()
         for line in lines:
             if loop := " while(" in line and _WHILE.search(line):
-                counted = _counted_rounds(line, computations.get(loop[1], ()))
+                counted = _counted_rounds(line, bodies.get(loop[1], ()))
                 yield _times(rounds if counted is None else counted, of(loop[2]))
             elif found := " conditional(" in line and _BRANCHES.search(line):
                 names = re.findall(r"[\w.\-]+", ",".join(filter(None, found.groups())))
                 yield _chosen([of(name) for name in names], branch)
-            elif callee := " fusion(" in line and _CALLS.search(line):
-                inside = _in_fusion(callee[1], line, computations.get(callee[1], ()))
-                yield from map(_one, inside - fused)
-                fused |= inside
+            elif name := fusion_callee(line):
+                yield from map(_one, in_fusion(name, line, bodies.get(name, ()), begun))
             elif callee := _CALLS.search(line):
                 yield of(callee[1])
             else:
                 yield from map(_one, instructions(line))
 
-    entry = next((name for name in computations if name.startswith("ENTRY ")), None)
+    entry = next((name for name in bodies if name.startswith("ENTRY ")), None)
     return {} if entry is None else dict(sorted(of(entry).items()))
-
-
-def _in_fusion(name: str, line: str, body: Iterable[str]) -> set[Instruction]:
-    """Collectives that a TPU runs beside other work.
-
-    Start, steps and end of one are fusions that repeat the instruction, with its channel.
-    """
-    found = {each for text in body for each in instructions(text)}
-    if "all-reduce-scatter" not in name:
-        return found
-    # An all-reduce of which each device keeps a slice.
-    size = shape_bytes(line.split(" = ", 1)[1].split(" fusion(", 1)[0])
-    return {x._replace(kind="reduce-scatter", bytes=size) for x in found if x.kind == "all-reduce"}
 
 
 def _one(each: Instruction) -> Totals:
@@ -95,18 +86,6 @@ def _one(each: Instruction) -> Totals:
     share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
     sent = each.bytes * share.get(each.kind, (n - 1) / n)
     return {each.kind: Traffic(1, each.bytes, sent)}
-
-
-def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-    name, lines = None, []
-    for line in text.splitlines():
-        if name is None and (head := _COMPUTATION.match(line)):
-            name, lines = ("ENTRY " if line.startswith("ENTRY ") else "") + head[1], []
-        elif line.startswith("}") and name is not None:
-            yield name, lines
-            name = None
-        elif name is not None:
-            lines.append(line)
 
 
 def _counted_rounds(line: str, condition: Iterable[str]) -> int | None:

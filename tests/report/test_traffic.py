@@ -7,6 +7,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from jaxopt_lab.report.hlo import collectives
 from jaxopt_lab.report.traffic import traffic
 
 # A local block (8, 8) f32 on each of eight devices, 256 bytes.
@@ -70,6 +71,10 @@ TPU_TEXT = """
   ROOT %c = (bf16[1,4], bf16[4,4]) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
 }
 
+%step (p: bf16[1,4]) -> bf16[4,4] {
+  ROOT %g.3 = bf16[4,4]{1,0:T(8,128)} all-gather(%p), channel_id=7, replica_groups=mesh['axis_0'=1,'axis_1'=4] {'axis_1'}, dimensions={0}
+}
+
 %done (p: bf16[1,4]) -> bf16[4,4] {
   %g.2 = bf16[4,4]{1,0:T(8,128)} all-gather(%p), channel_id=7, replica_groups=mesh['axis_0'=1,'axis_1'=4] {'axis_1'}, dimensions={0}
   ROOT %c = bf16[4,4] custom-call(%g.2), custom_call_target="AsyncCollectiveDone"
@@ -87,7 +92,8 @@ TPU_TEXT = """
 
 %body (s: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %f.1 = (bf16[1,4], bf16[4,4]) fusion(%a), kind=kCustom, calls=%start
-  %f.2 = bf16[4,4]{1,0} fusion(%f.1), kind=kCustom, calls=%done
+  %f.4 = bf16[4,4]{1,0} fusion(%f.1), kind=kCustom, calls=%step
+  %f.2 = bf16[4,4]{1,0} fusion(%f.4), kind=kCustom, calls=%done
   %x.1 = f32[4,4]{1,0} all-to-all(%b), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
   %x.2 = f32[4,4]{1,0} all-to-all(%c), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
   ROOT %f.3 = f32[2,4]{1,0} fusion(%d), kind=kCustom, calls=%all-reduce-scatter.5
@@ -114,3 +120,8 @@ def test_forms_of_the_tpu_compiler():
         "all-to-all": (6, 6 * 64, 6 * 48),
         "reduce-scatter": (3, 3 * 32, 3 * 96),
     }
+    written = {"all-gather": (1, 32), "all-to-all": (2, 128), "reduce-scatter": (1, 32)}
+    assert collectives(TPU_TEXT) == written
+    # Two that are alike and begun apart are two, though a channel may name both.
+    again = "  %f.5 = (bf16[1,4], bf16[4,4]) fusion(%e), kind=kCustom, calls=%start\n  ROOT %f.3"
+    assert collectives(TPU_TEXT.replace("  ROOT %f.3", again))["all-gather"].count == 2
