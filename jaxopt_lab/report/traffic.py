@@ -48,34 +48,40 @@ def traffic(
     Args:
       compiled_text: `jax.jit(f).lower(...).compile().as_text()`.
       branch: Which branch of a conditional, by its bytes sent: `max` or `min`.
-      rounds: Of a loop that ends on a condition and not on a count.
+      rounds: Of a loop that ends on a condition and not on a count. Of several in a row the one
+        that sends most runs and those inside of it do not, as a refresh of bases after a start.
 
     Returns:
       For every kind that occurs, how often, with the bytes of its results and the bytes sent.
     """
     bodies = dict(computations(compiled_text))
     begun = begun_in_fusions(bodies)
-    known: dict[str, Totals] = {}
+    known: dict[tuple[str, bool], Totals] = {}
 
-    def of(name: str) -> Totals:
-        if name not in known:
-            known[name] = _total(parts(bodies.get(name, ())))
-        return known[name]
+    def of(name: str, inside: bool = False) -> Totals:
+        if (name, inside) not in known:
+            known[name, inside] = _total(parts(bodies.get(name, ()), inside))
+        return known[name, inside]
 
-    def parts(lines: Iterable[str]) -> Iterator[Totals]:
+    def parts(lines: Iterable[str], inside: bool) -> Iterator[Totals]:
+        waiting: list[Totals] = []
         for line in lines:
             if loop := " while(" in line and _WHILE.search(line):
                 counted = _counted_rounds(line, bodies.get(loop[1], ()))
-                yield _times(rounds if counted is None else counted, of(loop[2]))
+                if counted is not None:
+                    yield _times(counted, of(loop[2], inside))
+                elif not inside:
+                    waiting.append(of(loop[2], inside=True))
             elif found := " conditional(" in line and _BRANCHES.search(line):
                 names = re.findall(r"[\w.\-]+", ",".join(filter(None, found.groups())))
-                yield _chosen([of(name) for name in names], branch)
+                yield _chosen([of(name, inside) for name in names], branch)
             elif name := fusion_callee(line):
                 yield from map(_one, in_fusion(name, line, bodies.get(name, ()), begun))
             elif callee := _CALLS.search(line):
-                yield of(callee[1])
+                yield of(callee[1], inside)
             else:
                 yield from map(_one, instructions(line))
+        yield _times(rounds, _chosen(waiting, max))
 
     entry = next((name for name in bodies if name.startswith("ENTRY ")), None)
     return {} if entry is None else dict(sorted(of(entry).items()))

@@ -114,6 +114,18 @@ def test_rounds_of_a_loop_without_a_counter_are_given():
     assert traffic(text, rounds=2)["all-reduce"].count == 2
 
 
+def test_of_loops_that_wait_the_one_that_sends_most_runs():
+    def until(change, size=1.0):
+        return lambda x: lax.while_loop(lambda y: jnp.sum(y) > size, change, x)
+
+    def start_and_refresh(x):
+        x = until(summed)(x)
+        return until(lambda y: until(summed, 2.0)(gathered(y)[:8] + gathered(2 * y)[:8]))(x)
+
+    found = traffic(compiled_text(start_and_refresh, P("d")))
+    assert set(found) == {"all-gather"}
+
+
 def test_forms_of_the_tpu_compiler():
     assert traffic(TPU_TEXT) == {
         "all-gather": (3, 3 * 32, 3 * 24),
