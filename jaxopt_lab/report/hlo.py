@@ -23,6 +23,8 @@ _INSTRUCTION = re.compile(
 )
 _ARRAY = re.compile(r"\b(pred|token|opaque|bf16|[suc]\d+|f\d+\w*)\[([\d,<=]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+# Not what ends the metadata of a kernel, which may take several lines.
+_END = re.compile(r"\}(, execution_thread=.*)?$")
 _FUSION = re.compile(r" fusion\(.*calls=%?([\w.\-]+)")
 # In the fusion that begins what a TPU sends beside other work.
 _BEGINS = "AsyncCollectiveStart"
@@ -91,7 +93,7 @@ def computations(text: str) -> Iterator[tuple[str, list[str]]]:
     for line in text.splitlines():
         if name is None and (head := _COMPUTATION.match(line)):
             name, lines = ("ENTRY " if line.startswith("ENTRY ") else "") + head[1], []
-        elif line.startswith("}") and name is not None:
+        elif _END.match(line) and name is not None:
             yield name, lines
             name = None
         elif name is not None:

@@ -62,9 +62,9 @@ def test_loops_branches_and_groups_count(local, out_spec, branch, wanted):
     assert found == {kind: (count, blocks * BLOCK, sent * BLOCK)}
 
 
-# A loop of three rounds whose trip count is in its condition alone. In each, one gather is started,
-# carried on and finished by fusions that repeat it, two exchanges share a channel, and gradients
-# are summed and cut in one fusion.
+# A loop of three rounds whose trip count is in its condition alone. In each, a kernel has metadata
+# of several lines, one gather is started, carried on and finished by fusions that repeat it, two
+# exchanges share a channel, and gradients are summed and cut in one fusion.
 TPU_TEXT = """
 %start (p: bf16[1,4]) -> (bf16[1,4], bf16[4,4]) {
   %g.1 = bf16[4,4]{1,0:T(8,128)} all-gather(%p), channel_id=7, replica_groups=mesh['axis_0'=1,'axis_1'=4] {'axis_1'}, dimensions={0}
@@ -91,6 +91,9 @@ TPU_TEXT = """
 }
 
 %body (s: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %k = f32[8,4] custom-call(%d), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="kernel"}
   %f.1 = (bf16[1,4], bf16[4,4]) fusion(%a), kind=kCustom, calls=%start
   %f.4 = bf16[4,4]{1,0} fusion(%f.1), kind=kCustom, calls=%step
   %f.2 = bf16[4,4]{1,0} fusion(%f.4), kind=kCustom, calls=%done
