@@ -20,7 +20,8 @@ _BRANCHES = re.compile(
 )
 _CALLS = re.compile(r" (?:call|async-start)\(.*(?:calls|to_apply)=%?([\w.\-]+)")
 _ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CONSTANT = re.compile(r" s32\[\](?:\{[^}]*\})? constant\((\d+)\)")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = ([su])32\[\](?:\{[^}]*\})? constant\((\d+)\)")
+_ADDED = re.compile(r" u32\[\](?:\{[^}]*\})? add\(%?get-tuple-element[\w.]*, %?([\w.\-]+)\)")
 
 
 class Traffic(NamedTuple):
@@ -67,7 +68,7 @@ def traffic(
         waiting: list[Totals] = []
         for line in lines:
             if loop := " while(" in line and _WHILE.search(line):
-                counted = _counted_rounds(line, bodies.get(loop[1], ()))
+                counted = _counted_rounds(line, *(bodies.get(name, ()) for name in loop.groups()))
                 if counted is not None:
                     yield _times(counted, of(loop[2], inside))
                 elif not inside:
@@ -94,12 +95,20 @@ def _one(each: Instruction) -> Totals:
     return {each.kind: Traffic(1, each.bytes, sent)}
 
 
-def _counted_rounds(line: str, condition: Iterable[str]) -> int | None:
+def _counted_rounds(line: str, condition: Iterable[str], body: Iterable[str]) -> int | None:
     """Rounds of a loop: as the compiler notes it, or what its counter is compared with."""
     if noted := _ROUNDS.search(line):
         return int(noted[1])
-    bounds = [int(n) for text in condition for n in _CONSTANT.findall(text)]
-    return max(bounds, default=None)
+    bounds = [(int(n), sign) for text in condition for _, sign, n in _CONSTANT.findall(text)]
+    if not bounds:
+        return None
+    bound, sign = max(bounds)
+    if sign == "s":
+        return bound
+    # Over the shards of an operand, which a TPU exchanges while it multiplies, two in a round.
+    constants = {name: int(n) for text in body for name, _, n in _CONSTANT.findall(text)}
+    added = [constants.get(name, 1) for text in body for name in _ADDED.findall(text)]
+    return bound // max(added, default=1)
 
 
 def _total(parts: Iterable[Totals]) -> Totals:

@@ -129,6 +129,33 @@ def test_of_loops_that_wait_the_one_that_sends_most_runs():
     assert set(found) == {"all-gather"}
 
 
+# A product whose operand goes round while it is multiplied: eight steps, two in a round.
+WINDOWED = """
+%condition (s: (f32[4], u32[])) -> pred[] {
+  %bound = u32[]{:T(128)} constant(8)
+  ROOT %lt = pred[] compare(%get-tuple-element.1, %bound), direction=LT
+}
+
+%body (s: (f32[4], u32[])) -> (f32[4], u32[]) {
+  %one = u32[]{:T(128)} constant(1)
+  %two = u32[]{:T(128)} constant(2)
+  %get-tuple-element.2 = u32[]{:T(128)} get-tuple-element(%s), index=1
+  %inner = u32[]{:T(128)} add(%get-tuple-element.2, %one)
+  %next = u32[]{:T(128)} add(%get-tuple-element.2, %two), metadata={op_name="dot"}
+  %p.1 = f32[4]{0} collective-permute(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %p.2 = f32[4]{0} collective-permute(%p.1), channel_id=2, source_target_pairs={{0,1},{1,0}}
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  ROOT %w = (f32[4], u32[]) while(%t), condition=%condition, body=%body
+}
+"""
+
+
+def test_products_whose_operands_go_round():
+    assert traffic(WINDOWED, rounds=0) == {"collective-permute": (8, 128, 128)}
+
+
 def test_forms_of_the_tpu_compiler():
     assert traffic(TPU_TEXT) == {
         "all-gather": (3, 3 * 32, 3 * 24),
