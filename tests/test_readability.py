@@ -25,7 +25,8 @@ LIMITS = {
 # 21 with dropout that keeps one bit an entry, of encoders and adapters.
 # 6 with moments that are sharded by columns where their rows cannot be divided.
 # 4 with the transpose of a packed matrix: a tied head multiplies with it.
-LINES = 10_412
+# 7 with eigenvectors by another method on a TPU, which compile in seconds.
+LINES = 10_419
 
 
 @pytest.fixture(scope="module")

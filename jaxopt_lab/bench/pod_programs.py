@@ -153,7 +153,7 @@ def _kinds_of_steps(method_name: str) -> dict[str, Any]:
     """What runs in an ordinary step, and in the one of a period that does more."""
     if method_name.startswith(("soap", "dykaf")):
         # A refresh is a loop of one round, in which the step is taken as well; the conditional
-        # behind it takes the step where there is none. (The start of the bases is a loop, too.)
+        # behind it takes the step where there is none.
         return {
             "ordinary": {"branch": max, "rounds": 0},
             "periodic": {"branch": min, "rounds": 1},

@@ -30,7 +30,8 @@ def product_flops(
       jaxpr: As `jax.make_jaxpr(f)(...)` or `jax.jit(f).trace(...).jaxpr`.
       devices: Of the mesh.
       branch: Which branch of a conditional, by its FLOPs: `max` or `min`.
-      rounds: Of a loop that ends on a condition and not on a count.
+      rounds: Of a loop that ends on a condition and not on a count. Of several in a row the longest
+        runs and those inside of it do not, as a refresh of bases beside their start.
 
     >>> import jax
     >>> x = jax.ShapeDtypeStruct((8, 4), "bfloat16")
@@ -38,29 +39,30 @@ def product_flops(
     512.0
     """
 
-    def flops(jaxpr: Any, share: float, branch: Branch = branch) -> float:
-        total = 0.0
+    def flops(jaxpr: Any, share: float, branch: Branch = branch, inside: bool = False) -> float:
+        total, waiting = 0.0, [0.0]
         for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
             name, params = eqn.primitive.name, eqn.params
             if name == "cond":
-                total += branch([flops(each, share, branch) for each in params["branches"]])
+                total += branch([flops(x, share, branch, inside) for x in params["branches"]])
             elif name == "while":
-                total += rounds * flops(params["body_jaxpr"], share, branch)
+                if not inside:
+                    waiting.append(flops(params["body_jaxpr"], share, branch, inside=True))
             elif name == "shard_map":
                 # Shapes inside are those of one device, as far as its axes go.
                 axes = params["newly_manual_axes"]
                 parts = math.prod(params["mesh"].shape[axis] for axis in axes)
-                total += flops(params["jaxpr"], share * parts, branch)
+                total += flops(params["jaxpr"], share * parts, branch, inside)
             elif name == "pallas_call":
                 # Every block counts, also one that the kernel skips, as without it.
                 blocks = math.prod(params["grid_mapping"].grid)
                 total += flops(params["jaxpr"], share * blocks, max)
             elif inner := [each for value in params.values() for each in _jaxprs(value)]:
                 times = params["length"] if name == "scan" else 1
-                total += times * sum(flops(each, share, branch) for each in inner)
+                total += times * sum(flops(each, share, branch, inside) for each in inner)
             else:
                 total += share * _of_equation(eqn)
-        return total
+        return total + rounds * max(waiting)
 
     whole = getattr(jaxpr, "jaxpr", jaxpr)
     # The compiler drops what nothing reads, as the loss of a step that needs its weight alone.

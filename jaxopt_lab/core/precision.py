@@ -32,8 +32,9 @@ def dot_precision(
     """The `precision=` argument that gives a product at least the named accuracy.
 
     The split algorithms build one float32 product from several on the tensor cores. They exist on
-    GPUs only (elsewhere XLA refuses the name), so other platforms use their full float32 product;
-    for "tf32" a TPU, whose default is bfloat16, splits into three products of that.
+    GPUs only (elsewhere XLA refuses the name). Other platforms take `Precision.HIGH` for "bf16_x3"
+    and "tf32", three products of bfloat16 on a TPU and a full float32 product on a CPU, and full
+    float32 products for what is wider.
 
     Args:
       name: "default" (TF32 on a GPU), "tf32" (at least as accurate as TF32 everywhere), a split
@@ -45,10 +46,9 @@ def dot_precision(
     if name == "highest":
         return Precision.HIGHEST
     platform = platform or jax.default_backend()
-    if name == "tf32" and platform == "tpu":
-        return DotAlgorithmPreset.BF16_BF16_F32_X3
-    on_gpu = platform in ("gpu", "cuda", "rocm")
-    return _SPLIT[name] if on_gpu else Precision.HIGHEST
+    if platform in ("gpu", "cuda", "rocm"):
+        return _SPLIT[name]
+    return Precision.HIGH if name in ("tf32", "bf16_x3") else Precision.HIGHEST
 
 
 # Traced once for equal shapes; `inline`: without a trace in the program.

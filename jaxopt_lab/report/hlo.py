@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 KINDS = (
@@ -22,6 +22,12 @@ _INSTRUCTION = re.compile(
     re.MULTILINE,
 )
 _ARRAY = re.compile(r"\b(pred|token|opaque|bf16|[suc]\d+|f\d+\w*)\[([\d,<=]*)\]")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+# Not what ends the metadata of a kernel, which may take several lines.
+_END = re.compile(r"\}(, execution_thread=.*)?$")
+_FUSION = re.compile(r" fusion\(.*calls=%?([\w.\-]+)")
+# In the fusion that begins what a TPU sends beside other work.
+_BEGINS = "AsyncCollectiveStart"
 _COMMENT = re.compile(r"/\*.*?\*/")
 _SINGLETON_GROUPS = re.compile(r"replica_groups=(?:\{(?:\{\d+\},?)+\}|\[\d+,1\]<=)")
 
@@ -45,7 +51,7 @@ class Instruction(NamedTuple):
 def collectives(compiled_text: str) -> dict[str, CollectiveTotal]:
     """Counts the collectives of a compiled program.
 
-    An asynchronous pair counts once, at its start. Every occurrence in the text counts once:
+    What is asynchronous counts once, at its start. Every other occurrence in the text counts once:
     the trip count of a loop around it is not known here, and both branches of a conditional are
     counted. Groups of a single device move nothing and are left out.
 
@@ -61,14 +67,79 @@ def collectives(compiled_text: str) -> dict[str, CollectiveTotal]:
     {'all-gather': CollectiveTotal(count=1, bytes=128)}
     """
     totals: dict[str, CollectiveTotal] = {}
-    for each in instructions(compiled_text):
+    for each in _written(compiled_text):
         before = totals.get(each.kind, CollectiveTotal(0, 0))
         totals[each.kind] = CollectiveTotal(before.count + 1, before.bytes + each.bytes)
     return dict(sorted(totals.items()))
 
 
+def _written(text: str) -> Iterator[Instruction]:
+    bodies = dict(computations(text)) or {"": text.splitlines()}
+    begun = begun_in_fusions(bodies)
+    fused: set[str] = set()
+    for lines in bodies.values():
+        for line in lines:
+            if callee := fusion_callee(line):
+                fused.add(callee)
+                yield from in_fusion(callee, line, bodies.get(callee, ()), begun)
+    for name, lines in bodies.items():
+        if name not in fused:
+            yield from instructions("\n".join(lines))
+
+
+def computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    """The parts of a program with their lines; the name of the first one to run has "ENTRY "."""
+    name, lines = None, []
+    for line in text.splitlines():
+        if name is None and (head := _COMPUTATION.match(line)):
+            name, lines = ("ENTRY " if line.startswith("ENTRY ") else "") + head[1], []
+        elif _END.match(line) and name is not None:
+            yield name, lines
+            name = None
+        elif name is not None:
+            lines.append(line)
+
+
+def fusion_callee(line: str) -> str | None:
+    """The part that a line runs as one operation."""
+    found = " fusion(" in line and _FUSION.search(line)
+    return found[1] if found else None
+
+
+def begun_in_fusions(bodies: Mapping[str, Iterable[str]]) -> set[Instruction]:
+    """Collectives that a TPU runs beside other work, from the parts of a program."""
+    return {
+        each
+        for lines in bodies.values()
+        if any(_BEGINS in line for line in lines)
+        for line in lines
+        for each in instructions(line)
+    }
+
+
+def in_fusion(
+    name: str, line: str, body: Iterable[str], begun: Container[Instruction]
+) -> list[Instruction]:
+    """Collectives of a fusion. Start, steps and end of one repeat it, and the start counts.
+
+    Args:
+      name: Of the part that the fusion runs.
+      line: That runs it.
+      body: Lines of the part.
+      begun: As `begun_in_fusions` finds them.
+    """
+    found = [each for text in body for each in instructions(text)]
+    if not any(_BEGINS in text for text in body):
+        found = [each for each in found if each not in begun]
+    if "all-reduce-scatter" not in name:
+        return found
+    # An all-reduce of which each device keeps a slice.
+    size = shape_bytes(line.split(" = ", 1)[1].split(" fusion(", 1)[0])
+    return [x._replace(kind="reduce-scatter", bytes=size) for x in found if x.kind == "all-reduce"]
+
+
 def instructions(compiled_text: str) -> Iterator[Instruction]:
-    """The collectives of a text one by one, as `collectives` counts them."""
+    """The collectives of a text one by one, wherever they stand."""
     text = _COMMENT.sub("", compiled_text)
     for match in _INSTRUCTION.finditer(text):
         shape, kind, start = match.groups()

@@ -4,17 +4,24 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from jaxopt_lab.report.hlo import Instruction, instructions, shape_bytes
+from jaxopt_lab.report.hlo import (
+    Instruction,
+    begun_in_fusions,
+    computations,
+    fusion_callee,
+    in_fusion,
+    instructions,
+)
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _BRANCHES = re.compile(
     r" conditional\(.*(?:branch_computations=\{([^}]*)\}"
     r"|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+))"
 )
-_CALLS = re.compile(r" (?:fusion|call|async-start)\(.*(?:calls|to_apply)=%?([\w.\-]+)")
+_CALLS = re.compile(r" (?:call|async-start)\(.*(?:calls|to_apply)=%?([\w.\-]+)")
 _ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CONSTANT = re.compile(r" s32\[\](?:\{[^}]*\})? constant\((\d+)\)")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = ([su])32\[\](?:\{[^}]*\})? constant\((\d+)\)")
+_ADDED = re.compile(r" u32\[\](?:\{[^}]*\})? add\(%?get-tuple-element[\w.]*, %?([\w.\-]+)\)")
 
 
 class Traffic(NamedTuple):
@@ -42,52 +49,43 @@ def traffic(
     Args:
       compiled_text: `jax.jit(f).lower(...).compile().as_text()`.
       branch: Which branch of a conditional, by its bytes sent: `max` or `min`.
-      rounds: Of a loop that ends on a condition and not on a count.
+      rounds: Of a loop that ends on a condition and not on a count. Of several in a row the one
+        that sends most runs and those inside of it do not, as a refresh of bases after a start.
 
     Returns:
       For every kind that occurs, how often, with the bytes of its results and the bytes sent.
     """
-    computations = dict(_computations(compiled_text))
-    known: dict[str, Totals] = {}
+    bodies = dict(computations(compiled_text))
+    begun = begun_in_fusions(bodies)
+    known: dict[tuple[str, bool], Totals] = {}
 
-    def of(name: str) -> Totals:
-        if name not in known:
-            known[name] = _total(parts(computations.get(name, ())))
-        return known[name]
+    def of(name: str, inside: bool = False) -> Totals:
+        if (name, inside) not in known:
+            known[name, inside] = _total(parts(bodies.get(name, ()), inside))
+        return known[name, inside]
 
-    def parts(lines: Iterable[str]) -> Iterator[Totals]:
-        fused: set[Instruction] = set()
+    def parts(lines: Iterable[str], inside: bool) -> Iterator[Totals]:
+        waiting: list[Totals] = []
         for line in lines:
             if loop := " while(" in line and _WHILE.search(line):
-                counted = _counted_rounds(line, computations.get(loop[1], ()))
-                yield _times(rounds if counted is None else counted, of(loop[2]))
+                counted = _counted_rounds(line, *(bodies.get(name, ()) for name in loop.groups()))
+                if counted is not None:
+                    yield _times(counted, of(loop[2], inside))
+                elif not inside:
+                    waiting.append(of(loop[2], inside=True))
             elif found := " conditional(" in line and _BRANCHES.search(line):
                 names = re.findall(r"[\w.\-]+", ",".join(filter(None, found.groups())))
-                yield _chosen([of(name) for name in names], branch)
-            elif callee := " fusion(" in line and _CALLS.search(line):
-                inside = _in_fusion(callee[1], line, computations.get(callee[1], ()))
-                yield from map(_one, inside - fused)
-                fused |= inside
+                yield _chosen([of(name, inside) for name in names], branch)
+            elif name := fusion_callee(line):
+                yield from map(_one, in_fusion(name, line, bodies.get(name, ()), begun))
             elif callee := _CALLS.search(line):
-                yield of(callee[1])
+                yield of(callee[1], inside)
             else:
                 yield from map(_one, instructions(line))
+        yield _times(rounds, _chosen(waiting, max))
 
-    entry = next((name for name in computations if name.startswith("ENTRY ")), None)
+    entry = next((name for name in bodies if name.startswith("ENTRY ")), None)
     return {} if entry is None else dict(sorted(of(entry).items()))
-
-
-def _in_fusion(name: str, line: str, body: Iterable[str]) -> set[Instruction]:
-    """Collectives that a TPU runs beside other work.
-
-    Start, steps and end of one are fusions that repeat the instruction, with its channel.
-    """
-    found = {each for text in body for each in instructions(text)}
-    if "all-reduce-scatter" not in name:
-        return found
-    # An all-reduce of which each device keeps a slice.
-    size = shape_bytes(line.split(" = ", 1)[1].split(" fusion(", 1)[0])
-    return {x._replace(kind="reduce-scatter", bytes=size) for x in found if x.kind == "all-reduce"}
 
 
 def _one(each: Instruction) -> Totals:
@@ -97,24 +95,20 @@ def _one(each: Instruction) -> Totals:
     return {each.kind: Traffic(1, each.bytes, sent)}
 
 
-def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-    name, lines = None, []
-    for line in text.splitlines():
-        if name is None and (head := _COMPUTATION.match(line)):
-            name, lines = ("ENTRY " if line.startswith("ENTRY ") else "") + head[1], []
-        elif line.startswith("}") and name is not None:
-            yield name, lines
-            name = None
-        elif name is not None:
-            lines.append(line)
-
-
-def _counted_rounds(line: str, condition: Iterable[str]) -> int | None:
+def _counted_rounds(line: str, condition: Iterable[str], body: Iterable[str]) -> int | None:
     """Rounds of a loop: as the compiler notes it, or what its counter is compared with."""
     if noted := _ROUNDS.search(line):
         return int(noted[1])
-    bounds = [int(n) for text in condition for n in _CONSTANT.findall(text)]
-    return max(bounds, default=None)
+    bounds = [(int(n), sign) for text in condition for _, sign, n in _CONSTANT.findall(text)]
+    if not bounds:
+        return None
+    bound, sign = max(bounds)
+    if sign == "s":
+        return bound
+    # Over the shards of an operand, which a TPU exchanges while it multiplies, two in a round.
+    constants = {name: int(n) for text in body for name, _, n in _CONSTANT.findall(text)}
+    added = [constants.get(name, 1) for text in body for name in _ADDED.findall(text)]
+    return bound // max(added, default=1)
 
 
 def _total(parts: Iterable[Totals]) -> Totals:

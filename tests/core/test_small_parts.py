@@ -137,9 +137,9 @@ def test_only_threefry_keys_are_taken(impl):
 
 def test_split_precisions_exist_where_they_run():
     assert dot_precision("bf16_x3", "gpu") == DotAlgorithmPreset.BF16_BF16_F32_X3
+    assert dot_precision("bf16_x3", "tpu") == Precision.HIGH  # three, and not six
     assert dot_precision("tf32_x3", "cpu") == Precision.HIGHEST
-    assert dot_precision("tf32", "cpu") == Precision.HIGHEST
-    assert dot_precision("tf32", "tpu") == DotAlgorithmPreset.BF16_BF16_F32_X3
+    assert dot_precision("tf32", "tpu") == Precision.HIGH
     assert dot_precision("tf32", "gpu") == DotAlgorithmPreset.TF32_TF32_F32
     assert dot_precision("default", "gpu") == Precision.DEFAULT
     x = jax.random.normal(jax.random.key(0), (8, 8))

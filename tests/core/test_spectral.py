@@ -295,3 +295,9 @@ def test_a_decomposition_that_fails_gives_the_identity():
     factors = np.stack([np.diag([1.0, 2.0]), np.full((2, 2), np.nan)]).astype(np.float32)
     bases = np.asarray(EIGENBASIS(factors))
     np.testing.assert_array_equal(np.abs(bases), [np.eye(2)[::-1], np.eye(2)])
+
+
+def test_the_program_for_a_tpu_does_not_grow_with_the_matrix():
+    x = jax.ShapeDtypeStruct((1, 2048, 2048), jnp.float32)
+    text = EIGENBASIS.trace(x).lower(lowering_platforms=("tpu",)).as_text()
+    assert "Eigh" in text and text.count("\n") < 100
