@@ -1,4 +1,5 @@
 import os
+import platform
 import subprocess
 import sys
 
@@ -192,6 +193,32 @@ def test_the_cpu_runtime_gets_threads_enough_for_concurrent_decompositions(monke
     monkeypatch.delenv("PJRT_NPROC")
     assert cli.main(["data"]) == 2
     assert int(os.environ["PJRT_NPROC"]) >= 16
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_taken_again_without_page_faults():
+    # A process of its own: the allocator belongs to all of this one. Another thread, as XLA's are.
+    program = """
+import resource, threading
+from jaxopt_lab import verbs
+verbs.keep_freed_memory()
+size = 2**26  # not folded into a constant
+def fill():
+    for _ in range(4):
+        b"x" * size
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def run():
+    thread = threading.Thread(target=fill)
+    thread.start()
+    thread.join()
+run()
+before = faults()
+run()
+print(faults() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert int(done.stdout) < 1000, done  # 65536 without
 
 
 def test_plot_of_nothing_is_an_error(capsys, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxopt_lab.bench import shapes
+from jaxopt_lab.bench.memory import run_memory
 from jaxopt_lab.bench.methods import DEFAULT_METHODS
 from jaxopt_lab.bench.optimizers import run_optimizers
 from jaxopt_lab.report.progress import to_stderr
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jaxopt-lab bench", description="Benchmarks.")
     verbs = parser.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     _add_optimizers(verbs)
+    _add_memory(verbs)
     _add_training(verbs)
     _add_collectives(verbs)
     _add_scaling(verbs)
@@ -79,6 +81,24 @@ def _run_optimizers(options: argparse.Namespace) -> Any:
         repeats=options.repeats,
         seconds_per_round=options.seconds,
         fused_qkv=options.fused_qkv,
+        on_progress=to_stderr,
+    )
+
+
+def _add_memory(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs, "memory", "state and scratch memory of optimizer steps, compiled only"
+    )
+    parser.add_argument("--layout", choices=shapes.LAYOUTS, default="stacked", help="of layers")
+    parser.add_argument("--optimizers", default=",".join(DEFAULT_METHODS), metavar="A,B")
+    parser.set_defaults(run=_run_memory)
+
+
+def _run_memory(options: argparse.Namespace) -> Any:
+    return run_memory(
+        options.model,
+        optimizers=options.optimizers.split(","),
+        layout=options.layout,
         on_progress=to_stderr,
     )
 

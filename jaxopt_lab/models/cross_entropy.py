@@ -186,7 +186,7 @@ def _nats(
 ) -> tuple[jax.Array, jax.Array]:
     """Loss of every position, and its log-sum-exp."""
     head_DxV, side = head
-    logits_BxTxV = constrain(matmul(side, x_BxTxD, head_DxV), mesh, ("batch", None, "vocab"))
+    logits_BxTxV = constrain(matmul(side, x_BxTxD, head_DxV, mesh), mesh, ("batch", None, "vocab"))
     logits_BxTxV = logits_BxTxV.astype(jnp.promote_types(logits_BxTxV.dtype, jnp.float32))
     normaliser_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
     # A masked sum and not a gather: it stays local when the vocabulary is sharded, and its

@@ -92,7 +92,7 @@ class Decoder(nnx.Module):
     ) -> jax.Array:
         """Logits of the next token at every position, (B, T, V), in the compute dtype."""
         x_BxTxD = self.hidden(tokens_BxT, segment_ids_BxT, mesh=mesh, side=side)
-        logits_BxTxV = matmul(self.head_side(side), x_BxTxD, self.head_kernel())
+        logits_BxTxV = matmul(self.head_side(side), x_BxTxD, self.head_kernel(), mesh)
         return constrain(logits_BxTxV, mesh, ("batch", None, "vocab"))
 
     def hidden(

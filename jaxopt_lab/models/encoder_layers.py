@@ -80,7 +80,7 @@ class Attention(nnx.Module):
         """Mixes positions."""
         config = self.config
         B, T, D = x_BxTxD.shape
-        qkv_BxTx3xD = self.qkv(x_BxTxD)
+        qkv_BxTx3xD = self.qkv(x_BxTxD, mesh)
         q_BxTxHxE, k_BxTxHxE, v_BxTxHxE = (
             constrain(
                 qkv_BxTx3xD[:, :, i].reshape(B, T, config.heads, config.head_width),
@@ -100,7 +100,7 @@ class Attention(nnx.Module):
             dropout=(config.attention_dropout, key),
             mesh=mesh,
         )
-        return self.out(y_BxTxHxE.reshape(B, T, D))
+        return self.out(y_BxTxHxE.reshape(B, T, D), mesh)
 
 
 class MLP(nnx.Module):
@@ -116,8 +116,8 @@ class MLP(nnx.Module):
     def __call__(self, x_BxTxD: jax.Array, mesh: OnMesh) -> jax.Array:
         """Transforms each position."""
         exact = self.config.activation == "gelu"
-        h_BxTxF = gelu(self.up(x_BxTxD)) if exact else jax.nn.gelu(self.up(x_BxTxD))
-        return self.down(constrain(h_BxTxF, mesh, ("batch", None, "hidden")))
+        h_BxTxF = gelu(self.up(x_BxTxD, mesh)) if exact else jax.nn.gelu(self.up(x_BxTxD, mesh))
+        return self.down(constrain(h_BxTxF, mesh, ("batch", None, "hidden")), mesh)
 
 
 @jax.custom_jvp

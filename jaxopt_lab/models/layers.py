@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxopt_lab.core.packed import linear
 from jaxopt_lab.models.attention import attend, rotate
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.encoder_config import ModelConfig
 from jaxopt_lab.models.sharding import OnMesh, constrain
-from jaxopt_lab.models.side import Side
+from jaxopt_lab.models.side import Side, matmul
 
 INIT_STD = 0.02
 
@@ -109,11 +108,9 @@ class Linear(nnx.Module):
         self.bias = zeros(config, shape[1:], bias_axes) if biased else None
         self.side: Side | None = None  # `attach` sets it
 
-    def __call__(self, x_BxTxI: jax.Array) -> jax.Array:
+    def __call__(self, x_BxTxI: jax.Array, mesh: OnMesh = None) -> jax.Array:
         """Applies the map to the last axis."""
-        kernel = self.kernel[...].astype(x_BxTxI.dtype)
-        product = linear if self.side is None else self.side.product
-        y = product(x_BxTxI, kernel)
+        y = matmul(self.side, x_BxTxI, self.kernel[...].astype(x_BxTxI.dtype), mesh)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -160,11 +157,11 @@ class Attention(nnx.Module):
         config = self.config
         B, T, _ = x_BxTxD.shape
         if hasattr(self, "qkv"):
-            qkv_BxTx3xP = self.qkv(x_BxTxD)
+            qkv_BxTx3xP = self.qkv(x_BxTxD, mesh)
             projections, keys = [qkv_BxTx3xP[:, :, i] for i in range(3)], "heads"
         else:
-            kv_BxTx2xK = self.kv(x_BxTxD)
-            projections = [self.q(x_BxTxD), kv_BxTx2xK[:, :, 0], kv_BxTx2xK[:, :, 1]]
+            kv_BxTx2xK = self.kv(x_BxTxD, mesh)
+            projections = [self.q(x_BxTxD, mesh), kv_BxTx2xK[:, :, 0], kv_BxTx2xK[:, :, 1]]
             keys = "kv_heads"
         q_BxTxHxE, k_BxTxKxE, v_BxTxKxE = (
             constrain(p.reshape(B, T, -1, config.head_width), mesh, ("batch", None, name, None))
@@ -180,7 +177,7 @@ class Attention(nnx.Module):
             kernel=config.attention,
             mesh=mesh,
         )
-        return self.out(y_BxTxHxE.reshape(B, T, -1))
+        return self.out(y_BxTxHxE.reshape(B, T, -1), mesh)
 
 
 class MLP(nnx.Module):
@@ -198,12 +195,12 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BxTxD: jax.Array, mesh: OnMesh) -> jax.Array:
         """Transforms each position."""
-        h_BxTxF = self.up(x_BxTxD)
+        h_BxTxF = self.up(x_BxTxD, mesh)
         if self.config.mlp == "swiglu":
-            h_BxTxF = elementwise(self.config, _gated)(self.gate(x_BxTxD), h_BxTxF)
+            h_BxTxF = elementwise(self.config, _gated)(self.gate(x_BxTxD, mesh), h_BxTxF)
         else:
             h_BxTxF = elementwise(self.config, jax.nn.gelu)(h_BxTxF)
-        return self.down(constrain(h_BxTxF, mesh, ("batch", None, "hidden")))
+        return self.down(constrain(h_BxTxF, mesh, ("batch", None, "hidden")), mesh)
 
 
 def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:

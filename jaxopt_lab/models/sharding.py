@@ -105,6 +105,15 @@ def placement(mesh: Mesh | Placement) -> Placement:
     return mesh if isinstance(mesh, Placement) else Placement(mesh)
 
 
+def is_single_cpu(mesh: OnMesh) -> bool:
+    """Whether arrays lie on one CPU device, and nowhere else.
+
+    Without a mesh only where there is no other device: a traced array does not tell where it is.
+    """
+    devices = jax.devices() if mesh is None else placement(mesh).mesh.devices.ravel()
+    return len(devices) == 1 and devices[0].platform == "cpu"
+
+
 def spec_for(
     axes: tuple[str | None, ...],
     counts: tuple[int, ...],

@@ -10,7 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from jaxopt_lab.core.packed import linear
+from jaxopt_lab.core.packed import is_packed, linear
+from jaxopt_lab.models.sharding import OnMesh, is_single_cpu
 
 
 @runtime_checkable
@@ -61,9 +62,27 @@ def looked_up(side: TableSide | None, index: jax.Array, table: jax.Array) -> jax
     return table[index] if side is None else side.rows(index, table)
 
 
-def matmul(side: Side | None, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x @ kernel`, of a kernel that may be packed, or what the side makes of it."""
-    return linear(x, kernel) if side is None else side.product(x, kernel)
+def matmul(side: Side | None, x: jax.Array, kernel: jax.Array, mesh: OnMesh = None) -> jax.Array:
+    """`x @ kernel`, of a kernel that may be packed, or what the side makes of it.
+
+    On a single CPU the product is of two matrices: a gradient that is contracted over rows and
+    positions apart is transposed first by XLA's CPU compiler, element by element and together with
+    what it is computed from. The barrier keeps a transposition of the kernel's gradient, as under a
+    tied head, out of its product, which is slower in that order.
+
+    Args:
+        side: what stands beside the kernel.
+        x: inputs (..., in).
+        kernel: (in, *out).
+        mesh: over which `x` is spread; None: not known.
+    """
+    if side is not None:
+        return side.product(x, kernel)
+    if is_packed(kernel) or not is_single_cpu(mesh):
+        return linear(x, kernel)
+    columns = jax.lax.optimization_barrier(kernel).reshape(kernel.shape[0], -1)
+    product = linear(x.reshape(-1, x.shape[-1]), columns)
+    return product.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
 def of_layer(tree: Mapping[str, Any] | None, index: int) -> Any:

@@ -17,6 +17,7 @@ from jaxopt_lab.models import (
     parameter_count,
 )
 from jaxopt_lab.models.attention import attend, rotate
+from jaxopt_lab.models.side import matmul
 from tests.models.decoders import (
     GPT2,
     GPT2_BIASED,
@@ -30,6 +31,23 @@ from tests.models.decoders import (
     tokens,
     varied_params,
 )
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_single_cpu_sees_products_of_two_matrices(devices):
+    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    kernel = jax.random.normal(jax.random.key(1), (4, 5, 6))
+
+    def objective(x, kernel, mesh):
+        return jnp.sum(jnp.sin(matmul(None, x, kernel, mesh)))
+
+    gradient = jax.grad(objective, argnums=(0, 1))
+    text = str(jax.make_jaxpr(lambda *given: gradient(*given, mesh))(x, kernel))
+    assert ("[0, 1]" in text) == (devices > 1), text  # rows and positions contracted apart
+    plain = jax.grad(lambda *given: jnp.sum(jnp.sin(jnp.tensordot(*given, axes=1))), (0, 1))
+    for found, wanted in zip(gradient(x, kernel, mesh), plain(x, kernel), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("config", STYLES.values(), ids=STYLES)
