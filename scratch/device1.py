@@ -9,7 +9,7 @@ from jaxopt_lab.bench.methods import method
 from jaxopt_lab.step import Step
 from jaxopt_lab.tasks import language_model_loss
 OUT = os.environ.get('OUT', '/tmp/out'); os.makedirs(OUT, exist_ok=True)
-LIMIT = float(sys.argv[1]) if len(sys.argv) > 1 else 270
+LIMIT = 270
 left = lambda: LIMIT - (time.time() - T0)
 lines = []
 def say(*a):
@@ -75,7 +75,7 @@ def kernels(name, run):
                     tot[key][0] += 1; tot[key][1] += ev.duration_ns / 1e3
                     span = [min(span[0], ev.start_ns), max(span[1], ev.start_ns + ev.duration_ns)]
     rows = sorted(((v[1], v[0], k) for k, v in tot.items()), reverse=True)
-    with open(f'{OUT}/kernels-{name[:40]}.txt', 'w') as f:
+    with open(f'{OUT}/kernels-{name.replace(chr(43), chr(95))[:40]}.txt', 'w') as f:
         f.write(f'span us {(span[1]-span[0])/1e3}\n' + '\n'.join(f'{t:9.1f} {n:4d} {k}' for t, n, k in rows))
     gemm = sum(t for t, n, k in rows if any(s in k for s in ('gemm', 'cublas', 'nvjet', 'cutlass', 'xmma', 'splitK', 'dot')) and 'sdpa' not in k and 'flash' not in k)
     att = sum(t for t, n, k in rows if any(s in k for s in ('sdpa', 'fmha', 'flash', 'mha', 'cudnn')))
@@ -103,9 +103,9 @@ def step(name, model='gpt2-124m', B=32, T=1024, profile=False, options=None, rou
             for _ in range(n): state, l = p(state, tokens)
             jax.block_until_ready((state, l)); times.append((time.perf_counter() - t) / n)
         ms = 1e3 * float(np.median(times))
-        say(f'{model} {B}x{T} {name}{" " + str(options) if options else ""}: {ms:.2f} ms  {B*T/ms*1e3:,.0f} tok/s  temp {m.temp_size_in_bytes/2**30:.2f} peak {(m.temp_size_in_bytes+m.argument_size_in_bytes)/2**30:.2f} GiB  compile {ct:.0f} s  loss {losses[0]:.5f} {losses[2]:.5f} last {float(l):.5f}')
+        say(f'{model} {B}x{T} {name}{" " + str(options) if options else ""}: {ms:.2f} ms  {B*T/ms*1e3:,.0f} tok/s  temp {m.temp_size_in_bytes/2**30:.2f} peak {(m.temp_size_in_bytes+m.argument_size_in_bytes)/2**30:.2f} GiB  compile {ct:.0f} s  loss {losses[0]:.5f} {losses[2]:.5f} last {float(l):.5f} rounds {[round(1e3*t, 2) for t in times]}')
         if profile:
-            open(f'{OUT}/hlo-{name[:40]}.txt', 'w').write(p.as_text())
+            open(f'{OUT}/hlo-{model}.txt', 'w').write(p.as_text())
             def run():
                 nonlocal state
                 for _ in range(3): state, l = p(state, tokens)

@@ -115,11 +115,18 @@ class Decoder(nnx.Module):
             raise ValueError(f"side: {names} is not a stack of layers, table or head of the model")
         x_BxTxD = self.embedding(tokens_BxT, segment_ids_BxT, mesh, tables)
 
-        def call(block: Block, x_BxTxD: jax.Array, key: None) -> jax.Array:
+        def call(block: Block, x: Any, key: None) -> Any:
             del key  # nothing is drawn
-            return block(x_BxTxD, segment_ids_BxT, mesh)
+            if in_terms:
+                return block.before_sum(*x, segment_ids_BxT, mesh)
+            return block(x, segment_ids_BxT, mesh)
 
-        return self.final_norm(through(self.config, self.layers, x_BxTxD, call, in_layers))
+        # What a loop or remat keeps of each layer is one array, else the two terms of a sum.
+        in_terms = self.config.loop == "unrolled" and self.config.remat == "none"
+        if not in_terms:
+            return self.final_norm(through(self.config, self.layers, x_BxTxD, call, in_layers))
+        x = through(self.config, self.layers, (x_BxTxD, None), call, in_layers)
+        return self.final_norm.of_sum(*x, mesh)[1]
 
     def head_kernel(self) -> Any:
         """The output matrix (D, V) in the compute dtype; may be packed."""
