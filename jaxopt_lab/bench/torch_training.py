@@ -59,6 +59,8 @@ class TorchTrainer:
         fused = self.device == "cuda"
         self._optimizer = torch.optim.AdamW(leaves, lr=rate, weight_decay=decay, fused=fused)
         torch.set_float32_matmul_precision("high")
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         self._loss = _loss(torch, config)
         self._compiled = torch.compile(self._loss)
 

@@ -23,7 +23,7 @@ from jaxopt_lab.bench.timing import (
 )
 from jaxopt_lab.bench.torch_training import TorchTrainer, peer_for
 from jaxopt_lab.report.tables import format_table
-from jaxopt_lab.step import Step, TrainState
+from jaxopt_lab.step import Step, TrainState, compiler_options
 from jaxopt_lab.tasks import language_model_loss
 
 _ROUNDS = 5
@@ -234,7 +234,9 @@ def _training_step(
 
     start = functools.partial(jax.jit(step.start), params, jax.random.key(0))
     abstract_state = jax.eval_shape(start)
-    return start, jax.jit(take, donate_argnums=0).lower(abstract_state, tokens).compile()
+    options = compiler_options(jax.default_backend())
+    lowered = jax.jit(take, donate_argnums=0).lower(abstract_state, tokens)
+    return start, lowered.compile(compiler_options=options)
 
 
 class _Peer:

@@ -212,9 +212,11 @@ def _kernel_backward(z_loss, mesh, residuals, cotangents):
     # As in `_chunked_sums`, the objective alone carries a gradient.
     dlogits_NxV, x_BxTxD, (head_DxV, _) = residuals
     x_NxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
-    gradients = (dlogits_NxV @ head_DxV.T).reshape(x_BxTxD.shape), x_NxD.T @ dlogits_NxV
-    dx, dhead = (cotangents[0].astype(g.dtype) * g for g in gradients)
-    return dx, (dhead, None), None, None
+    gradients = dlogits_NxV @ head_DxV.T, dlogits_NxV.T @ x_NxD
+    # Both at once, so that the layers have the memory of the logits.
+    gradients = jax.lax.optimization_barrier(gradients)
+    dx_NxD, dhead_VxD = (cotangents[0].astype(g.dtype) * g for g in gradients)
+    return dx_NxD.reshape(x_BxTxD.shape), (dhead_VxD.T, None), None, None
 
 
 _kernel_sums.defvjp(_kernel_forward, _kernel_backward)

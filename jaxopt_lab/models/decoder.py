@@ -14,6 +14,7 @@ from flax import nnx
 
 from jaxopt_lab.core.packed import unpacked
 from jaxopt_lab.models.config import DecoderConfig, check_dtypes, check_tokens
+from jaxopt_lab.models.gpu_kernels import kernels_apply
 from jaxopt_lab.models.layers import Block, Norm, normal, parameter
 from jaxopt_lab.models.sharding import OnMesh, constrain
 from jaxopt_lab.models.side import Side, looked_up, matmul
@@ -114,6 +115,9 @@ class Decoder(nnx.Module):
             names = ", ".join(unknown)
             raise ValueError(f"side: {names} is not a stack of layers, table or head of the model")
         x_BxTxD = self.embedding(tokens_BxT, segment_ids_BxT, mesh, tables)
+        if kernels_apply(x_BxTxD.dtype, self.config.attention, mesh):
+            # Else the compiler keeps the sum in float32 for the backward pass of the first norm.
+            x_BxTxD = jax.lax.optimization_barrier(x_BxTxD)
 
         def call(block: Block, x: Any, key: None) -> Any:
             del key  # nothing is drawn

@@ -5,6 +5,7 @@ half as much again as the hidden units), and a product of queries, keys and valu
 copied into three. The values are those of the plain functions up to rounding.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -47,7 +48,12 @@ def _from_arguments(function: Any) -> Any:
     return backward
 
 
-gelu.defvjp(lambda x: (jax.nn.gelu(x), (x,)), _from_arguments(jax.nn.gelu))
+def _logistic_gelu(x: jax.Array) -> jax.Array:
+    # 1 + tanh u = 2 logistic 2u, in a third of a hyperbolic tangent's instructions.
+    return x * jax.nn.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+
+
+gelu.defvjp(lambda x: (jax.nn.gelu(x), (x,)), _from_arguments(_logistic_gelu))
 gated.defvjp(lambda gate, up: (_gated(gate, up), (gate, up)), _from_arguments(_gated))
 
 
