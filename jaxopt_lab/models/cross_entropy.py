@@ -71,7 +71,7 @@ def loss(
         head = unpacked(head)
     plain = head[1] is None and not is_packed(head[0])
     on_gpu = plain and kernels_apply(x_BxTxD.dtype, config.attention, mesh)
-    sums = _kernel_sums if on_gpu else _weighted_sums
+    sums: Any = _kernel_sums if on_gpu else _weighted_sums
     if head_chunks > 1:
         sums = _chunked_sums(head_chunks, sums)
     objective, nats = sums(x_BxTxD, head, asked.targets_BxT, asked.weights_BxT, z_loss, mesh)

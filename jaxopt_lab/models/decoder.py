@@ -119,18 +119,21 @@ class Decoder(nnx.Module):
             # Else the compiler keeps the sum in float32 for the backward pass of the first norm.
             x_BxTxD = jax.lax.optimization_barrier(x_BxTxD)
 
-        def call(block: Block, x: Any, key: None) -> Any:
+        def whole(block: Block, x_BxTxD: jax.Array, key: None) -> jax.Array:
             del key  # nothing is drawn
-            if in_terms:
-                return block.before_sum(*x, segment_ids_BxT, mesh)
-            return block(x, segment_ids_BxT, mesh)
+            return block(x_BxTxD, segment_ids_BxT, mesh)
 
-        # What a loop or remat keeps of each layer is one array, else the two terms of a sum.
-        in_terms = self.config.loop == "unrolled" and self.config.remat == "none"
-        if not in_terms:
-            return self.final_norm(through(self.config, self.layers, x_BxTxD, call, in_layers))
-        x = through(self.config, self.layers, (x_BxTxD, None), call, in_layers)
-        return self.final_norm.of_sum(*x, mesh)[1]
+        def in_terms(block: Block, terms: Any, key: None) -> tuple[jax.Array, jax.Array]:
+            del key
+            x_BxTxD, y_BxTxD = terms
+            return block.before_sum(x_BxTxD, y_BxTxD, segment_ids_BxT, mesh)
+
+        if self.config.loop == "scanned" or self.config.remat != "none":
+            # What a loop or remat keeps of each layer is then one array.
+            x_BxTxD = through(self.config, self.layers, x_BxTxD, whole, in_layers)
+            return self.final_norm(x_BxTxD)
+        terms = through(self.config, self.layers, (x_BxTxD, None), in_terms, in_layers)
+        return self.final_norm.of_sum(terms[0], terms[1], mesh)[1]
 
     def head_kernel(self) -> Any:
         """The output matrix (D, V) in the compute dtype; may be packed."""

@@ -6,6 +6,7 @@ is defined by plain JAX in a sentence, and `tests.models.test_gpu_kernels` compa
 """
 
 import functools
+import importlib
 import math
 from typing import Any
 
@@ -16,7 +17,7 @@ from jax.experimental import pallas as pl
 from jaxopt_lab.models.sharding import OnMesh, placement
 
 try:
-    from jax.experimental.pallas import triton
+    triton: Any = importlib.import_module("jax.experimental.pallas.triton")
 except ImportError:  # JAX means to remove this backend of Pallas: XLA's own kernels then
     triton = None
 
