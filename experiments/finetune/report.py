@@ -168,7 +168,9 @@ def figure(found: dict[str, Runs], path: pathlib.Path) -> None:
         style = "-" if number < len(PALETTE) else "--"
         right.plot(steps, losses, style, color=PALETTE[number % len(PALETTE)], label=name)
     right.set(xlabel="step", ylabel="validation loss, nats", title="mean over folds")
-    right.legend(frameon=False, fontsize=8)
+    drawn.legend(
+        *right.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8
+    )
     for axes in (left, right):
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)

@@ -97,7 +97,7 @@ def trained(lanes: Lanes) -> tuple[Any, dict[str, Any]]:
     lowest, values, losses = jnp.full(len(lanes.runs), jnp.inf), [], []
     before = time.monotonic()
     for number in range(lanes.evaluations):
-        state, train, value = advance(rates, state, lanes.batches(number), held_out)
+        state, train, (value, _) = advance(rates, state, lanes.batches(number), held_out)
         best, lowest = kept(best, lowest, state.params, value)
         values.append(value)
         losses.append(jnp.nanmean(train, 1))
