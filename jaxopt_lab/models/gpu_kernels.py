@@ -234,7 +234,8 @@ def _load(ref: Any, valid: jax.Array, other: float = 0.0) -> jax.Array:
 def _columns(width: int) -> tuple[Any, jax.Array]:
     """All columns of a row, whose number is rounded up, and which of them there are."""
     rounded = _power_of_two(width)
-    return pl.ds(0, rounded), jnp.arange(rounded) < width
+    # A traced start: of a known one Pallas checks that the slice fits, and knows of no mask.
+    return pl.ds(0 * pl.program_id(0), rounded), jnp.arange(rounded) < width
 
 
 def _norm_warps(width: int) -> int:
