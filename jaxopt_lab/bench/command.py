@@ -114,6 +114,7 @@ def _add_training(verbs: Any) -> None:
     parser.add_argument("--remat", choices=("none", "full", "dots"), default="none")
     parser.add_argument("--head-chunks", type=int, default=1, help="pieces of the head")
     parser.add_argument("--peak-tflops", type=float, help="data-sheet rate, for a second MFU")
+    parser.add_argument("--peers", metavar="torch", help="also time the step of PyTorch")
     parser.set_defaults(run=_run_training)
 
 
@@ -132,6 +133,7 @@ def _run_training(options: argparse.Namespace) -> Any:
         remat=options.remat,
         head_chunks=options.head_chunks,
         peak_tflops=options.peak_tflops,
+        peers=options.peers.split(",") if options.peers else (),
         on_progress=to_stderr,
     )
 

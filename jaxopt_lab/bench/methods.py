@@ -19,8 +19,8 @@ from jaxopt_lab.optim.options import Eigenbasis, InverseRoot, MeshWork, NewtonSc
 from jaxopt_lab.schedules.adaptive_warmup import adaptive_warmup
 
 # The rate changes nothing about the time of a step; a small one keeps the numbers ordinary.
-_RATE = 1e-6
-_DECAY = 0.1
+RATE = 1e-6
+DECAY = 0.1
 _NS_STEPS = 5
 # More than any benchmark takes.
 _RUN_STEPS = 10**6
@@ -94,9 +94,9 @@ def _lion_muon(name: str, given: str, adaptive: bool) -> Method:
 
     def build(axes: Any, param_shardings: Any = None) -> optax.GradientTransformation:
         tx = lion_muon(
-            _RATE,
+            RATE,
             period=period,
-            weight_decay=_DECAY,
+            weight_decay=DECAY,
             matrix_axes=axes,
             newton_schulz=NewtonSchulz(steps=_NS_STEPS),
             mesh=MeshWork(param_shardings),
@@ -112,7 +112,7 @@ def _with_warmup(
     tx: optax.GradientTransformationExtraArgs, axes: Any
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer and an adaptive warm-up, with a loss made up from the step."""
-    warmup = adaptive_warmup(_RATE, _RUN_STEPS, 1.0, matrix_axes=axes, relative=True)
+    warmup = adaptive_warmup(RATE, _RUN_STEPS, 1.0, matrix_axes=axes, relative=True)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -140,17 +140,17 @@ def _kronecker(name: str, family: str, frequency: int, stagger: bool) -> Method:
     def build(axes: Any, param_shardings: Any = None) -> optax.GradientTransformation:
         if family == "shampoo":
             return shampoo(
-                _RATE,
+                RATE,
                 precondition_frequency=frequency,
-                weight_decay=_DECAY,
+                weight_decay=DECAY,
                 matrix_axes=axes,
                 inverse_root=InverseRoot(stagger=stagger),
                 mesh=MeshWork(param_shardings),
             )
         return factory(
-            _RATE,
+            RATE,
             precondition_frequency=frequency,
-            weight_decay=_DECAY,
+            weight_decay=DECAY,
             matrix_axes=axes,
             eigenbasis=Eigenbasis(stagger=stagger),
             mesh=MeshWork(param_shardings),
@@ -168,19 +168,19 @@ def _kronecker(name: str, family: str, frequency: int, stagger: bool) -> Method:
 
 
 def _adamw(axes: Any, param_shardings: Any = None) -> optax.GradientTransformation:
-    return optax.adamw(_RATE, weight_decay=_DECAY)
+    return optax.adamw(RATE, weight_decay=DECAY)
 
 
 def _lion(axes: Any, param_shardings: Any = None) -> optax.GradientTransformation:
-    return optax.lion(_RATE, weight_decay=_DECAY)
+    return optax.lion(RATE, weight_decay=DECAY)
 
 
 def _muon(axes: Any, param_shardings: Any = None) -> optax.GradientTransformation:
     return optax.contrib.muon(
-        _RATE,
+        RATE,
         ns_steps=_NS_STEPS,
-        weight_decay=_DECAY,
-        adam_weight_decay=_DECAY,
+        weight_decay=DECAY,
+        adam_weight_decay=DECAY,
         muon_weight_dimension_numbers=axes,
     )
 

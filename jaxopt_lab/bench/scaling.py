@@ -16,7 +16,7 @@ from jaxopt_lab.bench.conditions import device_name, versions
 from jaxopt_lab.bench.methods import Method, method
 from jaxopt_lab.report.hlo import collectives
 from jaxopt_lab.report.tables import format_table
-from jaxopt_lab.step import Step, TrainState, state_layout
+from jaxopt_lab.step import Step, TrainState, compiler_options, state_layout
 from jaxopt_lab.tasks import language_model_loss
 
 DEFAULT_METHODS = ("adamw", "lion_muon_p2", "soap_f10", "dykaf_f10")
@@ -187,7 +187,7 @@ class _Step:
                 donate_argnums=0,
             )
             .lower(self._state, self._tokens)
-            .compile()
+            .compile(compiler_options=compiler_options(jax.default_backend()))
         )
         totals = collectives(self._program.as_text() or "")
         self.collectives = {kind: total.count for kind, total in totals.items()}

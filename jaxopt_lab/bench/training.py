@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +14,32 @@ import optax
 from jaxopt_lab import models
 from jaxopt_lab.bench.conditions import device_name, versions
 from jaxopt_lab.bench.floors import CeilingProbe, Ceilings
-from jaxopt_lab.bench.methods import method
+from jaxopt_lab.bench.methods import DECAY, RATE, method
 from jaxopt_lab.bench.timing import (
     CompiledStep,
     OptimizerTimer,
     program_bytes,
     random_gradients,
 )
+from jaxopt_lab.bench.torch_training import TorchTrainer, peer_for
 from jaxopt_lab.report.tables import format_table
-from jaxopt_lab.step import Step, TrainState
+from jaxopt_lab.step import Step, TrainState, compiler_options
 from jaxopt_lab.tasks import language_model_loss
 
 _ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class PeerReport:
+    """What PyTorch needs for a step of the same model with AdamW."""
+
+    version: str
+    loss: float
+    """Of the parameters that ours starts from, as a check of what is compared."""
+    step_ms: float
+    tokens_per_second: float
+    compile_s: float
+    peak_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,10 @@ class TrainingReport:
     temp_bytes: int | None
     peak_bytes: int | None
     ceilings: Ceilings
+    loss: float
+    """Of the first step."""
+    peer: PeerReport | None = None
+    """PyTorch in the same rounds."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -62,7 +80,6 @@ class TrainingReport:
 
     def __str__(self) -> str:
         """A table with the conditions above it."""
-        gib = 2**30
         row = {
             "ms/step": self.step_ms,
             "tokens/s": f"{self.tokens_per_second:,.0f}",
@@ -70,17 +87,37 @@ class TrainingReport:
             "of peak": "-" if self.mfu_of_peak is None else f"{self.mfu_of_peak:.1%}",
             "optimizer ms": self.optimizer_ms,
             "share": f"{self.optimizer_share:.1%}",
-            "temp GiB": None if self.temp_bytes is None else self.temp_bytes / gib,
-            "peak GiB": None if self.peak_bytes is None else self.peak_bytes / gib,
+            "temp GiB": _gib(self.temp_bytes),
+            "peak GiB": _gib(self.peak_bytes),
             "compile s": round(self.compile_s, 1),
         }
+        table = format_table(list(row), [list(row.values())])
         return (
             f"{self.model}: {self.parameters:,} parameters, {self.optimizer}, "
             f"{self.batch} x {self.context} tokens, {self.compute_dtype}, layers {self.loop}, "
             f"on {self.device}, jax {self.versions['jax']}\n"
-            f"bf16 product {self.ceilings.flops_per_second / 1e12:,.3g} TFLOP/s\n\n"
-            f"{format_table(list(row), [list(row.values())])}"
+            f"bf16 product {self.ceilings.flops_per_second / 1e12:,.3g} TFLOP/s\n\n{table}"
+            + ("" if self.peer is None else f"\n\n{self._beside(self.peer)}")
         )
+
+    def _beside(self, peer: PeerReport) -> str:
+        """A table of ours and PyTorch's."""
+        rows = [
+            [f"jaxopt-lab, {self.optimizer}", *_columns(self), f"{self.loss:.4f}"],
+            [f"PyTorch {peer.version}, adamw", *_columns(peer), f"{peer.loss:.4f}"],
+        ]
+        header = ["", "ms/step", "tokens/s", "peak GiB", "compile s", "first loss"]
+        ratio = self.tokens_per_second / peer.tokens_per_second
+        return f"{format_table(header, rows)}\n\n{ratio:.3f} x the tokens/s of PyTorch"
+
+
+def _columns(report: TrainingReport | PeerReport) -> list[Any]:
+    tokens = f"{report.tokens_per_second:,.0f}"
+    return [report.step_ms, tokens, _gib(report.peak_bytes), round(report.compile_s, 1)]
+
+
+def _gib(size: int | None) -> float | None:
+    return None if size is None else size / 2**30
 
 
 def run_training(
@@ -95,6 +132,7 @@ def run_training(
     remat: str = "none",
     head_chunks: int = 1,
     peak_tflops: float | None = None,
+    peers: Sequence[str] = (),
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> TrainingReport:
     """Times forward, backward and update in one compiled program with donated state.
@@ -110,11 +148,15 @@ def run_training(
       remat: What the backward pass recomputes: "none", "full" or "dots".
       head_chunks: Pieces in which the head is evaluated.
       peak_tflops: Rate in the data sheet, to state the MFU against it as well.
+      peers: ("torch",) times the step of PyTorch with AdamW in the same rounds, on the same
+        parameters and tokens; torch must be installed.
       on_progress: Called with a line of text before each stage.
 
     Raises:
-      ValueError: For an unknown model or optimizer or a setting that does not fit.
+      ValueError: For an unknown model, optimizer or peer or a setting that does not fit.
     """
+    if set(peers) - {"torch"}:
+        raise ValueError(f"peers: got {', '.join(peers)}; wanted torch or none")
     if model not in models.PRESETS:
         raise ValueError(f"model: {model!r} is not one of {', '.join(models.PRESETS)}")
     if steps < 1 or batch < 1:
@@ -129,6 +171,8 @@ def run_training(
         loop=loop,
         remat=remat,
     )
+    if peers:
+        peer_for(config)
     chosen = method(optimizer)
     tx = chosen.build(models.matrix_axes(config))
     periods = -(-steps // chosen.period)
@@ -141,10 +185,11 @@ def run_training(
     begin, program = _training_step(config, tx, head_chunks, params, tokens)
     compile_seconds = time.perf_counter() - start
     alone = CompiledStep(tx, params)
+    peer = _Peer(config, params, tokens) if peers else None
     on_progress("timing")
     probe = CeilingProbe()
     optimizer_seconds = _time_optimizer(alone, chosen.period, params)
-    seconds = _time_training(program, begin(), tokens, periods * chosen.period, probe)
+    seconds, loss = _time_training(program, begin(), tokens, periods * chosen.period, probe, peer)
     ceilings = probe.ceilings()
     tokens_per_second = batch * config.context / seconds
     flops_per_second = tokens_per_second * models.flops_per_token(config)
@@ -168,6 +213,8 @@ def run_training(
         temp_bytes=program_bytes(program)["temp"],
         peak_bytes=program_bytes(program)["peak"],
         ceilings=ceilings,
+        loss=loss,
+        peer=None if peer is None else peer.report(batch * config.context),
     )
 
 
@@ -187,21 +234,61 @@ def _training_step(
 
     start = functools.partial(jax.jit(step.start), params, jax.random.key(0))
     abstract_state = jax.eval_shape(start)
-    return start, jax.jit(take, donate_argnums=0).lower(abstract_state, tokens).compile()
+    options = compiler_options(jax.default_backend())
+    lowered = jax.jit(take, donate_argnums=0).lower(abstract_state, tokens)
+    return start, lowered.compile(compiler_options=options)
+
+
+class _Peer:
+    """PyTorch's steps, and how long they took."""
+
+    def __init__(self, config: models.DecoderConfig, params: Any, tokens: jax.Array):
+        self._trainer = TorchTrainer(config, params, tokens, rate=RATE, decay=DECAY)
+        self._loss = self._trainer.loss()
+        self._compile_seconds = self._trainer.warm_up()
+        self._seconds: list[float] = []
+
+    def round(self, steps: int) -> None:
+        self._seconds.append(self._trainer.run(steps))
+
+    def report(self, tokens: int) -> PeerReport:
+        seconds = _after_first(self._seconds)
+        return PeerReport(
+            version=self._trainer.torch.__version__,
+            loss=self._loss,
+            step_ms=1e3 * seconds,
+            tokens_per_second=tokens / seconds,
+            compile_s=self._compile_seconds,
+            peak_bytes=self._trainer.peak_bytes(),
+        )
 
 
 def _time_training(
-    program: Any, state: TrainState, tokens: jax.Array, steps: int, probe: CeilingProbe
-) -> float:
-    """Seconds a step: the median over rounds, after a round that is not counted."""
-    rounds = []
+    program: Any,
+    state: TrainState,
+    tokens: jax.Array,
+    steps: int,
+    probe: CeilingProbe,
+    peer: _Peer | None,
+) -> tuple[float, float]:
+    """Seconds a step, in the same rounds as the peer's, and the loss of the first step."""
+    rounds, first_loss = [], None
     for _ in range(_ROUNDS + 1):
         probe.sample()
         start = time.perf_counter()
         for _ in range(steps):
             state, loss = program(state, tokens)
+            first_loss = loss if first_loss is None else first_loss
         jax.block_until_ready((state, loss))
         rounds.append((time.perf_counter() - start) / steps)
+        if peer is not None:
+            peer.round(steps)
+    assert first_loss is not None  # steps and rounds are at least 1
+    return _after_first(rounds), float(first_loss)
+
+
+def _after_first(rounds: Sequence[float]) -> float:
+    """The median over rounds without the first, which is not warm."""
     return float(np.median(rounds[1:]))
 
 

@@ -7,15 +7,16 @@ states and the head, and the backward pass only scales it.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxopt_lab.core.packed import unpacked
+from jaxopt_lab.core.packed import is_packed, unpacked
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.decoder import Params, Sides, bind
+from jaxopt_lab.models.gpu_kernels import cross_entropy, kernels_apply
 from jaxopt_lab.models.sharding import OnMesh, constrain
 from jaxopt_lab.models.side import Side, matmul
 
@@ -65,10 +66,14 @@ def loss(
     asked = predictions(config, batch)
     _check_chunks(head_chunks, asked)
     x_BxTxD, head = _hidden(config, params, asked, mesh, side)
-    sums = _weighted_sums
     if head_chunks > 1:
         # Of what is in pieces, the head's gradient is formed as well: packed there would be none.
-        head, sums = unpacked(head), _chunked_sums(head_chunks)
+        head = unpacked(head)
+    plain = head[1] is None and not is_packed(head[0])
+    on_gpu = plain and kernels_apply(x_BxTxD.dtype, config.attention, mesh)
+    sums: Any = _kernel_sums if on_gpu else _weighted_sums
+    if head_chunks > 1:
+        sums = _chunked_sums(head_chunks, sums)
     objective, nats = sums(x_BxTxD, head, asked.targets_BxT, asked.weights_BxT, z_loss, mesh)
     return objective, {"tokens": asked.count, "cross_entropy": jax.lax.stop_gradient(nats)}
 
@@ -181,6 +186,42 @@ def _weighted_sums(
     return jnp.sum(weights_BxT * objective_BxT), jnp.sum(weights_BxT * nats_BxT)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _kernel_sums(
+    x_BxTxD: jax.Array,
+    head: Head,
+    targets_BxT: jax.Array,
+    weights_BxT: jax.Array,
+    z_loss: float,
+    mesh: OnMesh,
+) -> tuple[jax.Array, jax.Array]:
+    """`_weighted_sums`, whose forward pass puts the gradient in the place of the logits."""
+    return _weighted_sums(x_BxTxD, head, targets_BxT, weights_BxT, z_loss, mesh)
+
+
+def _kernel_forward(x_BxTxD, head, targets_BxT, weights_BxT, z_loss, mesh):
+    x_NxD, weights_N = x_BxTxD.reshape(-1, x_BxTxD.shape[-1]), weights_BxT.reshape(-1)
+    found = cross_entropy(x_NxD @ head[0], targets_BxT.reshape(-1), weights_N, z_loss)
+    dlogits_NxV, nats_N, normaliser_N = found
+    objective_N = nats_N + z_loss * jnp.square(normaliser_N)
+    sums = jnp.sum(weights_N * objective_N), jnp.sum(weights_N * nats_N)
+    return sums, (dlogits_NxV, x_BxTxD, head)
+
+
+def _kernel_backward(z_loss, mesh, residuals, cotangents):
+    # As in `_chunked_sums`, the objective alone carries a gradient.
+    dlogits_NxV, x_BxTxD, (head_DxV, _) = residuals
+    x_NxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
+    gradients = dlogits_NxV @ head_DxV.T, dlogits_NxV.T @ x_NxD
+    # Both at once, so that the layers have the memory of the logits.
+    gradients = jax.lax.optimization_barrier(gradients)
+    dx_NxD, dhead_VxD = (cotangents[0].astype(g.dtype) * g for g in gradients)
+    return dx_NxD.reshape(x_BxTxD.shape), (dhead_VxD.T, None), None, None
+
+
+_kernel_sums.defvjp(_kernel_forward, _kernel_backward)
+
+
 def _nats(
     x_BxTxD: jax.Array, head: Head, targets_BxT: jax.Array, mesh: OnMesh
 ) -> tuple[jax.Array, jax.Array]:
@@ -203,15 +244,15 @@ def _pieces(a_BxTx: jax.Array, chunks: int) -> jax.Array:
 
 
 @functools.cache
-def _chunked_sums(chunks: int) -> Any:
-    """`_weighted_sums` over pieces of the positions, differentiated in its forward pass."""
+def _chunked_sums(chunks: int, of_piece: Callable[..., Any]) -> Any:
+    """A sum over positions in pieces of them, differentiated in its forward pass."""
     split = functools.partial(_pieces, chunks=chunks)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
     def sums(x_BxTxD, head, targets_BxT, weights_BxT, z_loss, mesh):
         def chunk(totals, piece):
             x, targets, weights = piece
-            values = _weighted_sums(x, head, targets, weights, z_loss, mesh)
+            values = of_piece(x, head, targets, weights, z_loss, mesh)
             return jax.tree.map(jnp.add, totals, values), None
 
         zero = jnp.zeros((), weights_BxT.dtype)
@@ -219,7 +260,7 @@ def _chunked_sums(chunks: int) -> Any:
         return jax.lax.scan(chunk, (zero, zero), pieces)[0]
 
     def forward(x_BxTxD, head, targets_BxT, weights_BxT, z_loss, mesh):
-        gradient = jax.value_and_grad(_weighted_sums, argnums=(0, 1), has_aux=True)
+        gradient = jax.value_and_grad(of_piece, argnums=(0, 1), has_aux=True)
 
         def chunk(carry, piece):
             x, targets, weights = piece

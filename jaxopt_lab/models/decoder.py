@@ -14,6 +14,7 @@ from flax import nnx
 
 from jaxopt_lab.core.packed import unpacked
 from jaxopt_lab.models.config import DecoderConfig, check_dtypes, check_tokens
+from jaxopt_lab.models.gpu_kernels import kernels_apply
 from jaxopt_lab.models.layers import Block, Norm, normal, parameter
 from jaxopt_lab.models.sharding import OnMesh, constrain
 from jaxopt_lab.models.side import Side, looked_up, matmul
@@ -114,12 +115,25 @@ class Decoder(nnx.Module):
             names = ", ".join(unknown)
             raise ValueError(f"side: {names} is not a stack of layers, table or head of the model")
         x_BxTxD = self.embedding(tokens_BxT, segment_ids_BxT, mesh, tables)
+        if kernels_apply(x_BxTxD.dtype, self.config.attention, mesh):
+            # Else the compiler keeps the sum in float32 for the backward pass of the first norm.
+            x_BxTxD = jax.lax.optimization_barrier(x_BxTxD)
 
-        def call(block: Block, x_BxTxD: jax.Array, key: None) -> jax.Array:
+        def whole(block: Block, x_BxTxD: jax.Array, key: None) -> jax.Array:
             del key  # nothing is drawn
             return block(x_BxTxD, segment_ids_BxT, mesh)
 
-        return self.final_norm(through(self.config, self.layers, x_BxTxD, call, in_layers))
+        def in_terms(block: Block, terms: Any, key: None) -> tuple[jax.Array, jax.Array]:
+            del key
+            x_BxTxD, y_BxTxD = terms
+            return block.before_sum(x_BxTxD, y_BxTxD, segment_ids_BxT, mesh)
+
+        if self.config.loop == "scanned" or self.config.remat != "none":
+            # What a loop or remat keeps of each layer is then one array.
+            x_BxTxD = through(self.config, self.layers, x_BxTxD, whole, in_layers)
+            return self.final_norm(x_BxTxD)
+        terms = through(self.config, self.layers, (x_BxTxD, None), in_terms, in_layers)
+        return self.final_norm.of_sum(terms[0], terms[1], mesh)[1]
 
     def head_kernel(self) -> Any:
         """The output matrix (D, V) in the compute dtype; may be packed."""

@@ -12,13 +12,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxopt_lab.core.packed import is_packed
+from jaxopt_lab.models import kept
 from jaxopt_lab.models.attention import attend, rotate
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.encoder_config import ModelConfig
+from jaxopt_lab.models.gpu_kernels import add_norm, kernels_apply
 from jaxopt_lab.models.sharding import OnMesh, constrain
 from jaxopt_lab.models.side import Side, matmul
 
 INIT_STD = 0.02
+STREAM = ("batch", "length", "stream")
+"""Logical axes of the residual stream."""
 
 
 def parameter(value: jax.Array, role: str, axes: tuple[str | None, ...]) -> nnx.Param:
@@ -72,6 +77,18 @@ class Norm(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         return elementwise(self.config, self._normalised)(x_BxTxD, self.scale[...], bias)
 
+    def of_sum(
+        self, x_BxTxD: jax.Array, y_BxTxD: jax.Array, mesh: OnMesh
+    ) -> tuple[jax.Array, jax.Array]:
+        """The sum x + y, pinned like the residual stream, and what this norm makes of it."""
+        config, width = self.config, x_BxTxD.shape[-1]
+        on_gpu = kernels_apply(x_BxTxD.dtype, config.attention, mesh, width)
+        if on_gpu and self.bias is None:
+            centred = config.norm == "layer"
+            return add_norm(x_BxTxD, y_BxTxD, self.scale[...], centred, config.norm_eps)
+        x_BxTxD = constrain(x_BxTxD + y_BxTxD, mesh, STREAM)
+        return x_BxTxD, self(x_BxTxD)
+
     def _normalised(
         self, x_BxTxD: jax.Array, scale: jax.Array, bias: jax.Array | None
     ) -> jax.Array:
@@ -112,6 +129,17 @@ class Linear(nnx.Module):
         """Applies the map to the last axis."""
         y = matmul(self.side, x_BxTxI, self.kernel[...].astype(x_BxTxI.dtype), mesh)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    def parts(self, x_BxTxI: jax.Array, mesh: OnMesh, *, apart: bool) -> list[jax.Array]:
+        """What `self(x)` has at each index of its third axis, by products apart if wanted."""
+        kernel = self.kernel[...].astype(x_BxTxI.dtype)
+        if not apart or self.side is not None or is_packed(kernel):
+            y = self(x_BxTxI, mesh)
+            return [y[:, :, n] for n in range(y.shape[2])]
+        parts = kept.products(x_BxTxI, kernel)
+        if self.bias is None:
+            return parts
+        return [y + b.astype(y.dtype) for y, b in zip(parts, self.bias[...], strict=True)]
 
 
 def attach(module: nnx.Module, sides: Mapping[str, Any], path: str = "layers") -> None:
@@ -156,13 +184,12 @@ class Attention(nnx.Module):
         """Mixes positions."""
         config = self.config
         B, T, _ = x_BxTxD.shape
+        on_gpu = kernels_apply(x_BxTxD.dtype, config.attention, mesh)
         if hasattr(self, "qkv"):
-            qkv_BxTx3xP = self.qkv(x_BxTxD, mesh)
-            projections, keys = [qkv_BxTx3xP[:, :, i] for i in range(3)], "heads"
+            projections, keys = self.qkv.parts(x_BxTxD, mesh, apart=on_gpu), "heads"
         else:
-            kv_BxTx2xK = self.kv(x_BxTxD, mesh)
-            projections = [self.q(x_BxTxD, mesh), kv_BxTx2xK[:, :, 0], kv_BxTx2xK[:, :, 1]]
-            keys = "kv_heads"
+            keys_and_values = self.kv.parts(x_BxTxD, mesh, apart=on_gpu)
+            projections, keys = [self.q(x_BxTxD, mesh), *keys_and_values], "kv_heads"
         q_BxTxHxE, k_BxTxKxE, v_BxTxKxE = (
             constrain(p.reshape(B, T, -1, config.head_width), mesh, ("batch", None, name, None))
             for p, name in zip(projections, ("heads", keys, keys), strict=True)
@@ -196,10 +223,12 @@ class MLP(nnx.Module):
     def __call__(self, x_BxTxD: jax.Array, mesh: OnMesh) -> jax.Array:
         """Transforms each position."""
         h_BxTxF = self.up(x_BxTxD, mesh)
+        on_gpu = kernels_apply(h_BxTxF.dtype, self.config.attention, mesh)
         if self.config.mlp == "swiglu":
-            h_BxTxF = elementwise(self.config, _gated)(self.gate(x_BxTxD, mesh), h_BxTxF)
+            gated = kept.gated if on_gpu else elementwise(self.config, _gated)
+            h_BxTxF = gated(self.gate(x_BxTxD, mesh), h_BxTxF)
         else:
-            h_BxTxF = elementwise(self.config, jax.nn.gelu)(h_BxTxF)
+            h_BxTxF = (kept.gelu if on_gpu else elementwise(self.config, jax.nn.gelu))(h_BxTxF)
         return self.down(constrain(h_BxTxF, mesh, ("batch", None, "hidden")), mesh)
 
 
@@ -221,7 +250,17 @@ class Block(nnx.Module):
         self, x_BxTxD: jax.Array, segment_ids_BxT: Any = None, mesh: OnMesh = None
     ) -> jax.Array:
         """Applies the layer."""
-        stream = ("batch", "length", "stream")
-        y_BxTxD = self.attention(self.attention_norm(x_BxTxD), segment_ids_BxT, mesh)
-        x_BxTxD = constrain(x_BxTxD + y_BxTxD, mesh, stream)
-        return constrain(x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD), mesh), mesh, stream)
+        x_BxTxD, y_BxTxD = self.before_sum(x_BxTxD, None, segment_ids_BxT, mesh)
+        return constrain(x_BxTxD + y_BxTxD, mesh, STREAM)
+
+    def before_sum(
+        self, x_BxTxD: jax.Array, y_BxTxD: jax.Array | None, segment_ids_BxT: Any, mesh: OnMesh
+    ) -> tuple[jax.Array, jax.Array]:
+        """The layer on x + y, as two terms as well: the next norm takes their sum itself."""
+        if y_BxTxD is None:
+            normed_BxTxD = self.attention_norm(x_BxTxD)
+        else:
+            x_BxTxD, normed_BxTxD = self.attention_norm.of_sum(x_BxTxD, y_BxTxD, mesh)
+        y_BxTxD = self.attention(normed_BxTxD, segment_ids_BxT, mesh)
+        x_BxTxD, normed_BxTxD = self.mlp_norm.of_sum(x_BxTxD, y_BxTxD, mesh)
+        return x_BxTxD, self.mlp(normed_BxTxD, mesh)

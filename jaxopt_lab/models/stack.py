@@ -28,17 +28,17 @@ def stacked(depth: int, layer: Callable[[nnx.Rngs], Layer], rngs: nnx.Rngs) -> L
 def through(
     config: ModelConfig,
     layers: nnx.Module,
-    x: jax.Array,
-    call: Callable[[Any, jax.Array, Any], jax.Array],
+    x: Any,
+    call: Callable[[Any, Any, Any], Any],
     sides: Mapping[str, Any],
     keys: jax.Array | None = None,
-) -> jax.Array:
+) -> Any:
     """Activations after all layers, in the loop and with the remat of the configuration.
 
     Args:
         config: of the model.
         layers: from `stacked`.
-        x: activations before the first layer.
+        x: activations before the first layer, an array or a tree of them.
         call: (layer, activations, key) -> activations.
         sides: what stands beside linear layers of the stack.
         keys: one a layer; None: `call` gets none.
@@ -50,7 +50,7 @@ def through(
         lambda w: w.astype(config.compute_dtype) if w.ndim > 2 else w, weights, is_leaf=is_packed
     )
 
-    def layer(x: jax.Array, weights: Any, sides: Any, key: Any) -> jax.Array:
+    def layer(x: Any, weights: Any, sides: Any, key: Any) -> Any:
         module = nnx.merge(graphdef, weights)
         attach(module, sides)
         return call(module, x, key)

@@ -1,5 +1,6 @@
 """The training step as pure functions: trainer, sweep, benchmarks and experiments take this one."""
 
+from jaxopt_lab.step.compilation import compiler_options
 from jaxopt_lab.step.gradients import (
     Batch,
     Estimate,
@@ -24,6 +25,7 @@ __all__ = [
     "accumulated",
     "apply_updates",
     "backprop",
+    "compiler_options",
     "forward_only",
     "measured",
     "merged",

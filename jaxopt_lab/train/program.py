@@ -19,7 +19,7 @@ from jaxopt_lab.lora import LoraSpec, with_taps
 from jaxopt_lab.models import Placement
 from jaxopt_lab.report.hlo import CollectiveTotal, collectives
 from jaxopt_lab.report.tables import format_table
-from jaxopt_lab.step import Adapted, Estimator, TrainState, merged
+from jaxopt_lab.step import Adapted, Estimator, TrainState, compiler_options, merged
 from jaxopt_lab.tasks import Task, Text, language_model
 from jaxopt_lab.train.config.finetune import FinetuneConfig, gguf_file, model_directory
 from jaxopt_lab.train.config.optimizer_base import ModelInfo
@@ -302,8 +302,9 @@ def _size(tree: PyTree) -> int:
 def _compiler_options(
     config: PretrainConfig, mesh: Mesh, run_directory: Path | None
 ) -> dict[str, Any]:
-    if not config.deterministic or mesh.devices.flat[0].platform != "gpu":
-        return {}
+    platform = mesh.devices.flat[0].platform
+    if not config.deterministic or platform != "gpu":
+        return compiler_options(platform)
     options: dict[str, Any] = {"xla_gpu_deterministic_ops": True}
     if run_directory is not None:
         # Kernels are chosen by timing them; another choice after a restart would change rounding.

@@ -1,8 +1,11 @@
 """The benchmarks that build a model: training steps and collectives."""
 
+import types
+
 import pytest
 
 from jaxopt_lab import models
+from jaxopt_lab.bench import training
 from jaxopt_lab.bench.collective_counts import run_collectives
 from jaxopt_lab.bench.command import main
 from jaxopt_lab.bench.scaling import run_scaling
@@ -17,8 +20,37 @@ def toy_model(toy, monkeypatch):
     return toy
 
 
-def test_training_throughput(toy_model):
-    report = run_training(toy_model, optimizer="lion", batch=2, steps=3, peak_tflops=1.0)
+class StandIn:
+    """PyTorch, with half a second a step."""
+
+    torch = types.SimpleNamespace(__version__="2.0")
+
+    def __init__(self, *given, **rates):
+        pass
+
+    def loss(self):
+        return 4.125
+
+    def warm_up(self):
+        return 7.0
+
+    def run(self, steps):
+        return 0.5
+
+    def peak_bytes(self):
+        return 3 << 29
+
+
+def test_training_throughput(toy_model, monkeypatch):
+    monkeypatch.setattr(training, "peer_for", lambda config: None)
+    monkeypatch.setattr(training, "TorchTrainer", StandIn)
+    given = {"optimizer": "lion", "batch": 2, "steps": 3, "peak_tflops": 1.0, "peers": ["torch"]}
+    report = run_training(toy_model, **given)
+    assert report.peer.tokens_per_second == 64 and report.peer.step_ms == 500
+    ratio, *_ = str(report).splitlines()[-1].split(" x the tokens/s of PyTorch")
+    assert float(ratio) == pytest.approx(500 / report.step_ms, abs=1e-3)
+    row = str(report).splitlines()[-3].split()
+    assert row[1] == "2.0," and row[3:5] == ["500.00", "64"] and row[-1] == "4.1250"
     assert report.tokens_per_second == pytest.approx(2 * 16 / (report.step_ms / 1e3))
     flops = report.tokens_per_second * models.flops_per_token(TOY)
     assert report.mfu == pytest.approx(flops / report.ceilings.flops_per_second)

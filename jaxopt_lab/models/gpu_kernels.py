@@ -1,0 +1,246 @@
+"""Kernels for GPUs that read and write large activations once: sum and norm, cross-entropy.
+
+XLA needs a pass of its own for each of: a sum that a product has taken in (a copy), the statistics
+of its rows, their normalisation, and the sums over rows in the backward pass. Each function here
+is defined by plain JAX in a sentence, and `tests.models.test_gpu_kernels` compares them.
+"""
+
+import functools
+import importlib
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from jaxopt_lab.models.sharding import OnMesh, placement
+
+try:
+    triton: Any = importlib.import_module("jax.experimental.pallas.triton")
+except ImportError:  # JAX means to remove this backend of Pallas: XLA's own kernels then
+    triton = None
+
+F32 = jnp.float32
+_LARGEST_WIDTH = 8192  # of a norm: a row stays in registers
+_ROWS = 32  # of a norm's backward pass in one program, which adds up their share of d scale
+# 16 bytes a thread and load; the fastest of what was tried on an H200 for 50304 tokens.
+_VOCABULARY_BLOCK, _VOCABULARY_WARPS, _VOCABULARY_STAGES = 4096, 16, 2
+
+
+def kernels_apply(dtype: Any, attention: str, mesh: OnMesh, width: int = 1) -> bool:
+    """Whether activations go through the kernels: on one GPU, in bfloat16.
+
+    Like cuDNN's attention they have no forward-mode and no second derivatives, so a model with
+    ``attention = "xla"`` does without them. Nor can the compiler split them over devices.
+
+    Args:
+        dtype: of activations.
+        attention: as in the configuration of the model.
+        mesh: over which activations are spread.
+        width: of the rows that a norm is of.
+    """
+    devices = jax.device_count() if mesh is None else placement(mesh).mesh.size
+    wanted = attention != "xla" and dtype == jnp.bfloat16 and width <= _LARGEST_WIDTH
+    return wanted and devices == 1 and triton is not None and jax.default_backend() == "gpu"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def add_norm(
+    x: jax.Array, y: jax.Array, scale: jax.Array, centred: bool, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """The sum x + y, and the LayerNorm (`centred`) or RMSNorm of its rows, both (..., D)."""
+    return _add_norm_forward(x, y, scale, centred, eps)[0]
+
+
+def _add_norm_forward(x: jax.Array, y: jax.Array, scale: jax.Array, centred: bool, eps: float):
+    rows, width = math.prod(x.shape[:-1]), x.shape[-1]
+    row = jax.ShapeDtypeStruct((rows,), F32)
+    wide = jax.ShapeDtypeStruct((rows, width), x.dtype)
+    total, normed, mean, inverse = _call(
+        functools.partial(_add_norm_kernel, centred=centred, eps=eps),
+        rows,
+        (wide, wide, row, row),
+        warps=_norm_warps(width),
+    )(x.reshape(rows, width), y.reshape(rows, width), scale)
+    found = (total.reshape(x.shape), normed.reshape(x.shape))
+    return found, (total, scale, mean, inverse)
+
+
+def _add_norm_backward(centred: bool, eps: float, residuals: Any, cotangents: Any):
+    total, scale, mean, inverse = residuals
+    d_total, d_normed = (g.reshape(total.shape) for g in cotangents)
+    rows, width = total.shape
+    together = math.gcd(rows, _ROWS)
+    shares = jax.ShapeDtypeStruct((rows // together, width), F32)
+    dx, d_scale = _call(
+        functools.partial(_add_norm_backward_kernel, rows=together, centred=centred),
+        rows // together,
+        (jax.ShapeDtypeStruct(total.shape, total.dtype), shares),
+        warps=_norm_warps(width),
+        stages=2,
+    )(total, d_normed, d_total, scale, mean, inverse)
+    dx = dx.reshape(cotangents[0].shape)
+    return dx, dx, jnp.sum(d_scale, axis=0).astype(scale.dtype)
+
+
+add_norm.defvjp(_add_norm_forward, _add_norm_backward)
+
+
+def _add_norm_kernel(x, y, scale, total, normed, mean, inverse, *, centred: bool, eps: float):
+    row, width = pl.program_id(0), x.shape[1]
+    at, valid = _columns(width)
+    # The statistics are those of the sum as it is stored.
+    stored = (_load(x.at[row, at], valid) + _load(y.at[row, at], valid)).astype(total.dtype)
+    triton.store(total.at[row, at], stored, mask=valid)
+    s = stored.astype(F32)
+    centre = jnp.sum(s) / width if centred else jnp.zeros((), F32)
+    s = jnp.where(valid, s - centre, 0)
+    inverse_deviation = jax.lax.rsqrt(jnp.sum(s * s) / width + eps)
+    value = s * inverse_deviation * _load(scale.at[at], valid)
+    triton.store(normed.at[row, at], value.astype(normed.dtype), mask=valid)
+    mean[row] = centre
+    inverse[row] = inverse_deviation
+
+
+def _add_norm_backward_kernel(
+    total, d_normed, d_total, scale, mean, inverse, dx, d_scale, *, rows: int, centred: bool
+):
+    program, width = pl.program_id(0), total.shape[1]
+    at, valid = _columns(width)
+    scales = _load(scale.at[at], valid)
+
+    def one(index, sums):
+        row = program * rows + index
+        s = jnp.where(valid, (_load(total.at[row, at], valid) - mean[row]) * inverse[row], 0)
+        cotangent = _load(d_normed.at[row, at], valid)
+        g = cotangent * scales
+        inner = g - s * (jnp.sum(g * s) / width)
+        if centred:
+            inner = inner - jnp.sum(g) / width
+        value = inner * inverse[row] + _load(d_total.at[row, at], valid)
+        triton.store(dx.at[row, at], value.astype(dx.dtype), mask=valid)
+        return sums + cotangent * s
+
+    sums = jax.lax.fori_loop(0, rows, one, jnp.zeros(valid.shape, F32))
+    triton.store(d_scale.at[program, at], sums, mask=valid)
+
+
+def cross_entropy(
+    logits_NxV: jax.Array, targets_N: jax.Array, weights_N: jax.Array, z_loss: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradient of sum weights (nats + z_loss normaliser^2) and what it is of.
+
+    Two passes over each row of the logits, the second one from the cache; the gradient takes their
+    place.
+
+    Returns:
+        The gradient (N, V) in the dtype of the logits, and in float32 nats = normaliser - logit of
+        the target, and the normaliser log sum exp logits.
+    """
+    rows = logits_NxV.shape[0]
+    row = jax.ShapeDtypeStruct((rows,), F32)
+    return _call(
+        functools.partial(_cross_entropy_kernel, z_loss=z_loss),
+        rows,
+        (jax.ShapeDtypeStruct(logits_NxV.shape, logits_NxV.dtype), row, row),
+        warps=_VOCABULARY_WARPS,
+        stages=_VOCABULARY_STAGES,
+        input_output_aliases={0: 0},
+    )(logits_NxV, targets_N, weights_N)
+
+
+def _cross_entropy_kernel(logits, targets, weights, gradient, nats, normaliser, *, z_loss: float):
+    row, size = pl.program_id(0), logits.shape[1]
+    block = min(_VOCABULARY_BLOCK, _power_of_two(size))
+    whole, index = size // block, jnp.arange(block)
+    blocks, valid_in_last = -(-size // block), index < size - whole * block
+
+    def load(number, valid=None):
+        place = logits.at[row, pl.ds(number * block, block)]
+        x = triton.load(place, mask=valid, other=None if valid is None else -jnp.inf)
+        return x.astype(F32)
+
+    def add(number, sums, valid=None):
+        largest, total = sums
+        x = load(number, valid)
+        # One exponential an entry: the smaller of both is measured by the larger one.
+        step = _exp(-jnp.abs(x - largest))
+        total = jnp.where(x > largest, total * step + 1, total + step)
+        return jnp.maximum(x, largest), total
+
+    # Before any sum over the row, which all threads wait for: the gradient overwrites it.
+    target, weight = targets[row], weights[row]
+    known = (target >= 0) & (target < size)
+    at_target = triton.load(logits.at[row, jnp.where(known, target, 0)]).astype(F32)
+    # A finite start: two infinities have no difference.
+    sums = jnp.full((block,), jnp.finfo(F32).min), jnp.zeros((block,), F32)
+    sums = jax.lax.fori_loop(0, whole, add, sums)
+    largest, total = jax.lax.fori_loop(
+        whole, blocks, functools.partial(add, valid=valid_in_last), sums
+    )
+    top = jnp.max(largest)
+    log_sum = jnp.log(jnp.sum(total * _exp(largest - top))) + top
+    nats[row] = log_sum - jnp.where(known, at_target, 0)
+    normaliser[row] = log_sum
+    slope = weight * (1 + 2 * z_loss * log_sum)
+
+    def write(number, carry, valid=None):
+        value = slope * _exp(load(number, valid) - log_sum)
+        value = jnp.where(index == target - number * block, value - weight, value)
+        place = gradient.at[row, pl.ds(number * block, block)]
+        triton.store(place, value.astype(gradient.dtype), mask=valid)
+        return carry
+
+    # From the end: what was read last is nearest.
+    jax.lax.fori_loop(whole, blocks, functools.partial(write, valid=valid_in_last), 0)
+    jax.lax.fori_loop(0, whole, lambda number, carry: write(whole - 1 - number, carry), 0)
+
+
+def _exp(x: jax.Array) -> jax.Array:
+    """In one instruction for the power of two, to 2^-22; that of CUDA's library takes eight."""
+    x = x * math.log2(math.e)
+    if jax.default_backend() != "gpu":
+        return jnp.exp2(x)
+    (result,) = triton.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, F32)],
+    )
+    return result
+
+
+def _call(
+    kernel: Any, programs: int, results: Any, *, warps: int, stages: int = 1, **options: Any
+) -> Any:
+    """A kernel on whole arrays; interpreted where there is no GPU."""
+    return pl.pallas_call(
+        kernel,
+        grid=(programs,),
+        out_shape=results,
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=jax.default_backend() != "gpu",
+        name=kernel.func.__name__.strip("_"),
+        **options,
+    )
+
+
+def _load(ref: Any, valid: jax.Array, other: float = 0.0) -> jax.Array:
+    return triton.load(ref, mask=valid, other=other).astype(F32)
+
+
+def _columns(width: int) -> tuple[Any, jax.Array]:
+    """All columns of a row, whose number is rounded up, and which of them there are."""
+    rounded = _power_of_two(width)
+    # A traced start: of a known one Pallas checks that the slice fits, and knows of no mask.
+    return pl.ds(0 * pl.program_id(0), rounded), jnp.arange(rounded) < width
+
+
+def _norm_warps(width: int) -> int:
+    return min(16, max(1, _power_of_two(width) // 256))
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
