@@ -22,9 +22,9 @@ Result = TypeVar("Result")
 # there are as many calls at once as threads, they wait for each other for ever (jaxlib 0.10). A
 # machine of two cores reaches that with the factors of a single model, so it gets more threads.
 _CPU_THREADS = 16
-# Parameters of glibc's mallopt and their values: one heap for all threads, from which arrays of any
-# size are taken, and which keeps up to 2 GiB that are free.
-_MALLOC = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
+# M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD of glibc's mallopt and their values: one heap for all
+# threads, from which arrays of any size are taken, and which keeps up to 2 GiB that are free.
+_MALLOC = ((-8, 1), (-4, 0), (-1, 2**31 - 1))
 
 
 def main(arguments: Sequence[str], sigterm_exit: int) -> int:
@@ -106,7 +106,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another C library
         return
-    for parameter, value in _MALLOC.values():
+    for parameter, value in _MALLOC:
         mallopt(parameter, value)
 
 

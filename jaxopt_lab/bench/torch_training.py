@@ -59,8 +59,6 @@ class TorchTrainer:
         fused = self.device == "cuda"
         self._optimizer = torch.optim.AdamW(leaves, lr=rate, weight_decay=decay, fused=fused)
         torch.set_float32_matmul_precision("high")
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         self._loss = _loss(torch, config)
         self._compiled = torch.compile(self._loss)
 
@@ -71,6 +69,8 @@ class TorchTrainer:
 
     def warm_up(self) -> float:
         """Compiles and takes a few steps; returns the seconds."""
+        if self.device == "cuda":
+            self.torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         self.run(4)
         return time.perf_counter() - start

@@ -42,7 +42,7 @@ def loss(
         batch: ``tokens`` (B, T + 1), position t predicts token t + 1; optional ``mask`` (B, T)
             that is nonzero where the prediction counts; ``segment_ids`` (B, T) or (B, T + 1),
             used with ``config.document_mask``.
-        z_loss: weight of the squared log-sum-exp, which keeps logits from drifting.
+        z_loss: weight of the squared log-sum-exp, a Python number; it keeps logits from drifting.
         head_chunks: pieces into which the T positions are cut for the head; 1 keeps all logits
             for the backward pass.
         mesh: with axes among data, fsdp and tensor, pins activations to it.
@@ -213,7 +213,7 @@ def _kernel_backward(z_loss, mesh, residuals, cotangents):
     dlogits_NxV, x_BxTxD, (head_DxV, _) = residuals
     x_NxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
     gradients = dlogits_NxV @ head_DxV.T, dlogits_NxV.T @ x_NxD
-    # Both at once, so that the layers have the memory of the logits.
+    # Both at once: this frees the logits before the backward pass of the layers.
     gradients = jax.lax.optimization_barrier(gradients)
     dx_NxD, dhead_VxD = (cotangents[0].astype(g.dtype) * g for g in gradients)
     return dx_NxD.reshape(x_BxTxD.shape), (dhead_VxD.T, None), None, None

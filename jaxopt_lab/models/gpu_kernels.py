@@ -1,8 +1,8 @@
 """Kernels for GPUs that read and write large activations once: sum and norm, cross-entropy.
 
 XLA needs a pass of its own for each of: a sum that a product has taken in (a copy), the statistics
-of its rows, their normalisation, and the sums over rows in the backward pass. Each function here
-is defined by plain JAX in a sentence, and `tests.models.test_gpu_kernels` compares them.
+of its rows, their normalisation, and the sums over rows in the backward pass. The functions here
+are compared with plain JAX in `tests.models.test_gpu_kernels`.
 """
 
 import functools
@@ -29,10 +29,11 @@ _VOCABULARY_BLOCK, _VOCABULARY_WARPS, _VOCABULARY_STAGES = 4096, 16, 2
 
 
 def kernels_apply(dtype: Any, attention: str, mesh: OnMesh, width: int = 1) -> bool:
-    """Whether activations go through the kernels: on one GPU, in bfloat16.
+    """Whether activations go through the kernels: on one GPU of NVIDIA's, in bfloat16.
 
     Like cuDNN's attention they have no forward-mode and no second derivatives, so a model with
-    ``attention = "xla"`` does without them. Nor can the compiler split them over devices.
+    ``attention = "xla"`` does without them. Nor can the compiler split them over devices: without a
+    mesh they are used only where there is one device.
 
     Args:
         dtype: of activations.
@@ -40,9 +41,12 @@ def kernels_apply(dtype: Any, attention: str, mesh: OnMesh, width: int = 1) -> b
         mesh: over which activations are spread.
         width: of the rows that a norm is of.
     """
-    devices = jax.device_count() if mesh is None else placement(mesh).mesh.size
+    devices = jax.devices() if mesh is None else placement(mesh).mesh.devices.ravel()
     wanted = attention != "xla" and dtype == jnp.bfloat16 and width <= _LARGEST_WIDTH
-    return wanted and devices == 1 and triton is not None and jax.default_backend() == "gpu"
+    # NVIDIA's alone have a number, such as 9.0, and bfloat16 came with 8.0.
+    major = str(getattr(devices[0], "compute_capability", "")).split(".")[0]
+    on_gpu = devices[0].platform == "gpu" and major.isdigit() and int(major) >= 8
+    return wanted and len(devices) == 1 and triton is not None and on_gpu
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -129,7 +133,7 @@ def _add_norm_backward_kernel(
 def cross_entropy(
     logits_NxV: jax.Array, targets_N: jax.Array, weights_N: jax.Array, z_loss: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradient of sum weights (nats + z_loss normaliser^2) and what it is of.
+    """The gradient of sum weights (nats + z_loss normaliser^2), and its two terms.
 
     Two passes over each row of the logits, the second one from the cache; the gradient takes their
     place.
@@ -192,7 +196,7 @@ def _cross_entropy_kernel(logits, targets, weights, gradient, nats, normaliser, 
         triton.store(place, value.astype(gradient.dtype), mask=valid)
         return carry
 
-    # From the end: what was read last is nearest.
+    # From the end: the last blocks are still in the L2 cache.
     jax.lax.fori_loop(whole, blocks, functools.partial(write, valid=valid_in_last), 0)
     jax.lax.fori_loop(0, whole, lambda number, carry: write(whole - 1 - number, carry), 0)
 
@@ -227,8 +231,8 @@ def _call(
     )
 
 
-def _load(ref: Any, valid: jax.Array, other: float = 0.0) -> jax.Array:
-    return triton.load(ref, mask=valid, other=other).astype(F32)
+def _load(ref: Any, valid: jax.Array) -> jax.Array:
+    return triton.load(ref, mask=valid, other=0.0).astype(F32)
 
 
 def _columns(width: int) -> tuple[Any, jax.Array]:

@@ -131,7 +131,7 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def parts(self, x_BxTxI: jax.Array, mesh: OnMesh, *, apart: bool) -> list[jax.Array]:
-        """What `self(x)` has at each index of its third axis, by products apart if wanted."""
+        """What `self(x)` has at each index of its third axis, by separate products if wanted."""
         kernel = self.kernel[...].astype(x_BxTxI.dtype)
         if not apart or self.side is not None or is_packed(kernel):
             y = self(x_BxTxI, mesh)

@@ -1,10 +1,12 @@
 """What activations go through on a GPU, against plain JAX; kernels are interpreted."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from jaxopt_lab import models
 from jaxopt_lab.models import cross_entropy, gpu_kernels, kept, layers
@@ -140,13 +142,41 @@ def test_the_model_is_the_plain_one(kind, dtype, monkeypatch):
 def test_where_the_kernels_apply(monkeypatch):
     apply = gpu_kernels.kernels_apply
     assert not apply(jnp.bfloat16, "auto", None)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+    def only(**device):
+        monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(**device)])
+
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))
+    for capability in ("gfx942", "7.5"):  # AMD's, and before bfloat16
+        only(platform="gpu", compute_capability=capability)
+        assert not apply(jnp.bfloat16, "auto", None)
+    only(platform="gpu", compute_capability="9.0")
     assert apply(jnp.bfloat16, "auto", None)
     assert not apply(jnp.float32, "auto", None)
     assert not apply(jnp.bfloat16, "xla", None)
     assert not apply(jnp.bfloat16, "auto", None, width=16384)
-    mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))
     assert not apply(jnp.bfloat16, "auto", mesh)
     monkeypatch.setattr(gpu_kernels, "triton", None)
     assert not apply(jnp.bfloat16, "auto", None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernels_are_written_in_what_triton_knows(kind, monkeypatch):
+    config = models.DecoderConfig(**BASE | KINDS[kind], compute_dtype="bfloat16", attention="auto")
+    shapes = models.abstract_params(config)
+    tokens = jax.ShapeDtypeStruct((2, 13), jnp.int32)
+    for module in (layers, cross_entropy):
+        monkeypatch.setattr(module, "kernels_apply", lambda *given: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def objective(params, tokens):
+        return models.loss(config, params, {"tokens": tokens})[0]
+
+    # Newer versions of JAX want to know for which GPU a kernel is lowered.
+    device = AbstractDevice("NVIDIA H200", None, "gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+        traced = jax.jit(jax.grad(objective)).trace(shapes, tokens)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert all(
+        f"{name}_kernel" in text for name in ("add_norm", "add_norm_backward", "cross_entropy")
+    )
