@@ -30,4 +30,5 @@ def test_the_table(toy, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("jaxopt_lab.bench.command.run_memory", lambda *given, **options: report)
     assert main(["memory", "--json", str(target)]) == 0
     assert json.loads(target.read_text())["rows"][1]["optimizer"] == "lion_muon_p2"
-    assert all(name in capsys.readouterr().out for name in chosen)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in chosen)
