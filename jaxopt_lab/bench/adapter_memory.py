@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxopt_lab import lora, models
-from jaxopt_lab.bench.conditions import device_name, versions
+from jaxopt_lab.bench.conditions import Report, device_name, versions
 from jaxopt_lab.bench.timing import program_bytes
 from jaxopt_lab.report.tables import format_table
 from jaxopt_lab.step import Adapted, Step
@@ -53,7 +53,7 @@ class MemoryRow(Case):
 
 
 @dataclass(frozen=True)
-class MemoryReport:
+class MemoryReport(Report):
     """Result of `run_adapter_memory`."""
 
     batch: int
@@ -61,10 +61,6 @@ class MemoryReport:
     device: str
     versions: dict[str, str]
     rows: tuple[MemoryRow, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         """A table with the conditions above it."""

@@ -1,16 +1,14 @@
 """Counts the collectives of optimizer steps on a mesh, from the compiled programs."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxopt_lab import models
-from jaxopt_lab.bench.conditions import device_name, versions
+from jaxopt_lab.bench.conditions import Report, device_name, versions
 from jaxopt_lab.bench.methods import method
 from jaxopt_lab.bench.timing import CompiledStep
 from jaxopt_lab.report.hlo import collectives
@@ -33,7 +31,7 @@ class CollectiveRow:
 
 
 @dataclass(frozen=True)
-class CollectivesReport:
+class CollectivesReport(Report):
     """Result of `run_collectives`."""
 
     model: str
@@ -41,10 +39,6 @@ class CollectivesReport:
     device: str
     versions: dict[str, str]
     rows: tuple[CollectiveRow, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         """A table with the conditions above it."""

@@ -1,8 +1,19 @@
-"""What a result depends on: the device and the versions."""
+"""What all reports have: the device and the versions, and their form as JSON."""
 
+import dataclasses
 import importlib.metadata
+from typing import Any
 
 import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Result of a benchmark; its text is a table with the conditions above it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return dataclasses.asdict(self)
 
 
 def device_name() -> str:

@@ -1,6 +1,5 @@
 """Losses a second of low-rank probes, beside batched inference and dense probes, on one device."""
 
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 
 from jaxopt_lab import models
 from jaxopt_lab import zeroth_order as zo
-from jaxopt_lab.bench.conditions import device_name, versions
+from jaxopt_lab.bench.conditions import Report, device_name, versions
 from jaxopt_lab.bench.timing import program_bytes
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.report.tables import format_table
@@ -34,7 +33,7 @@ class LowRankRow:
 
 
 @dataclass(frozen=True)
-class LowRankReport:
+class LowRankReport(Report):
     """Result of `run_low_rank`."""
 
     device: str
@@ -48,10 +47,6 @@ class LowRankReport:
     rank: int
     compute_dtype: str
     rows: list[LowRankRow]
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         """A table with the conditions above it."""

@@ -1,16 +1,14 @@
 """Memory of optimizer steps, from the compiled programs: nothing is run."""
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
 from jaxopt_lab.bench import shapes
-from jaxopt_lab.bench.conditions import device_name, versions
+from jaxopt_lab.bench.conditions import Report, device_name, versions
 from jaxopt_lab.bench.floors import tree_bytes
 from jaxopt_lab.bench.methods import DEFAULT_METHODS, method
 from jaxopt_lab.bench.timing import CompiledStep
@@ -33,7 +31,7 @@ class MemoryRow:
 
 
 @dataclass(frozen=True)
-class MemoryReport:
+class MemoryReport(Report):
     """Result of `run_memory`."""
 
     model: str
@@ -42,10 +40,6 @@ class MemoryReport:
     device: str
     versions: dict[str, str]
     rows: tuple[MemoryRow, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         """A table with the conditions above it."""

@@ -6,7 +6,6 @@ on random gradients; there is no model. What is reported is wall time of the loo
 ceilings put under it.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxopt_lab.bench import shapes
-from jaxopt_lab.bench.conditions import device_name, versions
+from jaxopt_lab.bench.conditions import Report, device_name, versions
 from jaxopt_lab.bench.floors import CeilingProbe, Ceilings, step_bytes, tree_bytes
 from jaxopt_lab.bench.methods import DEFAULT_METHODS, Method, method
 from jaxopt_lab.bench.timing import (
@@ -60,7 +59,7 @@ class OptimizerRow:
 
 
 @dataclass(frozen=True)
-class OptimizerReport:
+class OptimizerReport(Report):
     """Result of `run_optimizers`."""
 
     model: str
@@ -71,10 +70,6 @@ class OptimizerReport:
     fused_qkv: bool
     ceilings: Ceilings
     rows: tuple[OptimizerRow, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         """A table with the conditions above it."""

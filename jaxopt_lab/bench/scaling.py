@@ -4,7 +4,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxopt_lab import models
-from jaxopt_lab.bench.conditions import device_name, versions
+from jaxopt_lab.bench.conditions import Report, device_name, versions
 from jaxopt_lab.bench.methods import Method, method
 from jaxopt_lab.report.hlo import collectives
 from jaxopt_lab.report.tables import format_table
@@ -41,7 +40,7 @@ class ScalingRow:
 
 
 @dataclass(frozen=True)
-class ScalingReport:
+class ScalingReport(Report):
     """Result of `run_scaling`."""
 
     model: str
@@ -51,10 +50,6 @@ class ScalingReport:
     context: int
     compute_dtype: str
     rows: tuple[ScalingRow, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         """A table with the conditions above it."""

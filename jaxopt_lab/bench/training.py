@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from jaxopt_lab import models
-from jaxopt_lab.bench.conditions import device_name, versions
+from jaxopt_lab.bench.conditions import Report, device_name, versions
 from jaxopt_lab.bench.floors import CeilingProbe, Ceilings
 from jaxopt_lab.bench.methods import DECAY, RATE, method
 from jaxopt_lab.bench.timing import (
@@ -43,7 +43,7 @@ class PeerReport:
 
 
 @dataclass(frozen=True)
-class TrainingReport:
+class TrainingReport(Report):
     """Result of `run_training`."""
 
     model: str
@@ -73,10 +73,6 @@ class TrainingReport:
     """Of the first step."""
     peer: PeerReport | None = None
     """PyTorch in the same rounds."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         """A table with the conditions above it."""

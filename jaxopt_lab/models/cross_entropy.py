@@ -186,17 +186,8 @@ def _weighted_sums(
     return jnp.sum(weights_BxT * objective_BxT), jnp.sum(weights_BxT * nats_BxT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _kernel_sums(
-    x_BxTxD: jax.Array,
-    head: Head,
-    targets_BxT: jax.Array,
-    weights_BxT: jax.Array,
-    z_loss: float,
-    mesh: OnMesh,
-) -> tuple[jax.Array, jax.Array]:
-    """`_weighted_sums`, whose forward pass puts the gradient in the place of the logits."""
-    return _weighted_sums(x_BxTxD, head, targets_BxT, weights_BxT, z_loss, mesh)
+# The same, whose forward pass puts the gradient in the place of the logits.
+_kernel_sums = jax.custom_vjp(_weighted_sums, nondiff_argnums=(4, 5))
 
 
 def _kernel_forward(x_BxTxD, head, targets_BxT, weights_BxT, z_loss, mesh):
