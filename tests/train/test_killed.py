@@ -18,6 +18,7 @@ from jaxopt_lab.train.io.checkpoints import Checkpoints, committed_steps
 CHILD = """
 import sys
 from jaxopt_lab.train.io.checkpoints import Checkpoints
+from tests.quick_compile import FLAGS
 from tests.train.test_killed import state_at
 
 with Checkpoints(sys.argv[1], keep_newest=2) as checkpoints:
@@ -38,7 +39,7 @@ def state_at(step):
 
 
 def start(directory):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, str(directory)],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
