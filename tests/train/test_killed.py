@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from jaxopt_lab.train.io.checkpoints import Checkpoints, committed_steps
+from tests.quick_compile import FLAGS
 
 # State k is a function of k alone, so that what is restored can be checked against its label.
 CHILD = """
 import sys
 from jaxopt_lab.train.io.checkpoints import Checkpoints
-from tests.quick_compile import FLAGS
 from tests.train.test_killed import state_at
 
 with Checkpoints(sys.argv[1], keep_newest=2) as checkpoints:
