@@ -48,6 +48,6 @@ def forward_gradient(
     check_rates(learning_rate=learning_rate)
     return optax.chain(
         forward_estimated(probes, key=key),
-        decayed_unless_named(weight_decay, mask),
+        decayed_unless_named(weight_decay, mask, probes),
         optax.scale_by_learning_rate(learning_rate),
     )

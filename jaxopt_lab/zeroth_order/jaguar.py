@@ -15,7 +15,7 @@ from jaxopt_lab.optim.options import MeshWork, NewtonSchulz
 from jaxopt_lab.optim.routing import float_leaves
 from jaxopt_lab.zeroth_order.matrix_sign import FLOAT32, scale_by_matrix_sign
 from jaxopt_lab.zeroth_order.probes import Probes, ProbeState, initial_state
-from jaxopt_lab.zeroth_order.probing import Step, transformation
+from jaxopt_lab.zeroth_order.probing import Step, finite_or_zero, transformation
 from jaxopt_lab.zeroth_order.samplers import blocks
 
 
@@ -111,7 +111,10 @@ def scale_by_jaguar(
 
     def update(step: Step, state: JaguarState, extra_args: Any) -> Any:
         del extra_args
-        found, support = step.combined(step.differences(eps) / probes.num_directions)
+        found = step.raw_differences(eps)
+        weights, known = finite_or_zero(found) / probes.num_directions, jnp.isfinite(found)
+        # Where only losses that are not finite were seen there is no news.
+        found, support = step.combined(weights, known=known)
         out, new = momentum.update(step.tree(found), state.momentum, support=support)
         return out, JaguarState(step.next_state(), new)
 

@@ -1,5 +1,6 @@
 """LDSD: directions from a Gaussian policy whose mean is learned from the losses it leads to."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
@@ -162,8 +163,10 @@ def ldsd(
 
         found, behind = _both_sides(step, candidates, count, eps, choose, drawn)
         chosen = choose(found)
-        differences = finite_or_zero((found[chosen] - behind) / (2 * eps)) / count
-        g, support = step.combined(differences, chosen, lambda probe: drawn(probe, "update"))
+        differences = (found[chosen] - behind) / (2 * eps)
+        weights, known = finite_or_zero(differences) / count, jnp.isfinite(differences)
+        of_update = functools.partial(drawn, purpose="update")
+        g, support = step.combined(weights, chosen, of_update, known)
         extra_args["support"] = support
         point = step.tree(step.params)
         out, base_state = inner.update(step.tree(g), state.base, point, **extra_args)
@@ -208,7 +211,7 @@ def _chosen(losses: Array, selection: Selection, count: int, key: Array) -> Arra
     if selection == "random":
         return jax.random.randint(key, (1,), 0, losses.size)
     # Of equal ones the first.
-    return jax.lax.top_k(jnp.where(jnp.isnan(losses), -jnp.inf, -losses), count)[1]
+    return jax.lax.top_k(jnp.where(jnp.isfinite(losses), -losses, -jnp.inf), count)[1]
 
 
 def _both_sides(

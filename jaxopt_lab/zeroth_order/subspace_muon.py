@@ -17,8 +17,10 @@ from jaxopt_lab.core.keys import purpose_key
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.options import NewtonSchulz, Routing
 from jaxopt_lab.optim.rates import decayed_weights
+from jaxopt_lab.optim.routing import float_leaves
 from jaxopt_lab.zeroth_order.directions import Leaf
 from jaxopt_lab.zeroth_order.matrix_sign import FLOAT32, matrix_layouts
+from jaxopt_lab.zeroth_order.mezo import of_trainable
 from jaxopt_lab.zeroth_order.probes import (
     Probes,
     ProbeState,
@@ -92,7 +94,7 @@ def subspace_muon(
     check_rates(**given(learning_rate=learning_rate, vector_learning_rate=vector_learning_rate))
 
     def labels(params: optax.Params) -> Any:
-        layouts = matrix_layouts(params, probes.matrix_axes)
+        layouts = matrix_layouts(float_leaves(params), probes.matrix_axes)
         leaves, treedef = jax.tree.flatten(params)
         return treedef.unflatten(
             ["matrix" if i in layouts else "vector" for i in range(len(leaves))]
@@ -100,7 +102,7 @@ def subspace_muon(
 
     rules: dict[Any, optax.GradientTransformation] = {
         "matrix": optax.chain(
-            decayed_weights(weight_decay, None, Routing()),
+            of_trainable(decayed_weights(weight_decay, None, Routing()), probes),
             optax.scale_by_learning_rate(learning_rate),
         ),
         "vector": optax.scale_by_learning_rate(vector_learning_rate),
