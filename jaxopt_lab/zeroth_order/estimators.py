@@ -107,7 +107,8 @@ def forward_estimated(probes: Probes, *, key: Array) -> optax.GradientTransforma
     probes.engine.check(probes.num_directions)
 
     def init(params: optax.Params) -> Any:
-        return initial_state(params, key, None, probes.num_directions)
+        # Nothing is perturbed: a distance that every dtype holds.
+        return initial_state(params, key, 1.0, probes.num_directions)
 
     def update(step: Step, state: Any, extra_args: Any) -> Any:
         del state, extra_args

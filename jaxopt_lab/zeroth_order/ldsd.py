@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxopt_lab.core.checks import check_rates
+from jaxopt_lab.core.checks import FINITE, POSITIVE, check_number, check_rates
 from jaxopt_lab.core.keys import purpose_key, threefry_key
 from jaxopt_lab.core.numerics import Scalar, frobenius_unit, wide_dtype, widened
 from jaxopt_lab.optim.routing import float_leaves
@@ -129,6 +129,8 @@ def ldsd(
     the subset of the chosen one alone, along noise that other candidates were not evaluated with).
     """
     check_rates(policy_rate=policy_rate)
+    check_number("policy_std", policy_std, POSITIVE)
+    check_number("start_sign", start_sign, FINITE)
     check_integer("candidates", candidates)
     check_integer("selected", selected)
     for name, value, known in (("selection", selection, Selection), ("start", start, Start)):
@@ -149,6 +151,7 @@ def ldsd(
         return LDSDState(state, mean, pending, inner.init(params))
 
     def update(step: Step, state: LDSDState, extra_args: dict[str, Any]) -> Any:
+        step.num_directions = candidates
         mean = jax.tree.leaves(policy_mean(state, probes))
         if start in ("gradient", "estimate"):
             first = _from_first_batch(start, step, start_sign, eps)

@@ -92,6 +92,7 @@ class Step:
         """
         if value_fn is not None and probe_fn is not None:
             raise ValueError("got both value_fn and probe_fn, wanted one of them")
+        losses = None if losses is None else jnp.asarray(losses)
         if params is None or (losses is None and probe_fn is None):
             check_value_fn(value_fn, params, eps)
         elif losses is not None and losses.shape != state.losses.shape:
@@ -106,6 +107,7 @@ class Step:
         key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
         self.key = jax.random.fold_in(key, state.count)
         self.probes, self.state, self._sampler = probes, state, sampler
+        self.num_directions = probes.num_directions
         self.value_fn, self.probe_fn, self.recorded = value_fn, probe_fn, losses
         self._seen: list[Array] = []
 
@@ -126,8 +128,7 @@ class Step:
         tree = self.draws.evaluation if tree is None else tree
         leaves = self.flat(tree)
         for leaf, z in zip(self.leaves, leaves, strict=True):
-            if tuple(z.shape[1:]) != leaf.shape:
-                wanted = ("probes", *leaf.shape)
+            if tuple(z.shape) != (wanted := (self.num_directions, *leaf.shape)):
                 raise ValueError(
                     f"draws.{purpose} of leaf {keystr(leaf.path)}: got {z.shape}, wanted {wanted}"
                 )

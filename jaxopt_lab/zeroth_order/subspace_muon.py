@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from jaxopt_lab.core import counter_noise
 from jaxopt_lab.core import newton_schulz as iteration
-from jaxopt_lab.core.checks import check_rates, given
+from jaxopt_lab.core.checks import check_rates
 from jaxopt_lab.core.keys import purpose_key
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.optim.options import NewtonSchulz, Routing
@@ -91,7 +91,7 @@ def subspace_muon(
     inside the loop over samples, of which only the last is lifted); nothing is added to the norm by
     which the iteration divides (released: 1e-7).
     """
-    check_rates(**given(learning_rate=learning_rate, vector_learning_rate=vector_learning_rate))
+    check_rates(learning_rate=learning_rate, vector_learning_rate=vector_learning_rate)
 
     def labels(params: optax.Params) -> Any:
         layouts = matrix_layouts(float_leaves(params), probes.matrix_axes)
