@@ -148,5 +148,5 @@ def _zeros(a: Any, b: Any) -> Pair:
 
 
 def _check(learning_rate: Any, rho: Any, momentum: Any, clip: Any) -> None:
-    check_rates(**given(learning_rate=learning_rate, rho=rho, clip=clip))
-    check_decays(**given(momentum=momentum))
+    check_rates(learning_rate=learning_rate, rho=rho, **given(clip=clip))
+    check_decays(momentum=momentum)

@@ -75,15 +75,16 @@ def scaled_lorsum(
 
     Returns:
       A transformation whose `update` takes `taps`, as from `jaxopt_lab.lora.value_grad_and_taps`.
-      Its updates are whole moves: nothing that scales them belongs behind it.
+      Its updates are whole moves: nothing that scales them belongs behind it. Accumulate with
+      `jaxopt_lab.lora.joined_taps`: `optax.MultiSteps` hands over the taps of the last part alone.
 
     Raises:
       ValueError: At `init`, for parameters without pairs; in `update`, for missing taps.
 
     Source: arXiv 2602.16456, released code (zeligism/PSI-LoRA, `ScaledOPLoraOptimizer`).
     """
-    check_rates(**given(learning_rate=learning_rate, rho=rho, damping=damping, clip=clip))
-    check_rates(weight_decay=weight_decay)
+    check_rates(learning_rate=learning_rate, rho=rho, damping=damping, weight_decay=weight_decay)
+    check_rates(**given(clip=clip))
     check_decays(**given(b1=b1, b2=b2))
     if momentum_convention not in ("code", "paper"):
         raise ValueError(
