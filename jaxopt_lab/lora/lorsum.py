@@ -15,9 +15,11 @@ from jaxopt_lab.lora.options import LowRankSum
 from jaxopt_lab.lora.pairs import laid_out, rate_at
 from jaxopt_lab.lora.pairwise import Given, Rule, pairwise
 from jaxopt_lab.lora.rest import adamw_rest, heavy_ball_rest, with_rest
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.options import AdamW
 
 
+@explains_keywords()
 def lorsum(
     learning_rate: optax.ScalarOrSchedule,
     *,

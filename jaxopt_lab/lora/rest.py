@@ -106,7 +106,7 @@ def with_rest(
         return tx.init(params)
 
     def update(updates, state, params=None, *, taps=None, **extra_args):
-        updates = float_leaves(updates)
+        updates = float_leaves(updates, params)
         if params is not None:
             params = float_leaves(params)
         if clip is not None and taps is not None:

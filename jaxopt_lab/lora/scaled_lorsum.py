@@ -27,11 +27,13 @@ from jaxopt_lab.lora.options import FactorMetric, LowRankSum
 from jaxopt_lab.lora.pairs import laid_out, rate_at
 from jaxopt_lab.lora.pairwise import Given, Rule, pairwise
 from jaxopt_lab.lora.rest import adamw_rest, with_rest
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.options import AdamW
 
 _SMALLEST_PROXIMAL = 1e-5
 
 
+@explains_keywords()
 def scaled_lorsum(
     learning_rate: optax.ScalarOrSchedule = 0.2,
     *,

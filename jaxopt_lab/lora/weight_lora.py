@@ -14,6 +14,7 @@ from jaxopt_lab.core.numerics import Scalar, widened
 from jaxopt_lab.lora.pairs import WEIGHTS, labels, rate_at
 from jaxopt_lab.lora.rest import adamw_rest, with_rest
 from jaxopt_lab.optim.fallback import adam_direction
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.nonfinite import finite_entries, guarded
 from jaxopt_lab.optim.options import AdamW
 
@@ -28,6 +29,7 @@ class CountState(NamedTuple):
     count: Int[Array, ""]  # steps taken
 
 
+@explains_keywords()
 def weight_lora(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -107,6 +109,7 @@ def weight_lora(
     return _needs_weights(tx, "weight_lora")
 
 
+@explains_keywords()
 def weight_lora_plus(
     learning_rate: optax.ScalarOrSchedule,
     *,

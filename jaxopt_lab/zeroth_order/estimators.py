@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array
 
 from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.routing import MatrixAxesSpec
 from jaxopt_lab.zeroth_order.directions import Sampler
 from jaxopt_lab.zeroth_order.engines import Engine, sequential
@@ -16,6 +17,7 @@ from jaxopt_lab.zeroth_order.probes import Probes, check_integer, default_sample
 from jaxopt_lab.zeroth_order.probing import Step, finite_or_zero, transformation
 
 
+@explains_keywords()
 def estimate(
     sampler: Sampler | None = None,
     *,

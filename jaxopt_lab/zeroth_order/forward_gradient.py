@@ -6,11 +6,13 @@ import optax
 from jaxtyping import Array
 
 from jaxopt_lab.core.checks import check_rates
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.zeroth_order.estimators import forward_estimated
 from jaxopt_lab.zeroth_order.mezo import decayed_unless_named
 from jaxopt_lab.zeroth_order.probes import Probes
 
 
+@explains_keywords()
 def forward_gradient(
     learning_rate: optax.ScalarOrSchedule,
     *,

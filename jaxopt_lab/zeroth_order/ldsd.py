@@ -13,6 +13,7 @@ from jaxtyping import Array
 from jaxopt_lab.core.checks import FINITE, POSITIVE, check_number, check_rates
 from jaxopt_lab.core.keys import purpose_key, threefry_key
 from jaxopt_lab.core.numerics import Scalar, frobenius_unit, wide_dtype, widened
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.routing import float_leaves
 from jaxopt_lab.zeroth_order.directions import Direction, leaves_of
 from jaxopt_lab.zeroth_order.engines import sequential
@@ -53,6 +54,7 @@ class LDSDState(NamedTuple):
     not_guarded = ("mean", "pending")
 
 
+@explains_keywords()
 def ldsd(
     base: optax.GradientTransformation,
     *,

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.checks import check_decays, check_rates
 from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.options import Routing
 from jaxopt_lab.optim.rates import decayed_weights
 from jaxopt_lab.zeroth_order.directions import moving
@@ -16,6 +17,7 @@ from jaxopt_lab.zeroth_order.estimators import estimated
 from jaxopt_lab.zeroth_order.probes import Probes
 
 
+@explains_keywords()
 def mezo(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -15,6 +15,7 @@ from jaxopt_lab.core import newton_schulz as iteration
 from jaxopt_lab.core.checks import check_rates
 from jaxopt_lab.core.keys import purpose_key
 from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.options import NewtonSchulz, Routing
 from jaxopt_lab.optim.rates import decayed_weights
 from jaxopt_lab.optim.routing import float_leaves
@@ -56,6 +57,7 @@ class Subspace:
             raise ValueError(f"Subspace.inner is {self.inner!r}; choose 'muon', 'svd' or 'sgd'")
 
 
+@explains_keywords()
 def subspace_muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -111,6 +113,7 @@ def subspace_muon(
     return optax.chain(direction, optax.partition(rules, labels))
 
 
+@explains_keywords()
 def scale_by_subspace_muon(
     *,
     eps: Scalar = 1e-3,

@@ -198,7 +198,7 @@ BAD = {
     "half": (dict(value_fn=lambda p: p["w"].sum().astype("bfloat16")), "the loss is bfloat16"),
     "draws": (
         dict(value_fn=quadratic, draws={"w": jnp.zeros(3)}),
-        r"draws.evaluation of leaf \['w'\]: got \(3,\), wanted \('probes', 3\)",
+        r"draws.evaluation of leaf \['w'\]: got \(3,\), wanted \(1, 3\)",
     ),
     "losses": (dict(losses=jnp.zeros(3)), r"losses: got shape \(3,\), wanted \(2,\)"),
 }
