@@ -2,6 +2,7 @@
 
 nice -n 19 python experiments/default_rates/averaging.py
 python experiments/default_rates/averaging.py --report
+python experiments/default_rates/averaging.py --fresh    # its two best cells, on seeds of their own
 """
 
 import argparse
@@ -26,6 +27,7 @@ from jaxopt_lab.train.rule import build_rule
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "averaging"
 RATES, AVERAGES, SEEDS = (5e-3, 1e-2, 2e-2), (0.99, 0.95), (1, 2, 3)
+FRESH_RATES, FRESH_SEEDS = (1e-2,), (4, 5, 6, 7, 8)
 HELD_OUT = 64  # batches
 
 
@@ -33,25 +35,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=PretrainConfig().steps, help="for a trial")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after that")
+    parser.add_argument("--fresh", action="store_true", help="the best cells on fresh seeds")
     parser.add_argument("--report", action="store_true", help="print the table and stop")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args()
+    rates, seeds = (FRESH_RATES, FRESH_SEEDS) if args.fresh else (RATES, SEEDS)
     if args.report:
-        print(report(args.out))
+        print(report(args.out, rates, seeds))
         return
     config = dataclasses.replace(PretrainConfig(), steps=args.steps)
     corpus = data.prepare(config.corpus, config.tokenizer, on_progress=print)
     windows = data.draw_windows(
-        corpus, seeds=SEEDS, steps=config.steps, batch_size=config.batch_size,
+        corpus, seeds=seeds, steps=config.steps, batch_size=config.batch_size,
         context=config.model.context, max_batches=HELD_OUT,
     )  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     budget = Budget(args.seconds)
     programs = {b2: program_of(config, windows, b2) for b2 in AVERAGES}
     # Seed by seed, so that what is there at any time can be compared.
-    for seed in SEEDS:
+    for seed in seeds:
         for b2, program in programs.items():
-            named = [(Run(rate, seed), path_of(args.out, b2, rate, seed)) for rate in RATES]
+            named = [(Run(rate, seed), path_of(args.out, b2, rate, seed)) for rate in rates]
             facts = {
                 "b2": b2, "steps": config.steps, "corpus": windows.corpus_hash,
                 "bytes_per_token": windows.bytes_per_token, "jax": jax.__version__,
@@ -91,28 +95,30 @@ def path_of(out: pathlib.Path, b2: float, rate: float, seed: int) -> pathlib.Pat
     return out / f"b2-{b2:g}-rate-{rate:g}-seed-{seed}.json"
 
 
-def report(out: pathlib.Path) -> str:
+def report(out: pathlib.Path, rates: tuple[float, ...], seeds: tuple[int, ...]) -> str:
     """Bits per byte of every cell, and the difference of the two best cells at equal seeds."""
     rows, best = [], {}
     missing = 0
     for b2 in AVERAGES:
         means = {}
-        for rate in RATES:
-            paths = [path_of(out, b2, rate, seed) for seed in SEEDS]
+        for rate in rates:
+            paths = [path_of(out, b2, rate, seed) for seed in seeds]
             runs = [json.loads(path.read_text()) for path in paths if path.exists()]
-            missing += len(SEEDS) - len(runs)
+            missing += len(seeds) - len(runs)
             bits = [run["held_out"][-1] / math.log(2) / run["bytes_per_token"] for run in runs]
             rows.append([f"{b2:g}", f"{rate:g}", " ".join(f"{x:.4f}" for x in bits)])
-            if len(bits) == len(SEEDS):
+            if len(bits) == len(seeds):
                 means[rate] = bits
-        if len(means) == len(RATES):
+        if len(means) == len(rates):
             chosen = min(means, key=lambda rate: np.mean(means[rate]))
             best[f"b2 {b2:g}, rate {chosen:g}"] = means[chosen]
-            rim = rim_of(RATES.index(chosen), len(RATES))
+            rim = rim_of(rates.index(chosen), len(rates)) if len(rates) > 1 else None
             rows.append([f"{b2:g}", f"best: {chosen:g}" + (f" ({rim})" if rim else ""), ""])
-    table = format_table(["b2", "rate", "bits/byte, seeds 1, 2, 3"], rows, markdown=True)
+    table = format_table(
+        ["b2", "rate", f"bits/byte, seeds {', '.join(map(str, seeds))}"], rows, markdown=True
+    )
     if missing:
-        return f"{table}\n\n{missing} of {len(AVERAGES) * 9} runs are missing: no verdict."
+        return f"{table}\n\n{missing} of {len(AVERAGES) * len(rates) * len(seeds)} runs are missing: no verdict."
     found = paired_differences(best)
     (first, second), each = next(iter(found.items()))
     words = "counts" if each.counts else "direction only"
