@@ -118,7 +118,8 @@ def report(out: pathlib.Path, rates: tuple[float, ...], seeds: tuple[int, ...]) 
         ["b2", "rate", f"bits/byte, seeds {', '.join(map(str, seeds))}"], rows, markdown=True
     )
     if missing:
-        return f"{table}\n\n{missing} of {len(AVERAGES) * len(rates) * len(seeds)} runs are missing: no verdict."
+        wanted = len(AVERAGES) * len(rates) * len(seeds)
+        return f"{table}\n\n{missing} of {wanted} runs are missing: no verdict."
     found = paired_differences(best)
     (first, second), each = next(iter(found.items()))
     words = "counts" if each.counts else "direction only"
