@@ -28,14 +28,15 @@ def on_whole_matrices(
     *,
     share_over: Sequence[str] = (),
     scalars: Sequence[Any] = (),
+    sources: Sequence[int] | None = None,
 ) -> tuple[Array, ...]:
     """Apply `fn` to whole matrices, each device to its own share of the batch.
 
     Args:
       fn: Maps arrays (b, ...) to a tuple of arrays (b, ...); entry i of every result may depend on
-        entry i of the operands only. Padding entries are zero.
-      operands: Arrays with one common leading batch axis. An operand that is not sharded over a
-        mesh axis that another one is sharded over is sliced (no communication).
+        entry i of the operands of its batch only. Padding entries are zero.
+      operands: Arrays with a leading batch axis. An operand that is not sharded over a mesh axis
+        that another one is sharded over is sliced (no communication).
       specs: How each operand is laid out. Entries of the leading axis stay as they are: where it is
         sharded, each device works on its own share.
       out_specs: How each result shall be laid out; a result that is replicated over an exchanged
@@ -45,12 +46,13 @@ def on_whole_matrices(
         rather than repeated, at the price of one all-gather of the results.
       scalars: Further arguments of `fn`, replicated trees. Traced numbers must come this way: a
         function cannot take them along onto a mesh with Explicit axes.
+      sources: For each result the index of an operand that has its batch; None: all have one.
 
     Raises:
       ValueError: Two operands are sharded over the same mesh axes in a different order.
     """
     batch = next((spec[0] for spec in specs if len(spec) and spec[0] is not None), None)
-    moved = _exchanged_axes((*specs, *out_specs))
+    moved = exchanged_axes((*specs, *out_specs))
     if batch is None and not moved and not share_over:
         return fn(*operands, *scalars)
     order = (*moved, *((name,) for name in share_over))
@@ -58,13 +60,14 @@ def on_whole_matrices(
 
     def local(*arguments: Any) -> tuple[Array, ...]:
         blocks, numbers = arguments[: len(operands)], arguments[len(operands) :]
-        size = blocks[0].shape[0]
-        padding = -size % owners
-        blocks = tuple(jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)) for x in blocks)
+        sizes = [blocks[i].shape[0] for i in sources or [0] * len(out_specs)]
+        blocks = tuple(
+            jnp.pad(x, ((0, -x.shape[0] % owners),) + ((0, 0),) * (x.ndim - 1)) for x in blocks
+        )
         whole = [_take(x, spec, order, mesh) for x, spec in zip(blocks, specs, strict=True)]
         results = fn(*whole, *numbers)
         back = [_give_back(y, spec, order) for y, spec in zip(results, out_specs, strict=True)]
-        return tuple(y[:size] for y in back)
+        return tuple(y[:size] for y, size in zip(back, sizes, strict=True))
 
     def with_batch(spec: PartitionSpec) -> PartitionSpec:
         return PartitionSpec(batch, *spec[1:])
@@ -83,7 +86,7 @@ def _names(entry) -> AxisNames:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _exchanged_axes(specs: Sequence[PartitionSpec]) -> list[AxisNames]:
+def exchanged_axes(specs: Sequence[PartitionSpec]) -> list[AxisNames]:
     """Mesh axes by which matrix axes are sharded, as exchanged: one tuple an array axis."""
     found: list[AxisNames] = []
     for spec in specs:
