@@ -1,7 +1,7 @@
 """Shared test set-up: eight CPU devices, shape annotations enforced, reproducible examples.
 
-Programs are released after each module, and within one that compiles very many; a worker that holds
-too many fails the run.
+Programs stay for the modules that come after, and are released where a worker holds half of as many
+as it may; one that holds too many fails the run.
 """
 
 import gc
@@ -36,12 +36,12 @@ _RECORDS = pytest.StashKey[dict[str, programs.Record]]()
 
 
 # Tracing makes many small objects, few of them in cycles: of its time every eleventh second went to
-# looking for those. `programs.release` looks for all after each module.
+# looking for those. `programs.release` looks for all.
 gc.set_threshold(200_000, 20, 100)
 
 
 def pytest_collection_finish():
-    gc.freeze()  # what is imported stays, and need not be looked at after each module
+    gc.freeze()  # what is imported stays, and need not be looked at again
 
 
 def pytest_configure(config):
@@ -56,8 +56,7 @@ def pytest_runtest_teardown(item, nextitem):
     try:
         record.measure(item.nodeid)
     finally:
-        last = nextitem is None or nextitem.path != item.path
-        if last or programs.memory_maps() > record.limit // 2:
+        if programs.memory_maps() > record.limit // 2:
             programs.release()
     return outcome
 

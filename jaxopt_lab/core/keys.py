@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyPath, SequenceKey
@@ -53,7 +54,7 @@ def purpose_key(key: Array, purpose: str) -> Array:
     return leaf_key(leaf_key(key, ()), (DictKey(purpose),))
 
 
-def threefry_key(key: Array) -> Array:
+def threefry_key(key: Any) -> Array:
     """A typed key of the generator whose draws are the same in batches, loops and on meshes.
 
     Args:
@@ -62,8 +63,11 @@ def threefry_key(key: Array) -> Array:
     Raises:
       ValueError: The key is of another generator, or no single key.
     """
-    if not jax.dtypes.issubdtype(jax.numpy.result_type(key), jax.dtypes.prng_key):
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
+    if dtype == "uint32" and shape[-1:] == (2,):
         key = jax.random.wrap_key_data(key, impl="threefry2x32")
+    elif dtype is None or not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        raise ValueError(f"key: got {key!r}, wanted a key, as from jax.random.key(0)")
     if key.ndim:
         raise ValueError(f"key: got keys of shape {key.shape}, wanted a single key")
     if (found := str(jax.random.key_impl(key))) != "threefry2x32":

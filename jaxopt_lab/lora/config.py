@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jax.tree_util import tree_leaves_with_path
 
+from jaxopt_lab.core.checks import POSITIVE, check_dtype, check_number
 from jaxopt_lab.core.keys import path_names
 from jaxopt_lab.core.matrices import MatrixAxes
 from jaxopt_lab.core.packed import as_shapes
@@ -94,6 +95,10 @@ class LoraConfig:
         ranks = [self.rank, *(rank for _, rank in self.rank_pattern)]
         positive = all(isinstance(r, int) and r > 0 for r in ranks)
         require(self, "rank", positive, "integers > 0, in rank_pattern as well")
+        check_number("LoraConfig.alpha", self.alpha, POSITIVE)
+        for name, alpha in self.alpha_pattern:
+            check_number(f"LoraConfig.alpha_pattern of {name!r}", alpha, POSITIVE)
+        check_dtype("LoraConfig.dtype", self.dtype)
         require(self, "dropout", 0 <= self.dropout < 1, "a number in [0, 1)")
         require(self, "init", self.init in INITS, f"one of {', '.join(INITS)}")
         require(self, "bias", self.bias in ("none", "all", "lora_only"), "none, all or lora_only")

@@ -15,6 +15,7 @@ from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.lora.pairs import find_pairs
 from jaxopt_lab.lora.pairwise import Given, Rule, pair_direction
 from jaxopt_lab.lora.rest import adamw_rest, with_rest
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import AdamW
 
@@ -22,6 +23,7 @@ from jaxopt_lab.optim.options import AdamW
 _RIDGE = 1e-8
 
 
+@explains_keywords()
 def lora_fa(
     learning_rate: optax.ScalarOrSchedule,
     *,

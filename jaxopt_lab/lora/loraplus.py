@@ -10,11 +10,13 @@ from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.lora.pairs import find_pairs
 from jaxopt_lab.lora.rest import adamw_rest, with_rest
 from jaxopt_lab.optim.fallback import adam_direction
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import AdamW, Routing
 from jaxopt_lab.optim.rates import decayed_weights
 
 
+@explains_keywords()
 def lora_plus(
     learning_rate: optax.ScalarOrSchedule,
     *,

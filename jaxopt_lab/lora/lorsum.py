@@ -15,9 +15,11 @@ from jaxopt_lab.lora.options import LowRankSum
 from jaxopt_lab.lora.pairs import laid_out, rate_at
 from jaxopt_lab.lora.pairwise import Given, Rule, pairwise
 from jaxopt_lab.lora.rest import adamw_rest, heavy_ball_rest, with_rest
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.options import AdamW
 
 
+@explains_keywords()
 def lorsum(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -52,7 +54,8 @@ def lorsum(
 
     Returns:
       A transformation whose `update` takes `taps`, as from `jaxopt_lab.lora.value_grad_and_taps`.
-      Its updates are whole moves: nothing that scales them belongs behind it.
+      Its updates are whole moves: nothing that scales them belongs behind it. Accumulate with
+      `jaxopt_lab.lora.joined_taps`: `optax.MultiSteps` hands over the taps of the last part alone.
 
     Raises:
       ValueError: At `init`, for parameters without pairs; in `update`, for missing taps, where the
@@ -69,7 +72,8 @@ def lorsum(
 
     Source: arXiv 2602.16456, released code (zeligism/PSI-LoRA, `OPLoraOptimizer`).
     """
-    check_rates(**given(learning_rate=learning_rate, rho=rho, weight_decay=weight_decay, clip=clip))
+    check_rates(learning_rate=learning_rate, rho=rho, weight_decay=weight_decay)
+    check_rates(**given(clip=clip))
     check_decays(**given(momentum=momentum, dampening=dampening))
 
     def init(a: Any, b: Any, key: Array) -> Mapping[str, Pair]:

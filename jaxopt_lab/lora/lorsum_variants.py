@@ -15,8 +15,10 @@ from jaxopt_lab.lora.options import LowRankSum
 from jaxopt_lab.lora.pairs import rate_at
 from jaxopt_lab.lora.pairwise import Given, Rule, pairwise
 from jaxopt_lab.lora.rest import heavy_ball_rest, with_rest
+from jaxopt_lab.optim.keywords import explains_keywords
 
 
+@explains_keywords()
 def projected_lorsum(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -87,6 +89,7 @@ def projected_lorsum(
     return with_rest("projected_lorsum", tx, rest, clip=clip, clip_scales_stats=stats)
 
 
+@explains_keywords()
 def extrapolated_lorsum(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -148,5 +151,5 @@ def _zeros(a: Any, b: Any) -> Pair:
 
 
 def _check(learning_rate: Any, rho: Any, momentum: Any, clip: Any) -> None:
-    check_rates(**given(learning_rate=learning_rate, rho=rho, clip=clip))
-    check_decays(**given(momentum=momentum))
+    check_rates(learning_rate=learning_rate, rho=rho, **given(clip=clip))
+    check_decays(momentum=momentum)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jaxopt_lab.core.checks import DECAY, NOT_NEGATIVE, POSITIVE, check_number
+
 
 def require(owner: Any, field: str, holds: bool, wanted: str) -> None:
     """Raise `ValueError` for a field of an option object that does not hold what it should."""
@@ -51,8 +53,9 @@ class LowRankSum:
         is_count = isinstance(sweeps, int) and not isinstance(sweeps, bool) and sweeps >= 0
         require(self, "sweeps", is_count, "an integer >= 0")
         require(self, "start", self.start in ("a", "b"), "a or b")
-        require(self, "momentum_rank", self.momentum_rank > 0, "a number > 0")
-        require(self, "jitter", 0 <= self.jitter < 1, "a number in [0, 1)")
+        check_number("LowRankSum.momentum_rank", self.momentum_rank, POSITIVE)
+        check_number("LowRankSum.jitter", self.jitter, DECAY)
+        require(self, "seed", isinstance(self.seed, int), "an integer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,3 +90,4 @@ class FactorMetric:
         require(self, "loss", self.loss in ("mean", "sum"), "mean or sum")
         is_power = isinstance(self.power, int | float) and 0 <= self.power < 4
         require(self, "power", is_power, "a Python number in [0, 4)")
+        check_number("FactorMetric.init", self.init, NOT_NEGATIVE)

@@ -69,10 +69,11 @@ def require_pairs(tree: Any, who: str) -> list[PairAt]:
         )
     for pair in found:
         a, b = (tuple(leaves[i].shape) for i in pair[1:])
-        if len(a) not in (2, 3) or len(b) != len(a) or a[-1] != b[-2] or a[:-2] != b[:-2]:
+        fits = len(a) in (2, 3) and len(b) == len(a) and a[-1] == b[-2] and a[:-2] == b[:-2]
+        if not fits or 0 in a + b:
             raise ValueError(
                 f"adapter {'.'.join(pair.path)}: got factors of shapes {a} and {b}, wanted "
-                "(inputs, rank) and (rank, outputs), or stacks of as many of both"
+                "(inputs, rank) and (rank, outputs), or stacks of as many of both, all above 0"
             )
     return found
 

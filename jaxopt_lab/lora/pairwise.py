@@ -128,17 +128,17 @@ def pair_direction(rule: Rule, who: str, seed: int = 0) -> optax.GradientTransfo
             raise ValueError(f"{who} needs the factors: call update(updates, state, params)")
         found = None
         if rule.needs_taps:
-            found = taps_of(require_pairs(params, who), taps, who)
+            found = taps_of(require_pairs(params, who), taps, who, jax.tree.leaves(params))
         return with_auto_axes(run, (updates, state, params, found), like=(updates, state))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def taps_of(pairs: list[PairAt], taps: Any, who: str) -> list[Tap]:
-    """The tap of each pair.
+def taps_of(pairs: list[PairAt], taps: Any, who: str, leaves: list[Array]) -> list[Tap]:
+    """The tap of each pair of some leaves.
 
     Raises:
-      ValueError: `taps` is missing, or has no entry for a pair.
+      ValueError: `taps` is missing, has no entry for a pair, or one of other shapes.
     """
     if taps is None:
         raise ValueError(
@@ -152,6 +152,13 @@ def taps_of(pairs: list[PairAt], taps: Any, who: str) -> list[Tap]:
             node = node.get(name) if isinstance(node, Mapping) else None
         if not isinstance(node, Tap):
             raise ValueError(f"taps has no entry for adapter {'.'.join(pair.path)}")
+        x, s = node.x.shape, node.s.shape
+        wanted = leaves[pair.left].shape[-2], leaves[pair.right].shape[-1]
+        if x[-2:-1] != s[-2:-1] or (x[-1], s[-1]) != wanted:
+            raise ValueError(
+                f"tap of adapter {'.'.join(pair.path)}: got x {x} and s {s}, wanted as many rows "
+                f"of {wanted[0]} and of {wanted[1]}"
+            )
         out.append(node)
     return out
 

@@ -12,6 +12,7 @@ from jaxopt_lab.core.low_rank_sum import Pair
 from jaxopt_lab.core.numerics import Scalar
 from jaxopt_lab.lora.pairwise import Given, Rule, pair_direction
 from jaxopt_lab.lora.rest import adamw_rest, heavy_ball_rest, with_rest
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.nonfinite import guarded
 from jaxopt_lab.optim.options import AdamW
 
@@ -36,6 +37,7 @@ def scale_by_preconditioned(
     return guarded(_direction(rho, jitter))
 
 
+@explains_keywords()
 def preconditioned(
     learning_rate: optax.ScalarOrSchedule,
     *,

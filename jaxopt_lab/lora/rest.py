@@ -106,7 +106,7 @@ def with_rest(
         return tx.init(params)
 
     def update(updates, state, params=None, *, taps=None, **extra_args):
-        updates = float_leaves(updates)
+        updates = float_leaves(updates, params)
         if params is not None:
             params = float_leaves(params)
         if clip is not None and taps is not None:
@@ -118,9 +118,9 @@ def with_rest(
 
 def _clipped(updates: Any, taps: Any, clip: Scalar, scales_stats: bool, who: str) -> Any:
     pairs = require_pairs(updates, who)
-    found = taps_of(pairs, taps, who)
     of_pairs = {i for pair in pairs for i in pair[1:]}
     leaves, treedef = jax.tree.flatten(updates)
+    found = taps_of(pairs, taps, who, leaves)
     others = [g for i, g in enumerate(leaves) if i not in of_pairs]
     factor = with_auto_axes(_clip_factor, (found, others, clip), like=None)
     scaled = [g if i in of_pairs else g * factor.astype(g.dtype) for i, g in enumerate(leaves)]

@@ -27,11 +27,13 @@ from jaxopt_lab.lora.options import FactorMetric, LowRankSum
 from jaxopt_lab.lora.pairs import laid_out, rate_at
 from jaxopt_lab.lora.pairwise import Given, Rule, pairwise
 from jaxopt_lab.lora.rest import adamw_rest, with_rest
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.options import AdamW
 
 _SMALLEST_PROXIMAL = 1e-5
 
 
+@explains_keywords()
 def scaled_lorsum(
     learning_rate: optax.ScalarOrSchedule = 0.2,
     *,
@@ -75,15 +77,16 @@ def scaled_lorsum(
 
     Returns:
       A transformation whose `update` takes `taps`, as from `jaxopt_lab.lora.value_grad_and_taps`.
-      Its updates are whole moves: nothing that scales them belongs behind it.
+      Its updates are whole moves: nothing that scales them belongs behind it. Accumulate with
+      `jaxopt_lab.lora.joined_taps`: `optax.MultiSteps` hands over the taps of the last part alone.
 
     Raises:
       ValueError: At `init`, for parameters without pairs; in `update`, for missing taps.
 
     Source: arXiv 2602.16456, released code (zeligism/PSI-LoRA, `ScaledOPLoraOptimizer`).
     """
-    check_rates(**given(learning_rate=learning_rate, rho=rho, damping=damping, clip=clip))
-    check_rates(weight_decay=weight_decay)
+    check_rates(learning_rate=learning_rate, rho=rho, damping=damping, weight_decay=weight_decay)
+    check_rates(**given(clip=clip))
     check_decays(**given(b1=b1, b2=b2))
     if momentum_convention not in ("code", "paper"):
         raise ValueError(

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int
 
-from jaxopt_lab.core.checks import check_decays, check_rates
+from jaxopt_lab.core.checks import COUNT, check_decays, check_number, check_rates, given
 from jaxopt_lab.core.numerics import Scalar, widened
 from jaxopt_lab.lora.pairs import WEIGHTS, labels, rate_at
 from jaxopt_lab.lora.rest import adamw_rest, with_rest
 from jaxopt_lab.optim.fallback import adam_direction
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.nonfinite import finite_entries, guarded
 from jaxopt_lab.optim.options import AdamW
 
@@ -28,6 +29,7 @@ class CountState(NamedTuple):
     count: Int[Array, ""]  # steps taken
 
 
+@explains_keywords()
 def weight_lora(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -83,7 +85,7 @@ def weight_lora(
     Source: "WeightLoRA: Keep Only Necessary Adapters", arXiv 2506.02724, released code
     (brain-mmo-lab/WLoRA, `WeightAdamW`), whose initial `a` is wider: `LoraConfig(init="wlora")`.
     """
-    _check(keep=keep, every=every, freeze_after=freeze_after)
+    _check(keep=keep, every=every, **given(freeze_after=freeze_after))
     if threshold not in ("value", "abs"):
         raise ValueError(f'threshold is {threshold!r}; choose "value" or "abs"')
 
@@ -107,6 +109,7 @@ def weight_lora(
     return _needs_weights(tx, "weight_lora")
 
 
+@explains_keywords()
 def weight_lora_plus(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -243,13 +246,17 @@ def _needs_weights(
             )
         return state
 
-    return optax.GradientTransformationExtraArgs(init, tx.update)
+    def update(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError(f"{who} needs the factors: call update(updates, state, params)")
+        return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _check(**numbers: Any) -> None:
     for name, value in numbers.items():
-        if isinstance(value, bool | int | float) and not (value >= 1 and value == int(value)):
-            raise ValueError(f"{name}: got {value}, wanted an integer >= 1")
+        check_number(name, value, COUNT)
 
 
 def _check_numbers(learning_rate, weight_learning_rate, weight_decay, b1, b2) -> None:

@@ -51,6 +51,12 @@ ELSEWHERE = {
     "one_sided": "eigenbasis=Eigenbasis(one_sided=...)",
     "factored_second_moment": 'eigenbasis=Eigenbasis(second_moment="factored")',
     "rank1_second_moment": 'eigenbasis=Eigenbasis(second_moment="rank_one")',
+    # Zero-order methods.
+    **{
+        name: f"probes=Probes({name}=...)"
+        for name in ("sampler", "num_directions", "two_sided", "engine", "matrix_axes", "trainable")
+    },
+    "seed": "key=jax.random.key(seed)",
 }
 
 
@@ -97,7 +103,9 @@ def _elsewhere(name: str, own: Mapping[str, Any]) -> dict[str, str]:
     common = {old: new for old, new in ELSEWHERE.items() if new.split("=")[0] in own}
     if "momentum" in own:
         common |= {old: "momentum=..." for old, new in ELSEWHERE.items() if new == "b1=..."}
-    if name.startswith("scale_by_"):
+    if {"eps", "key"} <= own.keys():  # the size of a perturbation, in papers and elsewhere
+        common |= {"tau": "eps=...", "zo_eps": "eps=..."}
+    if name.startswith("scale_by_") and "probes" not in own:
         ready = {k: v for k, v in ELSEWHERE.items() if v.startswith(_OF_READY)}
         common |= {old: f"{new} of the ready optimizer" for old, new in ready.items()}
     return common

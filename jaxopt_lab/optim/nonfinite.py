@@ -48,7 +48,7 @@ def guarded(
 
     def update(updates, state, params=None, **extra_args):
         first, others = (state[0], state[1:]) if rest else (state, (optax.EmptyState(),))
-        updates = float_leaves(updates)
+        updates = float_leaves(updates, params)
         params = None if params is None else float_leaves(params)
         steps, first = direction.update(updates, first, params, **extra_args)
         refused = jax.tree.map(jnp.isnan, steps)

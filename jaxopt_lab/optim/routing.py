@@ -38,12 +38,18 @@ class Route(NamedTuple):
     role: str  # matrix, vector, embedding, head, excluded, unspecified (more than two axes)
 
 
-def float_leaves(params: optax.Params) -> optax.Params:
+def float_leaves(params: optax.Params, like: optax.Params | None = None) -> optax.Params:
     """The tree with its Python and NumPy numbers as arrays; every public factory asks for this.
+
+    Args:
+      params: The parameters, or their gradients.
+      like: The parameters that the gradients are of. Leaves that only one tree has do not count.
 
     Raises:
       TypeError: A leaf is no array of real floating-point numbers; the message names it.
+      ValueError: A gradient has another shape than its leaf.
     """
+    shapes = {path: np.shape(x) for path, x in tree_leaves_with_path(like)}
 
     def checked(path: KeyPath, x: Any) -> Any:
         if isinstance(x, float | np.ndarray | np.generic):
@@ -51,6 +57,9 @@ def float_leaves(params: optax.Params) -> optax.Params:
         dtype = getattr(x, "dtype", None)
         floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
         if floating and x.dtype.itemsize > 1:
+            if (shape := np.shape(x)) != (wanted := shapes.get(path, shape)):
+                name = f"gradient of leaf {keystr(path)}"
+                raise ValueError(f"{name}: got shape {shape}, wanted {wanted}")
             return x
         refuse_packed(params)  # says more than their first array would
         if floating:

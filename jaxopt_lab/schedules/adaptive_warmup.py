@@ -173,8 +173,8 @@ def warmup_by(
         return phases.start()
 
     def update(updates, state, params=None, *, value=None, **extra_args):
-        del params, extra_args
-        loss, updates = warmup_checks.scalar_loss(value), float_leaves(updates)
+        del extra_args
+        loss, updates = warmup_checks.scalar_loss(value), float_leaves(updates, params)
         new = phases.step(state, loss, kappa_of(updates))
         rate = new.rate if phases.use_current_loss else state.rate
         scale = rate / phases.peak_lr if relative else -rate

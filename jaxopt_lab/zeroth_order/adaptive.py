@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.checks import check_decays, check_rates
 from jaxopt_lab.core.numerics import Scalar, wide_dtype, widened
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.nonfinite import finite_entries
 from jaxopt_lab.optim.routing import float_leaves
 from jaxopt_lab.zeroth_order.estimators import estimated
@@ -49,7 +50,8 @@ def scale_by_adamm(
         return AdaMMState(zeros(), zeros(), zeros())
 
     def update(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
+        updates = float_leaves(updates, params)
 
         def step(g: Array, *old: Array) -> tuple[Array, ...]:
             usable, wide = finite_entries(g), widened(g)
@@ -69,6 +71,7 @@ def scale_by_adamm(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@explains_keywords()
 def zo_adamm(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxopt_lab.core.checks import check_number
 from jaxopt_lab.zeroth_order.coordinate_memory import CoordinateMemory
-from jaxopt_lab.zeroth_order.differences import Estimator, Found
+from jaxopt_lab.zeroth_order.differences import PROBABILITY, Estimator, Found
 
 # A number, or a function of the number of the iteration, as Optax's schedules are.
 Schedule = float | Callable[[Array], Any]
@@ -46,8 +47,8 @@ def averaged(
     1804.09554; the correction: Cutkosky and Orabona, "Momentum-Based Variance Reduction in
     Non-Convex SGD", arXiv 1905.10018; the weight: arXiv 2409.10442.
     """
-    if isinstance(weight, int | float) and not 0 <= weight <= 1:
-        raise ValueError(f"averaging: the weight of a new estimate is {weight}; wanted 0 to 1")
+    if weight is not None and not callable(weight):
+        check_number("averaging", weight, PROBABILITY)
     if corrected and estimator.fill is not None:
         raise ValueError("averaged: corrected=True is for estimators without memory")
 

@@ -12,11 +12,12 @@ from jaxtyping import Array
 from jaxopt_lab.core.numerics import frobenius_unit
 from jaxopt_lab.zeroth_order.coordinate_memory import (
     Coordinates,
-    check_number,
+    check_coordinates,
     coordinate_memory,
     coordinate_probes,
 )
 from jaxopt_lab.zeroth_order.differences import Estimator, Feedback, Found, check_probing
+from jaxopt_lab.zeroth_order.probes import check_integer
 
 
 def full_coordinates(*, eps: float = 1e-3, feedback: Feedback = "deterministic") -> Estimator:
@@ -70,8 +71,7 @@ def random_directions(
     normalised) and both estimates have the factor $d$ (there it is part of the step).
     """
     check_probing(feedback, eps)
-    if num_directions < 1:
-        raise ValueError(f"num_directions is {num_directions}; wanted at least 1")
+    check_integer("num_directions", num_directions)
 
     def draw(key: Array, d: int) -> Array:
         return frobenius_unit(jax.random.normal(key, (num_directions, d)), 1)
@@ -122,7 +122,7 @@ def _coordinates(number: int | None, eps: float, feedback: Feedback) -> Estimato
     return Estimator(
         feedback=feedback,
         eps=eps,
-        num_probes=lambda d: d if number is None else check_number(number, d),
+        num_probes=lambda d: d if number is None else check_coordinates(number, d),
         init=lambda d, dtype: (),
         draw=draw,
         point=point,

@@ -8,10 +8,12 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.checks import check_rates
 from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.zeroth_order.probes import Probes, ProbeState, default_sampler, initial_state
 from jaxopt_lab.zeroth_order.probing import Step, finite_or_zero, transformation
 
 
+@explains_keywords()
 def conservative(
     learning_rate: optax.ScalarOrSchedule,
     *,

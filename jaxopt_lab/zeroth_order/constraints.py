@@ -177,6 +177,8 @@ def checked_start(x0: Any, eps: float, constraint: ConstraintSet | None) -> Any:
         )
     if isinstance(flat, Tracer):
         return x
+    if not flat.size:
+        raise ValueError("x0: there are no entries")
     if not jnp.isfinite(flat).all():
         raise ValueError("x0: not all entries are finite")
     largest = float(jnp.max(jnp.abs(flat)))
@@ -220,5 +222,5 @@ def _of(
 
 
 def _check_radius(radius: float) -> None:
-    if not 0 < radius < float("inf"):
-        raise ValueError(f"radius is {radius}; wanted a positive number")
+    if not isinstance(radius, int | float | np.number) or not 0 < radius < float("inf"):
+        raise ValueError(f"radius is {radius!r}; wanted a positive number")

@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxopt_lab.zeroth_order.differences import Estimator, Feedback, Found, check_probing
+from jaxopt_lab.core.checks import check_number
+from jaxopt_lab.zeroth_order.differences import (
+    PROBABILITY,
+    Estimator,
+    Feedback,
+    Found,
+    check_probing,
+)
+from jaxopt_lab.zeroth_order.probes import check_integer
 
 
 class Coordinates(NamedTuple):
@@ -73,8 +81,7 @@ def coordinate_memory(
     check_probing(feedback, eps)
     if h0 not in ("full", "zeros"):
         raise ValueError(f"h0 is {h0!r}; choose 'full' or 'zeros'")
-    if not 0 <= refill <= 1:
-        raise ValueError(f"refill is {refill}; wanted a probability")
+    check_number("refill", refill, PROBABILITY)
     if refill and h0 == "zeros":
         raise ValueError(f"refill is {refill} with h0='zeros'; a memory filled again needs 'full'")
 
@@ -101,7 +108,7 @@ def coordinate_memory(
     return Estimator(
         feedback=feedback,
         eps=eps,
-        num_probes=lambda d: check_number(num_coordinates, d),
+        num_probes=lambda d: check_coordinates(num_coordinates, d),
         init=init,
         draw=draw,
         point=point,
@@ -133,12 +140,13 @@ def coordinate_probes(num_coordinates: int | None, feedback: Feedback) -> tuple[
     return draw, point
 
 
-def check_number(number: int, d: int) -> int:
+def check_coordinates(number: int, d: int) -> int:
     """A number of coordinates that a point of d entries has.
 
     Raises:
       ValueError: It does not.
     """
-    if not 1 <= number <= d:
+    check_integer("num_coordinates", number)
+    if number > d:
         raise ValueError(f"num_coordinates is {number}; the point has {d}")
     return number

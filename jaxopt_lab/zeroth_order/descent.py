@@ -2,6 +2,7 @@ r"""Gradient descent on estimates, projected onto a set if there is one."""
 
 from jaxtyping import Array
 
+from jaxopt_lab.core.checks import POSITIVE, check_number
 from jaxopt_lab.zeroth_order.ask_tell import BlackBox, ask_tell
 from jaxopt_lab.zeroth_order.averaging import Schedule, averaged
 from jaxopt_lab.zeroth_order.constraints import ConstraintSet, check_constraint
@@ -87,8 +88,8 @@ def gradient_descent(
     Raises:
       ValueError: An argument is out of its range, or the set has no projection.
     """
-    if isinstance(learning_rate, int | float) and not 0 < learning_rate < float("inf"):
-        raise ValueError(f"learning_rate is {learning_rate}; wanted a positive number")
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate, POSITIVE)
     project = None if constraint is None else check_constraint(constraint, "project").project
 
     def move(x: Array, direction: Array, count: Array, d: int) -> Array:

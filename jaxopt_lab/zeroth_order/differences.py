@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxopt_lab.core.checks import POSITIVE, Wanted, check_number
+
 Feedback = Literal["deterministic", "two_point", "one_point", "single"]
 FEEDBACKS: tuple[Feedback, ...] = get_args(Feedback)
+PROBABILITY = Wanted("a number in [0, 1]", lambda x: 0 <= x <= 1)
 
 
 class Found(NamedTuple):
@@ -126,6 +129,4 @@ def check_probing(feedback: str, eps: float) -> None:
     """
     if feedback not in FEEDBACKS:
         raise ValueError(f"feedback is {feedback!r}; choose one of {', '.join(FEEDBACKS)}")
-    # Not where it is traced, as in a sweep.
-    if isinstance(eps, int | float) and not 0 < eps < float("inf"):
-        raise ValueError(f"eps is {eps}; wanted a positive number")
+    check_number("eps", eps, POSITIVE)

@@ -98,7 +98,7 @@ class Leaf(NamedTuple):
         order = self.axes.batch + self.axes.reduction + self.axes.output
         rows, columns = drawn.shape[len(self.batch_shape) :]
         inner = [
-            self.shape[a] if size > 1 else 1
+            self.shape[a] if size != 1 else 1
             for size, axes in ((rows, self.axes.reduction), (columns, self.axes.output))
             for a in axes
         ]
@@ -180,9 +180,7 @@ def leaves_of(
     """
     leaves = jax.tree.leaves(params)
     matrices = {r.path: r for r in route_with_embeddings(params, matrix_axes)}
-    moves = [True] * len(leaves)
-    if trainable is not None:
-        moves = [bool(m) for m in broadcast_prefix("trainable", trainable, params)]
+    moves = jax.tree.leaves(moving(params, trainable))
     out: list[Leaf] = []
     slices = entries = 0
     for r, x, m in zip(route(params, matrix_axes), leaves, moves, strict=True):
@@ -197,6 +195,21 @@ def leaves_of(
         if m:
             slices, entries = slices + leaf.slices, entries + math.prod(shape)
     return out
+
+
+def moving(params: optax.Params, trainable: Any = None) -> Any:
+    """Which leaves move, a tree of bools.
+
+    Raises:
+      ValueError: `trainable` does not match the tree, or has something else for a leaf.
+    """
+    entries = broadcast_prefix("trainable", True if trainable is None else trainable, params)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    for (path, _), entry in zip(leaves, entries, strict=True):
+        if not isinstance(entry, bool) and getattr(entry, "dtype", None) != "bool":
+            where = jax.tree_util.keystr(path)
+            raise ValueError(f"trainable of leaf {where}: got {entry!r}, wanted a bool")
+    return treedef.unflatten(map(bool, entries))
 
 
 class Direction:

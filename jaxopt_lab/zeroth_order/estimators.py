@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array
 
 from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.routing import MatrixAxesSpec
 from jaxopt_lab.zeroth_order.directions import Sampler
 from jaxopt_lab.zeroth_order.engines import Engine, sequential
@@ -16,6 +17,7 @@ from jaxopt_lab.zeroth_order.probes import Probes, check_integer, default_sample
 from jaxopt_lab.zeroth_order.probing import Step, finite_or_zero, transformation
 
 
+@explains_keywords()
 def estimate(
     sampler: Sampler | None = None,
     *,
@@ -107,7 +109,8 @@ def forward_estimated(probes: Probes, *, key: Array) -> optax.GradientTransforma
     probes.engine.check(probes.num_directions)
 
     def init(params: optax.Params) -> Any:
-        return initial_state(params, key, None, probes.num_directions)
+        # Nothing is perturbed: a distance that every dtype holds.
+        return initial_state(params, key, 1.0, probes.num_directions)
 
     def update(step: Step, state: Any, extra_args: Any) -> Any:
         del state, extra_args

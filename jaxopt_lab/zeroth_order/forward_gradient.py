@@ -6,11 +6,13 @@ import optax
 from jaxtyping import Array
 
 from jaxopt_lab.core.checks import check_rates
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.zeroth_order.estimators import forward_estimated
 from jaxopt_lab.zeroth_order.mezo import decayed_unless_named
 from jaxopt_lab.zeroth_order.probes import Probes
 
 
+@explains_keywords()
 def forward_gradient(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -48,6 +50,6 @@ def forward_gradient(
     check_rates(learning_rate=learning_rate)
     return optax.chain(
         forward_estimated(probes, key=key),
-        decayed_unless_named(weight_decay, mask),
+        decayed_unless_named(weight_decay, mask, probes),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -2,11 +2,14 @@ r"""Frank-Wolfe: moves to points that a linear minimisation oracle returns, with
 
 from jaxtyping import Array
 
+from jaxopt_lab.core.checks import Wanted, check_number
 from jaxopt_lab.zeroth_order.ask_tell import BlackBox, ask_tell
 from jaxopt_lab.zeroth_order.averaging import Schedule, averaged
 from jaxopt_lab.zeroth_order.constraints import ConstraintSet, check_constraint
 from jaxopt_lab.zeroth_order.coordinate_memory import coordinate_memory
 from jaxopt_lab.zeroth_order.differences import Estimator, Feedback
+
+_SHARE = Wanted("a number in (0, 1], where 1 is the way to the oracle", lambda x: 0 < x <= 1)
 
 
 def jaguar_frank_wolfe(
@@ -121,8 +124,8 @@ def _ready(
 ) -> BlackBox:
     oracle = check_constraint(constraint, "lmo").lmo
     assert oracle is not None
-    if isinstance(step_size, int | float) and not 0 < step_size <= 1:
-        raise ValueError(f"step_size is {step_size}; wanted at most 1, the way to the oracle")
+    if step_size is not None and not callable(step_size):
+        check_number("step_size", step_size, _SHARE)
 
     def move(x: Array, direction: Array, count: Array, d: int) -> Array:
         if step_size is None:

@@ -10,12 +10,13 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.checks import check_decays, check_rates
 from jaxopt_lab.core.numerics import Scalar, wide_dtype
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.nonfinite import finite_entries
 from jaxopt_lab.optim.options import MeshWork, NewtonSchulz
 from jaxopt_lab.optim.routing import float_leaves
 from jaxopt_lab.zeroth_order.matrix_sign import FLOAT32, scale_by_matrix_sign
 from jaxopt_lab.zeroth_order.probes import Probes, ProbeState, initial_state
-from jaxopt_lab.zeroth_order.probing import Step, transformation
+from jaxopt_lab.zeroth_order.probing import Step, finite_or_zero, transformation
 from jaxopt_lab.zeroth_order.samplers import blocks
 
 
@@ -51,8 +52,8 @@ def scale_by_coordinate_momentum(*, b1: Scalar = 0.9) -> optax.GradientTransform
         return CoordinateMomentumState(zeros)
 
     def update(updates, state, params=None, *, support=None, **extra_args):
-        del params, extra_args
-        leaves, treedef = jax.tree.flatten(updates)
+        del extra_args
+        leaves, treedef = jax.tree.flatten(float_leaves(updates, params))
         supports: Sequence[Array | None] = [None] * len(leaves) if support is None else support
         momenta = jax.tree.leaves(state.mu)
 
@@ -67,6 +68,7 @@ def scale_by_coordinate_momentum(*, b1: Scalar = 0.9) -> optax.GradientTransform
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@explains_keywords()
 def scale_by_jaguar(
     *, eps: Scalar = 1e-3, b1: Scalar = 0.9, key: Array, probes: Probes = Probes()
 ) -> optax.GradientTransformationExtraArgs:
@@ -111,13 +113,17 @@ def scale_by_jaguar(
 
     def update(step: Step, state: JaguarState, extra_args: Any) -> Any:
         del extra_args
-        found, support = step.combined(step.differences(eps) / probes.num_directions)
+        found = step.raw_differences(eps)
+        weights, known = finite_or_zero(found) / probes.num_directions, jnp.isfinite(found)
+        # Where only losses that are not finite were seen there is no news.
+        found, support = step.combined(weights, known=known)
         out, new = momentum.update(step.tree(found), state.momentum, support=support)
         return out, JaguarState(step.next_state(), new)
 
     return transformation(probes, sampler, eps, init, update)
 
 
+@explains_keywords()
 def jaguar_signsgd(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -159,6 +165,7 @@ def jaguar_signsgd(
     )
 
 
+@explains_keywords()
 def jaguar_muon(
     learning_rate: optax.ScalarOrSchedule,
     *,

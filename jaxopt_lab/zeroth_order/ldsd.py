@@ -1,5 +1,6 @@
 """LDSD: directions from a Gaussian policy whose mean is learned from the losses it leads to."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxopt_lab.core.checks import check_rates
+from jaxopt_lab.core.checks import FINITE, POSITIVE, check_number, check_rates
 from jaxopt_lab.core.keys import purpose_key, threefry_key
 from jaxopt_lab.core.numerics import Scalar, frobenius_unit, wide_dtype, widened
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.routing import float_leaves
 from jaxopt_lab.zeroth_order.directions import Direction, leaves_of
 from jaxopt_lab.zeroth_order.engines import sequential
@@ -52,6 +54,7 @@ class LDSDState(NamedTuple):
     not_guarded = ("mean", "pending")
 
 
+@explains_keywords()
 def ldsd(
     base: optax.GradientTransformation,
     *,
@@ -128,6 +131,8 @@ def ldsd(
     the subset of the chosen one alone, along noise that other candidates were not evaluated with).
     """
     check_rates(policy_rate=policy_rate)
+    check_number("policy_std", policy_std, POSITIVE)
+    check_number("start_sign", start_sign, FINITE)
     check_integer("candidates", candidates)
     check_integer("selected", selected)
     for name, value, known in (("selection", selection, Selection), ("start", start, Start)):
@@ -148,6 +153,7 @@ def ldsd(
         return LDSDState(state, mean, pending, inner.init(params))
 
     def update(step: Step, state: LDSDState, extra_args: dict[str, Any]) -> Any:
+        step.num_directions = candidates
         mean = jax.tree.leaves(policy_mean(state, probes))
         if start in ("gradient", "estimate"):
             first = _from_first_batch(start, step, start_sign, eps)
@@ -162,8 +168,10 @@ def ldsd(
 
         found, behind = _both_sides(step, candidates, count, eps, choose, drawn)
         chosen = choose(found)
-        differences = finite_or_zero((found[chosen] - behind) / (2 * eps)) / count
-        g, support = step.combined(differences, chosen, lambda probe: drawn(probe, "update"))
+        differences = (found[chosen] - behind) / (2 * eps)
+        weights, known = finite_or_zero(differences) / count, jnp.isfinite(differences)
+        of_update = functools.partial(drawn, purpose="update")
+        g, support = step.combined(weights, chosen, of_update, known)
         extra_args["support"] = support
         point = step.tree(step.params)
         out, base_state = inner.update(step.tree(g), state.base, point, **extra_args)
@@ -208,7 +216,7 @@ def _chosen(losses: Array, selection: Selection, count: int, key: Array) -> Arra
     if selection == "random":
         return jax.random.randint(key, (1,), 0, losses.size)
     # Of equal ones the first.
-    return jax.lax.top_k(jnp.where(jnp.isnan(losses), -jnp.inf, -losses), count)[1]
+    return jax.lax.top_k(jnp.where(jnp.isfinite(losses), -losses, -jnp.inf), count)[1]
 
 
 def _both_sides(

@@ -10,6 +10,8 @@ import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Array
 
+from jaxopt_lab.core.checks import POSITIVE, check_number
+
 ValueFn = Callable[[Any], Array]
 # Primitives that draw; directions are made of others.
 _RANDOM = ("random_bits", "rng_bit_generator", "rng_uniform")
@@ -92,9 +94,11 @@ def check_loss(name: str, loss: ValueFn, params: optax.Params, eps: Any = None) 
       ValueError: The loss is no scalar, depends on values while it is traced, draws random numbers,
         or no digit is left of its differences.
     """
+    if not callable(loss):
+        raise ValueError(f"{name}: got {loss!r}, wanted a function of the parameters")
     try:
         program, value = jax.make_jaxpr(loss, return_shape=True)(params)
-    except jax.errors.ConcretizationTypeError as error:
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         raise ValueError(
             f"{name} cannot be traced by jax: it looks at values in Python. Write it in jax, or "
             f"ask for points and tell their losses, as the black-box methods do ({error})"
@@ -117,16 +121,15 @@ def check_loss(name: str, loss: ValueFn, params: optax.Params, eps: Any = None) 
 
 def check_eps(eps: Any, params: optax.Params) -> None:
     """Raise `ValueError` where a perturbation is rounded away in a leaf of size 1."""
-    if not isinstance(eps, int | float):
-        return
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps is {eps}; it must be a finite number above 0")
+    check_number("eps", eps, POSITIVE)
+    if isinstance(eps, jax.Array):
+        return  # it may be traced
     for path, x in tree_leaves_with_path(params):
         if (digits := _digits(eps, x.dtype)) <= 0:
             raise ValueError(
                 f"eps is {eps} and leaf {keystr(path)} is {x.dtype}, which near 1 keeps "
-                f"{digits:.1f} decimal digits of such a perturbation. Keep the parameters in "
-                f"float32, or take eps above {float(jnp.finfo(x.dtype).eps):.1g}"
+                f"{digits:.1f} decimal digits of such a perturbation. Take eps above "
+                f"{float(jnp.finfo(x.dtype).eps):.1g}, or parameters of more digits"
             )
 
 

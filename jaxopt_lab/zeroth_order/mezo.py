@@ -9,12 +9,15 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.checks import check_decays, check_rates
 from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.options import Routing
 from jaxopt_lab.optim.rates import decayed_weights
+from jaxopt_lab.zeroth_order.directions import moving
 from jaxopt_lab.zeroth_order.estimators import estimated
 from jaxopt_lab.zeroth_order.probes import Probes
 
 
+@explains_keywords()
 def mezo(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -60,7 +63,7 @@ def mezo(
     Differs from the released code in: see `estimate`.
     """
     check_rates(learning_rate=learning_rate)
-    links = [decayed_unless_named(weight_decay, mask)]
+    links = [decayed_unless_named(weight_decay, mask, probes)]
     if momentum is not None:
         check_decays(momentum=momentum)
         links.append(optax.trace(momentum))
@@ -70,12 +73,18 @@ def mezo(
 
 
 def decayed_unless_named(
-    weight_decay: optax.ScalarOrSchedule, mask: Any
+    weight_decay: optax.ScalarOrSchedule, mask: Any, probes: Probes
 ) -> optax.GradientTransformation:
     """Weight decay by `mask`; without one, of all leaves but those that MeZO leaves out."""
-    if mask is not None:
-        return decayed_weights(weight_decay, mask, Routing())
-    return decayed_weights(weight_decay, None, Routing(decay_mask=_decays_by_name))
+    routing = Routing(decay_mask=_decays_by_name if mask is None else None)
+    return of_trainable(decayed_weights(weight_decay, mask, routing), probes)
+
+
+def of_trainable(tx: optax.GradientTransformation, probes: Probes) -> optax.GradientTransformation:
+    """`tx` on the leaves that move: decay would move the others as well."""
+    if probes.trainable is None:
+        return tx
+    return optax.masked(tx, lambda params: moving(params, probes.trainable))
 
 
 def _decays_by_name(params: optax.Params) -> Any:

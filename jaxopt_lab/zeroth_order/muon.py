@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.checks import check_rates
 from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.options import MeshWork, NewtonSchulz
 from jaxopt_lab.zeroth_order.estimators import estimated
 from jaxopt_lab.zeroth_order.matrix_sign import FLOAT32, scale_by_matrix_sign
@@ -15,6 +16,7 @@ from jaxopt_lab.zeroth_order.probes import Probes
 from jaxopt_lab.zeroth_order.samplers import orthogonal
 
 
+@explains_keywords()
 def zo_muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -57,6 +59,7 @@ def zo_muon(
     )
 
 
+@explains_keywords()
 def sampling_muon(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -44,6 +45,11 @@ class Probes:
     def __post_init__(self) -> None:
         """Checks the fields."""
         check_integer("num_directions", self.num_directions)
+        kinds: dict[str, Any] = {"sampler": Sampler | None, "two_sided": bool, "engine": Engine}
+        for name, kind in kinds.items():
+            if not isinstance(value := getattr(self, name), kind):
+                wanted = getattr(kind, "__name__", kind)
+                raise ValueError(f"Probes.{name}: got {value!r}, wanted {wanted}")
 
     def losses(self) -> int:
         """Losses that a step of an estimate evaluates.
@@ -76,7 +82,7 @@ def check_integer(name: str, value: Any, least: int = 1) -> None:
             f"{name}: got an array, wanted a Python integer, because it decides shapes; under "
             f'optax.inject_hyperparams say static_args=("{name}",)'
         )
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
 
 

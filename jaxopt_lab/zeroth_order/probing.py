@@ -92,6 +92,7 @@ class Step:
         """
         if value_fn is not None and probe_fn is not None:
             raise ValueError("got both value_fn and probe_fn, wanted one of them")
+        losses = None if losses is None else jnp.asarray(losses)
         if params is None or (losses is None and probe_fn is None):
             check_value_fn(value_fn, params, eps)
         elif losses is not None and losses.shape != state.losses.shape:
@@ -106,6 +107,7 @@ class Step:
         key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
         self.key = jax.random.fold_in(key, state.count)
         self.probes, self.state, self._sampler = probes, state, sampler
+        self.num_directions = probes.num_directions
         self.value_fn, self.probe_fn, self.recorded = value_fn, probe_fn, losses
         self._seen: list[Array] = []
 
@@ -126,8 +128,7 @@ class Step:
         tree = self.draws.evaluation if tree is None else tree
         leaves = self.flat(tree)
         for leaf, z in zip(self.leaves, leaves, strict=True):
-            if tuple(z.shape[1:]) != leaf.shape:
-                wanted = ("probes", *leaf.shape)
+            if tuple(z.shape) != (wanted := (self.num_directions, *leaf.shape)):
                 raise ValueError(
                     f"draws.{purpose} of leaf {keystr(leaf.path)}: got {z.shape}, wanted {wanted}"
                 )
@@ -259,7 +260,11 @@ class Step:
         return self.tree(moved)
 
     def differences(self, eps: Any, direction: Callable[..., Direction] | None = None) -> Array:
-        """(directions,) finite differences along them, 0 where a loss is not finite."""
+        """(directions,) finite differences along them, 0 where one is not a finite number."""
+        return finite_or_zero(self.raw_differences(eps, direction))
+
+    def raw_differences(self, eps: Any, direction: Callable[..., Direction] | None = None) -> Array:
+        """(directions,) finite differences along them, whatever they are."""
         q, probes = self.probes.num_directions, jnp.arange(self.probes.num_directions)
         if self.probes.two_sided:
             scale = jnp.tile(eps * jnp.array([1.0, -1.0]), q)
@@ -268,19 +273,20 @@ class Step:
                 .reshape(q, 2)
                 .T
             )
-            return finite_or_zero((plus - minus) / (2 * eps))
+            return (plus - minus) / (2 * eps)
         # The loss in the middle is one more row, at a distance of 0.
         scale = eps * jnp.minimum(jnp.arange(q + 1), 1.0)
         middle, *_ = found = self.losses(
             jnp.concatenate([probes[:1], probes]), scale, direction=direction
         )
-        return finite_or_zero((found[1:] - middle) / eps)
+        return (found[1:] - middle) / eps
 
     def combined(
         self,
         weights: Array,
         probes: Array | None = None,
         direction: Callable[..., Direction] | None = None,
+        known: Array | None = None,
     ) -> tuple[list[Array], list[Array | None]]:
         """The sum of weighted directions, and the union of their supports, one a leaf.
 
@@ -288,6 +294,7 @@ class Step:
           weights: (n,) of the directions.
           probes: (n,) their numbers; None: 0, 1, ...
           direction: From a probe to its direction; None: `direction`, for the update.
+          known: (n,) which of them the supports are of; None: all.
         """
         numbers = jnp.arange(weights.size) if probes is None else probes
         drawn = direction or (lambda probe: self.direction(probe, "update"))
@@ -296,15 +303,19 @@ class Step:
         if direction is None and self.draws is None and self._sampler.factors is not None:
             factored = [i for i in indices if self.leaves[i].has_matrices]
 
-        def term(weight: Array, probe: Array) -> tuple[list[Any], list[Array | None]]:
+        def term(weight: Array, probe: Array, *known: Array) -> tuple[list[Any], list[Any]]:
             one = drawn(probe)
             sums = [
                 None if i in factored else weight.astype(x.dtype) * one.of(i)
                 for i, x in enumerate(one.leaves)
             ]
-            return sums, [one.support_of(i) for i in indices]
+            supports = [one.support_of(i) for i in indices]
+            for good in known:
+                supports = [good if drawn is None else good & drawn for drawn in supports]
+            return sums, supports
 
-        sums, supports = summed(term, weights, numbers)
+        columns = (weights, numbers) if known is None else (weights, numbers, known)
+        sums, supports = summed(term, *columns)
         for i in factored:
             sums[i] = self._factored_sum(i, weights, numbers)
         return sums, supports

@@ -8,10 +8,12 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.checks import check_decays, check_rates
 from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.zeroth_order.estimators import estimated
 from jaxopt_lab.zeroth_order.probes import Probes
 
 
+@explains_keywords()
 def zo_signsgd(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -12,13 +12,16 @@ from jaxtyping import Array
 
 from jaxopt_lab.core import counter_noise
 from jaxopt_lab.core import newton_schulz as iteration
-from jaxopt_lab.core.checks import check_rates, given
+from jaxopt_lab.core.checks import check_rates
 from jaxopt_lab.core.keys import purpose_key
 from jaxopt_lab.core.numerics import Scalar
+from jaxopt_lab.optim.keywords import explains_keywords
 from jaxopt_lab.optim.options import NewtonSchulz, Routing
 from jaxopt_lab.optim.rates import decayed_weights
+from jaxopt_lab.optim.routing import float_leaves
 from jaxopt_lab.zeroth_order.directions import Leaf
 from jaxopt_lab.zeroth_order.matrix_sign import FLOAT32, matrix_layouts
+from jaxopt_lab.zeroth_order.mezo import of_trainable
 from jaxopt_lab.zeroth_order.probes import (
     Probes,
     ProbeState,
@@ -54,6 +57,7 @@ class Subspace:
             raise ValueError(f"Subspace.inner is {self.inner!r}; choose 'muon', 'svd' or 'sgd'")
 
 
+@explains_keywords()
 def subspace_muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -89,10 +93,10 @@ def subspace_muon(
     inside the loop over samples, of which only the last is lifted); nothing is added to the norm by
     which the iteration divides (released: 1e-7).
     """
-    check_rates(**given(learning_rate=learning_rate, vector_learning_rate=vector_learning_rate))
+    check_rates(learning_rate=learning_rate, vector_learning_rate=vector_learning_rate)
 
     def labels(params: optax.Params) -> Any:
-        layouts = matrix_layouts(params, probes.matrix_axes)
+        layouts = matrix_layouts(float_leaves(params), probes.matrix_axes)
         leaves, treedef = jax.tree.flatten(params)
         return treedef.unflatten(
             ["matrix" if i in layouts else "vector" for i in range(len(leaves))]
@@ -100,7 +104,7 @@ def subspace_muon(
 
     rules: dict[Any, optax.GradientTransformation] = {
         "matrix": optax.chain(
-            decayed_weights(weight_decay, None, Routing()),
+            of_trainable(decayed_weights(weight_decay, None, Routing()), probes),
             optax.scale_by_learning_rate(learning_rate),
         ),
         "vector": optax.scale_by_learning_rate(vector_learning_rate),
@@ -109,6 +113,7 @@ def subspace_muon(
     return optax.chain(direction, optax.partition(rules, labels))
 
 
+@explains_keywords()
 def scale_by_subspace_muon(
     *,
     eps: Scalar = 1e-3,

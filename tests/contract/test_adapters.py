@@ -201,6 +201,16 @@ def test_abstract_init_injection_and_rank_promotion(name):
 
 
 @every
+def test_a_gradient_of_another_shape_is_named(name):
+    params, tx = adapters(), make(name)
+    for entry in ("head", "one", "stack"):
+        bad = gradients(params)
+        bad[entry] = jax.tree.map(lambda g: g[None], bad[entry])  # would be broadcast
+        with pytest.raises(ValueError, match=rf"gradient of leaf \['{entry}'\].*: got shape \(1, "):
+            jax.eval_shape(lambda g: tx.update(g, tx.init(params), params, taps=taps()), bad)
+
+
+@every
 def test_state_can_be_written_and_described(name):
     params, tx = adapters(), make(name)
     state = tx.init(params)

@@ -117,6 +117,9 @@ def test_heads_norms_and_biases_are_trained_whole():
         ({"dropout": 1.0}, "LoraConfig.dropout: got 1.0"),
         ({"init": "zeros"}, "LoraConfig.init: got 'zeros'"),
         ({"bias": "some"}, "LoraConfig.bias: got 'some'"),
+        ({"alpha": float("nan")}, "LoraConfig.alpha: got nan"),
+        ({"alpha_pattern": {"qkv": "2"}}, "LoraConfig.alpha_pattern of 'qkv': got '2'"),
+        ({"dtype": "int32"}, "LoraConfig.dtype: got 'int32'"),
     ],
 )
 def test_what_cannot_be_is_refused(options, message):

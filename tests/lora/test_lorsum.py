@@ -192,3 +192,17 @@ def test_what_is_missing_is_named():
         lora.LowRankSum(sweeps=-1)
     with pytest.raises(ValueError, match="momentum: got 1.5, wanted"):
         lora.lorsum(0.1, momentum=1.5)
+    for x, s in (((5, N), (4, M)), ((5, 2), (5, M)), ((5, N), (5, 2))):
+        taps = {"up": lora.Tap(jnp.ones(x), jnp.ones(s))}
+        with pytest.raises(ValueError, match=r"tap of adapter up: got x .* wanted as many rows"):
+            tx.update(adapter, tx.init(adapter), adapter, taps=taps)
+    with pytest.raises(ValueError, match=r"adapter up: got factors of shapes \(12, 0\)"):
+        tx.init({"up": {"a": jnp.ones((N, 0)), "b": jnp.ones((0, M))}})
+    for make in (lora.lorsum, lora.scaled_lorsum, lora.projected_lorsum):
+        with pytest.raises(ValueError, match="learning_rate: got None"):
+            make(None)
+    for options in ({"momentum_rank": "2"}, {"jitter": "0"}, {"seed": "0"}):
+        with pytest.raises(ValueError, match=f"LowRankSum.{next(iter(options))}: got"):
+            lora.LowRankSum(**options)
+    with pytest.raises(ValueError, match="FactorMetric.init: got nan"):
+        lora.FactorMetric(init=np.nan)

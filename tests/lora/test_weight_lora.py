@@ -277,6 +277,11 @@ def test_bad_calls_are_named():
         lora.weight_lora(1e-3, keep=0)
     with pytest.raises(ValueError, match="freeze_after: got 0"):
         lora.weight_lora(1e-3, keep=1, freeze_after=0)
+    with pytest.raises(ValueError, match="keep: got 'all'"):
+        lora.weight_lora(1e-3, keep="all")
+    with pytest.raises(ValueError, match="weight_lora needs the factors"):
+        tx = lora.weight_lora(1e-3, keep=1)
+        tx.update(adapters, tx.init(adapters))
     plain, _ = made(weights=False)
     with pytest.raises(ValueError, match=r"LoraConfig\(weights=True\)"):
         lora.weight_lora(1e-3, keep=1).init(plain)

@@ -1,16 +1,26 @@
 """Options that cannot be meant: refused by name, before anything compiles."""
 
+import dataclasses
 import functools
+import inspect
 import math
+import re
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 import jaxopt_lab as jol
+from jaxopt_lab import lora
+from jaxopt_lab import zeroth_order as zo
+from jaxopt_lab.optim.keywords import ELSEWHERE
+from jaxopt_lab.optim.routing import float_leaves
+from tests.contract.optimizers import FACTORIES
 
 NAN = float("nan")
 
@@ -211,3 +221,75 @@ def test_python_and_numpy_numbers_are_scalars(factory):
         expected, wanted = tx.update(arrays, wanted, arrays)
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
     assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, wanted)
+
+
+ELEMENTWISE = {
+    "scale_by_adamw_fallback": (jol.scale_by_adamw_fallback, {}),
+    "scale_by_adamm": (zo.scale_by_adamm, {}),
+    "scale_by_coordinate_momentum": (zo.scale_by_coordinate_momentum, {}),
+    "scale_by_matrix_sign": (zo.scale_by_matrix_sign, {}),
+}
+EVERY = FACTORIES | ELEMENTWISE
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_gradient_of_another_shape(name):
+    factory, options = EVERY[name]
+    tx, params = factory(**options), {"w": jnp.ones((3, 2)), "row": jnp.ones((1, 3))}
+    for leaf, shape in (("w", (2, 3)), ("row", (3, 3)), ("row", (1, 1))):  # two are broadcast
+        message = re.escape(f"gradient of leaf ['{leaf}']: got shape {shape}, wanted")
+        with pytest.raises(ValueError, match=message):
+            given = params | {leaf: jnp.ones(shape)}
+            jax.eval_shape(lambda g: tx.update(g, tx.init(params), params, value=1.0), given)
+
+
+def test_only_shapes_of_leaves_in_both_trees_are_compared():
+    gradient = {"w": jnp.ones((3, 2)), "masked": optax.MaskedNode()}
+    for like in (
+        None,
+        {"w": optax.MaskedNode(), "masked": jnp.ones(5)},
+        {"w": {"other": jnp.ones(2)}},
+        {"w": jax.ShapeDtypeStruct((3, 2), "bfloat16"), "more": 1.0},
+    ):
+        chex.assert_trees_all_equal(float_leaves(gradient, like), gradient)
+
+
+BLACK_BOX = "gradient_descent", "jaguar_gd"
+PUBLIC = [
+    pytest.param(factory, id=name)
+    for module in (jol, lora, zo)
+    for name, factory in inspect.getmembers(module, inspect.isfunction)
+    if name in module.__all__ and name not in BLACK_BOX
+    if "learning_rate" in inspect.signature(factory).parameters or hasattr(factory, "__wrapped__")
+]
+
+
+@pytest.mark.parametrize("factory", PUBLIC)
+def test_what_is_said_to_write_is_an_argument(factory):
+    own, told = inspect.signature(factory).parameters, 0
+    for keyword in ELSEWHERE.keys() - own.keys():
+        with pytest.raises(TypeError) as found:
+            factory(**{keyword: None})
+        advice = re.search(r"; write (\w+)=(?!.* of the ready optimizer)", str(found.value))
+        told += advice is not None
+        assert advice is None or advice[1] in own, found.value
+    assert told or factory is jol.track_params_ema
+
+
+@pytest.mark.parametrize("factory", PUBLIC)
+def test_options_are_of_their_class(factory):
+    for name, parameter in inspect.signature(factory).parameters.items():
+        if dataclasses.is_dataclass(kind := type(parameter.default)):
+            message = f"{factory.__name__}: {name} is 'muon', wanted a {kind.__name__}"
+            with pytest.raises(TypeError, match=message):
+                factory(**{name: "muon"})
+
+
+def test_names_of_a_perturbation_are_told_where_it_is():
+    for factory in (zo.mezo, zo.estimate, zo.ldsd, zo.scale_by_jaguar):
+        for name in ("tau", "zo_eps"):
+            with pytest.raises(TypeError, match=f"has no argument '{name}'; write eps="):
+                factory(**{name: 1e-3})
+    for factory in (zo.forward_gradient, jol.soap):
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            factory(tau=1e-3)

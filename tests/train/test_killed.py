@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxopt_lab.train.io.checkpoints import Checkpoints, committed_steps
+from tests.quick_compile import FLAGS
 
 # State k is a function of k alone, so that what is restored can be checked against its label.
 CHILD = """
@@ -38,7 +39,7 @@ def state_at(step):
 
 
 def start(directory):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, str(directory)],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,

@@ -14,6 +14,7 @@ from jaxopt_lab.train.config.optimizers_kronecker import DyKAFConfig, ShampooCon
 from jaxopt_lab.train.config.sections import CheckpointConfig, EvalConfig
 from jaxopt_lab.train.config.serialize import to_json
 from jaxopt_lab.train.io.checkpoints import committed_steps
+from tests.quick_compile import FLAGS
 from tests.train.tiny_run import losses_of, tiny_config, write_text
 
 STEPS = 600
@@ -31,7 +32,7 @@ def start(*arguments, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", "jaxopt_lab.cli", "pretrain", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | environment,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS} | environment,
     )  # fmt: skip
 
 

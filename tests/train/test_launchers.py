@@ -14,6 +14,7 @@ from jax._src import cloud_tpu_init
 from jaxopt_lab.train.config.sections import DistributedConfig
 from jaxopt_lab.train.dist.processes import initialize_processes
 from jaxopt_lab.train.errors import ConfigError
+from tests.quick_compile import FLAGS
 from tests.train.test_processes import free_port
 
 METADATA = {
@@ -107,7 +108,7 @@ def test_two_processes_join_as_each_launcher_tells_them(servers):
     ports = {name: str(free_port()) for name in environments("0")}
     usual = {key: value for key, value in os.environ.items() if key not in NAMES}
     usual |= {"JAX_PLATFORMS": "cpu", "JAX_FORCE_TPU_INIT": "1", "NO_PROXY": "*"}
-    usual |= {"no_proxy": "*", "XLA_FLAGS": ""}
+    usual |= {"no_proxy": "*", "XLA_FLAGS": FLAGS}
     processes = []
     for rank, server in enumerate(servers):
         told = environments(str(rank), f"127.0.0.1:{server.server_port}")

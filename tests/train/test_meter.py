@@ -126,12 +126,16 @@ def test_memory_is_that_of_the_fullest_device(monkeypatch):
 
 def test_the_clock_of_a_start_begins_with_the_process(tmp_path, monkeypatch):
     # Packages were imported before.
-    since_import = time.monotonic() - IMPORTED
+    begin = time.monotonic()
+    since_import = begin - IMPORTED
     clock = StartClock.of_process("import")
     assert since_import + 0.2 < clock.seconds["import"] < since_import + 600
     clock.lap("devices")
     clock.lap("import")
-    assert list(clock.seconds) == ["import", "devices"] and clock.seconds["devices"] < 1
+    assert list(clock.seconds) == ["import", "devices"]
+    assert clock.seconds["devices"] <= time.monotonic() - begin + 1e-3  # rounded
     # Where there is no such file, the process begins with the clock.
     monkeypatch.setattr("jaxopt_lab.train.meter._PROCESS", tmp_path / "none")
-    assert StartClock.of_process("import").seconds["import"] < 1
+    begin = time.monotonic()
+    alone = StartClock.of_process("import").seconds["import"]
+    assert alone <= time.monotonic() - begin + 1e-3

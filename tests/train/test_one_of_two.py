@@ -112,7 +112,7 @@ FAILURES = {
 )  # fmt: skip
 def test_a_save_that_fails_on_one_ends_both(settings, tmp_path, where, number):
     processes = start_two(settings, tmp_path / "run", program=changed(number, FAILURES[where]))
-    outputs = ended(processes, 60)
+    outputs = ended(processes)
     assert [process.returncode for process in processes] == [1, 1], "\n".join(outputs)
     for output in outputs:
         # A function of orbax that is replaced leaves a coroutine, of which Python warns at the end.
@@ -124,7 +124,7 @@ def test_a_checkpoint_that_one_cannot_read_is_passed_over_by_both(finished, tmp_
     run = shutil.copytree(finished, tmp_path / "run")
     program = changed(1, 'change("jaxopt_lab.train.io.stored", "load", fail_to_read_6)')
     processes = start_two(None, run, "--resume", program=program)
-    outputs = ended(processes, 60)
+    outputs = ended(processes)
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     assert "checkpoint 6 is damaged (cannot be read here)" in outputs[0]
     assert "resuming after step 3 of 6" in outputs[0]
@@ -138,7 +138,7 @@ def test_damage_under_new_digests_is_passed_over_by_both(finished, tmp_path):
         file.write_bytes(b"\0" * file.stat().st_size)
     digests.seal(run / "checkpoints/6", 6, None)
     processes = start_two(None, run, "--resume")
-    outputs = ended(processes, 60)
+    outputs = ended(processes)
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     assert "checkpoint 6 is damaged" in outputs[0] and "resuming after step 3" in outputs[0]
 
@@ -148,7 +148,7 @@ def test_damage_under_new_digests_is_passed_over_by_both(finished, tmp_path):
 def test_a_signal_to_one_during_the_last_save_ends_both_in_the_same_way(settings, tmp_path, number):
     program = changed(number, 'change("jaxopt_lab.train.loop", "Loop.save", signalled)')
     processes = start_two(settings, tmp_path / "run", program=program)
-    outputs = ended(processes, 60)
+    outputs = ended(processes)
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     assert "stopped and saved; continue with" in outputs[0]
 
@@ -162,7 +162,7 @@ def test_a_signal_to_one_that_others_wait_for_ends_both(settings, tmp_path, numb
     for line in processes[0].stdout:
         if line == "it waits\n":
             processes[0].send_signal(number)
-    outputs = ended(processes, 60)
+    outputs = ended(processes)
     code = 0 if number == signal.SIGTERM else 130
     assert [process.returncode for process in processes] == [code, code], "\n".join(outputs)
     said = "stopped by process 0: SIGTERM" if not code else "error: interrupted"
@@ -174,7 +174,7 @@ def test_a_signal_to_one_that_others_wait_for_ends_both(settings, tmp_path, numb
 def test_resume_that_only_one_was_told_is_refused_on_both(finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     processes = start_two(str(run / "config.json"), run, of_second=("--resume",))
-    outputs = ended(processes, 60)
+    outputs = ended(processes)
     assert [process.returncode for process in processes] == [2, 2], "\n".join(outputs)
     named = "resume: got True, on process 1, expected False, which process 0 has"
     assert all(named in output for output in outputs)

@@ -249,7 +249,7 @@ def test_exit_codes_of_the_command_line(text, tmp_path, number, code, capsys):
     path.write_text(to_json(config))
 
     def stop_when_it_runs():
-        log, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 60
+        log, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 300
         while time.monotonic() < deadline and not (log.exists() and '"loss"' in log.read_text()):
             time.sleep(0.02)
         os.kill(os.getpid(), number)

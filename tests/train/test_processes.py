@@ -21,6 +21,7 @@ from jaxopt_lab.train.config.sections import CheckpointConfig, EvalConfig, MeshC
 from jaxopt_lab.train.config.serialize import to_json
 from jaxopt_lab.train.io.checkpoints import committed_steps
 from jaxopt_lab.train.run import pretrain
+from tests.quick_compile import FLAGS
 from tests.train.tiny_run import losses_of, tiny_config, write_text
 
 
@@ -43,7 +44,7 @@ def start_two(settings, run, *flags, of_second=(), program=PRETRAIN):
         "--distributed.num-processes", "2",
         "--distributed.coordinator-address", f"127.0.0.1:{free_port()}", *flags,
     ]  # fmt: skip
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "NO_PROXY": "*"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS, "NO_PROXY": "*"}
     return [
         subprocess.Popen(
             [*command, "--distributed.process-id", str(number), *(of_second if number else ())],

@@ -27,6 +27,7 @@ from jaxopt_lab.train.io.lock import only_writer
 from jaxopt_lab.train.io.run_directory import begun_or_new, write_config
 from jaxopt_lab.train.run import RunResult
 from tests.pages import code_blocks
+from tests.quick_compile import FLAGS
 from tests.train.test_agreement import wait_for
 from tests.train.test_processes import free_port
 from tests.train.tiny_run import losses_of, tiny_config, write_text
@@ -86,7 +87,7 @@ def test_a_slice_of_which_a_host_is_killed_comes_back_alone(tmp_path, monkeypatc
         "bash", str(tmp_path / "restart.sh"), *PRETRAIN, "--restartable",
         "--config", str(tmp_path / "config.json"), "--run-directory", str(run),
     ]  # fmt: skip
-    usual = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "NO_PROXY": "*", "PAUSE": "1"}
+    usual = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS, "NO_PROXY": "*", "PAUSE": "1"}
     usual |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     usual.pop("JAX_COMPILATION_CACHE_DIR", None)
     hosts = []

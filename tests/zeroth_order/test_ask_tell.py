@@ -331,11 +331,26 @@ class TestBadInput:
             {"refill": 0.5, "h0": "zeros"},
             {"averaging": 1.5},
             {"step_size": 2.0},
+            {"step_size": "1"},
+            {"averaging": "1"},
+            {"refill": "1"},
         ],
     )
     def test_options(self, options):
         with pytest.raises(ValueError, match=next(iter(options))):
             zo.jaguar_frank_wolfe(zo.simplex(), key=KEY, **options)
+
+    def test_numbers_that_are_none(self):
+        for rate in (0.0, np.nan, None, "1"):
+            with pytest.raises(ValueError, match="learning_rate: got"):
+                zo.jaguar_gd(rate, key=KEY)
+        for make in (lambda: zo.simplex("1"), lambda: zo.l2_ball(None)):
+            with pytest.raises(ValueError, match="radius is .* wanted a positive number"):
+                make()
+        with pytest.raises(ValueError, match="num_coordinates is 1.5"):
+            zo.jaguar_gd(0.1, key=KEY, num_coordinates=1.5).init(np.zeros(3))
+        with pytest.raises(ValueError, match="x0: there are no entries"):
+            zo.jaguar_gd(0.1, key=KEY).init(np.zeros((0, 2)))
 
     def test_more_coordinates_than_there_are(self):
         opt = zo.jaguar_gd(0.1, key=KEY, num_coordinates=4)

@@ -206,3 +206,34 @@ def test_replays_of_something_else(tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="is no replay"):
         zo.apply_replay(file, tx, params, **run)
+
+
+def test_leaves_without_entries_and_python_numbers():
+    params = {"none": jnp.ones((3, 0)), "w": 0.3 * jnp.ones((4, 3)), "number": 1.0}
+    wanted = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, params))
+    for name in ("mezo", "jaguar_muon", "subspace_muon"):
+        tx = make(name)
+        new, _ = jax.eval_shape(stepper(tx), params, jax.eval_shape(tx.init, params))
+        assert types(new) == types(wanted)
+
+
+@pytest.mark.parametrize("name", ["mezo", "forward_gradient", "subspace_muon"])
+def test_decay_leaves_what_is_not_trainable(name):
+    factory, options = METHODS[name]
+    probes = zo.Probes(trainable={"w": False, "v": np.bool_(True)})
+    tx = factory(0.1, key=KEY, **options | {"weight_decay": 0.5, "probes": probes})
+    params = {"w": SMALL["w"], "v": SMALL["w"]}
+    updates, _ = tx.update(None, tx.init(params), params, value_fn=lambda p: 0.0 * jnp.sum(p["v"]))
+    np.testing.assert_allclose(updates["v"], -0.1 * 0.5 * params["v"], rtol=1e-6)
+    assert not updates["w"].any()
+
+
+@pytest.mark.parametrize("trainable", [False, {"w": False, "b": "no"}, {"w": True}])
+def test_what_is_trainable_is_said_in_bools(trainable):
+    tx = zo.mezo(0.1, weight_decay=0.5, key=KEY, probes=zo.Probes(trainable=trainable))
+    if trainable is False:
+        updates, _ = tx.update(None, tx.init(SMALL), SMALL, value_fn=rough)
+        assert not entries(updates).any()
+        return
+    with pytest.raises(ValueError, match=r"trainable .*leaf \['b'\]"):
+        tx.init(SMALL)

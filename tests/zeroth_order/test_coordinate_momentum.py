@@ -132,3 +132,14 @@ def test_blocks_of_everything_run():
     probes = zo.Probes(zo.blocks(rows_ratio=1.0, cols_ratio=1.0))
     _, state, _ = run(zo.scale_by_jaguar(key=KEY, probes=probes), {"w": jnp.ones((3, 4))}, rough, 1)
     assert np.ptp(state.momentum.mu["w"]) == 0
+
+
+def test_directions_whose_loss_is_not_finite_leave_the_momentum():
+    x, m = jnp.zeros(3), jnp.array([1.0, -1.0, 1.0])
+    tx = zo.scale_by_jaguar(b1=0.5, key=KEY, probes=zo.Probes(num_directions=2))
+
+    def loss(x):
+        return 4 * x[0] + jnp.where(x[1] > 0, jnp.nan, 0.0)
+
+    new, _ = tx.update(None, with_momentum(tx, x, m), x, value_fn=loss, draws=jnp.eye(3)[:2])
+    np.testing.assert_allclose(new, [0.5 + 0.5 * 4 / 2, -1, 1], rtol=1e-3)

@@ -198,7 +198,7 @@ BAD = {
     "half": (dict(value_fn=lambda p: p["w"].sum().astype("bfloat16")), "the loss is bfloat16"),
     "draws": (
         dict(value_fn=quadratic, draws={"w": jnp.zeros(3)}),
-        r"draws.evaluation of leaf \['w'\]: got \(3,\), wanted \('probes', 3\)",
+        r"draws.evaluation of leaf \['w'\]: got \(3,\), wanted \(1, 3\)",
     ),
     "losses": (dict(losses=jnp.zeros(3)), r"losses: got shape \(3,\), wanted \(2,\)"),
 }
@@ -230,9 +230,9 @@ def test_an_epsilon_that_the_parameters_cannot_hold():
     with pytest.raises(ValueError, match=r"leaf \['w'\] is bfloat16, .* -0.9 decimal digits"):
         tx.init({"w": jnp.ones(3, "bfloat16")})
     zo.estimate(eps=1e-1, key=KEY).init({"w": jnp.ones(3, "bfloat16")})
-    for eps in (0.0, -1.0, np.inf, np.nan):
-        with pytest.raises(ValueError, match="eps is"):
-            zo.estimate(eps=float(eps), key=KEY).init({"w": jnp.ones(3)})
+    for eps in (0.0, -1.0, np.inf, np.nan, "x", None):
+        with pytest.raises(ValueError, match="eps: got"):
+            zo.estimate(eps=eps, key=KEY).init({"w": jnp.ones(3)})
 
 
 def test_two_leaves_that_would_draw_the_same():
@@ -268,3 +268,27 @@ def test_numbers_that_decide_shapes():
 
 def test_importing_the_library_finds_it():
     assert jol.zeroth_order.mezo is zo.mezo
+
+
+def test_arguments_of_another_kind():
+    params = {"w": jnp.ones(3)}
+    for key in (0, None, "0", jnp.zeros(2)):
+        with pytest.raises(ValueError, match="key: got .* wanted a key"):
+            zo.estimate(key=key).init(params)
+    for options in ({"sampler": zo.gaussian}, {"engine": "vmapped"}, {"two_sided": "no"}):
+        with pytest.raises(ValueError, match=f"Probes.{next(iter(options))}: got"):
+            zo.Probes(**options)
+    tx = zo.estimate(num_directions=2, key=KEY)
+    with pytest.raises(ValueError, match=r"draws.evaluation of leaf \['w'\]: got \(1, 3\)"):
+        tx.update(None, tx.init(params), params, value_fn=quadratic, draws={"w": jnp.ones((1, 3))})
+    with pytest.raises(ValueError, match="value_fn: got 3.0, wanted a function"):
+        tx.update(None, tx.init(params), params, value_fn=3.0)
+    with pytest.raises(ValueError, match="value_fn cannot be traced by jax"):
+        tx.update(None, tx.init(params), params, value_fn=lambda p: np.sum(np.asarray(p["w"])))
+    listed, _ = tx.update(None, tx.init(params), params, losses=[1.0, 0.0, 1.0, 0.0])
+    assert listed["w"].any()
+    for options in ({"policy_std": 0.0}, {"policy_std": np.nan}, {"start_sign": "x"}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}: got"):
+            zo.ldsd(optax.sgd(0.1), key=KEY, **options)
+    with pytest.raises(ValueError, match="learning_rate: got None"):
+        zo.subspace_muon(None, key=KEY)

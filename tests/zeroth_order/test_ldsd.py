@@ -115,6 +115,8 @@ def test_a_loss_that_is_not_finite_is_not_selected_and_does_not_move_the_policy(
     # Losses 1.5 and -0.5 about 0.5, of candidates (3, 0) and (-1, 0), over K - 1 = 3.
     np.testing.assert_allclose(state.mean["x"], [-(3 * 1 + 1 * 1) / 3, 0], rtol=1e-5)
     assert state.probes.notfinite_count == 2
+    found, _ = chosen(lambda p: jnp.where(p["x"][1] < 0, -jnp.inf, jnp.sum(p["x"])))
+    np.testing.assert_allclose(found["x"], updates["x"])  # the smallest of the finite ones
     updates, state = chosen(lambda p: jnp.nan * p["x"][0])
     assert not entries(updates).any() and not entries(state.mean).any()
 
