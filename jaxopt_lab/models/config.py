@@ -71,7 +71,7 @@ class DecoderConfig:
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     """Attention kernel; auto takes cuDNN's on a GPU in bfloat16 where the shapes allow it, and
     JAX's own on a TPU (`models.splash`). Forward mode and second derivatives need xla, which also
-    does without the kernels for norms and the loss on one GPU (`models.gpu_kernels`)."""
+    does without the kernels for norms and the loss on GPUs (`models.gpu_kernels`)."""
     document_mask: bool = False
     """Restrict attention to the document of the query; needs segment ids with every batch."""
     fused_qkv_as: Literal["three", "one"] = "three"

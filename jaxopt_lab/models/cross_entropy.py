@@ -17,7 +17,7 @@ from jaxopt_lab.core.packed import is_packed, unpacked
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.decoder import Params, Sides, bind
 from jaxopt_lab.models.gpu_kernels import cross_entropy, kernels_apply
-from jaxopt_lab.models.sharding import OnMesh, constrain
+from jaxopt_lab.models.sharding import LOGITS, OnMesh, constrain, free_spec, gathered
 from jaxopt_lab.models.side import Side, matmul
 
 
@@ -71,6 +71,8 @@ def loss(
         head = unpacked(head)
     plain = head[1] is None and not is_packed(head[0])
     on_gpu = plain and kernels_apply(x_BxTxD.dtype, config.attention, mesh)
+    shape = (*x_BxTxD.shape[:2], config.vocab_size)
+    on_gpu = on_gpu and free_spec(mesh, LOGITS, shape)[2] is None  # each row on one device
     sums: Any = _kernel_sums if on_gpu else _weighted_sums
     if head_chunks > 1:
         sums = _chunked_sums(head_chunks, sums)
@@ -191,19 +193,19 @@ _kernel_sums = jax.custom_vjp(_weighted_sums, nondiff_argnums=(4, 5))
 
 
 def _kernel_forward(x_BxTxD, head, targets_BxT, weights_BxT, z_loss, mesh):
-    x_NxD, weights_N = x_BxTxD.reshape(-1, x_BxTxD.shape[-1]), weights_BxT.reshape(-1)
-    found = cross_entropy(x_NxD @ head[0], targets_BxT.reshape(-1), weights_N, z_loss)
-    dlogits_NxV, nats_N, normaliser_N = found
-    objective_N = nats_N + z_loss * jnp.square(normaliser_N)
-    sums = jnp.sum(weights_N * objective_N), jnp.sum(weights_N * nats_N)
-    return sums, (dlogits_NxV, x_BxTxD, head)
+    logits_BxTxV = x_BxTxD @ gathered(head[0], mesh)
+    found = cross_entropy(logits_BxTxV, targets_BxT, weights_BxT, z_loss, mesh)
+    dlogits_BxTxV, nats_BxT, normaliser_BxT = found
+    objective_BxT = nats_BxT + z_loss * jnp.square(normaliser_BxT)
+    sums = jnp.sum(weights_BxT * objective_BxT), jnp.sum(weights_BxT * nats_BxT)
+    return sums, (dlogits_BxTxV, x_BxTxD, head)
 
 
 def _kernel_backward(z_loss, mesh, residuals, cotangents):
     # As in `_chunked_sums`, the objective alone carries a gradient.
-    dlogits_NxV, x_BxTxD, (head_DxV, _) = residuals
-    x_NxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
-    gradients = dlogits_NxV @ head_DxV.T, dlogits_NxV.T @ x_NxD
+    dlogits_BxTxV, x_BxTxD, (head_DxV, _) = residuals
+    dlogits_NxV, x_NxD = (x.reshape(-1, x.shape[-1]) for x in (dlogits_BxTxV, x_BxTxD))
+    gradients = dlogits_NxV @ gathered(head_DxV, mesh).T, dlogits_NxV.T @ x_NxD
     # Both at once: this frees the logits before the backward pass of the layers.
     gradients = jax.lax.optimization_barrier(gradients)
     dx_NxD, dhead_VxD = (cotangents[0].astype(g.dtype) * g for g in gradients)
@@ -218,7 +220,7 @@ def _nats(
 ) -> tuple[jax.Array, jax.Array]:
     """Loss of every position, and its log-sum-exp."""
     head_DxV, side = head
-    logits_BxTxV = constrain(matmul(side, x_BxTxD, head_DxV, mesh), mesh, ("batch", None, "vocab"))
+    logits_BxTxV = constrain(matmul(side, x_BxTxD, head_DxV, mesh), mesh, LOGITS)
     logits_BxTxV = logits_BxTxV.astype(jnp.promote_types(logits_BxTxV.dtype, jnp.float32))
     normaliser_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
     # A masked sum and not a gather: it stays local when the vocabulary is sharded, and its

@@ -16,7 +16,7 @@ from jaxopt_lab.core.packed import unpacked
 from jaxopt_lab.models.config import DecoderConfig, check_dtypes, check_tokens
 from jaxopt_lab.models.gpu_kernels import kernels_apply
 from jaxopt_lab.models.layers import Block, Norm, normal, parameter
-from jaxopt_lab.models.sharding import OnMesh, constrain
+from jaxopt_lab.models.sharding import LOGITS, STREAM, OnMesh, constrain
 from jaxopt_lab.models.side import Side, looked_up, matmul
 from jaxopt_lab.models.stack import stacked, through
 
@@ -49,7 +49,7 @@ class Embedding(nnx.Module):
         # thousands of terms, which bfloat16 would truncate.
         tokens_VxD = constrain(self.tokens[...], mesh, ("vocab", None))
         x_BxTxD = unpacked(looked_up(sides.get("tokens"), tokens_BxT, tokens_VxD))
-        x_BxTxD = constrain(x_BxTxD, mesh, ("batch", "length", "stream"))
+        x_BxTxD = constrain(x_BxTxD, mesh, STREAM)
         if self.config.positions == "learned":
             index = jnp.arange(tokens_BxT.shape[1])
             if segment_ids_BxT is not None:
@@ -94,7 +94,7 @@ class Decoder(nnx.Module):
         """Logits of the next token at every position, (B, T, V), in the compute dtype."""
         x_BxTxD = self.hidden(tokens_BxT, segment_ids_BxT, mesh=mesh, side=side)
         logits_BxTxV = matmul(self.head_side(side), x_BxTxD, self.head_kernel(), mesh)
-        return constrain(logits_BxTxV, mesh, ("batch", None, "vocab"))
+        return constrain(logits_BxTxV, mesh, LOGITS)
 
     def hidden(
         self,

@@ -2,7 +2,8 @@
 
 XLA needs a pass of its own for each of: a sum that a product has taken in (a copy), the statistics
 of its rows, their normalisation, and the sums over rows in the backward pass. The functions here
-are compared with plain JAX in `tests.models.test_gpu_kernels`.
+are compared with plain JAX in `tests.models.test_gpu_kernels`, on meshes in
+`tests.models.test_kernels_on_meshes`.
 """
 
 import functools
@@ -13,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.sharding import PartitionSpec
 
-from jaxopt_lab.models.sharding import OnMesh, placement
+from jaxopt_lab.models.sharding import OnMesh, free_spec, on_each_device, placement
 
 try:
     triton: Any = importlib.import_module("jax.experimental.pallas.triton")
@@ -29,7 +31,7 @@ _VOCABULARY_BLOCK, _VOCABULARY_WARPS, _VOCABULARY_STAGES = 4096, 16, 2
 
 
 def kernels_apply(dtype: Any, attention: str, mesh: OnMesh, width: int = 1) -> bool:
-    """Whether activations go through the kernels: on one GPU of NVIDIA's, in bfloat16.
+    """Whether activations go through the kernels: on GPUs of NVIDIA's, in bfloat16.
 
     Like cuDNN's attention they have no forward-mode and no second derivatives, so a model with
     ``attention = "xla"`` does without them. Nor can the compiler split them over devices: without a
@@ -41,51 +43,72 @@ def kernels_apply(dtype: Any, attention: str, mesh: OnMesh, width: int = 1) -> b
         mesh: over which activations are spread.
         width: of the rows that a norm is of.
     """
-    devices = jax.devices() if mesh is None else placement(mesh).mesh.devices.ravel()
+    devices = jax.devices() if mesh is None else placement(mesh).mesh.devices.flat
     wanted = attention != "xla" and dtype == jnp.bfloat16 and width <= _LARGEST_WIDTH
     # NVIDIA's alone have a number, such as 9.0, and bfloat16 came with 8.0.
     major = str(getattr(devices[0], "compute_capability", "")).split(".")[0]
     on_gpu = devices[0].platform == "gpu" and major.isdigit() and int(major) >= 8
-    return wanted and len(devices) == 1 and triton is not None and on_gpu
+    alone = mesh is not None or len(devices) == 1
+    return wanted and alone and triton is not None and on_gpu
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def add_norm(
-    x: jax.Array, y: jax.Array, scale: jax.Array, centred: bool, eps: float
+    x_BxTxD: jax.Array,
+    y_BxTxD: jax.Array,
+    scale_D: jax.Array,
+    centred: bool,
+    eps: float,
+    mesh: OnMesh = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum x + y, and the LayerNorm (`centred`) or RMSNorm of its rows, both (..., D)."""
-    return _add_norm_forward(x, y, scale, centred, eps)[0]
+    """The sum x + y, and the LayerNorm (`centred`) or RMSNorm of its rows, both (B, T, D).
+
+    On a mesh each device has its own rows: its part of the batch and of the positions.
+    """
+    return _add_norm_forward(x_BxTxD, y_BxTxD, scale_D, centred, eps, mesh)[0]
 
 
-def _add_norm_forward(x: jax.Array, y: jax.Array, scale: jax.Array, centred: bool, eps: float):
-    rows, width = math.prod(x.shape[:-1]), x.shape[-1]
-    row = jax.ShapeDtypeStruct((rows,), F32)
-    wide = jax.ShapeDtypeStruct((rows, width), x.dtype)
-    total, normed, mean, inverse = _call(
-        functools.partial(_add_norm_kernel, centred=centred, eps=eps),
-        rows,
-        (wide, wide, row, row),
-        warps=_norm_warps(width),
-    )(x.reshape(rows, width), y.reshape(rows, width), scale)
-    found = (total.reshape(x.shape), normed.reshape(x.shape))
-    return found, (total, scale, mean, inverse)
+def _add_norm_forward(x_BxTxD, y_BxTxD, scale_D, centred: bool, eps: float, mesh: OnMesh):
+    def own(x, y, scale):
+        rows, width = math.prod(x.shape[:2]), x.shape[2]
+        row = jax.ShapeDtypeStruct((rows,), F32)
+        wide = jax.ShapeDtypeStruct((rows, width), x.dtype)
+        found = _call(
+            functools.partial(_add_norm_kernel, centred=centred, eps=eps),
+            rows,
+            (wide, wide, row, row),
+            warps=_norm_warps(width),
+        )(_rows(x), _rows(y), scale)
+        return tuple(a.reshape(*x.shape[:2], *a.shape[1:]) for a in found)
+
+    wide, row = _specs(mesh, x_BxTxD, "length")
+    arrays, specs = (x_BxTxD, y_BxTxD, scale_D), (wide, wide, PartitionSpec())
+    total, normed, mean, inverse = on_each_device(own, arrays, mesh, specs, (wide, wide, row, row))
+    return (total, normed), (total, scale_D, mean, inverse)
 
 
-def _add_norm_backward(centred: bool, eps: float, residuals: Any, cotangents: Any):
-    total, scale, mean, inverse = residuals
-    d_total, d_normed = (g.reshape(total.shape) for g in cotangents)
-    rows, width = total.shape
-    together = math.gcd(rows, _ROWS)
-    shares = jax.ShapeDtypeStruct((rows // together, width), F32)
-    dx, d_scale = _call(
-        functools.partial(_add_norm_backward_kernel, rows=together, centred=centred),
-        rows // together,
-        (jax.ShapeDtypeStruct(total.shape, total.dtype), shares),
-        warps=_norm_warps(width),
-        stages=2,
-    )(total, d_normed, d_total, scale, mean, inverse)
-    dx = dx.reshape(cotangents[0].shape)
-    return dx, dx, jnp.sum(d_scale, axis=0).astype(scale.dtype)
+def _add_norm_backward(centred: bool, eps: float, mesh: OnMesh, residuals: Any, cotangents: Any):
+    def own(total, d_normed, d_total, scale, mean, inverse):
+        rows, width = math.prod(total.shape[:2]), total.shape[2]
+        together = math.gcd(rows, _ROWS)
+        wide = jax.ShapeDtypeStruct((rows, width), total.dtype)
+        shares = jax.ShapeDtypeStruct((rows // together, width), F32)
+        dx, d_scale = _call(
+            functools.partial(_add_norm_backward_kernel, rows=together, centred=centred),
+            rows // together,
+            (wide, shares),
+            warps=_norm_warps(width),
+            stages=2,
+        )(_rows(total), _rows(d_normed), _rows(d_total), scale, _rows(mean), _rows(inverse))
+        return dx.reshape(total.shape), jnp.sum(d_scale, axis=0)[None, None]
+
+    (total, scale, mean, inverse), (d_total, d_normed) = residuals, cotangents
+    wide, row = _specs(mesh, total, "length")
+    arrays = (total, d_normed, d_total, scale, mean, inverse)
+    specs = (wide, wide, wide, PartitionSpec(), row, row)
+    dx, d_scale = on_each_device(own, arrays, mesh, specs, (wide, wide))
+    # One row from each device with rows of its own; the compiler sums them as it does plain code.
+    return dx, dx, jnp.sum(d_scale, axis=(0, 1)).astype(scale.dtype)
 
 
 add_norm.defvjp(_add_norm_forward, _add_norm_backward)
@@ -131,27 +154,38 @@ def _add_norm_backward_kernel(
 
 
 def cross_entropy(
-    logits_NxV: jax.Array, targets_N: jax.Array, weights_N: jax.Array, z_loss: float
+    logits_BxTxV: jax.Array,
+    targets_BxT: jax.Array,
+    weights_BxT: jax.Array,
+    z_loss: float,
+    mesh: OnMesh = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradient of sum weights (nats + z_loss normaliser^2), and its two terms.
 
     Two passes over each row of the logits, the second one from the cache; the gradient takes their
-    place.
+    place. On a mesh each device has its own rows: its part of the batch.
 
     Returns:
-        The gradient (N, V) in the dtype of the logits, and in float32 nats = normaliser - logit of
-        the target, and the normaliser log sum exp logits.
+        The gradient (B, T, V) in the dtype of the logits, and (B, T) in float32
+        nats = normaliser - logit of the target, and the normaliser log sum exp logits.
     """
-    rows = logits_NxV.shape[0]
-    row = jax.ShapeDtypeStruct((rows,), F32)
-    return _call(
-        functools.partial(_cross_entropy_kernel, z_loss=z_loss),
-        rows,
-        (jax.ShapeDtypeStruct(logits_NxV.shape, logits_NxV.dtype), row, row),
-        warps=_VOCABULARY_WARPS,
-        stages=_VOCABULARY_STAGES,
-        input_output_aliases={0: 0},
-    )(logits_NxV, targets_N, weights_N)
+
+    def own(logits, targets, weights):
+        rows, size = math.prod(logits.shape[:2]), logits.shape[2]
+        row = jax.ShapeDtypeStruct((rows,), F32)
+        found = _call(
+            functools.partial(_cross_entropy_kernel, z_loss=z_loss),
+            rows,
+            (jax.ShapeDtypeStruct((rows, size), logits.dtype), row, row),
+            warps=_VOCABULARY_WARPS,
+            stages=_VOCABULARY_STAGES,
+            input_output_aliases={0: 0},
+        )(_rows(logits), _rows(targets), _rows(weights))
+        return tuple(a.reshape(*logits.shape[:2], *a.shape[1:]) for a in found)
+
+    wide, row = _specs(mesh, logits_BxTxV)
+    arrays = (logits_BxTxV, targets_BxT, weights_BxT)
+    return on_each_device(own, arrays, mesh, (wide, row, row), (wide, row, row))
 
 
 def _cross_entropy_kernel(logits, targets, weights, gradient, nats, normaliser, *, z_loss: float):
@@ -214,6 +248,18 @@ def _exp(x: jax.Array) -> jax.Array:
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, F32)],
     )
     return result
+
+
+def _specs(
+    mesh: OnMesh, x_BxTxN: jax.Array, length: str | None = None
+) -> tuple[PartitionSpec, PartitionSpec]:
+    """How whole rows lie on the mesh, and one number a row."""
+    spec = free_spec(mesh, ("batch", length, None), x_BxTxN.shape)
+    return spec, PartitionSpec(*spec[:2])
+
+
+def _rows(x_BxT: jax.Array) -> jax.Array:
+    return x_BxT.reshape(-1, *x_BxT.shape[2:])
 
 
 def _call(

@@ -5,11 +5,14 @@ half as much again as the hidden units), and a product of queries, keys and valu
 copied into three. The values are those of the plain functions up to rounding.
 """
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jaxopt_lab.models.sharding import OnMesh, gathered
 
 
 @jax.custom_vjp
@@ -21,15 +24,16 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x)
 
 
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, left to JAX."""
+    return jax.nn.silu(gate) * up
+
+
 @jax.custom_vjp
 def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up."""
-    return _gated(gate, up)
-
-
-def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, in float32 or wider."""
     wide = jnp.promote_types(gate.dtype, jnp.float32)
-    return (jax.nn.silu(gate.astype(wide)) * up.astype(wide)).astype(gate.dtype)
+    return swiglu(gate.astype(wide), up.astype(wide)).astype(gate.dtype)
 
 
 def _from_arguments(function: Any) -> Any:
@@ -54,15 +58,16 @@ def _logistic_gelu(x: jax.Array) -> jax.Array:
 
 
 gelu.defvjp(lambda x: (jax.nn.gelu(x), (x,)), _from_arguments(_logistic_gelu))
-gated.defvjp(lambda gate, up: (_gated(gate, up), (gate, up)), _from_arguments(_gated))
+gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _from_arguments(swiglu))
 
 
-@jax.custom_vjp
-def products(x_BxTxI: jax.Array, kernel_IxNxO: jax.Array) -> list[jax.Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def products(x_BxTxI: jax.Array, kernel_IxNxO: jax.Array, mesh: OnMesh = None) -> list[jax.Array]:
     """The products x @ kernel[:, n], as arrays of their own: nothing is sliced.
 
     The backward pass is that of the one product x @ kernel.
     """
+    kernel_IxNxO = gathered(kernel_IxNxO, mesh)
     x_MxI = x_BxTxI.reshape(-1, x_BxTxI.shape[-1])
     count = kernel_IxNxO.shape[1]
     # Operands that XLA takes for different ones: it would join the products again.
@@ -71,11 +76,13 @@ def products(x_BxTxI: jax.Array, kernel_IxNxO: jax.Array) -> list[jax.Array]:
     return [(operands[n] @ kernel_IxNxO[:, n]).reshape(shape) for n in range(count)]
 
 
-def _products_backward(residuals: Any, cotangents: list[jax.Array]) -> Any:
-    x, kernel = residuals
+def _products_backward(mesh: OnMesh, residuals: Any, cotangents: list[jax.Array]) -> Any:
+    x, kernel = residuals[0], gathered(residuals[1], mesh)
     x_MxI, kernel_IxP = x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[0], -1)
     d_MxP = jnp.concatenate([d.reshape(x_MxI.shape[0], -1) for d in cotangents], axis=1)
     return (d_MxP @ kernel_IxP.T).reshape(x.shape), (x_MxI.T @ d_MxP).reshape(kernel.shape)
 
 
-products.defvjp(lambda x, kernel: (products(x, kernel), (x, kernel)), _products_backward)
+products.defvjp(
+    lambda x, kernel, mesh: (products(x, kernel, mesh), (x, kernel)), _products_backward
+)

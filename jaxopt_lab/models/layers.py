@@ -18,12 +18,10 @@ from jaxopt_lab.models.attention import attend, rotate
 from jaxopt_lab.models.config import DecoderConfig
 from jaxopt_lab.models.encoder_config import ModelConfig
 from jaxopt_lab.models.gpu_kernels import add_norm, kernels_apply
-from jaxopt_lab.models.sharding import OnMesh, constrain
+from jaxopt_lab.models.sharding import STREAM, OnMesh, constrain, free_spec
 from jaxopt_lab.models.side import Side, matmul
 
 INIT_STD = 0.02
-STREAM = ("batch", "length", "stream")
-"""Logical axes of the residual stream."""
 
 
 def parameter(value: jax.Array, role: str, axes: tuple[str | None, ...]) -> nnx.Param:
@@ -83,9 +81,10 @@ class Norm(nnx.Module):
         """The sum x + y, pinned like the residual stream, and what this norm makes of it."""
         config, width = self.config, x_BxTxD.shape[-1]
         on_gpu = kernels_apply(x_BxTxD.dtype, config.attention, mesh, width)
-        if on_gpu and self.bias is None:
+        whole_rows = free_spec(mesh, STREAM, x_BxTxD.shape)[2] is None
+        if on_gpu and whole_rows and self.bias is None:
             centred = config.norm == "layer"
-            return add_norm(x_BxTxD, y_BxTxD, self.scale[...], centred, config.norm_eps)
+            return add_norm(x_BxTxD, y_BxTxD, self.scale[...], centred, config.norm_eps, mesh)
         x_BxTxD = constrain(x_BxTxD + y_BxTxD, mesh, STREAM)
         return x_BxTxD, self(x_BxTxD)
 
@@ -136,7 +135,7 @@ class Linear(nnx.Module):
         if not apart or self.side is not None or is_packed(kernel):
             y = self(x_BxTxI, mesh)
             return [y[:, :, n] for n in range(y.shape[2])]
-        parts = kept.products(x_BxTxI, kernel)
+        parts: Any = kept.products(x_BxTxI, kernel, mesh)
         if self.bias is None:
             return parts
         return [y + b.astype(y.dtype) for y, b in zip(parts, self.bias[...], strict=True)]
@@ -184,11 +183,13 @@ class Attention(nnx.Module):
         """Mixes positions."""
         config = self.config
         B, T, _ = x_BxTxD.shape
-        on_gpu = kernels_apply(x_BxTxD.dtype, config.attention, mesh)
+        # Products of their own take the kernel whole, so only where all devices have all heads.
+        split = any(free_spec(mesh, ("heads", "kv_heads"), (config.heads, config.num_kv_heads)))
+        apart = not split and kernels_apply(x_BxTxD.dtype, config.attention, mesh)
         if hasattr(self, "qkv"):
-            projections, keys = self.qkv.parts(x_BxTxD, mesh, apart=on_gpu), "heads"
+            projections, keys = self.qkv.parts(x_BxTxD, mesh, apart=apart), "heads"
         else:
-            keys_and_values = self.kv.parts(x_BxTxD, mesh, apart=on_gpu)
+            keys_and_values = self.kv.parts(x_BxTxD, mesh, apart=apart)
             projections, keys = [self.q(x_BxTxD, mesh), *keys_and_values], "kv_heads"
         q_BxTxHxE, k_BxTxKxE, v_BxTxKxE = (
             constrain(p.reshape(B, T, -1, config.head_width), mesh, ("batch", None, name, None))
@@ -225,15 +226,11 @@ class MLP(nnx.Module):
         h_BxTxF = self.up(x_BxTxD, mesh)
         on_gpu = kernels_apply(h_BxTxF.dtype, self.config.attention, mesh)
         if self.config.mlp == "swiglu":
-            gated = kept.gated if on_gpu else elementwise(self.config, _gated)
+            gated = kept.gated if on_gpu else elementwise(self.config, kept.swiglu)
             h_BxTxF = gated(self.gate(x_BxTxD, mesh), h_BxTxF)
         else:
             h_BxTxF = (kept.gelu if on_gpu else elementwise(self.config, jax.nn.gelu))(h_BxTxF)
         return self.down(constrain(h_BxTxF, mesh, ("batch", None, "hidden")), mesh)
-
-
-def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    return jax.nn.silu(gate) * up
 
 
 class Block(nnx.Module):

@@ -27,7 +27,8 @@ def generate(
 
     Args:
         config: of the decoder.
-        params: as from `init_params`.
+        params: as from `init_params`. On a mesh they stay where they are: a window is small beside
+            them, so that activations move from device to device.
         prompt_tokens: (P,) or (B, P) with P >= 1, of any length.
         steps: number of tokens to add.
         temperature: divides the logits; 0 takes the most likely token.

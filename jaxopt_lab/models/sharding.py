@@ -6,16 +6,20 @@ and activations (`constrain`) are laid out by the same ones.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MeshAxis = Literal["data", "fsdp", "tensor"]
 BATCH_AXES: tuple[MeshAxis, ...] = ("data", "fsdp")
 """What splits the rows of a batch: fsdp is data parallelism whose parameters are also split."""
+STREAM = ("batch", "length", "stream")
+"""Logical axes of the residual stream."""
+LOGITS = ("batch", None, "vocab")
+"""Logical axes of the logits."""
 
 
 @dataclass(frozen=True)
@@ -164,3 +168,66 @@ def constrain(
         return x
     spec = spec_for(axes, counts or x.shape, dict(placed.mesh.shape), placed.rules)
     return jax.lax.with_sharding_constraint(x, NamedSharding(placed.mesh, spec))
+
+
+def gathered(x: jax.Array, mesh: OnMesh) -> jax.Array:
+    """The whole array on every device.
+
+    For the weights in both passes of a custom rule: the compiler then gathers them once, where it
+    would gather slices of them one by one, and the transposed weights again.
+    """
+    return constrain(x, mesh, (None,) * x.ndim)
+
+
+def free_axes(mesh: OnMesh) -> dict[str, int]:
+    """Axes of the mesh over which arrays may still be spread here, and their sizes.
+
+    Those of a `jax.shard_map` around the caller are taken.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    sizes = {} if mesh is None else placement(mesh).mesh.shape
+    return {axis: size for axis, size in sizes.items() if axis not in manual}
+
+
+def free_spec(mesh: OnMesh, axes: tuple[str | None, ...], counts: tuple[int, ...]) -> PartitionSpec:
+    """As `spec_for`, over the axes of the mesh that are free here."""
+    rules = DEFAULT_RULES if mesh is None else placement(mesh).rules
+    return spec_for(axes, counts, free_axes(mesh), rules)
+
+
+def on_each_device(
+    function: Callable[..., Any],
+    arrays: Sequence[jax.Array],
+    mesh: OnMesh,
+    specs: tuple[PartitionSpec, ...],
+    results: Any,
+) -> Any:
+    """Calls a function on the part of every array that a device has; nothing is exchanged.
+
+    Compilers cannot split a kernel. Autodiff sums the gradient of an array over all devices that
+    have the same part of it, which is right but an exchange; a custom rule around this needs none.
+
+    Args:
+        function: of as many arrays.
+        arrays: to be split.
+        mesh: over whose free axes they lie; None: one device has all of them.
+        specs: how each array lies there, as from `free_spec`.
+        results: the same of what the function returns.
+    """
+    free = free_axes(mesh)
+    if mesh is None or not free or placement(mesh).mesh.size == 1:
+        return function(*arrays)
+    context, mesh = jax.sharding.get_abstract_mesh(), placement(mesh).mesh
+    if AxisType.Explicit in mesh.axis_types:
+        arrays = [
+            jax.sharding.reshard(x, NamedSharding(mesh, spec))
+            for x, spec in zip(arrays, specs, strict=True)
+        ]
+    return jax.shard_map(
+        function,
+        mesh=context if context.manual_axes else mesh,
+        in_specs=specs,
+        out_specs=results,
+        axis_names=set(free),
+        check_vma=False,
+    )(*arrays)

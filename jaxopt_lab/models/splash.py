@@ -1,5 +1,6 @@
 """Attention on TPUs without its T x T scores, through the kernel that ships with JAX."""
 
+import functools
 import math
 from typing import Any
 
@@ -11,9 +12,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask as masks,
 )
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from jaxopt_lab.models.sharding import OnMesh, placement, spec_for
+from jaxopt_lab.models.sharding import OnMesh, free_axes, free_spec, on_each_device, placement
 
 SHORTEST = 256
 """Positions from which the kernel is used: below, the scores are smaller than its own buffers."""
@@ -74,45 +75,21 @@ def splash(
     Partitioning", arXiv 2307.08691, for the method; `jax.experimental.pallas.ops.tpu`
     (`splash_attention`) for the kernel.
     """
-    placed = None if mesh is None else placement(mesh)
-    free, sizes = _free_axes(placed and placed.mesh)
-    arrays: list[Any] = [q_BxTxHxE, k_BxTxKxE, v_BxTxKxE]
-    if segment_ids_BxT is not None:
-        arrays.append(segment_ids_BxT.astype(jnp.int32))
-    if placed is None or not free or placed.mesh.size == 1:
-        return _on_one_device(*arrays, causal=causal)
-    spec = spec_for(("batch", None, "heads", None), q_BxTxHxE.shape, sizes, placed.rules)
-    parts = math.prod(sizes[a] for a in _names(spec[2]))
+    spec = free_spec(mesh, ("batch", None, "heads", None), q_BxTxHxE.shape)
+    split, sizes = spec[2] or (), free_axes(mesh)
+    parts = math.prod(sizes[a] for a in ((split,) if isinstance(split, str) else split))
     # Where devices outnumber the key heads, several hold a copy of one; H = K G and parts both
     # are multiples of K copies.
     copies = parts // math.gcd(parts, k_BxTxKxE.shape[2])
-    arrays[1:3] = [jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in arrays[1:3]]
-    specs = (spec,) * 3 + (PartitionSpec(spec[0], None),) * (len(arrays) - 3)
-    context = jax.sharding.get_abstract_mesh()
-    if AxisType.Explicit in placed.mesh.axis_types:
-        arrays = [
-            jax.sharding.reshard(x, NamedSharding(placed.mesh, s))
-            for x, s in zip(arrays, specs, strict=True)
-        ]
-    return jax.shard_map(
-        lambda *arrays: _on_one_device(*arrays, causal=causal),
-        mesh=context if context.manual_axes else placed.mesh,
-        in_specs=specs,
-        out_specs=spec,
-        axis_names=free,
-        check_vma=False,
-    )(*arrays)
-
-
-def _free_axes(mesh: Mesh | None) -> tuple[set[str], dict[str, int]]:
-    """Axes of the mesh over which arrays may still be spread here, and their sizes."""
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    sizes = {} if mesh is None else {a: n for a, n in mesh.shape.items() if a not in manual}
-    return set(sizes), sizes
-
-
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+    k_BxTxKxE, v_BxTxKxE = (
+        jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k_BxTxKxE, v_BxTxKxE)
+    )
+    arrays, specs = [q_BxTxHxE, k_BxTxKxE, v_BxTxKxE], (spec,) * 3
+    if segment_ids_BxT is not None:
+        arrays.append(segment_ids_BxT.astype(jnp.int32))
+        specs += (PartitionSpec(spec[0], None),)
+    own = functools.partial(_on_one_device, causal=causal)
+    return on_each_device(own, arrays, mesh, specs, spec)
 
 
 def _on_one_device(

@@ -147,9 +147,9 @@ def instructions(compiled_text: str) -> Iterator[Instruction]:
         attributes = text[match.end() : end_of_line if end_of_line >= 0 else None]
         if _SINGLETON_GROUPS.search(attributes):
             continue
-        # A started all-reduce has the type of its result; every other start has a tuple of
-        # (operands, results, context...).
-        if start and kind != "all-reduce":
+        # A start has a tuple of (operands, results, context...); that of an all-reduce may have the
+        # type of its result instead.
+        if start and (kind != "all-reduce" or shape.startswith("((")):
             shape = _tuple_elements(shape)[1]
         channel = re.search(r"channel_id=(\d+)", attributes)
         number = None if channel is None else int(channel[1])

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
@@ -66,27 +67,29 @@ def test_norm_of_a_sum(dtype, centred):
 def test_cross_entropy_and_its_gradient(dtype, monkeypatch):
     # Three blocks, the last of them not full.
     monkeypatch.setattr(gpu_kernels, "_VOCABULARY_BLOCK", 64)
-    logits = (4 * normal(3, 10, 150)).astype(dtype)
-    targets = jax.random.randint(jax.random.key(4), (10,), 0, 150).at[7].set(-100)
-    weights = jnp.linspace(0, 1, 10).at[7].set(0)
+    logits = (4 * normal(3, 2, 5, 150)).astype(dtype)
+    targets = jax.random.randint(jax.random.key(4), (2, 5), 0, 150).at[1, 2].set(-100)
+    weights = jnp.linspace(0, 1, 10).reshape(2, 5).at[1, 2].set(0)
 
     def objective(logits):
         logits = logits.astype(jnp.float32)
         normaliser = jax.nn.logsumexp(logits, -1)
-        nats = normaliser - jnp.take_along_axis(logits, targets[:, None] % 150, 1)[:, 0]
+        nats = normaliser - jnp.take_along_axis(logits, targets[..., None] % 150, -1)[..., 0]
         return jnp.sum(weights * (nats + 0.1 * jnp.square(normaliser))), (nats, normaliser)
 
     gradient, wanted = jax.grad(objective, has_aux=True)(logits)
     found, *values = gpu_kernels.cross_entropy(logits, targets, weights, 0.1)
     assert found.dtype == logits.dtype and distance(found, gradient) < TOLERANCES[dtype]
     nats, normaliser = wanted
-    wanted = nats.at[7].set(normaliser[7]), normaliser  # there is no such target
+    # There is no such target.
+    wanted = nats.at[1, 2].set(normaliser[1, 2]), normaliser
     assert distance(tuple(values), wanted) < 1e-6
 
 
 def test_logits_of_any_size():
-    logits = jnp.array([[90.0, -jnp.inf, 3.0], [-90.0, -90.0, -90.0]])
-    gradient, nats, _ = gpu_kernels.cross_entropy(logits, jnp.array([0, 2]), jnp.ones(2), 0.0)
+    logits = jnp.array([[[90.0, -jnp.inf, 3.0], [-90.0, -90.0, -90.0]]])
+    targets, weights = jnp.array([[0, 2]]), jnp.ones((1, 2))
+    gradient, nats, _ = gpu_kernels.cross_entropy(logits, targets, weights, 0.0)
     assert jnp.allclose(nats, jnp.array([0, jnp.log(3.0)]), atol=1e-5)
     assert jnp.allclose(gradient, jnp.array([[0, 0, 0], [1 / 3, 1 / 3, -2 / 3]]), atol=1e-6)
 
@@ -141,22 +144,28 @@ def test_the_model_is_the_plain_one(kind, dtype, monkeypatch):
 
 
 def test_where_the_kernels_apply(monkeypatch):
-    apply = gpu_kernels.kernels_apply
+    apply, cpus = gpu_kernels.kernels_apply, jax.devices()[:2]
     assert not apply(jnp.bfloat16, "auto", None)
 
     def only(**device):
-        monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(**device)])
+        devices = [SimpleNamespace(**device)]
+        monkeypatch.setattr(jax, "devices", lambda: devices)
+        return SimpleNamespace(axis_names=("data",), devices=np.array(2 * devices))
 
-    mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))
     for capability in ("gfx942", "7.5"):  # AMD's, and before bfloat16
         only(platform="gpu", compute_capability=capability)
         assert not apply(jnp.bfloat16, "auto", None)
-    only(platform="gpu", compute_capability="9.0")
+    on_two = only(platform="gpu", compute_capability="9.0")
     assert apply(jnp.bfloat16, "auto", None)
     assert not apply(jnp.float32, "auto", None)
     assert not apply(jnp.bfloat16, "xla", None)
     assert not apply(jnp.bfloat16, "auto", None, width=16384)
-    assert not apply(jnp.bfloat16, "auto", mesh)
+    assert apply(jnp.bfloat16, "auto", on_two)
+    # Without a mesh nothing tells over how many of them an array is spread.
+    monkeypatch.setattr(jax, "devices", lambda: list(on_two.devices))
+    assert not apply(jnp.bfloat16, "auto", None)
+    assert not apply(jnp.bfloat16, "auto", jax.sharding.Mesh(cpus, ("data",)))
+    only(platform="gpu", compute_capability="9.0")
     monkeypatch.setattr(gpu_kernels, "triton", None)
     assert not apply(jnp.bfloat16, "auto", None)
 

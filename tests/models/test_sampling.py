@@ -3,8 +3,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxopt_lab.models import generate
+from jaxopt_lab.models import generate, partition_specs, sampling
+from jaxopt_lab.report.hlo import collectives
 from tests.models.decoders import GPT2, LLAMA, logits, tokens, varied_params
 
 KEY = jax.random.key(0)
@@ -48,6 +50,24 @@ def test_one_prompt_without_batch_axis_and_with_document_mask():
     one = generate(config, params, prompt[0], steps=3, key=KEY)
     assert one.shape == (7,)
     np.testing.assert_array_equal(one, generate(LLAMA, params, prompt, steps=3, key=KEY)[0])
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+def test_a_sharded_model_continues_as_a_whole_one_and_is_not_gathered(axis):
+    config = dataclasses.replace(LLAMA, vocab_size=256, width=64, hidden=128, depth=1)
+    params, prompt = varied_params(config), tokens(config, batch=1, length=5)[0]
+    alone = generate(config, params, prompt, steps=6, key=KEY)
+    mesh = jax.make_mesh((4,), (axis,), (AxisType.Auto,), devices=jax.devices()[:4])
+    at = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        partition_specs(config, mesh),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+    params = jax.device_put(params, at)
+    np.testing.assert_array_equal(generate(config, params, prompt, steps=6, key=KEY), alone)
+    program = sampling._continue.lower(config, 6, params, prompt[None], 1.0, KEY).compile()
+    moved = sum(total.bytes for total in collectives(program.as_text()).values())
+    assert 0 < moved < sum(x.nbytes for x in jax.tree.leaves(params)) / 4
 
 
 @pytest.mark.parametrize(

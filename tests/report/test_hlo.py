@@ -66,6 +66,10 @@ def test_a_collective_inside_a_loop_is_counted_once():
             {"all-reduce": (1, 24)},
         ),
         (
+            "  %s = ((f32[4]{0}, f32[2]{0}), (f32[4]{0}, f32[2]{0})) all-reduce-start(%x, %y)",
+            {"all-reduce": (1, 24)},
+        ),
+        (
             "  %p = (f32[4], f32[4], u32[], u32[]) collective-permute-start(%x)",
             {"collective-permute": (1, 16)},
         ),

@@ -92,6 +92,11 @@ def figure(found: dict[str, dict[str, list[dict[str, Any]]]], path: pathlib.Path
         for axes, x in zip(panels, (steps, steps * milliseconds(runs["seed"])), strict=True):
             axes.plot(x, losses.mean(0), "o-", color=PALETTE[number], label=name, markersize=3)
             axes.fill_between(x, losses.min(0), losses.max(0), color=PALETTE[number], alpha=0.2)
+    # One seed of RPLoRA rises far above the start for a while, which would flatten the rest.
+    before = float(next(iter(found.values()))["seed"][0]["test_before"][0])
+    lowest = min(min(numbers(run["test"])) for runs in found.values() for run in runs["seed"])
+    reach = before - lowest
+    panels[0].set(ylim=(lowest - 0.05 * reach, before + 0.1 * reach))
     panels[0].set(xlabel="step", ylabel="held-out loss, nats per token")
     panels[1].set(xlabel="seconds of training")
     panels[0].legend(frameon=False, fontsize=8)
