@@ -137,7 +137,7 @@ def test_products_count_where_they_are_done():
         x = jax.lax.scan(lambda x, _: (x @ jnp.ones((8, 8)), None), x, None, length=3)[0]
         x = jax.lax.cond(take, lambda x: x @ jnp.ones((8, 8)), lambda x: x, x)
         exact = jnp.matmul(x, x.T, precision="highest")
-        # A start, and a refresh that repeats itself where it must.
+        # A start, and a refresh with passes of its own.
         x = waits(lambda x: x @ jnp.ones((8, 8)))(x)
         x = waits(lambda x: waits(lambda x: x @ x)(x @ jnp.ones((8, 8)) @ jnp.ones((8, 8))))(x)
         return whole(x), exact
@@ -148,7 +148,7 @@ def test_products_count_where_they_are_done():
     least = 3 * product + 6 * product + 2 * 2 * 8 * 2
     assert product_flops(jaxpr, 8, branch=min, rounds=0) == least
     assert product_flops(jaxpr, 8, rounds=0) == least + product
-    assert product_flops(jaxpr, 8, branch=min) == least + 2 * product
+    assert product_flops(jaxpr, 8, branch=min) == least + 3 * product
 
 
 # Of the toy: two layers of five kernels, a table and a head.
