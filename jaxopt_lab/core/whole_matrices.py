@@ -22,7 +22,7 @@ AxisNames = tuple[str, ...]
 # An exchange among more devices goes in two stages, unless on GPUs, which are all as near to each
 # other. The compiler for TPUs takes 15 s of processor time for each among 256 chips, below 1 s
 # for two among 16; on a torus both send the same bytes over the links of a row and a column.
-_AT_ONCE = 64
+AT_ONCE = 64
 
 
 def on_whole_matrices(
@@ -142,7 +142,7 @@ def _all_to_all(x: Array, names: AxisNames, split: int, concat: int, mesh) -> Ar
     devices = math.prod(mesh.shape[name] for name in names)
     columns = max(n for n in range(1, math.isqrt(devices) + 1) if devices % n == 0)
     on_gpu = jax.default_backend() in ("gpu", "cuda", "rocm")
-    if devices <= _AT_ONCE or columns == 1 or len(names) > 1 or on_gpu:
+    if devices <= AT_ONCE or columns == 1 or len(names) > 1 or on_gpu:
         return lax.all_to_all(x, names, split_axis=split, concat_axis=concat, tiled=True)
     # Device i is in row i // columns. The parts for a row, to its device in the same column; there
     # the parts for each column, along the row.

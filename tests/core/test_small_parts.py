@@ -185,7 +185,7 @@ def test_exchanges_in_two_stages_are_those_in_one(monkeypatch, axis_type):
     x = jax.device_put(x, jax.NamedSharding(mesh, rows))
 
     def exchanged(at_once):
-        monkeypatch.setattr(whole_matrices, "_AT_ONCE", at_once)
+        monkeypatch.setattr(whole_matrices, "AT_ONCE", at_once)
         numbers = jnp.arange(16.0)[:, None]
         run = jax.jit(
             lambda x: on_whole_matrices(
