@@ -28,7 +28,9 @@ LIMITS = {
 # 7 with eigenvectors by another method on a TPU, which compile in seconds.
 # 21 with gradients of other shapes than their leaves and values that are no keys, both named, and
 # with the places of options of zero-order methods.
-LINES = 10_440
+# 83 with stacks of leaves that lie differently and share one program, which a TPU compiles in half
+# of the time; 32 with exchanges among more than 64 chips in two stages.
+LINES = 10_555
 
 
 @pytest.fixture(scope="module")

@@ -151,14 +151,12 @@ def compile_case(case: Case, on_progress: Callable[[str], None]) -> tuple[dict[s
 
 def _kinds_of_steps(method_name: str) -> dict[str, Any]:
     """What runs in an ordinary step, and in the one of a period that does more."""
-    if method_name.startswith(("soap", "dykaf")):
-        # A refresh is a loop of one round, in which the step is taken as well; the conditional
-        # behind it takes the step where there is none.
-        return {
-            "ordinary": {"branch": max, "rounds": 0},
-            "periodic": {"branch": min, "rounds": 1},
-        }
-    return {"ordinary": {"branch": min, "rounds": 0}, "periodic": {"branch": max, "rounds": 1}}
+    # SOAP and DyKAF start and refresh in loops of one round. LionMuon has a conditional.
+    ordinary = max if method_name.startswith(("soap", "dykaf")) else min
+    return {
+        "ordinary": {"branch": ordinary, "rounds": 0},
+        "periodic": {"branch": max, "rounds": 1},
+    }
 
 
 def case_mesh(case: Case, *, compiles: bool = True) -> Mesh:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from jaxopt_lab.core.whole_matrices import AT_ONCE
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -51,7 +53,7 @@ def step_time(
     Products count by `product_flops`. Memory counts arguments and results once and what
     collectives deliver twice, written and read, so it is a lower bound: activations are left out.
     The bytes that a chip sends leave it over all of its links; those of an all-to-all travel a
-    quarter of each side of the torus on average.
+    quarter of each side of the torus on average, in two stages half of the way in each.
 
     Args:
       found: As `pod_programs.compile_case` returns it.
@@ -60,7 +62,8 @@ def step_time(
     """
     kind, _, shape = target.partition(":")
     chip = CHIPS[kind]
-    hops = max(1.0, sum(map(int, shape.split("x"))) / 4)
+    sides = [int(side) for side in shape.split("x")]
+    hops = max(1.0, sum(sides) / (8 if math.prod(sides) > AT_ONCE else 4))
 
     def sent(step: Mapping[str, Any]) -> float:
         each = step["collectives"]

@@ -31,7 +31,7 @@ def product_flops(
       devices: Of the mesh.
       branch: Which branch of a conditional, by its FLOPs: `max` or `min`.
       rounds: Of a loop that ends on a condition and not on a count. Of several in a row the longest
-        runs and those inside of it do not, as a refresh of bases beside their start.
+        runs, as a refresh of bases beside their start, and those inside of it once each.
 
     >>> import jax
     >>> x = jax.ShapeDtypeStruct((8, 4), "bfloat16")
@@ -46,8 +46,11 @@ def product_flops(
             if name == "cond":
                 total += branch([flops(x, share, branch, inside) for x in params["branches"]])
             elif name == "while":
-                if not inside:
-                    waiting.append(flops(params["body_jaxpr"], share, branch, inside=True))
+                found = flops(params["body_jaxpr"], share, branch, inside=True)
+                if inside:
+                    total += found
+                else:
+                    waiting.append(found)
             elif name == "shard_map":
                 # Shapes inside are those of one device, as far as its axes go.
                 axes = params["newly_manual_axes"]

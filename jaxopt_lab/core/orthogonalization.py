@@ -20,6 +20,9 @@ from jaxopt_lab.core.precision import ProductPrecision, matmul
 Orthogonalizer = Literal["cholesky_qr", "householder"]
 ORTHOGONALIZERS: tuple[Orthogonalizer, ...] = ("cholesky_qr", "householder")
 
+# A matrix whose blocks of columns before the one of an index are orthonormal; None: the only block.
+Earlier = tuple[Array, Array] | None
+
 # A panel must be wide enough for efficient products and narrow enough that its columns, cleaned of
 # all earlier ones, are not nearly dependent on each other.
 _PANEL = 128
@@ -123,33 +126,32 @@ def _panelled(x: Array, precision: ProductPrecision, panel: int) -> Array:
     *batch, n, _ = x.shape
     x = x.reshape((-1, n, n))
     width = panel * max(_BLOCK_PANELS, -(-n // (panel * _MOST_BLOCKS)))
-    coarse = _coarse(precision)
-    done: list[Array] = []
-    for start in range(0, n, width):
-        earlier = tuple(done)
-        # The first pass removes almost everything and needs few digits.
-        block = _without(x[..., start : start + width], earlier, coarse, coarse)
-        block = _gram_schmidt(block, panel, coarse)
-        # The second one is the last, unless it finds that columns were nearly dependent on others.
-        block = _without(block, earlier, precision, coarse)
-        upper, scale, near, again = _overlaps(block, precision)
-        block = jnp.where(near, _corrected(block, upper, scale, coarse), block)
-        done.append(_refined(block, again, earlier, panel, precision, coarse))
-    return jnp.concatenate(done, axis=-1).reshape((*batch, n, n))
+    if n <= width:
+        return _orthonormal_block(x, None, panel, precision).reshape((*batch, n, n))
+
+    # One program for all blocks: on a TPU a large product takes seconds to compile.
+    def add(index, x):
+        block = _orthonormal_block(_columns(x, index, width), (x, index), panel, precision)
+        return lax.dynamic_update_slice_in_dim(x, block, index * width, axis=-1)
+
+    count = -(-n // width)
+    # Columns that fill up the last block are zero and stay zero.
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, count * width - n)))
+    return lax.fori_loop(0, count, add, x)[..., :n].reshape((*batch, n, n))
 
 
-def _refined(
-    block: Array,
-    again: Array,
-    earlier: Sequence[Array],
-    panel: int,
-    precision: ProductPrecision,
-    coarse: ProductPrecision,
+def _orthonormal_block(
+    block: Array, earlier: Earlier, panel: int, precision: ProductPrecision
 ) -> Array:
-    """Further passes while they are needed."""
+    """Orthonormal columns for a block, with nothing of earlier ones."""
+    coarse = _coarse(precision)
+    # The first pass removes almost everything and needs few digits.
+    block = _without_blocks(block, earlier, coarse, coarse)
+    block = _gram_schmidt(block, panel, coarse)
 
+    # The second one is the last, unless it finds that columns were nearly dependent on others.
     def refine(carry):
-        block = _without(carry[0], earlier, precision, coarse)
+        block = _without_blocks(carry[0], earlier, precision, coarse)
         upper, scale, near, again = _overlaps(block, precision)
         block = lax.cond(
             near,
@@ -160,8 +162,26 @@ def _refined(
         return block, again, carry[2] + 1
 
     return lax.while_loop(
-        lambda carry: carry[1] & (carry[2] < _MOST_PASSES), refine, (block, again, 2)
+        lambda carry: carry[1] & (carry[2] < _MOST_PASSES), refine, (block, jnp.array(True), 1)
     )[0]
+
+
+def _columns(x: Array, index: Array, width: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, index * width, width, axis=-1)
+
+
+def _without_blocks(
+    block: Array, earlier: Earlier, precision: ProductPrecision, removal: ProductPrecision
+) -> Array:
+    """A block without its overlap with all earlier ones."""
+    if earlier is None:
+        return block
+    x, index = earlier
+
+    def remove(other, block):
+        return _without(block, (_columns(x, other, block.shape[-1]),), precision, removal)
+
+    return lax.fori_loop(0, index, remove, block)
 
 
 def _coarse(precision: ProductPrecision) -> ProductPrecision:

@@ -1,5 +1,7 @@
 """Batched work on the arrays of many leaves: equal shapes are stacked, sharded ones exchanged."""
 
+import itertools
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -11,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array
 
 from jaxopt_lab.core.ordering import serialize_after
-from jaxopt_lab.core.whole_matrices import on_whole_matrices
+from jaxopt_lab.core.whole_matrices import exchanged_axes, on_whole_matrices
 
 ReplicatedWork = Literal["repeat", "share"]
 # By name one array (batch, *inner) a leaf; None: the leaf has no such array. What belongs to a side
@@ -57,9 +59,9 @@ class Member(NamedTuple):
 class Stacks:
     """Which members share a stack: decided once, for all that a step does with their arrays.
 
-    Members of equal shapes, dtypes and layouts are concatenated along the batch axis. Where a
-    layout shards an axis other than the batch, entries are exchanged so that each device works on
-    whole ones (`on_whole_matrices`).
+    Members of equal shapes and dtypes are concatenated along the batch axis. Where a layout shards
+    an axis other than the batch, entries are exchanged so that each device works on whole ones
+    (`on_whole_matrices`); those of different layouts, sharded over the same mesh axes, meet there.
     """
 
     def __init__(
@@ -87,11 +89,14 @@ class Stacks:
             own = {name: x for name, x in own.items() if x is not None}
             slots = {name: member.slot(name) for name in own}
             layout: Any = tuple(slot.whole for slot in slots.values()), self._shares and member.mesh
-            alone = enough is not None and next(iter(own.values())).shape[0] >= enough
-            if any(map(_is_sharded, slots.values())):
-                layout = tuple(slots.values()), member.mesh
+            entries, mesh, alone = next(iter(own.values())).shape[0], member.mesh, False
+            if mesh is not None and any(map(_is_sharded, slots.values())):
+                axes = exchanged_axes([slot.spec for slot in slots.values()])
+                layout = layout[0], frozenset(axes), mesh
+                entries /= math.prod(mesh.shape[a] for names in axes for a in names)
                 # A sharded leading axis cannot be concatenated without moving data.
-                alone |= any(len(s.spec) and s.spec[0] is not None for s in slots.values())
+                alone = any(len(s.spec) and s.spec[0] is not None for s in slots.values())
+            alone |= enough is not None and entries >= enough
             kind = member.kind, tuple((name, x.dtype) for name, x in own.items())
             groups.setdefault((kind, layout, i if alone else None), []).append(i)
         self._groups = list(groups.values())
@@ -130,30 +135,57 @@ class Stacks:
                 own = arrays.get(first.name(name))
                 return own is None or own[i] is not None
 
-            stacks = [self._stack(arrays, name, group) if has(name) else None for name in names]
+            packs = self._packs(group, [*filter(has, names)], [*filter(has, results)])
+            stacks = [
+                [self._stack(arrays, name, pack) if has(name) else None for name in names]
+                for pack in packs
+            ]
             if decomposes and first.mesh is None and done:
-                stacks = serialize_after(stacks, done)
-            slots = [first.slot(name) if has(name) else None for name in names]
-            taken = [first.slot(name) if has(name) else None for name in results]
+                stacks = [serialize_after(each, done) for each in stacks]
+            heads = [self._members[pack[0]] for pack in packs]
+            slots = [[x.slot(name) if has(name) else None for name in names] for x in heads]
+            taken = [[x.slot(name) if has(name) else None for name in results] for x in heads]
             call = fn if first.kind is None else partial(fn, first.kind)
-            done = _run(call, operand, stacks, slots, taken, first.mesh, self._shares)
-            sizes = [next(arrays[n][i].shape[0] for n in arrays if arrays[n][i] is not None)
-                     for i in group]  # fmt: skip
-            for name, stack in zip(results, done, strict=True):
-                if stack is None:
-                    continue
-                start = 0
-                for i, size in zip(group, sizes, strict=True):
-                    part = lax.slice_in_dim(stack, start, start + size)
-                    member = self._members[i]
-                    out[member.name(name)][i] = member.turned(name, part)
-                    start += size
+            all_done = _run(call, operand, stacks, slots, taken, first.mesh, self._shares)
+            for pack, done in zip(packs, all_done, strict=True):
+                self._unstack(arrays, pack, results, done, out)
         return out
+
+    def _packs(
+        self, group: Sequence[int], names: Sequence[str], results: Sequence[str]
+    ) -> list[list[int]]:
+        """The members of a group that are laid out alike: their arrays are exchanged as one."""
+        packs: dict[Hashable, list[int]] = {}
+        for i in group:
+            slots = [self._members[i].slot(name) for name in (*names, *results)]
+            alike = any(map(_is_sharded, slots))
+            packs.setdefault(tuple(slots) if alike else None, []).append(i)
+        return list(packs.values())
 
     def _stack(self, arrays: Arrays, name: str, group: Sequence[int]) -> Any:
         members = [(self._members[i], i) for i in group]
         own = [member.turned(name, arrays[member.name(name)][i]) for member, i in members]
-        return own[0] if len(own) == 1 else jnp.concatenate(own)
+        return _joined(own)
+
+    def _unstack(
+        self,
+        arrays: Arrays,
+        pack: Sequence[int],
+        results: Sequence[str],
+        done: Sequence[Array | None],
+        out: Arrays,
+    ) -> None:
+        sizes = [next(arrays[n][i].shape[0] for n in arrays if arrays[n][i] is not None)
+                 for i in pack]  # fmt: skip
+        for name, stack in zip(results, done, strict=True):
+            if stack is None:
+                continue
+            start = 0
+            for i, size in zip(pack, sizes, strict=True):
+                part = lax.slice_in_dim(stack, start, start + size)
+                member = self._members[i]
+                out[member.name(name)][i] = member.turned(name, part)
+                start += size
 
 
 def map_stacks(
@@ -178,29 +210,32 @@ def _is_sharded(slot: Slot) -> bool:
 def _run(
     fn: Callable[..., Any],
     operand: Any,
-    stacks: Sequence[Array | None],
-    slots: Sequence[Slot | None],
-    results: Sequence[Slot | None],
+    stacks: Sequence[Sequence[Array | None]],
+    slots: Sequence[Sequence[Slot | None]],
+    results: Sequence[Sequence[Slot | None]],
     mesh: Mesh | AbstractMesh | None,
     shares: bool,
-) -> list[Array | None]:
-    """Call `fn` on whole entries, leaving out the arrays that the members do not have."""
-    given = [s for s in slots if s is not None]
-    taken = [s for s in results if s is not None]
-    arrays = [x for x in stacks if x is not None]
+) -> list[list[Array | None]]:
+    """Call `fn` once on whole entries of all packs, without the arrays that members do not have."""
+    given = [s for pack in slots for s in pack if s is not None]
+    taken = [s for pack in results for s in pack if s is not None]
+    arrays = [x for pack in stacks for x in pack if x is not None]
     # Traced numbers cannot be closed over; Python's stay what they are.
     traced = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else None, operand)
 
     def whole(*arguments: Any) -> tuple[Array, ...]:
         *parts, numbers = arguments
-        b = parts[0].shape[0]
-        own = (x.reshape((b, *s.whole)) for x, s in zip(parts, given, strict=True))
-        entries = [None if s is None else next(own) for s in slots]
+        own = (x.reshape((x.shape[0], *s.whole)) for x, s in zip(parts, given, strict=True))
+        packs = [[None if s is None else next(own) for s in pack] for pack in slots]
+        sizes = [next(x.shape[0] for x in pack if x is not None) for pack in packs]
+        entries = [None if same[0] is None else _joined(same) for same in zip(*packs, strict=True)]
         if operand is not None:
             entries.insert(0, jax.tree.map(lambda x, y: x if y is None else y, operand, numbers))
         out = fn(*entries)
         out = [y for y in (out if isinstance(out, tuple) else (out,)) if y is not None]
-        return tuple(y.reshape((b, *s.inner)) for y, s in zip(out, taken, strict=True))
+        ends = list(itertools.accumulate(sizes))
+        each = [y[end - b : end] for b, end in zip(sizes, ends, strict=True) for y in out]
+        return tuple(y.reshape((-1, *s.inner)) for y, s in zip(each, taken, strict=True))
 
     specs, out_specs = [s.spec for s in given], [s.spec for s in taken]
     if mesh is None or not (shares or any(map(_is_sharded, (*given, *taken)))):
@@ -209,9 +244,21 @@ def _run(
         used = {a for spec in (*specs, *out_specs) for e in spec if e
                 for a in ((e,) if isinstance(e, str) else e)}  # fmt: skip
         idle = [a for a in mesh.axis_names if a not in used and mesh.shape[a] > 1]
+        counts = [sum(x is not None for x in pack) for pack in stacks]
+        firsts = [
+            end - count for count, end in zip(counts, itertools.accumulate(counts), strict=True)
+        ]
+        sources = [
+            k for k, pack in zip(firsts, results, strict=True) for s in pack if s is not None
+        ]
         done = iter(
             on_whole_matrices(
-                whole, arrays, specs, out_specs, mesh, share_over=idle * shares, scalars=(traced,)
+                whole, arrays, specs, out_specs, mesh,
+                share_over=idle * shares, scalars=(traced,), sources=sources,
             )
-        )
-    return [None if s is None else next(done) for s in results]
+        )  # fmt: skip
+    return [[None if s is None else next(done) for s in pack] for pack in results]
+
+
+def _joined(stacks: Sequence[Array]) -> Array:
+    return stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)

@@ -81,8 +81,7 @@ class Norm(nnx.Module):
         """The sum x + y, pinned like the residual stream, and what this norm makes of it."""
         config, width = self.config, x_BxTxD.shape[-1]
         on_gpu = kernels_apply(x_BxTxD.dtype, config.attention, mesh, width)
-        whole_rows = free_spec(mesh, STREAM, x_BxTxD.shape)[2] is None
-        if on_gpu and whole_rows and self.bias is None:
+        if on_gpu and self.bias is None:
             centred = config.norm == "layer"
             return add_norm(x_BxTxD, y_BxTxD, self.scale[...], centred, config.norm_eps, mesh)
         x_BxTxD = constrain(x_BxTxD + y_BxTxD, mesh, STREAM)

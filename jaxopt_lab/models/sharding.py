@@ -29,9 +29,10 @@ class ShardingRules:
     The defaults are Megatron's column and row split inside a layer (heads, hidden units and
     vocabulary over `tensor`), and fsdp on the side of the residual stream. A mesh axis is dropped
     where it does not divide the array, where an axis before it in the same array has taken it, and
-    in activations where it already splits the batch. Two logical axes have no rule: `batch` lies
-    over data and fsdp, which is what these mesh axes are, and `layer` is never split, since its
-    length need not divide and a matrix optimizer wants whole layers side by side.
+    in activations where it already splits the batch. Three logical axes have no rule: `batch` lies
+    over data and fsdp, which is what these mesh axes are; `layer` is never split, since its length
+    need not divide and a matrix optimizer wants whole layers side by side; nor is `stream`, the
+    width of the residual stream, for which XLA's partitioner has made wrong products.
 
     >>> ShardingRules(embed=("fsdp", "tensor"), hidden=()).axes_of("embed")
     ('fsdp', 'tensor')
@@ -49,8 +50,6 @@ class ShardingRules:
     """Hidden units of an MLP, of kernels, biases and activations."""
     position: tuple[MeshAxis, ...] = ()
     """Rows of a learned position table."""
-    stream: tuple[MeshAxis, ...] = ()
-    """Width of the residual stream: activations between layers, scales of norms and biases."""
     length: tuple[MeshAxis, ...] = ()
     """Positions of the residual stream; `tensor` is Megatron's sequence parallelism, which keeps a
     part of the activations between layers on each device."""
@@ -61,13 +60,13 @@ class ShardingRules:
         Raises:
             ValueError: there is no such logical axis; names it.
         """
-        if name is None or name == "layer":
+        if name in (None, "layer", "stream"):
             return ()
         if name == "batch":
             return BATCH_AXES
         known = [field.name for field in fields(self)]
         if name not in known:
-            names = ", ".join(["batch", "layer", *known])
+            names = ", ".join(["batch", "layer", "stream", *known])
             raise ValueError(f"logical axis: got {name!r}, expected one of {names}")
         return getattr(self, name)
 

@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey, GetAttrKey, tree_leaves_with_path
 
+from jaxopt_lab.core import whole_matrices
 from jaxopt_lab.core.keys import leaf_key, leaf_keys, purpose_key, threefry_key
 from jaxopt_lab.core.numerics import frobenius_unit
 from jaxopt_lab.core.precision import dot_precision
@@ -18,6 +19,7 @@ from jaxopt_lab.core.spectral import power_iteration, stable_rank
 from jaxopt_lab.core.whole_matrices import on_whole_matrices
 from jaxopt_lab.optim.lion_muon.transform import SPECTRAL_SCALES
 from jaxopt_lab.parity.lion_muon import SIGN_SCALES
+from jaxopt_lab.report.hlo import collectives
 
 
 def test_power_iteration_approaches_from_below():
@@ -173,3 +175,27 @@ def test_operands_of_unlike_layout_meet_as_whole_matrices():
     y, s = run(x, v)
     np.testing.assert_allclose(y, 2 * x, rtol=1e-6)
     np.testing.assert_allclose(s, work(x, v)[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_exchanges_in_two_stages_are_those_in_one(monkeypatch, axis_type):
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(axis_type,))
+    rows, columns = P(None, "fsdp"), P(None, None, "fsdp")
+    x = jax.random.normal(jax.random.key(0), (5, 16, 24))
+    x = jax.device_put(x, jax.NamedSharding(mesh, rows))
+
+    def exchanged(at_once):
+        monkeypatch.setattr(whole_matrices, "AT_ONCE", at_once)
+        numbers = jnp.arange(16.0)[:, None]
+        run = jax.jit(
+            lambda x: on_whole_matrices(
+                lambda x: (x * numbers, x[:, ::-1]), (x,), (rows,), (rows, columns), mesh
+            )
+        )
+        compiled = run.lower(x).compile()
+        return compiled(x), collectives(compiled.as_text() or "")["all-to-all"].count
+
+    (one, three), (two, six) = exchanged(8), exchanged(4)
+    jax.tree.map(np.testing.assert_array_equal, two, one)
+    np.testing.assert_array_equal(one[0], x * np.arange(16.0)[:, None])
+    assert (three, six) == (3, 6)

@@ -14,6 +14,7 @@ from optax.contrib import MuonDimensionNumbers
 import jaxopt_lab as jol
 from jaxopt_lab.optim import EigenbasisAdamState
 from jaxopt_lab.report.hlo import collectives
+from jaxopt_lab.report.traffic import traffic
 from tests.golden.trajectory import find_states
 
 AXES = {
@@ -61,20 +62,6 @@ def step(tx):
         return optax.apply_updates(params, updates), state
 
     return run
-
-
-def without_refresh(text):
-    """The branch of a program that steps without a refresh take, with all it calls."""
-    # The only conditional outside of a loop, false branch first.
-    pattern = r'branch_computations=\{%([\w.\-]+), [^\n]*op_name="jit\(run\)/cond"'
-    (name,) = re.findall(pattern, text)
-    parts = re.split(r"^(?=(?:ENTRY )?%[\w.\-]+ \()", text, flags=re.MULTILINE)
-    bodies = {m[1]: part for part in parts if (m := re.match(r"%([\w.\-]+) \(", part))}
-    called, new = set(), {name}
-    while new:
-        called |= new
-        new = {x for n in new for x in re.findall(r"=%([\w.\-]+)", bodies[n])} - called
-    return "\n".join(bodies[x] for x in called)
 
 
 @functools.cache
@@ -127,15 +114,14 @@ def test_equals_one_device_within_its_budget(method, layout, kind):
     text = compiled.as_text()
     assert "while(" in text
     counts = {name: entry[0] for name, entry in collectives(text).items()}
-    # Nothing is gathered. Exchanged are, a leaf and mesh axis: gradient, both factors, both factors
-    # back; gradient, moments, bases, direction and moments back (in two branches, for steps with
-    # and without a refresh); at a start the gradient, factors and bases, and these back; and at a
-    # refresh both factors and bases, these and the orders back, moments, old and new bases and
-    # orders, and the moments back.
+    # Nothing is gathered. Exchanged are, a leaf and mesh axis: gradient, moments, factors, bases,
+    # direction, moments and factors back; at a start the gradient, factors and bases, and these
+    # back; and at a refresh both factors and bases, these and the orders back, moments, old and new
+    # bases and orders, and the moments back.
     layouts, axes = 2, len(LAYOUTS[layout][0])
     assert set(counts) <= {"all-to-all", "all-reduce"}, counts
-    assert counts["all-to-all"] <= axes * layouts * (2 * (5 + 8) + 9 + 10 + 10)
-    usual = collectives(without_refresh(text))["all-to-all"].count
+    assert counts["all-to-all"] <= axes * layouts * ((5 + 8) + 9 + 10 + 10)
+    usual = traffic(text, rounds=0)["all-to-all"].count
     assert 0 < usual <= axes * layouts * (5 + 8), "what most steps exchange"
     # What is reduced is the largest entry: one number a matrix.
     reduced = re.findall(r"= \(?((?:f32|pred|s32)\[[\d,]*\])[^=]* all-reduce\(", text)

@@ -23,7 +23,7 @@ from tests.train.tiny_run import tiny_config
 
 AXES = ("data", "fsdp", "tensor")
 USUAL = models.ShardingRules()
-SEQUENCE, STREAM = (models.ShardingRules(**{x: ("tensor",)}) for x in ("length", "stream"))
+SEQUENCE = models.ShardingRules(length=("tensor",))
 NORMS, LOSS = "add_norm_kernel", "cross_entropy_kernel"
 
 
@@ -118,7 +118,6 @@ CASES = {
     # 150 tokens are halved: each device has a part of every row of the logits.
     "sequence": (SCANNED, (2, 2, 2), SEQUENCE, 1, "float32", {NORMS}),
     "tensor": (KINDS["llama"], (2, 1, 4), USUAL, 2, "float32", {NORMS, LOSS}),
-    "stream": (KINDS["llama"], (4, 1, 2), STREAM, 1, "float32", set()),
 }
 
 

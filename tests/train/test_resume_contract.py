@@ -235,6 +235,15 @@ def test_old_names_of_shampoo_are_read():
         from_json(json.dumps(values | {"version": 1}))
 
 
+def test_a_rule_that_split_nothing_is_read():
+    values = json.loads(to_json(PretrainConfig())) | {"version": VERSION - 1}
+    values["mesh"]["rules"]["stream"] = []
+    assert from_json(json.dumps(values)) == PretrainConfig()
+    values["mesh"]["rules"]["stream"] = ["tensor"]
+    with pytest.raises(ConfigError, match=r"mesh.rules.stream: .*no such setting"):
+        from_json(json.dumps(values))
+
+
 def test_a_configuration_has_a_version():
     values = json.loads(to_json(PretrainConfig()))
     assert values["version"] == VERSION

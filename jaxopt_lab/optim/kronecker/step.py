@@ -19,7 +19,12 @@ from jaxtyping import Array
 
 from jaxopt_lab.core.kronecker import rank_one_step
 from jaxopt_lab.core.numerics import Scalar, one_minus_power, safe_divide
-from jaxopt_lab.core.ordering import cond_without_copy, refreshed_share, serialize_after
+from jaxopt_lab.core.ordering import (
+    cond_without_copy,
+    host_waits,
+    refreshed_share,
+    serialize_after,
+)
 from jaxopt_lab.core.orthogonalization import refresh_eigenbasis
 from jaxopt_lab.core.precision import rotate
 from jaxopt_lab.core.stacks import Arrays, Member, ReplicatedWork, Stacks, map_stacks
@@ -104,26 +109,29 @@ class EigenbasisAdam:
             names = ("grad", "status", "age", *MOMENTS, *factors, *bases)
             return stacks.map(EigenbasisAdam._move, arrays, names, moved, operand=self)
 
-        def move_and_refresh(arrays: Arrays) -> Arrays:
-            arrays = arrays | move(arrays)
+        def refresh(arrays: Arrays) -> Arrays:
+            """Bases that follow the factors, and moments in them."""
             if self.eigenbasis.stagger:
                 return arrays | self._refresh_share(count, members, arrays, (*factors, *bases))
-            arrays |= self._refresh_sides(members, arrays, factors)
+            arrays = arrays | self._refresh_sides(members, arrays, factors)
             orders = tuple(name for name in arrays if name.startswith("order"))
             names = (*MOMENTS, *(f"old_{name}" for name in bases), *bases, *orders)
             return arrays | stacks.map(
                 EigenbasisAdam._re_express, arrays, names, MOMENTS, operand=self
             )
 
-        # Each predicate blocks dispatch: the host waits at every loop and conditional. All three
-        # are therefore evaluated before the heavy kernels, so that the host can dispatch the next
-        # step while the device works. The bases stay outside of the last branch, which would copy
-        # what it returns unchanged.
         once, at_refresh = partial(cond_without_copy, starting), partial(cond_without_copy, due)
-        unless_moved = partial(lax.cond, due, lambda held: held)
         arrays = _branch(once, start, arrays, (*factors, *bases))
-        arrays = _branch(at_refresh, move_and_refresh, arrays, (*moved, *bases))
-        arrays = _branch(unless_moved, move, arrays, moved)
+        if host_waits():
+            # All three predicates are evaluated before the heavy kernels, so that the host can
+            # dispatch the next step while the device works. The bases stay outside of the last
+            # branch, which would copy what it returns unchanged.
+            unless_moved = partial(lax.cond, due, lambda held: held)
+            arrays = _branch(at_refresh, lambda x: refresh(x | move(x)), arrays, (*moved, *bases))
+            arrays = _branch(unless_moved, move, arrays, moved)
+        else:  # half the program
+            arrays |= move(arrays)
+            arrays = _branch(at_refresh, refresh, arrays, (*MOMENTS, *factors, *bases))
 
         if self.rule.may_overflow:
             arrays["status"] = list(map(_overflown, arrays["status"], arrays["direction"]))

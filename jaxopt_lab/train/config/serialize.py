@@ -43,11 +43,24 @@ def _shampoo_names(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _whole_stream(values: dict[str, Any]) -> dict[str, Any]:
+    """The residual stream could be split by its width; where it was, the rule stays unknown."""
+    mesh = values.get("mesh")
+    if not isinstance(mesh, Mapping):
+        return values
+    rules = mesh.get("rules")
+    if isinstance(rules, Mapping) and rules.get("stream") == []:
+        kept = {name: axes for name, axes in rules.items() if name != "stream"}
+        values["mesh"] = {**mesh, "rules": kept}
+    return values
+
+
 _MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (
     lambda values: values,  # 0, before there were versions: the same fields
     _decay_everywhere,
     _profile_by_number,
     _shampoo_names,
+    _whole_stream,
 )
 """Number i turns version i into version i + 1; one that renames or drops a field is added here."""
 VERSION = len(_MIGRATIONS)
