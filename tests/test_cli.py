@@ -29,7 +29,7 @@ def test_named_choices_and_nested_flags():
         "--mesh.data 2 --mesh.fsdp 2 --mesh.tensor 1 --dry-run --profile 4:3 --clip None "
         "--checkpoint.every-minutes 5 --optimizer.learning_rate=0.5"
     )
-    assert config.optimizer == LionMuonConfig(period=5, learning_rate=0.5)
+    assert config.optimizer == LionMuonConfig(period=5, learning_rate=0.5, b2=0.95)
     assert config.schedule == WsdConfig(decay_fraction=0.3)
     assert config.model.depth == 6 and config.corpus == TextFiles(("a/*.txt", "b.md"))
     assert (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (2, 2, 1)
@@ -70,7 +70,7 @@ def test_switches_and_settings_without_a_value():
 
 
 def test_never_spectral():
-    assert parsed("--optimizer.period inf").optimizer == LionMuonConfig(period="inf")
+    assert parsed("--optimizer.period inf").optimizer == LionMuonConfig(period="inf", b2=0.95)
 
 
 def test_a_mixture_on_the_command_line():
@@ -89,7 +89,7 @@ def test_a_file_gives_the_defaults_and_flags_change_them(tmp_path):
     assert parsed(f"--config {path}") == saved
     changed = parsed(f"--config {path} --steps 10 --optimizer adamw")
     assert changed.steps == 10 and changed.optimizer == AdamWConfig(1e-3, b1=0.7)
-    assert parsed(f"--config {path} --optimizer lion-muon").optimizer == LionMuonConfig()
+    assert parsed(f"--config {path} --optimizer lion-muon").optimizer == LionMuonConfig(b2=0.95)
 
 
 BAD = {

@@ -28,7 +28,6 @@ from jaxopt_lab.train.config.bounds import (
 )
 from jaxopt_lab.train.config.choices import choose, name_of
 from jaxopt_lab.train.config.optimizer_base import OptimizerConfig
-from jaxopt_lab.train.config.optimizers import LionMuonConfig
 from jaxopt_lab.train.config.optimizers_pairs import PairConfig
 from jaxopt_lab.train.config.schedules import (
     AdaptiveWarmupConfig,
@@ -120,7 +119,7 @@ class PretrainConfig(RunConfig):
 
     verb: ClassVar[str] = "pretrain"
 
-    optimizer: OptimizerConfig = LionMuonConfig()
+    optimizer: OptimizerConfig = default_optimizer("tiny", "lion-muon")
     """The update rule."""
     mesh: MeshConfig = MeshConfig()
     """The devices."""
