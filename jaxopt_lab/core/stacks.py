@@ -235,7 +235,7 @@ def _run(
         out = [y for y in (out if isinstance(out, tuple) else (out,)) if y is not None]
         ends = list(itertools.accumulate(sizes))
         each = [y[end - b : end] for b, end in zip(sizes, ends, strict=True) for y in out]
-        return tuple(y.reshape((-1, *s.inner)) for y, s in zip(each, taken, strict=True))
+        return tuple(y.reshape((y.shape[0], *s.inner)) for y, s in zip(each, taken, strict=True))
 
     specs, out_specs = [s.spec for s in given], [s.spec for s in taken]
     if mesh is None or not (shares or any(map(_is_sharded, (*given, *taken)))):
