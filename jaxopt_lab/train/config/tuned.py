@@ -36,7 +36,7 @@ TUNED: dict[str, dict[str, Settings]] = {
     # Measured: the best rate of the others is their own default.
     "tiny": dict.fromkeys(OPTIMIZERS, UNTUNED)
     | {
-        # 300 steps are short for an average over 100; averaging.md, eight seeds.
+        # 300 steps are short for an average over 100; averaging.md, five fresh seeds.
         "lion-muon": {"b2": 0.95},
         "lion": {"learning_rate": 3e-4},
         "signum": {"learning_rate": 3e-4},
