@@ -31,11 +31,6 @@ def cond_without_copy(due: Bool[Array, ""], fn: Callable[[Carry], Carry], carry:
     return lax.while_loop(lambda pair: pair[0], once, (due, carry))[1]
 
 
-def host_waits() -> bool:
-    """Whether a host waits for the device at every loop and conditional, to know what to start."""
-    return jax.default_backend() in ("gpu", "cuda", "rocm")
-
-
 def serialize_after(later: Sequence[Array | None], earlier: Sequence[Array | None]) -> list[Any]:
     """Arrays as they are, but not before all of `earlier` are there.
 

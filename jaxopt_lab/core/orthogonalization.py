@@ -9,13 +9,12 @@ applied twice, with a shifted Cholesky decomposition inside each panel.
 from collections.abc import Sequence
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int
 
-from jaxopt_lab.core.precision import ProductPrecision, matmul
+from jaxopt_lab.core.precision import ProductPrecision, matmul, on_gpu
 
 Orthogonalizer = Literal["cholesky_qr", "householder"]
 ORTHOGONALIZERS: tuple[Orthogonalizer, ...] = ("cholesky_qr", "householder")
@@ -186,7 +185,7 @@ def _without_blocks(
 
 def _coarse(precision: ProductPrecision) -> ProductPrecision:
     """TF32 on a GPU, whose 11 bits are enough for a first pass; no coarser than asked elsewhere."""
-    return "default" if jax.default_backend() in ("gpu", "cuda", "rocm") else precision
+    return "default" if on_gpu() else precision
 
 
 def _without(

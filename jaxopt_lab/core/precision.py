@@ -26,6 +26,11 @@ _SPLIT = {
 }
 
 
+def on_gpu(platform: str | None = None) -> bool:
+    """Whether a platform, by default that of the default backend, is a GPU."""
+    return (platform or jax.default_backend()) in ("gpu", "cuda", "rocm")
+
+
 def dot_precision(
     name: PrecisionName, platform: str | None = None
 ) -> DotAlgorithmPreset | Precision:
@@ -45,8 +50,7 @@ def dot_precision(
         return Precision.DEFAULT
     if name == "highest":
         return Precision.HIGHEST
-    platform = platform or jax.default_backend()
-    if platform in ("gpu", "cuda", "rocm"):
+    if on_gpu(platform):
         return _SPLIT[name]
     return Precision.HIGH if name in ("tf32", "bf16_x3") else Precision.HIGHEST
 

@@ -17,6 +17,8 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array
 
+from jaxopt_lab.core.precision import on_gpu
+
 AxisNames = tuple[str, ...]
 
 # An exchange among more devices goes in two stages, unless on GPUs, which are all as near to each
@@ -141,8 +143,7 @@ def _all_to_all(x: Array, names: AxisNames, split: int, concat: int, mesh) -> Ar
     """The part of `x` for each device goes there; what comes is put together in their order."""
     devices = math.prod(mesh.shape[name] for name in names)
     columns = max(n for n in range(1, math.isqrt(devices) + 1) if devices % n == 0)
-    on_gpu = jax.default_backend() in ("gpu", "cuda", "rocm")
-    if devices <= AT_ONCE or columns == 1 or len(names) > 1 or on_gpu:
+    if devices <= AT_ONCE or columns == 1 or len(names) > 1 or on_gpu():
         return lax.all_to_all(x, names, split_axis=split, concat_axis=concat, tiled=True)
     # Device i is in row i // columns. The parts for a row, to its device in the same column; there
     # the parts for each column, along the row.

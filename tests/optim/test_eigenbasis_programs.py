@@ -76,7 +76,7 @@ def program(members=None):
 @pytest.mark.parametrize("waits", [False, True])
 def test_decompositions_are_in_branches_that_other_steps_skip(waits, monkeypatch):
     """On a GPU, whose host waits, no loop follows the products of a step without a refresh."""
-    monkeypatch.setattr(step, "host_waits", lambda: waits)
+    monkeypatch.setattr(step, "on_gpu", lambda: waits)
     whiles, others = loops(program())
     start, refresh = (primitives(inside(eqn)) for eqn in whiles)
     assert "eigh" in start and {"qr", "sort"} <= refresh and "eigh" not in refresh
@@ -87,7 +87,7 @@ def test_decompositions_are_in_branches_that_other_steps_skip(waits, monkeypatch
 
 def test_members_share_the_branch_of_the_refresh(monkeypatch):
     """Under `vmap` over members with one counter, its predicate is one number still."""
-    monkeypatch.setattr(step, "host_waits", lambda: True)
+    monkeypatch.setattr(step, "on_gpu", lambda: True)
     (start, refresh), others = loops(program(members=2))
     (due, *arrays), (starting, *_) = map(carried, (refresh, start))
     assert due.shape == () and {x.shape[0] for x in arrays} == {2}

@@ -21,12 +21,11 @@ from jaxopt_lab.core.kronecker import rank_one_step
 from jaxopt_lab.core.numerics import Scalar, one_minus_power, safe_divide
 from jaxopt_lab.core.ordering import (
     cond_without_copy,
-    host_waits,
     refreshed_share,
     serialize_after,
 )
 from jaxopt_lab.core.orthogonalization import refresh_eigenbasis
-from jaxopt_lab.core.precision import rotate
+from jaxopt_lab.core.precision import on_gpu, rotate
 from jaxopt_lab.core.stacks import Arrays, Member, ReplicatedWork, Stacks, map_stacks
 from jaxopt_lab.optim.kronecker.factors import STATIC, FactorRule, Sides
 from jaxopt_lab.optim.options import Eigenbasis
@@ -122,7 +121,8 @@ class EigenbasisAdam:
 
         once, at_refresh = partial(cond_without_copy, starting), partial(cond_without_copy, due)
         arrays = _branch(once, start, arrays, (*factors, *bases))
-        if host_waits():
+        if on_gpu():
+            # The host waits for the device at every loop and conditional, to know what to start.
             # All three predicates are evaluated before the heavy kernels, so that the host can
             # dispatch the next step while the device works. The bases stay outside of the last
             # branch, which would copy what it returns unchanged.
